@@ -1,0 +1,29 @@
+"""The exceptions of this package: each message is one sentence saying what is wrong, where, and what to do."""
+
+
+class DynrankError(Exception):
+    """A mistake the caller can mend. The commands print its message without a traceback and exit with 1."""
+
+
+class CaptureError(DynrankError):
+    """The model could not be turned into a graph; the message names the module and the line."""
+
+
+class PlanError(DynrankError):
+    """A plan, a rank or a name pattern does not fit the model."""
+
+
+class TransitionError(DynrankError):
+    """A phase change was refused; the net and the optimizer are as they were."""
+
+
+class StoreError(DynrankError):
+    """A file could not be written, or what was read is damaged, from another model, or from a newer version."""
+
+
+class ExportError(DynrankError):
+    """The ONNX file could not be made, or does not agree with PyTorch; no file was written."""
+
+
+class ModelFileError(DynrankError):
+    """The user's model file is missing, broken, or lacks a function that the command needs."""
