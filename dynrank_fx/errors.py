@@ -27,3 +27,11 @@ class ExportError(DynrankError):
 
 class ModelFileError(DynrankError):
     """The user's model file is missing, broken, or lacks a function that the command needs."""
+
+
+class ScheduleError(DynrankError):
+    """A schedule that cannot be: no epochs to alternate, or no decay to align with."""
+
+
+class DynrankWarning(UserWarning):
+    """Something was done that the caller may not expect, such as optimizer state that had to be reset."""

@@ -1,0 +1,46 @@
+"""Phases of a site, and the facts a schedule may look at. No torch here: a schedule is plain Python."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+
+class Phase(enum.IntEnum):
+    """What a site trains.
+
+    The module of a site stores the plain ``int``: Dynamo guards an Enum by identity and mixes up sites
+    that share one, so that results of mixed settings are silently wrong.
+    """
+
+    FULL = 0
+    """The dense weight trains."""
+    LOW = 1
+    """Only the factors exist and train."""
+    ADAPTOR = 2
+    """A frozen dense base plus a trained low-rank branch (the paper's own last phase); not built yet."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What is known at the start of an epoch.
+
+    epoch: counted from 0. epochs: how many the run will have. lr: learning rate of the first parameter group.
+    spectra: per site name the singular values so far, largest first.
+    spent: training compute so far, in epochs of the dense model.
+    """
+
+    epoch: int
+    epochs: int | None = None
+    lr: float | None = None
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    spent: float = 0.0
+
+
+Setting: TypeAlias = Phase | Mapping[str, Phase]
+"""One phase for every site, or a phase per site name or pattern (sites it does not name keep theirs)."""
+
+Schedule: TypeAlias = Callable[[TrainState], Setting]
+"""A pure function of the state: the same state always gives the same setting."""

@@ -1,0 +1,18 @@
+"""Plain-text tables, for plans and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell, those in ``right`` aligned right; empty columns are left out."""
+    keep = [i for i in range(len(head)) if any(row[i] for row in rows)] or list(range(len(head)))
+    widths = {i: max(len(str(line[i])) for line in [head, *rows]) for i in keep}
+
+    def line(cells: Sequence[str]) -> str:
+        parts = [str(cells[i]).rjust(widths[i]) if i in right else str(cells[i]).ljust(widths[i]) for i in keep]
+        return "  ".join(parts).rstrip()
+
+    rule = "  ".join("-" * widths[i] for i in keep)
+    return "\n".join([line(head), rule, *(line(row) for row in rows)])
