@@ -1,0 +1,178 @@
+"""The mathematics of low rank: truncation, spectra, and how optimizer moments change coordinates.
+
+Shapes: g groups, m rows, n columns, r rank. W [g, m, n] ≈ B A with B (left) [g, m, r] and A (right) [g, r, n].
+G = ∂L/∂W gives G_B = G Aᵀ and G_A = Bᵀ G.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Up to this many columns a float64 SVD costs milliseconds; above it the Gram matrix's eigenvectors are several
+# times faster (the README's table has the figures).
+_SMALL = 128
+# Squared relative tail below which the Gram matrix in float32 cannot tell the discarded directions apart:
+# its rounding, about 1e-7 of the largest eigenvalue, would show in the error.
+_FLOAT32_TAIL = 1e-4
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """TF32 has 10 bits of mantissa: too few for a Gram matrix. The flag is put back as it was."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _gram_basis(W: Tensor, rank: int) -> Tensor | None:
+    """The top ``rank`` eigenvectors of WᵀW as columns [g, n, r], or None where the eigensolver did not converge."""
+    try:
+        _, vectors = torch.linalg.eigh(W.mT @ W)
+    except torch.linalg.LinAlgError:
+        return None
+    V = vectors[..., -rank:].flip(-1)
+    return V if bool(torch.isfinite(V).all()) else None
+
+
+def _right_basis(W: Tensor, rank: int) -> Tensor:
+    """Orthonormal V [g, n, r], n ≤ m, with ‖W − W V Vᵀ‖ within 1.001 of the least, or rounding where that is zero."""
+    n = W.shape[-1]
+    if n > _SMALL and W.dtype != torch.float64:
+        V = _gram_basis(W, rank)
+        if V is not None:
+            energy = W.square().sum((-2, -1))
+            tail = energy - (W @ V).square().sum((-2, -1))
+            if bool((tail > _FLOAT32_TAIL * energy).all()):
+                return V
+        V = _gram_basis(W.double(), rank)
+        if V is not None:
+            return V
+    # Last resort and small case: exact, and on the CPU, where it always converges.
+    return torch.linalg.svd(W.double().cpu(), full_matrices=False).Vh[..., :rank, :].mT.to(W.device)
+
+
+@torch.no_grad()
+def truncate(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r factors of W [g, m, n], balanced: B = U S^½ [g, m, r], A = S^½ Vᵀ [g, r, n].
+
+    ‖W − BA‖_F is at most 1.001 × √(Σ_{i>r} σ_i²) (Eckart–Young), or rounding where that is zero. Any floating dtype;
+    the work is done in float32 at least and falls back to float64 where float32 would not reach the bound.
+    """
+    m, n = W.shape[-2:]
+    if m < n:
+        left, right = truncate(W.mT, rank)
+        return right.mT.contiguous(), left.mT.contiguous()
+    with _full_precision():
+        X = W if W.dtype == torch.float64 else W.float()
+        V = _right_basis(X, rank)
+        P = X.to(V.dtype) @ V  # = U S, so its column norms are the singular values
+        S = torch.linalg.vector_norm(P, dim=-2, keepdim=True)
+        # A direction with σ = 0 keeps a small right row: with both factors zero it could never train again.
+        floor = torch.finfo(W.dtype).eps * S.amax(-1, keepdim=True)
+        root = torch.maximum(S, floor).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return (P / root).to(W.dtype), (V.mT * root.mT).to(W.dtype)
+
+
+@torch.no_grad()
+def singular_values(W: Tensor) -> Tensor:
+    """Singular values of W [g, m, n], largest first: [g, min(m, n)] in float64, on the CPU."""
+    return torch.linalg.svdvals(W.double().cpu())
+
+
+@torch.no_grad()
+def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of BA without forming it: QR of B and of Aᵀ, then those of the r×r product. [g, r], float64,
+    CPU.
+    """
+    R_B = torch.linalg.qr(B.double().cpu()).R
+    R_A = torch.linalg.qr(A.mT.double().cpu()).R
+    return torch.linalg.svdvals(R_B @ R_A.mT)
+
+
+def effective_rank(s: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (of all groups together): k equal ones give k. 0 for
+    zeros.
+    """
+    total = s.sum()
+    if total <= 0:
+        return 0.0
+    p = s[s > 0] / total
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def stable_rank(s: Tensor) -> float:
+    """‖W‖_F² / σ_1²: at most the rank, and unmoved by small singular values. 0 for a zero matrix."""
+    return float(s.square().sum() / s.max().square()) if bool(s.max() > 0) else 0.0
+
+
+def energy_rank(s: Tensor, share: float) -> int:
+    """The least r at which Σ_{i≤r} σ_i² ≥ share · Σ σ_i² in every group of s [g, k]."""
+    energy = s.square().cumsum(-1)
+    missing = energy < share * energy[..., -1:] * (1 - 1e-12)  # rounding must not cost a rank where share is 1
+    return int(missing.sum(-1).max()) + 1
+
+
+def moments_to_factors(M: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """First moments of the factors from those of the dense weight: M_B = M Aᵀ, M_A = Bᵀ M.
+
+    The vector-Jacobian product of (B, A) ↦ BA: exact, since gradients map the same way.
+    """
+    return M @ A.mT, B.mT @ M
+
+
+def moments_to_dense(M_B: Tensor, M_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """The dense moment M [g, m, n] that best explains both factor moments (least squares, least norm).
+
+    In the singular bases B = P diag(b) Xᵀ, A = Y diag(a) Qᵀ: inside, M_ij = (C1_ij a_j + b_i C2_ij) / (a_j² + b_i²)
+    with C1 = Pᵀ M_B Y and C2 = Xᵀ M_A Q; outside, the parts of M_B beyond P and of M_A beyond Q, each through its own
+    factor. Where M_B = M Aᵀ and M_A = Bᵀ M for some M, the result reproduces both exactly.
+    """
+    P, b, Xh = torch.linalg.svd(B, full_matrices=False)
+    Y, a, Qh = torch.linalg.svd(A, full_matrices=False)
+    eps = torch.finfo(B.dtype).eps
+    # Directions the factors do not have carry no information about M: their inverse is taken as zero.
+    b = torch.where(b > eps * b.amax(-1, keepdim=True) * b.shape[-1], b, 0)
+    a = torch.where(a > eps * a.amax(-1, keepdim=True) * a.shape[-1], a, 0)
+    C1, C2 = P.mT @ M_B @ Y, Xh @ M_A @ Qh.mT
+    weight = a[..., None, :].square() + b[..., :, None].square()
+    inside = torch.where(
+        weight > 0,
+        (C1 * a[..., None, :] + b[..., :, None] * C2) / weight.clamp_min(torch.finfo(B.dtype).tiny),
+        0,
+    )
+    a_inverse = torch.where(a > 0, 1 / a, 0)
+    b_inverse = torch.where(b > 0, 1 / b, 0)
+    beyond_P = (M_B @ Y - P @ C1) * a_inverse[..., None, :]
+    beyond_Q = (Xh @ M_A - C2 @ Qh) * b_inverse[..., :, None]
+    return (P @ inside + beyond_P) @ Qh + P @ beyond_Q
+
+
+def second_moments_to_factors(V: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moments of the factors, taking the entries of G as uncorrelated: v_B ≈ V (A∘A)ᵀ, v_A ≈ (B∘B)ᵀ V.
+
+    Too small by up to √n where gradients share a mean: the caller keeps v ≥ m².
+    """
+    return V @ A.square().mT, B.square().mT @ V
+
+
+def second_moments_to_dense(V_B: Tensor, V_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """The rank-one V [g, m, n] = ρ κᵀ / S with V_B's row sums ρ and V_A's column sums κ; exact for a rank-one V.
+
+    With V = row colᵀ: ρ_i = row_i Σ_j col_j ‖A_j‖², κ_j = col_j Σ_i row_i ‖B_i‖², and Σ_i ρ_i ‖B_i‖² = Σ_j κ_j ‖A_j‖²
+    = S.
+    """
+    rho, kappa = V_B.sum(-1, keepdim=True), V_A.sum(-2, keepdim=True)
+    S_rho = (rho * B.square().sum(-1, keepdim=True)).sum(-2, keepdim=True)
+    S_kappa = (kappa * A.square().sum(-2, keepdim=True)).sum(-1, keepdim=True)
+    S = (S_rho * S_kappa).sqrt()
+    return torch.where(S > 0, rho * kappa / S.clamp_min(torch.finfo(V_B.dtype).tiny), 0)

@@ -1,0 +1,77 @@
+"""Rank policies: values that turn what is known of all sites into one rank per site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .errors import PlanError
+from .lowrank import energy_rank
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a policy may look at of one site.
+
+    max_rank: the rank that loses nothing. spectrum: singular values per group [g, max_rank], computed when asked for.
+    """
+
+    name: str
+    max_rank: int
+    spectrum: Callable[[], Tensor]
+
+
+class RankPolicy(Protocol):
+    """Ranks for all sites at once, in their order; at least 1 each, possibly above a site's limit."""
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same rank everywhere."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise PlanError(f"a rank of {self.rank} leaves nothing of a layer; give a rank of 1 or more")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        limit = max((curve.max_rank for curve in curves), default=self.rank)
+        if self.rank > limit:
+            raise PlanError(
+                f"rank {self.rank} is over the limit of every site (the largest is {limit}); give {limit} or less"
+            )
+        return [self.rank for _ in curves]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """⌊ratio · min(m, n)⌋ of each site's matrix, at least 1."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise PlanError(f"a rank ratio of {self.ratio} is not a fraction; give one above 0 and at most 1")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        return [max(1, int(self.ratio * curve.max_rank)) for curve in curves]
+
+
+@dataclass(frozen=True)
+class Energy:
+    """The least rank that keeps this share of Σσ², measured on the weights as they are now."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise PlanError(f"an energy of {self.share} is not a share; give one above 0 and at most 1")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        return [min(curve.max_rank, energy_rank(curve.spectrum(), self.share)) for curve in curves]
