@@ -1,0 +1,76 @@
+"""Example inputs in the forms users have them, and their batch: the first dimension of their tensors."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+
+Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def split_inputs(example_inputs: Any) -> Inputs:
+    """``(args, kwargs)`` from a tuple of arguments, a dict of keyword arguments, the pair ``(args, kwargs)``, or one
+    tensor.
+
+    Raises CaptureError for anything else.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
+            return example_inputs[0], dict(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise CaptureError(
+        f"example inputs of type {type(example_inputs).__name__} are not understood: "
+        "give a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)"
+    )
+
+
+def batch_size(inputs: Inputs) -> int | None:
+    """The first dimension of the first tensor that has one."""
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+def double_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """The inputs with a batch of 1 doubled: torch.export takes a size of 1 for a constant."""
+    return with_batch((args, kwargs), 2) if batch_size((args, kwargs)) == 1 else (args, kwargs)
+
+
+def free_first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``dynamic_shapes`` for torch.export that frees the first dimension of every tensor, where the model allows it."""
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            shapes[leaf] = {0: torch.export.Dim.AUTO}
+    return shapes
+
+
+def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None) -> Inputs:
+    """The inputs at another batch size: rows of the example over again, in every tensor that shares its batch.
+
+    seed: draws new rows instead, so that no two are alike: floats from a normal distribution with the example's mean
+    and deviation, other values from the example's rows.
+    """
+    present = batch_size(inputs)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != present:
+            return leaf
+        if generator is None:
+            return leaf.detach()[torch.arange(batch) % leaf.shape[0]]
+        if leaf.is_floating_point():
+            noise = torch.randn((batch, *leaf.shape[1:]), generator=generator).to(leaf.device, leaf.dtype)
+            std = leaf.std() if leaf.numel() > 1 else leaf.abs().mean()
+            return leaf.mean() + std * noise
+        return leaf.detach()[torch.randint(leaf.shape[0], (batch,), generator=generator)]
+
+    args, kwargs = pytree.tree_map(resized, inputs)
+    return args, kwargs

@@ -1,0 +1,118 @@
+"""The module of one site: the dense weight or its factors, and a flag that says which.
+
+Several modules may belong to one site: tied weights stay tied as in plain torch, by holding the same Parameter objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import lowrank
+from .errors import TransitionError
+from .layout import Layout
+from .ops import Op, Shape
+from .phase import Phase
+
+_FULL, _LOW = int(Phase.FULL), int(Phase.LOW)
+
+
+class Switched(nn.Module):
+    """One linear or convolution that trains its dense weight (FULL) or two factors in its place (LOW).
+
+    site: the site's name. phase: a plain int, see Phase. rank: of the next deflate, or of the factors in LOW.
+    bare: the module stands where a bare parameter stood (``block.w``), whose name the dense weight keeps in
+    ``state_dict``.
+
+    Exactly one of ``weight`` and (``left``, ``right``) is registered at a time; the other names hold None, so that the
+    parameter dictionary keeps its keys and torch.compile sees one setting per flag.
+    """
+
+    phase: int
+
+    def __init__(
+        self,
+        op: Op,
+        layout: Layout,
+        rank: int,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        site: str,
+        bare: bool = False,
+    ) -> None:
+        super().__init__()
+        self.op, self.layout, self.rank, self.site, self.bare = op, layout, rank, site, bare
+        self.phase = _FULL
+        self.shape: Shape = tuple(weight.shape)
+        self.stages = tuple((stage, layout.factor_names[index]) for stage, index in layout.stages(op))
+        # Not register_parameter: `weight` is also a property, which it would take for a clash.
+        self._parameters["weight"] = weight
+        for name in layout.factor_names:
+            self._parameters[name] = None
+        self._parameters["bias"] = bias
+
+    def forward(self, x: Tensor, *bias: Tensor | None) -> Tensor:
+        """``x`` as the op takes it. A bias given here (None included) stands in for the module's own."""
+        b = bias[0] if bias else self._parameters["bias"]
+        if self.phase == _FULL:
+            return self.op(x, self._parameters["weight"], b)
+        *first, (op, name) = self.stages
+        for stage, factor in first:
+            x = stage(x, self._parameters[factor])
+        return op(x, self._parameters[name], b)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names that hold this phase's parameters, the bias apart."""
+        return ("weight",) if self.phase == _FULL else self.layout.factor_names
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """(left, right) in LOW. Raises TransitionError in FULL, where there are none."""
+        left, right = (self._parameters[name] for name in self.layout.factor_names)
+        if left is None or right is None:
+            raise TransitionError(f"{self.site} is in FULL: it has no factors; enter LOW first")
+        return left, right
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in every phase, for code that reads it; outside FULL it is computed, and differentiable."""
+        dense = self._parameters["weight"]
+        return dense if dense is not None else self.layout.join(self.factors)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.phase != _FULL:
+            raise TransitionError(
+                f"{self.site} has no weight to write in {Phase(self.phase).name}: enter FULL first, or write to "
+                f"its factors"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.site}, {self.op.kind} {'x'.join(map(str, self.shape))}, {self.layout.name} rank {self.rank}, "
+            f"{Phase(self.phase).name}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bare and prefix + "weight" in destination:
+            destination[prefix.removesuffix(".")] = destination.pop(prefix + "weight")
+
+    def spectrum(self) -> Tensor:
+        """Singular values per group [g, k] in float64, from the dense weight or the factors, whichever trains."""
+        if self.phase == _FULL:
+            return lowrank.singular_values(self.layout.to_matrix(self.weight.detach()))
+        left, right = self.factors
+        return lowrank.product_singular_values(*self.layout.to_matrices((left.detach(), right.detach())))
+
+
+def switched_modules(net: nn.Module) -> dict[str, list[Switched]]:
+    """All modules of every site, by site name, in the order of the module tree."""
+    sites: dict[str, list[Switched]] = {}
+    for module in net.modules():
+        if isinstance(module, Switched):
+            sites.setdefault(module.site, []).append(module)
+    return sites
