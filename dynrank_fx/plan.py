@@ -1,0 +1,153 @@
+"""The plan: which sites are factored, by what layout, to which rank, and why the rest is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import PlanError
+from .layout import Layout, layout_named
+from .sites import Site, Skipped
+from .table import text_table
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One row: the site, how it is factored, and to which rank."""
+
+    site: Site
+    layout: Layout
+    rank: int
+
+    @property
+    def params(self) -> int:
+        """Parameters of the factors."""
+        return self.layout.params(self.site.shape, self.rank)
+
+    @property
+    def flops(self) -> int | None:
+        """FLOPs of the factors over all uses on the example inputs; None where no example was given."""
+        if self.site.flops is None:
+            return None
+        return sum(
+            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank)
+            for use in self.site.uses
+            if use.input_shape is not None
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen and comparable; names only. ``print(plan)`` is the table, ``to_json`` the file.
+
+    total_params, total_flops: of the whole dense model (FLOPs for the example inputs, None without).
+    """
+
+    sites: tuple[PlannedSite, ...]
+    skipped: tuple[Skipped, ...]
+    total_params: int
+    total_flops: int | None = None
+
+    @property
+    def low_params(self) -> int:
+        """Parameters of the whole model with every planned site factored."""
+        return self.total_params + sum(row.params - row.site.params for row in self.sites)
+
+    @property
+    def low_flops(self) -> int | None:
+        """FLOPs of the whole model with every planned site factored."""
+        if self.total_flops is None:
+            return None
+        return self.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in self.sites)
+
+    def with_ranks(self, ranks: dict[str, int]) -> Plan:
+        """The same plan with other ranks for the named sites. Raises PlanError for a name or rank that does not fit."""
+        unknown = set(ranks) - {row.site.name for row in self.sites}
+        if unknown:
+            raise PlanError(f"the plan has no site {sorted(unknown)[0]!r} to give a rank to")
+        return replace(self, sites=tuple(checked(replace(r, rank=ranks.get(r.site.name, r.rank))) for r in self.sites))
+
+    def to_json(self) -> str:
+        """Versioned JSON, to be read, edited and given back."""
+        data = {
+            "format": "dynrank-fx plan",
+            "version": VERSION,
+            "total_params": self.total_params,
+            "total_flops": self.total_flops,
+            "sites": [row.to_json() for row in self.sites],
+            "skipped": [row.to_json() for row in self.skipped],
+        }
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises PlanError for anything that is not a plan of this version, or has an impossible rank or layout."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != "dynrank-fx plan":
+            raise PlanError('this is not a plan: it lacks the line "format": "dynrank-fx plan"')
+        if data.get("version") != VERSION:
+            raise PlanError(
+                f"the plan has version {data.get('version')} and this dynrank-fx reads version {VERSION}; "
+                "upgrade dynrank-fx, or make the plan again"
+            )
+        try:
+            sites = tuple(_row_from_json(row) for row in data["sites"])
+            skipped = tuple(Skipped.from_json(row) for row in data["skipped"])
+            return cls(sites, skipped, data["total_params"], data["total_flops"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"the plan is incomplete or has a value of the wrong kind: {error!r}") from error
+
+    def __str__(self) -> str:
+        rows = [_table_row(row) for row in self.sites]
+        rows += [
+            (s.name, "x".join(map(str, s.shape)), "dense", "", _count(s.params), "", "", s.reason) for s in self.skipped
+        ]
+        head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "", "why dense")
+        lines = [text_table(head, rows, right=(3,)), ""]
+        lines.append(f"{len(self.sites)} sites factored, {len(self.skipped)} matrices left dense")
+        lines.append(f"parameters  {_change(self.total_params, self.low_params)}")
+        if self.total_flops is not None and self.low_flops is not None:
+            lines.append(f"FLOPs       {_change(self.total_flops, self.low_flops)} on the example inputs")
+        return "\n".join(lines)
+
+
+def _table_row(row: PlannedSite) -> tuple[str, ...]:
+    site = row.site
+    params = f"{_count(site.params)} -> {_count(row.params)}"
+    flops = "" if row.flops is None or site.flops is None else f"{site.flops / 1e6:.4g} -> {row.flops / 1e6:.4g}"
+    name = " = ".join((site.name, *site.aliases))
+    calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
+    return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, calls, "")
+
+
+def _count(n: int) -> str:
+    return f"{n:,}"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"
+
+
+def _row_from_json(data: dict[str, Any]) -> PlannedSite:
+    site = Site.from_json(data["site"])
+    return checked(PlannedSite(site, layout_named(data["layout"], site.groups), data["rank"]))
+
+
+def checked(row: PlannedSite) -> PlannedSite:
+    """The row itself. Raises PlanError for a layout that does not serve its op, or a rank it cannot have."""
+    fits = (row.layout.name == "linear") == (row.site.kind == "linear")
+    if not fits:
+        raise PlanError(f"{row.site.name} is a {row.site.kind}, which the layout {row.layout.name!r} does not serve")
+    limit = row.layout.max_rank(row.site.shape)
+    if isinstance(row.rank, bool) or not isinstance(row.rank, int) or not 1 <= row.rank <= limit:
+        raise PlanError(f"{row.site.name} cannot have rank {row.rank}: give a whole number from 1 to {limit}")
+    return row

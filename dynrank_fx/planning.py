@@ -1,0 +1,154 @@
+"""Deciding: from a net, a rank policy and name patterns to a Plan; nothing is rewritten here."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from . import lowrank
+from .errors import PlanError
+from .interpret import measure
+from .layout import ChannelLayout, ConvLayout, Layout, LinearLayout, layout_named
+from .net import Net
+from .plan import Plan, PlannedSite, checked
+from .ranks import Curve, RankPolicy
+from .sites import Site, Skipped, find_sites, locate
+
+
+def make_plan(
+    net: Net,
+    rank: RankPolicy,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    multiple_of: int = 1,
+    conv_layout: ConvLayout = ChannelLayout,
+    allow_unprofitable: bool = False,
+) -> Plan:
+    """Decide on data, before anything is rewritten: ranks for every site that may be factored and pays.
+
+    include, exclude: shell patterns on site names and aliases; all sites by default. multiple_of: ranks are rounded
+    up to it. A site is skipped where its factors would cost no less than the dense weight, in parameters or in FLOPs,
+    unless allow_unprofitable. Raises PlanError for a pattern that matches nothing or a rank that no site can have.
+    """
+    if multiple_of < 1:
+        raise PlanError(f"ranks cannot be multiples of {multiple_of}; give 1 or more")
+    measured = None if example_inputs is None else measure(net, example_inputs)
+    sites, skipped = find_sites(net, measured.shapes if measured else None)
+    _check_patterns([*include, *exclude], [*sites, *skipped])
+    reasons: dict[str, str] = {}
+    for site in sites:
+        if include and not matches(site, include):
+            reasons[site.name] = "not among the names to include"
+        elif matches(site, exclude):
+            reasons[site.name] = "excluded by name"
+    chosen = [site for site in sites if site.name not in reasons]
+    layouts = [_layout(site, conv_layout) for site in chosen]
+    located = locate(net)
+    curves = [
+        Curve(
+            site.name,
+            layout.max_rank(site.shape),
+            partial(lowrank.singular_values, layout.to_matrix(located[site.name].parameter.detach())),
+        )
+        for site, layout in zip(chosen, layouts, strict=True)
+    ]
+    rows = []
+    for site, layout, r in zip(chosen, layouts, rank.ranks(curves), strict=True):
+        row = PlannedSite(site, layout, -(-r // multiple_of) * multiple_of)
+        why = _too_much(row, allow_unprofitable)
+        if why:
+            reasons[site.name] = why
+        else:
+            rows.append(row)
+    left = [Skipped(site.name, site.shape, reasons[site.name]) for site in sites if site.name in reasons]
+    order = {name: i for i, name in enumerate(located)}
+    dense = sorted([*left, *skipped], key=lambda s: order[s.name])
+    total = sum(p.numel() for p in net.parameters())
+    return Plan(tuple(rows), tuple(dense), total, measured.flops if measured else None)
+
+
+def _layout(site: Site, conv_layout: ConvLayout) -> Layout:
+    return LinearLayout() if site.kind == "linear" else conv_layout(site.groups)
+
+
+def _too_much(row: PlannedSite, allow_unprofitable: bool) -> str | None:
+    shape = "x".join(map(str, row.site.shape))
+    limit = row.layout.max_rank(row.site.shape)
+    if row.rank > limit:
+        return f"rank {row.rank} is over the limit of {limit} for {shape}"
+    if allow_unprofitable:
+        return None
+    costs = (("parameters", row.params, row.site.params), ("FLOPs", row.flops, row.site.flops))
+    for what, low, dense in costs:
+        if low is not None and dense is not None and low >= dense:
+            return f"rank {row.rank} of {shape} would cost no fewer {what} than dense ({low:,} for {dense:,})"
+    return None
+
+
+def matches(site: Site | Skipped, patterns: Iterable[str]) -> bool:
+    """Whether a pattern fits the site's name, an alias, or the module that holds it (``fc`` for ``fc.weight``)."""
+    names = [site.name, *getattr(site, "aliases", ())]
+    names += [name.removesuffix(".weight") for name in names]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], candidates: Sequence[Site | Skipped]) -> None:
+    for pattern in patterns:
+        if not any(matches(candidate, [pattern]) for candidate in candidates):
+            known = ", ".join(candidate.name for candidate in candidates[:5]) or "(none)"
+            raise PlanError(
+                f"the pattern {pattern!r} matches no weight of the model; its weights are named like {known}"
+            )
+
+
+def break_even_rank(site: Site, layout: Layout) -> tuple[int, int | None]:
+    """The largest ranks that cost less than dense: in parameters, and in FLOPs (None without example shapes)."""
+
+    def largest(fits: Any) -> int:
+        low, high = 0, layout.max_rank(site.shape)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(PlannedSite(site, layout, middle)) else (low, middle - 1)
+        return low
+
+    by_params = largest(lambda row: row.params < site.params)
+    by_flops = None if site.flops is None else largest(lambda row: (row.flops or 0) < (site.flops or 0))
+    return by_params, by_flops
+
+
+def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
+    """A given plan for this net: its layouts and ranks, with the sites and costs as found here.
+
+    A site the plan does not list stays dense, and says so. Raises PlanError where the plan names a weight that the net
+    does not have, has in another shape, or cannot factor.
+    """
+    measured = None if example_inputs is None else measure(net, example_inputs)
+    sites, skipped = find_sites(net, measured.shapes if measured else None)
+    by_name, why = {site.name: site for site in sites}, {s.name: s.reason for s in skipped}
+    rows = []
+    for row in plan.sites:
+        name, here = row.site.name, by_name.pop(row.site.name, None)
+        if here is None:
+            raise PlanError(
+                f"the plan factors {name}, which this model "
+                + (f"keeps dense: {why[name]}" if name in why else "does not have: the plan is of another model")
+            )
+        if here.shape != row.site.shape:
+            raise PlanError(
+                f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
+            )
+        rows.append(checked(PlannedSite(here, layout_named(row.layout.name, here.groups), row.rank)))
+    given = {s.name: s.reason for s in plan.skipped}
+    dense = [
+        *skipped,
+        *(Skipped(s.name, s.shape, given.get(s.name, "left dense by the given plan")) for s in by_name.values()),
+    ]
+    order = {name: i for i, name in enumerate(locate(net))}
+    rows.sort(key=lambda row: order[row.site.name])
+    dense.sort(key=lambda s: order[s.name])
+    total = sum(p.numel() for p in net.parameters())
+    return Plan(tuple(rows), tuple(dense), total, measured.flops if measured else plan.total_flops)
