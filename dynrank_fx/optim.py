@@ -1,0 +1,239 @@
+"""Optimizer state across a change of parameters, and the learning rate after it.
+
+First moments map exactly (``lowrank.moments_*``). Second moments only roughly, so they are mapped bias-corrected and
+kept at m² or more: no first step is then longer than the learning rate. The step counter goes along.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from . import lowrank
+from .errors import DynrankWarning, TransitionError
+from .layout import Factors, Layout
+from .ops import Shape
+
+State: TypeAlias = dict[str, Any]
+
+
+class Carry(enum.Enum):
+    """What happens to the optimizer state of replaced parameters."""
+
+    MOVE = "moved into the new coordinates where the optimizer's state is known, reset otherwise"
+    RESET = "first and second moments and the step counter start anew"
+
+
+_KNOWN_STATE: dict[type[Optimizer], set[str]] = {
+    SGD: {"momentum_buffer"},
+    Adam: {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+}
+
+
+def can_move(optimizer: Optimizer) -> bool:
+    """Whether the state of this optimizer is one that ``moved_*`` understands."""
+    known = next((keys for kind, keys in _KNOWN_STATE.items() if isinstance(optimizer, kind)), None)
+    return known is not None and all(set(state) <= known for state in optimizer.state.values())
+
+
+def warn_reset(optimizer: Optimizer) -> None:
+    """Say once per switch that state could not be moved."""
+    warnings.warn(
+        f"the state of {type(optimizer).__name__} is not one that can be moved between a weight and its factors: "
+        "it is reset for the replaced parameters (SGD, Adam and AdamW are moved)",
+        DynrankWarning,
+        stacklevel=4,
+    )
+
+
+def group_of(optimizer: Optimizer, parameter: Parameter) -> dict[str, Any] | None:
+    """The parameter group that trains this parameter, or None."""
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            return group
+    return None
+
+
+def moved_to_factors(optimizer: Optimizer, weight: Parameter, factors: Factors, layout: Layout) -> list[State]:
+    """States for (left, right) from the state of the dense weight; empty ones where it has none yet."""
+    state, group = optimizer.state.get(weight), group_of(optimizer, weight)
+    if not state or group is None:
+        return [{}, {}]
+    B, A = (t.float() if t.dtype.itemsize < 4 else t for t in layout.to_matrices(factors))
+    shape: Shape = tuple(weight.shape)
+
+    def first(M: Tensor) -> tuple[Tensor, ...]:
+        return lowrank.moments_to_factors(layout.to_matrix(M).to(B.dtype), B, A)
+
+    def second(V: Tensor) -> tuple[Tensor, ...]:
+        return lowrank.second_moments_to_factors(layout.to_matrix(V).to(B.dtype), B, A)
+
+    def fold(pair: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return layout.from_matrices((pair[0], pair[1]), shape)
+
+    return _moved(group, [state], first=lambda M: first(M[0]), second=lambda V: second(V[0]), fold=fold, like=factors)
+
+
+def moved_to_dense(optimizer: Optimizer, factors: Factors, weight: Tensor, layout: Layout) -> list[State]:
+    """The state for the dense weight from those of (left, right); an empty one where a factor has none yet."""
+    left, right = factors
+    states = [optimizer.state.get(left), optimizer.state.get(right)]
+    group = group_of(optimizer, left)  # type: ignore[arg-type]
+    if group is None or not all(states):
+        return [{}]
+    B, A = (t.detach().float() if t.dtype.itemsize < 4 else t.detach() for t in layout.to_matrices(factors))
+
+    def matrices(pair: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        P, Q = layout.to_matrices((pair[0], pair[1]))
+        return P.to(B.dtype), Q.to(B.dtype)
+
+    return _moved(
+        group,
+        [state for state in states if state],
+        first=lambda M: (lowrank.moments_to_dense(*matrices(M), B, A),),
+        second=lambda V: (lowrank.second_moments_to_dense(*matrices(V), B, A),),
+        fold=lambda one: (layout.from_matrix(one[0], tuple(weight.shape)),),
+        like=(weight,),
+    )
+
+
+_Map: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+@torch.no_grad()
+def _moved(
+    group: dict[str, Any],
+    states: list[State],
+    *,
+    first: _Map,
+    second: _Map,
+    fold: _Map,
+    like: Sequence[Tensor],
+) -> list[State]:
+    """New states, one for each tensor in ``like``. first and second map moments to matrices; fold gives those their
+    shape.
+    """
+
+    def done(matrices: Sequence[Tensor]) -> list[Tensor]:
+        return [t.to(p.dtype).contiguous().clone() for t, p in zip(fold(matrices), like, strict=True)]
+
+    if "momentum_buffer" in states[0]:
+        buffers = [state["momentum_buffer"] for state in states]
+        if any(buffer is None for buffer in buffers):
+            return [{} for _ in like]
+        return [{"momentum_buffer": buffer} for buffer in done(first(buffers))]
+
+    steps = [float(state["step"]) for state in states]
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    correct1, correct2 = ([1 - beta**step for step in steps] for beta in (beta1, beta2))
+    m = first([state["exp_avg"] / c for state, c in zip(states, correct1, strict=True)])
+    v = second([state["exp_avg_sq"] / c for state, c in zip(states, correct2, strict=True)])
+    v = tuple(torch.maximum(b, a.square()) for a, b in zip(m, v, strict=True))
+    new: list[State] = [{"step": _clone(states[0]["step"])} for _ in like]
+    for key, values in (
+        ("exp_avg", [a * correct1[0] for a in m]),
+        ("exp_avg_sq", [b * correct2[0] for b in v]),
+    ):
+        for state, value in zip(new, done(values), strict=True):
+            state[key] = value
+    if "max_exp_avg_sq" in states[0]:
+        largest = done(second([state["max_exp_avg_sq"] for state in states]))
+        for state, value in zip(new, largest, strict=True):
+            state["max_exp_avg_sq"] = torch.maximum(value, state["exp_avg_sq"])
+    return new
+
+
+def _clone(step: Any) -> Any:
+    return step.clone() if isinstance(step, Tensor) else step
+
+
+def swap_parameters(
+    optimizer: Optimizer,
+    old: Sequence[Parameter],
+    new: Sequence[Parameter],
+    states: Sequence[State],
+    names: Sequence[str],
+) -> None:
+    """Put ``new`` where ``old`` stood in the parameter groups, with these states; nothing of ``old`` remains.
+
+    Each new parameter goes into the group of the one it replaces (several into one's place; one into the first's
+    place). names: the last part of the new parameters' names, for groups that keep ``param_names``. Parameters that
+    the optimizer does not train are left out of it.
+    """
+    place = next(
+        ((g, i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if any(p is o for o in old)),
+        None,
+    )
+    if place is None:
+        return
+    group, index = place
+    prefix = ""
+    if "param_names" in group:
+        prefix = group["param_names"][index].rpartition(".")[0]
+    for g in optimizer.param_groups:
+        stays = [all(p is not o for o in old) for p in g["params"]]
+        g["params"][:] = [p for p, keep in zip(g["params"], stays, strict=True) if keep]
+        if "param_names" in g:
+            g["param_names"][:] = [n for n, keep in zip(g["param_names"], stays, strict=True) if keep]
+    for o in old:
+        optimizer.state.pop(o, None)
+    group["params"][index:index] = list(new)
+    if "param_names" in group:
+        group["param_names"][index:index] = [f"{prefix}.{name}".lstrip(".") for name in names]
+    for p, state in zip(new, states, strict=True):
+        if state:
+            optimizer.state[p] = state
+
+
+class Rewarm:
+    """Scales the learning rate from ``1/steps`` to 1 over the next ``steps`` optimizer steps, then takes itself off.
+
+    The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
+    ``left`` is how many steps remain, for a checkpoint; ``Rewarm(optimizer, steps, left=left)`` goes on from there.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
+        if steps < 0:
+            raise TransitionError(f"a learning rate cannot re-warm over {steps} steps; give 0 or more")
+        self.steps, self.left = steps, steps if left is None else left
+        self._rates: list[Any] = []
+        self._handles: list[Any] = []
+        if self.left > 0:
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_post_hook(self._after),
+            ]
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        factor = (self.steps - self.left + 1) / self.steps
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        self.left -= 1
+        if self.left <= 0:
+            self.stop()
+
+    def stop(self) -> None:
+        """Take the scaling off now."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.left = [], 0
+
+
+def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
+    """Re-warm the learning rate after a switch: linearly from ``1/steps`` of it to all of it over the next ``steps``
+    steps.
+    """
+    return Rewarm(optimizer, steps)

@@ -1,0 +1,230 @@
+"""The only weight moves: phase changes site by site, with the optimizer's state, undone as a whole if one fails."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from . import optim
+from .errors import DynrankError, PlanError, TransitionError
+from .net import Net, unwrap
+from .optim import Carry
+from .parameters import Journal, parameters_of, refuse_parameter, replace_parameters
+from .phase import Phase, Setting
+from .plan import Plan
+from .rewrite import plan_of, set_plan
+from .switched import Switched, switched_modules
+
+
+@dataclass(frozen=True)
+class SiteChange:
+    """What happened to one site. error: ‖W_new − W_old‖_F / ‖W_old‖_F of the weight the site stands for."""
+
+    site: str
+    before: Phase
+    after: Phase
+    replaced: tuple[str, ...]
+    by: tuple[str, ...]
+    error: float
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One phase change over all sites; empty where every site was in its phase already. carry: None without an
+    optimizer.
+    """
+
+    changes: tuple[SiteChange, ...]
+    carry: Carry | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.changes)
+
+
+def enter_(
+    net: nn.Module, setting: Setting, optimizer: Optimizer | None = None, *, carry: Carry = Carry.MOVE
+) -> Transition:
+    """Bring every site into its phase, replacing parameters in the net and in the optimizer, with its state.
+
+    setting: a phase for all sites, or a mapping of site names (or shell patterns) to phases, others keeping theirs.
+    Sites change one by one, the old parameters being freed before the next site is touched; what they held waits in a
+    temporary file, so that any failure, interruption included, puts net and optimizer back as they were.
+
+    Raises TransitionError in words for a pattern that matches nothing, non-finite weights, pending gradients, sharded
+    or wrapped parameters, and an optimizer that holds none of the net's parameters. Warns (DynrankWarning) where
+    state was reset.
+    """
+    root = unwrap(net)
+    _refuse_wrapped(root)
+    sites = switched_modules(root)
+    targets = _targets(sites, setting)
+    changing = {name: sites[name] for name, phase in targets.items() if sites[name][0].phase != int(phase)}
+    if not changing:
+        return Transition(())
+    if any(targets[name] is Phase.ADAPTOR for name in changing):
+        raise TransitionError("the phase ADAPTOR is not built yet; use FULL or LOW")
+    _check(changing, optimizer)
+    if optimizer is not None and carry is Carry.MOVE and not optim.can_move(optimizer):
+        carry = Carry.RESET
+        optim.warn_reset(optimizer)
+    move = optimizer if carry is Carry.MOVE else None
+
+    changes = []
+    with Journal(optimizer) as journal:
+        for name, modules in changing.items():
+            try:
+                changes.append(_change_site(name, modules, targets[name], optimizer, move, journal))
+            except DynrankError:
+                raise
+            except OSError as error:
+                raise TransitionError(
+                    f"no room to keep {name} safe during its switch ({error}); net and optimizer are as before"
+                ) from error
+    _specialize(root)
+    return Transition(tuple(changes), carry if optimizer is not None else None)
+
+
+def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, carry: Carry = Carry.MOVE) -> Transition:
+    """Replace the plan by one with other ranks. A FULL site only notes its rank; a LOW one is cut anew from its own
+    product.
+
+    Raises PlanError where the new plan has other sites or layouts, TransitionError as ``enter_`` does.
+    """
+    root = unwrap(net)
+    old, sites = plan_of(root), switched_modules(root)
+    if [(r.site.name, r.layout) for r in plan.sites] != [(r.site.name, r.layout) for r in old.sites]:
+        raise PlanError("the new plan has other sites or layouts than the net; only ranks can change")
+    ranks = {row.site.name: row.rank for row in plan.sites if row.rank != sites[row.site.name][0].rank}
+    low = {name: sites[name] for name in ranks if sites[name][0].phase == int(Phase.LOW)}
+    if low:
+        _check(low, optimizer)
+    changes: list[SiteChange] = []
+    for name, rank in ranks.items():
+        if name in low:
+            enter_(root, {name: Phase.FULL}, optimizer, carry=carry)
+        for module in sites[name]:
+            module.rank = rank
+        if name in low:
+            changes += enter_(root, {name: Phase.LOW}, optimizer, carry=carry).changes
+    set_plan(root, plan)
+    _specialize(root)
+    return Transition(tuple(changes), carry if optimizer is not None else None)
+
+
+def phases_of(net: nn.Module) -> dict[str, Phase]:
+    """The phase of every site, by name."""
+    return {name: Phase(modules[0].phase) for name, modules in switched_modules(unwrap(net)).items()}
+
+
+# Refusals
+
+
+def _refuse_wrapped(root: nn.Module) -> None:
+    for module in root.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise TransitionError(
+                "the net is wrapped in DistributedDataParallel, whose ranks would go apart: enter_ the module "
+                "inside, then wrap it again"
+            )
+        if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
+            raise TransitionError(
+                "the net is sharded by FSDP, which would keep the old parameters: gather it, switch, and shard it again"
+            )
+
+
+def _targets(sites: Mapping[str, list[Switched]], setting: Setting) -> dict[str, Phase]:
+    if not sites:
+        raise TransitionError(
+            "the net has no site to switch: make it by transform, and look at its plan for the reasons"
+        )
+    if not isinstance(setting, Mapping):
+        return dict.fromkeys(sites, Phase(setting))
+    targets: dict[str, Phase] = {}
+    for pattern, phase in setting.items():
+        names = [name for name in sites if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {next(iter(sites))}")
+        targets.update(dict.fromkeys(names, Phase(phase)))
+    return targets
+
+
+def _check(sites: Mapping[str, list[Switched]], optimizer: Optimizer | None) -> None:
+    """Everything that can be wrong with values, before anything is touched."""
+    present = []
+    for name, modules in sites.items():
+        for parameter in parameters_of(modules[0]):
+            refuse_parameter(name, parameter)
+            present.append(parameter)
+            if not bool(torch.isfinite(parameter).all()):
+                raise TransitionError(
+                    f"{name} has non-finite weights: nothing was switched; look for a diverged step, and lower "
+                    f"the learning rate"
+                )
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(p.requires_grad for p in present) and not any(id(p) in held for p in present):
+        raise TransitionError(
+            "the optimizer holds no parameter of the sites to switch: build it over the transformed net's parameters()"
+        )
+
+
+# One site
+
+
+@torch.no_grad()
+def _change_site(
+    name: str,
+    modules: list[Switched],
+    phase: Phase,
+    optimizer: Optimizer | None,
+    move: Optimizer | None,
+    journal: Journal,
+) -> SiteChange:
+    module, before = modules[0], Phase(modules[0].phase)
+    layout, old = module.layout, parameters_of(module)
+    old_weight = module.weight.detach()
+    if phase is Phase.LOW:
+        values: tuple[Tensor, ...] = layout.split(old_weight, module.rank)
+        states = optim.moved_to_factors(move, old[0], (values[0], values[1]), layout) if move else [{}, {}]
+        new_weight = layout.join((values[0], values[1]))
+        names: tuple[str, ...] = layout.factor_names
+    else:
+        values = (old_weight,)
+        states = optim.moved_to_dense(move, module.factors, old_weight, layout) if move else [{}]
+        new_weight, names = old_weight, ("weight",)
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise TransitionError(f"{name} could not be split into finite factors; net and optimizer are as before")
+    error = float(
+        torch.linalg.vector_norm(new_weight - old_weight) / torch.linalg.vector_norm(old_weight).clamp_min(1e-30)
+    )
+    new = tuple(Parameter(_like(value, old[0]), requires_grad=old[0].requires_grad) for value in values)
+    replaced = module.parameter_names
+    journal.keep(modules, old, new)
+    replace_parameters(modules, phase, dict(zip(names, new, strict=True)), optimizer, states)
+    return SiteChange(name, before, phase, replaced, names, error)
+
+
+def _like(value: Tensor, old: Tensor) -> Tensor:
+    """In the memory format of the parameter it replaces (channels_last stays so)."""
+    if (
+        value.ndim == 4
+        and old.ndim == 4
+        and not old.is_contiguous()
+        and old.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return value.contiguous(memory_format=torch.channels_last)
+    return value.contiguous()
+
+
+def _specialize(root: nn.Module) -> None:
+    for net in root.modules():
+        if isinstance(net, Net):
+            sites = switched_modules(net).values()
+            net.specialize(tuple((modules[0].phase, modules[0].rank) for modules in sites))
