@@ -1,0 +1,96 @@
+"""Dynamic-rank training as a torch.fx compiler pass: factor, train in phases, truncate, export (arXiv 2508.08625).
+
+The names are imported when first used, so that ``import dynrank_fx`` costs nothing before torch is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import schedules as schedules
+    from .checkpoint import load as load
+    from .checkpoint import save as save
+    from .errors import CaptureError as CaptureError
+    from .errors import DynrankError as DynrankError
+    from .errors import DynrankWarning as DynrankWarning
+    from .errors import ExportError as ExportError
+    from .errors import ModelFileError as ModelFileError
+    from .errors import PlanError as PlanError
+    from .errors import ScheduleError as ScheduleError
+    from .errors import StoreError as StoreError
+    from .errors import TransitionError as TransitionError
+    from .export import export_onnx as export_onnx
+    from .layout import ChannelLayout as ChannelLayout
+    from .layout import SpatialLayout as SpatialLayout
+    from .lowrank import effective_rank as effective_rank
+    from .lowrank import stable_rank as stable_rank
+    from .optim import Carry as Carry
+    from .optim import rewarm_ as rewarm_
+    from .phase import Phase as Phase
+    from .phase import TrainState as TrainState
+    from .pipeline import transform as transform
+    from .plan import Plan as Plan
+    from .planning import make_plan as make_plan
+    from .ranks import Energy as Energy
+    from .ranks import Fixed as Fixed
+    from .ranks import Ratio as Ratio
+    from .rewrite import factorize as factorize
+    from .rewrite import inline as inline
+    from .rewrite import plan_of as plan_of
+    from .tracing import Capture as Capture
+    from .tracing import capture as capture
+    from .transition import Transition as Transition
+    from .transition import enter_ as enter_
+    from .transition import phases_of as phases_of
+    from .transition import replan_ as replan_
+    from .truncation import truncate as truncate
+
+_HOME = {
+    "tracing": ("Capture", "capture"),
+    "checkpoint": ("load", "save"),
+    "errors": (
+        "CaptureError",
+        "DynrankError",
+        "DynrankWarning",
+        "ExportError",
+        "ModelFileError",
+        "PlanError",
+        "ScheduleError",
+        "StoreError",
+        "TransitionError",
+    ),
+    "export": ("export_onnx",),
+    "layout": ("ChannelLayout", "SpatialLayout"),
+    "lowrank": ("effective_rank", "stable_rank"),
+    "optim": ("Carry", "rewarm_"),
+    "phase": ("Phase", "TrainState"),
+    "pipeline": ("transform",),
+    "plan": ("Plan",),
+    "planning": ("make_plan",),
+    "ranks": ("Energy", "Fixed", "Ratio"),
+    "rewrite": ("factorize", "inline", "plan_of"),
+    "transition": ("Transition", "enter_", "phases_of", "replan_"),
+    "truncation": ("truncate",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", "schedules", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "schedules":
+        return importlib.import_module(".schedules", __name__)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Not `from . import`: a submodule of the same name (capture) must not hide the function.
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .capture import slow_attention
 from .errors import CaptureError
 from .inputs import split_inputs
 from .net import Net
 from .ops import Shape
+from .tracing import slow_attention
 
 
 @dataclass

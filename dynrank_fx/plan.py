@@ -39,7 +39,9 @@ class PlannedSite:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank}
+        # The costs are there to be read; reading a plan counts them anew.
+        cost = {"params": [self.site.params, self.params], "flops": [self.site.flops, self.flops]}
+        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank, **cost}
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Plan:
             "version": VERSION,
             "total_params": self.total_params,
             "total_flops": self.total_flops,
+            "low_params": self.low_params,
+            "low_flops": self.low_flops,
             "sites": [row.to_json() for row in self.sites],
             "skipped": [row.to_json() for row in self.skipped],
         }

@@ -166,6 +166,7 @@ def inline(net: nn.Module) -> fx.GraphModule:
     plain = fx.GraphModule(twin, graph, class_name=type(source).__name__)
     for name, _ in plain.named_buffers():
         _keep_persistence(twin, plain, name)
+    plain.meta = {}  # the plan is of this package
     plain.graph.lint()
     plain.training = twin.training
     return plain

@@ -86,7 +86,7 @@ def enter_(
                 raise TransitionError(
                     f"no room to keep {name} safe during its switch ({error}); net and optimizer are as before"
                 ) from error
-    _specialize(root)
+    specialize_(root)
     return Transition(tuple(changes), carry if optimizer is not None else None)
 
 
@@ -113,7 +113,7 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
         if name in low:
             changes += enter_(root, {name: Phase.LOW}, optimizer, carry=carry).changes
     set_plan(root, plan)
-    _specialize(root)
+    specialize_(root)
     return Transition(tuple(changes), carry if optimizer is not None else None)
 
 
@@ -223,7 +223,8 @@ def _like(value: Tensor, old: Tensor) -> Tensor:
     return value.contiguous()
 
 
-def _specialize(root: nn.Module) -> None:
+def specialize_(root: nn.Module) -> None:
+    """Run the code of the present setting in every Net of the tree: after phases or ranks have changed."""
     for net in root.modules():
         if isinstance(net, Net):
             sites = switched_modules(net).values()

@@ -1,0 +1,52 @@
+"""``dynrank-fx inspect``: the matrices of a model, a run or an ONNX file: spectra, ranks, and where factoring pays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("target", type=Path)
+@click.option(
+    "--model", "model_file", type=Path, metavar="MODEL.PY", help="The model file of a run, where it has moved."
+)
+@click.option("--plot", type=Path, metavar="FILE.PNG", help="Draw the spectra; of a run also ranks and loss by epoch.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+def inspect(target: Path, model_file: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Show every matrix of TARGET (MODEL.PY, a run, a folder of `transform`, or a MODEL.ONNX).
+
+    Effective rank: exp of the entropy of the normalised singular values. Stable rank: sum of their squares over the
+    largest square. Break-even: the largest rank at which two factors hold fewer parameters.
+
+    \b
+    Example:
+      dynrank-fx inspect samples/digits.py --plot spectra.png
+    """
+    from dynrank_fx.report import inspect_net, inspect_onnx, matrices_json, matrices_table
+
+    from .runs import open_run
+
+    history = []
+    if target.suffix == ".onnx":
+        rows = inspect_onnx(target)
+    elif target.suffix == ".py":
+        from dynrank_fx.tracing import capture
+
+        from .modelfile import load_model_file
+
+        file = load_model_file(target)
+        rows = inspect_net(capture(file.model(), file.example_inputs()), file.example_inputs())
+    else:
+        opened = open_run(target, model_file)
+        rows, history = inspect_net(opened.net, opened.file.example_inputs()), opened.history
+    click.echo(matrices_json(rows) if as_json else matrices_table(rows))
+    if plot:
+        from dynrank_fx.plots import plot_run, plot_spectra
+
+        if history:
+            plot_run(history, plot)
+        else:
+            plot_spectra(rows, plot)
+        click.echo(f"drew {plot}", err=True)

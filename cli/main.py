@@ -1,0 +1,66 @@
+"""The command ``dynrank-fx``: a group of thin commands; a user's mistake is one sentence and exit code 1."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import click
+
+from dynrank_fx import __version__
+from dynrank_fx.errors import DynrankError, DynrankWarning
+
+from .export import export
+from .inspect import inspect
+from .train import train
+from .transform import transform
+
+
+class _Commands(click.Group):
+    """Prints a DynrankError as a sentence; anything else is ours, and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DynrankError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dynrank-fx")
+def cli() -> None:
+    """Train with dynamic rank: factor a model, train it in LOW and FULL phases, truncate it, export it to ONNX.
+
+    \b
+    dynrank-fx transform model.py           what would be factored, and what it saves
+    dynrank-fx train model.py --out run     train by a schedule, with checkpoints
+    dynrank-fx export run -o model.onnx     truncate, export, compare in onnxruntime
+    dynrank-fx inspect run --plot rank.png  spectra and ranks
+
+    model.py defines model() and example_inputs(); to train also train_data() and loss(output, batch).
+    """
+    _quieten()
+
+
+def _quieten() -> None:
+    """Our warnings as one line each; those that libraries raise about themselves are not for this user."""
+    show = warnings.showwarning
+
+    def one_line(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+        if issubclass(category, DynrankWarning):
+            click.echo(f"Warning: {message}", err=True)
+        else:
+            show(message, category, *rest, **more)
+
+    warnings.showwarning = one_line
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|copyreg)")
+
+
+for command in (transform, train, export, inspect):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    cli(prog_name="dynrank-fx")

@@ -1,0 +1,82 @@
+"""Options that several commands take, and the values they stand for. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dynrank_fx.net import Net
+    from dynrank_fx.ranks import RankPolicy
+
+    from .modelfile import ModelFile
+
+_PLAN_OPTIONS = (
+    click.option("--rank", metavar="R", help="A fraction of each matrix (0.25, the default) or one rank for all (16)."),
+    click.option(
+        "--energy", type=float, metavar="E", help="Instead: the least rank that keeps this share of the squares."
+    ),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Only weights whose name fits; may be repeated."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights whose name fits; may be repeated."),
+    click.option("--multiple-of", type=int, default=1, metavar="N", help="Round ranks up to a multiple of N."),
+    click.option("--layout", type=click.Choice(["channel", "spatial"]), default="channel", help="Of convolutions."),
+    click.option("--plan", "plan_file", type=Path, metavar="FILE", help="Instead: an edited plan.json."),
+)
+
+
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide what is factored."""
+    for option in reversed(_PLAN_OPTIONS):
+        command = option(command)
+    return command
+
+
+def rank_policy(rank: str | None, energy: float | None) -> RankPolicy:
+    """The rank policy that ``--rank`` or ``--energy`` asks for."""
+    from dynrank_fx.ranks import Energy, Fixed, Ratio
+
+    if rank is not None and energy is not None:
+        raise click.UsageError("give --rank or --energy, not both")
+    if energy is not None:
+        return Energy(energy)
+    if rank is None:
+        return Ratio(0.25)
+    try:
+        return Ratio(float(rank)) if "." in rank else Fixed(int(rank))
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{rank!r} is neither a fraction (0.25) nor a rank (16)", param_hint="--rank"
+        ) from error
+
+
+def transformed(
+    file: ModelFile,
+    *,
+    rank: str | None,
+    energy: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    multiple_of: int,
+    layout: str,
+    plan_file: Path | None,
+    allow_empty: bool = False,
+) -> Net:
+    """The model of a model file, transformed as the options say."""
+    from dynrank_fx.checkpoint import read_plan
+    from dynrank_fx.layout import ChannelLayout, SpatialLayout
+    from dynrank_fx.pipeline import transform
+
+    return transform(
+        file.model(),
+        file.example_inputs(),
+        rank=rank_policy(rank, energy),
+        include=include,
+        exclude=exclude,
+        multiple_of=multiple_of,
+        conv_layout=SpatialLayout if layout == "spatial" else ChannelLayout,
+        plan=None if plan_file is None else read_plan(plan_file),
+        allow_empty=allow_empty,
+    )

@@ -1,0 +1,229 @@
+"""``dynrank-fx train``: train by a schedule with checkpoints, stop on Ctrl-C, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dynrank_fx.errors import ModelFileError, StoreError
+
+from .options import plan_options, transformed
+from .runs import RUN_FILE, read_run_file, write_run_file
+
+if TYPE_CHECKING:
+    from dynrank_fx.net import Net
+    from dynrank_fx.phase import Schedule
+    from dynrank_fx.train import Run, Settings, Task
+
+    from .modelfile import ModelFile
+
+_SCHEDULES = ("aligned", "interleave", "low", "full", "paper-cifar10", "paper-cifar100")
+_NOT_OF_THE_RUN = ("model_file", "out", "resume")
+
+
+@click.command()
+@click.argument("model_file", type=Path)
+@plan_options
+@click.option("--from", "start", type=Path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
+@click.option("--out", type=Path, metavar="FOLDER", help="The run; by default <model>-run.")
+@click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
+@click.option("--schedule", type=click.Choice(_SCHEDULES), help="By default aligned where decays are known.")
+@click.option("--low", type=int, default=2, show_default=True, help="LOW epochs in a row, for interleave.")
+@click.option("--full", type=int, default=1, show_default=True, help="FULL epochs in a row, for interleave.")
+@click.option("--lr-milestones", metavar="E,E", help="Epochs of the decays, for aligned; by default the scheduler's.")
+@click.option("--carry", type=click.Choice(["move", "reset"]), default="move", help="Optimizer state at a switch.")
+@click.option("--rewarm", type=int, default=0, metavar="STEPS", help="Re-warm the learning rate after a switch.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--amp", type=click.Choice(["bf16"]), help="Autocast to bfloat16.")
+@click.option("--no-compile", is_flag=True, help="Run eagerly.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--checkpoint-steps", type=click.IntRange(min=1), metavar="N", help="Also save every N steps.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.pass_context
+def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, **options: Any) -> None:
+    """Train through LOW and FULL phases; a checkpoint after every epoch.
+
+    Ctrl-C saves between two steps and says how to go on. A resumed run ends bitwise equal to one that was never
+    stopped (on the CPU, with the same number of threads).
+
+    \b
+    Example:
+      dynrank-fx train samples/digits.py --rank 0.25 --schedule interleave --out digits-run
+    """
+    folder = out or Path(f"{model_file.stem}-run")
+    if resume:
+        options = _options_of(ctx, folder, options)
+    elif (folder / RUN_FILE).exists():
+        raise StoreError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+
+    from dynrank_fx.randomness import seed_all
+    from dynrank_fx.runfile import read_run, restore_run_, save_run
+    from dynrank_fx.train import fit
+
+    from .modelfile import load_model_file
+
+    seed_all(options["seed"])
+    file = load_model_file(model_file)
+    file.require("train_data", "loss")
+    run, task, settings = _set_up(file, options)
+    if resume:
+        restore_run_(run, *read_run(folder))
+    else:
+        _start_folder(folder, model_file, options)
+        save_run(run, folder)
+    if run.epoch >= settings.epochs:
+        click.echo(f"{folder} has all its {settings.epochs} epochs already")
+        return
+    bar = _bar(task, settings)
+    with _stop_signals() as stopped:
+        finished = fit(
+            run, task, settings, save=lambda r: save_run(r, folder), watcher=bar, should_stop=lambda: bool(stopped)
+        )
+    bar.close()
+    if finished:
+        click.echo(f"wrote {folder}/; next: dynrank-fx export {folder} -o {model_file.stem}.onnx", err=True)
+        return
+    click.echo(
+        f"stopped in epoch {run.epoch + 1} of {settings.epochs} after {run.step} steps, and saved; go on with: "
+        f"dynrank-fx train {model_file} --out {folder} --resume",
+        err=True,
+    )
+    sys.exit(128 + stopped[0])
+
+
+def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that the run was started with. Raises StoreError where one is given again with another value."""
+    started = read_run_file(folder)["options"]
+    for name, value in _plain(given).items():
+        said = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if said and value != started.get(name):
+            flag = name.removesuffix("_file").replace("_", "-").replace("start", "from")
+            raise StoreError(
+                f"the run in {folder} was started with --{flag} {started.get(name)}, not {value}: "
+                "leave the option out, or start another run"
+            )
+    return started
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """As they come back from JSON."""
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+def _start_folder(folder: Path, model_file: Path, options: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder} could not be made ({error.strerror}); choose another --out") from error
+    write_run_file(folder, model_file, _plain(options))
+
+
+def _set_up(file: ModelFile, options: dict[str, Any]) -> tuple[Run, Task, Settings]:
+    """The run as at its first step: the same on a resume, before the checkpoint is read."""
+    from dynrank_fx.optim import Carry
+    from dynrank_fx.train import Run, Settings, Task
+
+    _check_device(options["device"])
+    net = _net(file, options).to(options["device"]).train()
+    optimizer = file.optimizer(net.parameters())
+    lr_scheduler = file.lr_scheduler(optimizer)
+    settings = Settings(
+        epochs=options["epochs"] or file.epochs or 10,
+        device=options["device"],
+        amp=options["amp"] == "bf16",
+        compile=not options["no_compile"],
+        carry=Carry[options["carry"].upper()],
+        rewarm=options["rewarm"],
+        checkpoint_steps=options["checkpoint_steps"],
+    )
+    task = Task(
+        train_data=file.train_data(),
+        loss=file.loss,
+        inputs=file.inputs,
+        eval_data=file.eval_data(),
+        metric=file.metric,
+    )
+    return Run(net, optimizer, _schedule(options, settings.epochs, lr_scheduler), lr_scheduler), task, settings
+
+
+def _net(file: ModelFile, options: dict[str, Any]) -> Net:
+    if options["start"] is not None:
+        from dynrank_fx.checkpoint import load
+
+        return load(options["start"], file.model(), file.example_inputs())
+    names = ("rank", "energy", "include", "exclude", "multiple_of", "layout", "plan_file")
+    chosen = {name: options[name] for name in names}
+    chosen["plan_file"] = Path(chosen["plan_file"]) if chosen["plan_file"] else None
+    return transformed(file, **chosen)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelFileError(f"the device {device!r} cannot be used here ({first}); give --device cpu") from error
+
+
+def _schedule(options: dict[str, Any], epochs: int, lr_scheduler: Any) -> Schedule:
+    from dynrank_fx import schedules
+    from dynrank_fx.phase import Phase
+
+    decays = _decays(options["lr_milestones"], lr_scheduler)
+    match options["schedule"] or ("aligned" if decays else "interleave"):
+        case "aligned":
+            return schedules.aligned(epochs, decays)
+        case "interleave":
+            return schedules.interleave(low=options["low"], full=options["full"])
+        case "paper-cifar10":
+            return schedules.paper_cifar10()
+        case "paper-cifar100":
+            return schedules.paper_cifar100()
+        case name:
+            return schedules.always(Phase[name.upper()])
+
+
+def _decays(given: str | None, lr_scheduler: Any) -> tuple[int, ...]:
+    if given is None:
+        return tuple(sorted(getattr(lr_scheduler, "milestones", ())))
+    try:
+        return tuple(int(part) for part in given.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{given!r} is no list of epochs like 8,10", param_hint="--lr-milestones") from error
+
+
+def _bar(task: Task, settings: Settings) -> Any:
+    from dynrank_fx.progress import Bar
+
+    try:
+        steps = len(task.train_data)  # type: ignore[arg-type]
+    except TypeError:
+        steps = None
+    return Bar(settings.epochs, steps)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C or a termination puts its signal number in; a second Ctrl-C interrupts at once."""
+    stopped: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+        click.echo("\nstopping after this step ...", err=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

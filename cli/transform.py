@@ -1,0 +1,41 @@
+"""``dynrank-fx transform``: what would be factored, and the folder that training starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import plan_options, transformed
+
+
+@click.command()
+@click.argument("model_file", type=Path)
+@plan_options
+@click.option("--out", "-o", type=Path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON in place of the table.")
+def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Plan which weights are factored, print it, and write the rewritten model as a folder.
+
+    The folder holds plan.json (edit it and give it back by --plan), the weights as safetensors, and the graph as
+    readable text. `dynrank-fx train --from FOLDER` and dr.load read it.
+
+    \b
+    Example:
+      dynrank-fx transform samples/digits.py --rank 0.25 --exclude 'stem*' --dry-run
+    """
+    from dynrank_fx.checkpoint import save
+    from dynrank_fx.rewrite import plan_of
+
+    from .modelfile import load_model_file
+
+    net = transformed(load_model_file(model_file), allow_empty=dry_run, **options)
+    plan = plan_of(net)
+    click.echo(plan.to_json().rstrip() if as_json else str(plan))
+    if dry_run:
+        return
+    folder = out or Path(f"{model_file.stem}-dynrank")
+    save(net, folder)
+    click.echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)

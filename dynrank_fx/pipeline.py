@@ -1,0 +1,71 @@
+"""``transform``, the one-call form: capture, plan, factorize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import PlanError
+from .layout import ChannelLayout, ConvLayout
+from .net import Net
+from .plan import Plan
+from .planning import fit_plan, make_plan
+from .ranks import RankPolicy, Ratio
+from .rewrite import factorize_
+from .tracing import Capture, capture
+
+_QUARTER = Ratio(0.25)
+
+
+def transform(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    rank: RankPolicy = _QUARTER,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    multiple_of: int = 1,
+    conv_layout: ConvLayout = ChannelLayout,
+    allow_unprofitable: bool = False,
+    allow_empty: bool = False,
+    plan: Plan | None = None,
+    how: Capture | None = None,
+    dynamic_shapes: Any = None,
+) -> Net:
+    """A copy of the model with a switchable site, in phase FULL, wherever factoring pays; see ``plan_of(net)``.
+
+    model: an ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
+    ExportedProgram. plan: a given plan in place of rank, include, exclude, multiple_of, conv_layout and
+    allow_unprofitable, which ``make_plan`` explains; how and dynamic_shapes: see ``capture``.
+
+    Raises CaptureError, PlanError; a plan without any site is a PlanError unless allow_empty.
+    """
+    net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=how)
+    if plan is None:
+        plan = make_plan(
+            net,
+            rank,
+            example_inputs,
+            include=include,
+            exclude=exclude,
+            multiple_of=multiple_of,
+            conv_layout=conv_layout,
+            allow_unprofitable=allow_unprofitable,
+        )
+    else:
+        plan = fit_plan(net, plan, example_inputs)
+    if not plan.sites and not allow_empty:
+        raise PlanError(f"nothing would be factored: {_reasons(plan)}; give allow_empty=True if that is intended")
+    factorize_(net, plan)
+    return net
+
+
+def _reasons(plan: Plan) -> str:
+    if not plan.skipped:
+        return "the model has no matrix"
+    shown = [f"{skipped.name} ({skipped.reason})" for skipped in plan.skipped[:3]]
+    more = len(plan.skipped) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")

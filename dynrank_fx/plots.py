@@ -1,0 +1,110 @@
+"""Pictures: effective rank and loss over the epochs with the phases shaded, and spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import store
+from .errors import DynrankError
+from .report import MatrixRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SHADE = {"FULL": "#f2c14e", "LOW": "#dbe6f0"}
+
+
+def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Effective rank of every site, and loss with the held-out metric, over the epochs of a run."""
+    figure = _figure(9, 7)
+    ranks, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    epochs = [record["epoch"] + 1 for record in history]
+    _shade(ranks, history)
+    _shade(losses, history)
+    for index, site in enumerate(history[0].get("effective_rank", ())):
+        ranks.plot(
+            epochs,
+            [record["effective_rank"][site] for record in history],
+            marker="o",
+            markersize=3,
+            linewidth=1.4,
+            color=_colour(index, len(history[0]["effective_rank"])),
+            label=site.removesuffix(".weight"),
+        )
+    ranks.set_ylabel("effective rank")
+    ranks.set_title("Effective rank of each site")
+    ranks.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
+    losses.plot(epochs, [record["loss"] for record in history], color="#333333", marker="o", markersize=3, label="loss")
+    losses.set_ylabel("training loss")
+    losses.set_xlabel("epoch")
+    if history[-1].get("eval_metric") is not None:
+        metric = losses.twinx()
+        values = [100 * record["eval_metric"] for record in history]
+        metric.plot(epochs, values, color="#c0392b", marker="s", markersize=3, linestyle="--")
+        metric.set_ylabel("held-out accuracy, %", color="#c0392b")
+    _save(figure, path)
+
+
+def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
+    """Singular values of every matrix over their largest, against the share of their number."""
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    for index, row in enumerate(rows):
+        top = row.spectrum[0] or 1.0
+        count = len(row.spectrum)
+        axes.plot(
+            [(i + 1) / count for i in range(count)],
+            [max(value / top, 1e-8) for value in row.spectrum],
+            linewidth=1.2,
+            color=_colour(index, len(rows)),
+            label=f"{row.name.removesuffix('.weight')} ({row.effective_rank:.0f} of {count})",
+        )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-4)
+    axes.set_xlabel("index of the singular value, as a share of their number")
+    axes.set_ylabel("singular value over the largest")
+    axes.set_title("Spectra (in brackets: effective rank of the number of singular values)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def _shade(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    """One band per epoch, so that an epoch of mixed phases is a blend of both colours."""
+    from matplotlib.patches import Patch
+
+    for record in history:
+        phases = list(record["phases"].values())
+        share = phases.count("FULL") / max(len(phases), 1)
+        start = record["epoch"] + 0.5
+        axes.axvspan(start, start + 1, color=_SHADE["LOW"], alpha=0.55 * (1 - share), linewidth=0)
+        axes.axvspan(start, start + 1, color=_SHADE["FULL"], alpha=0.45 * share, linewidth=0)
+    axes.set_xlim(history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5)
+    bands = [Patch(color=colour, alpha=0.5, label=f"{phase} epochs") for phase, colour in _SHADE.items()]
+    axes.figure.legend(handles=bands, loc="upper right", fontsize=8, frameon=False, ncols=2)
+
+
+def _colour(index: int, count: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](index / max(count - 1, 1) * 0.9)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure  # not pyplot: it keeps global state and wants a screen
+    except ImportError as error:
+        raise DynrankError("pictures need matplotlib: pip install 'dynrank-fx[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=130)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    suffix = path.suffix.lstrip(".").lower() or "png"
+    if suffix not in figure.canvas.get_supported_filetypes():
+        raise DynrankError(
+            f"a picture cannot be written as {path.suffix!r}: give a name that ends in .png, .svg or .pdf"
+        )
+    with store.replacing(path) as beside:
+        figure.savefig(beside, format=suffix)

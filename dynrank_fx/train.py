@@ -1,0 +1,305 @@
+"""The training loop: epochs of a schedule's phases, each step of which can be saved and taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from .errors import DynrankError
+from .inputs import Inputs
+from .lowrank import effective_rank, stable_rank
+from .net import Net
+from .optim import Carry, Rewarm, rewarm_
+from .phase import Phase, Schedule, TrainState
+from .randomness import random_state, set_random_state
+from .rewrite import plan_of
+from .switched import switched_modules
+from .transition import Transition, enter_, phases_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
+
+    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated.
+    """
+
+    train_data: Iterable[Any]
+    loss: Callable[[Any, Any], Tensor]
+    inputs: Callable[[Any], Inputs]
+    eval_data: Iterable[Any] | None = None
+    metric: Callable[[Any, Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is trained. amp: autocast to bfloat16. dynamic: as in torch.compile; with False every shape has a graph
+    of its own, so that a resumed run repeats the very same graphs. rewarm: steps of learning-rate re-warm-up after a
+    switch.
+    """
+
+    epochs: int
+    device: str = "cpu"
+    amp: bool = False
+    compile: bool = True
+    dynamic: bool | None = False
+    carry: Carry = Carry.MOVE
+    rewarm: int = 0
+    checkpoint_steps: int | None = None
+    spectra: bool = True
+
+
+@dataclass
+class Run:
+    """A training run and where it stands: ``step`` batches into ``epoch``. All of it goes into a checkpoint."""
+
+    net: Net
+    optimizer: Optimizer
+    schedule: Schedule
+    lr_scheduler: Any = None
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    """Sums over the epoch so far: loss, metric, batches."""
+    epoch_start: dict[str, Any] | None = None
+    """The random generators at the start of an epoch that was left midway."""
+    rewarm: Rewarm | None = None
+
+
+class Watcher:
+    """Told what happens; every method does nothing until overridden."""
+
+    def epoch_started(self, run: Run, transition: Transition) -> None: ...
+
+    def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None: ...
+
+    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None: ...
+
+
+def fit(
+    run: Run,
+    task: Task,
+    settings: Settings,
+    *,
+    save: Callable[[Run], None] = lambda run: None,
+    watcher: Watcher | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train to the end of ``settings.epochs``; True when there, False where ``should_stop`` ended it between two steps.
+
+    ``save`` is called after every epoch, every ``checkpoint_steps`` steps, and on a stop. Raises DynrankError for a
+    batch that is no input of the model or a loss that is not finite, and what enter_ raises.
+    """
+    watcher = watcher or Watcher()
+    forward: nn.Module = run.net
+    if settings.compile:
+        forward = torch.compile(run.net, fullgraph=True, dynamic=settings.dynamic)  # type: ignore[assignment]
+    while run.epoch < settings.epochs:
+        if run.step == 0:
+            watcher.epoch_started(run, _begin_epoch(run, settings))
+        started = time.perf_counter()
+        if not _train_epoch(run, task, settings, forward, save, watcher, should_stop):
+            save(run)
+            return False
+        run.record["seconds"] += time.perf_counter() - started
+        _finish_epoch(run, task, settings)
+        watcher.epoch_done(run, run.history[-1])
+        save(run)
+    return True
+
+
+def _begin_epoch(run: Run, settings: Settings) -> Transition:
+    """Ask the schedule, and enter what it says."""
+    started = time.perf_counter()
+    lr = float(run.optimizer.param_groups[0]["lr"])
+    spent = run.history[-1]["spent"] if run.history else 0.0
+    state = TrainState(run.epoch, settings.epochs, lr, _Spectra(run.net), spent)
+    transition = enter_(run.net, run.schedule(state), run.optimizer, carry=settings.carry)
+    if transition and settings.rewarm and run.epoch > 0:
+        if run.rewarm is not None:
+            run.rewarm.stop()
+        run.rewarm = rewarm_(run.optimizer, settings.rewarm)
+    run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
+    run.record = {
+        "epoch": run.epoch,
+        "phase": phase_label(run.net),
+        "phases": {name: phase.name for name, phase in phases_of(run.net).items()},
+        "lr": lr,
+        "switch_error": {change.site: change.error for change in transition.changes},
+        "switch_seconds": time.perf_counter() - started,
+        "seconds": 0.0,
+        "spent": spent + cost_of(run.net),
+    }
+    return transition
+
+
+def _train_epoch(
+    run: Run,
+    task: Task,
+    settings: Settings,
+    forward: nn.Module,
+    save: Callable[[Run], None],
+    watcher: Watcher,
+    should_stop: Callable[[], bool],
+) -> bool:
+    run.net.train()
+    seconds = []
+    for batch in _batches(run, task):
+        started = time.perf_counter()
+        loss, metric = _step(run, task, settings, forward, batch)
+        run.step += 1
+        seconds.append(time.perf_counter() - started)
+        watcher.step_done(run, loss, metric)
+        if should_stop():
+            return False
+        if settings.checkpoint_steps and run.step % settings.checkpoint_steps == 0:
+            save(run)
+    run.record["step_seconds"] = statistics.median(seconds) if seconds else None
+    return True
+
+
+def _batches(run: Run, task: Task) -> Iterator[Any]:
+    """The epoch's batches; of an epoch that was left midway, those that are still to come, drawn as if never
+    interrupted.
+    """
+    if run.step == 0:
+        run.epoch_start = random_state()
+        yield from task.train_data
+        return
+    now = random_state()
+    assert run.epoch_start is not None
+    set_random_state(run.epoch_start)
+    batches = iter(task.train_data)
+    for _ in range(run.step):
+        next(batches)
+    set_random_state(now)
+    yield from batches
+
+
+def _step(
+    run: Run, task: Task, settings: Settings, forward: nn.Module, batch: Any
+) -> tuple[Tensor, float | Tensor | None]:
+    output, batch = _apply(forward, task, settings, batch)
+    with _precision(settings):
+        loss = task.loss(output, batch)
+    loss.backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        metric = task.metric(output, batch) if task.metric else None
+        run.totals += torch.stack([loss.detach().double(), _number(metric, loss), torch.ones_like(loss).double()])
+    return loss.detach(), metric
+
+
+def _apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tuple[Any, Any]:
+    """The model's output, and the batch on the device."""
+    batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
+    args, kwargs = task.inputs(batch)
+    with _precision(settings):
+        return forward(*args, **kwargs), batch
+
+
+def _precision(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+    if not settings.amp:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
+
+
+def _number(metric: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(float("nan") if metric is None else metric, dtype=torch.float64, device=like.device)
+
+
+def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
+    loss, metric, batches = run.totals.tolist()
+    if batches == 0:
+        raise DynrankError("train_data() gave no batch: is drop_last set on a data set smaller than one batch?")
+    run.record |= {"loss": loss / batches, "metric": metric / batches if task.metric else None}
+    if not torch.isfinite(run.totals[0]):
+        raise DynrankError(
+            f"the loss of epoch {run.epoch} is not finite: lower the learning rate; the last checkpoint is of "
+            f"the epoch before"
+        )
+    run.record |= evaluate(run.net, task, settings)
+    if settings.spectra:
+        spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
+        run.record["effective_rank"] = {name: effective_rank(s) for name, s in spectra.items()}
+        run.record["stable_rank"] = {name: stable_rank(s) for name, s in spectra.items()}
+    if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        run.lr_scheduler.step(run.record.get("eval_loss") or run.record["loss"])
+    elif run.lr_scheduler is not None:
+        run.lr_scheduler.step()
+    run.history.append(run.record)
+    run.record, run.step, run.epoch, run.epoch_start = {}, 0, run.epoch + 1, None
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float | None]:
+    """Mean loss and metric over eval_data, batches weighted by their size; empty without eval_data.
+
+    Eager: an evaluation is a small part of an epoch, and compiling it would cost one more graph per phase.
+    """
+    if task.eval_data is None:
+        return {}
+    was_training = net.training
+    net.eval()
+    sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
+    for batch in task.eval_data:
+        output, batch = _apply(net, task, settings, batch)
+        size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
+        loss = task.loss(output, batch).double()
+        sums += size * torch.stack([loss, _number(task.metric(output, batch) if task.metric else None, loss)])
+        count += size
+    net.train(was_training)
+    loss, metric = (sums / max(count, 1)).tolist()
+    return {"eval_loss": loss, "eval_metric": metric if task.metric else None}
+
+
+def phase_label(net: nn.Module) -> str:
+    """``FULL``, ``LOW``, or how many sites are in which."""
+    phases = list(phases_of(net).values())
+    counts = [(phase.name, phases.count(phase)) for phase in Phase if phase in phases]
+    return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)
+
+
+def cost_of(net: Net) -> float:
+    """What a step costs in the present setting, by FLOPs (parameters where those are unknown), with the dense model
+    as 1.
+    """
+    plan, phases = plan_of(net), phases_of(net)
+    total, saved = plan.total_flops or plan.total_params, 0
+    for row in plan.sites:
+        if phases[row.site.name] is Phase.LOW:
+            by_flops = plan.total_flops and row.flops is not None and row.site.flops is not None
+            saved += (row.site.flops or 0) - (row.flops or 0) if by_flops else row.site.params - row.params
+    return 1 - saved / total if total else 1.0
+
+
+class _Spectra(Mapping[str, tuple[float, ...]]):
+    """Singular values by site, computed when a schedule looks at them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._sites = switched_modules(net)
+        self._known: dict[str, tuple[float, ...]] = {}
+
+    def __getitem__(self, name: str) -> tuple[float, ...]:
+        if name not in self._known:
+            values = self._sites[name][0].spectrum().flatten().sort(descending=True).values
+            self._known[name] = tuple(values.tolist())
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
