@@ -27,7 +27,6 @@ def export(
       dynrank-fx export digits-run -o digits.onnx
     """
     from dynrank_fx.export import export_onnx
-
     from dynrank_fx.rewrite import plan_of
     from dynrank_fx.truncation import truncate
 

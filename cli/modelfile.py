@@ -1,0 +1,198 @@
+"""The user's model file: an ordinary Python file whose functions give the model, its data and how it is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import linecache
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dynrank_fx.errors import ModelFileError
+from dynrank_fx.inputs import Inputs, split_inputs
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that a model file may have: its parameters, and what it returns, as types and in words."""
+
+    parameters: str
+    returns: type | tuple[type, ...]
+    meaning: str
+
+
+_INPUTS = (Tensor, tuple, list, dict), "a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)"
+_DATA = Iterable, "an iterable of batches, such as a DataLoader"
+
+FUNCTIONS = {
+    "model": Function("", nn.Module, "a torch.nn.Module"),
+    "example_inputs": Function("", *_INPUTS),
+    "train_data": Function("", *_DATA),
+    "eval_data": Function("", *_DATA),
+    "inputs": Function("batch", *_INPUTS),
+    "loss": Function("output, batch", Tensor, "a tensor"),
+    "metric": Function("output, batch", (Tensor, Real), "a number or a tensor"),
+    "optimizer": Function("parameters", Optimizer, "a torch.optim.Optimizer"),
+    "lr_scheduler": Function("optimizer", LRScheduler, "a torch.optim.lr_scheduler.LRScheduler"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A loaded model file. Every method raises ModelFileError, in one sentence, for what the file lacks or does
+    wrong.
+    """
+
+    path: Path
+    module: ModuleType
+
+    def has(self, name: str) -> bool:
+        return hasattr(self.module, name)
+
+    def require(self, *names: str, command: str = "train") -> None:
+        """Refuse a file that lacks one of these functions; the message names ``command`` as what needs them."""
+        missing = [_signature(name) for name in names if not self.has(name)]
+        if missing:
+            them = "them" if len(missing) > 1 else "it"
+            raise ModelFileError(
+                f"{self.path.name} has no {' and no '.join(missing)}, which {command} needs: add {them}"
+            )
+
+    def model(self) -> nn.Module:
+        return self._call("model")
+
+    def example_inputs(self) -> Any:
+        return self._call("example_inputs")
+
+    def train_data(self) -> Iterable[Any]:
+        return self._call("train_data")
+
+    def eval_data(self) -> Iterable[Any] | None:
+        return self._call("eval_data") if self.has("eval_data") else None
+
+    def inputs(self, batch: Any) -> Inputs:
+        """The model's arguments in a batch: what the file's ``inputs(batch)`` says, or all elements but the last (the
+        labels); a batch of one element or one tensor is the argument itself.
+        """
+        if self.has("inputs"):
+            return split_inputs(self._call("inputs", batch))
+        if isinstance(batch, tuple | list):
+            return tuple(batch[:-1] or batch), {}
+        if isinstance(batch, Tensor):
+            return (batch,), {}
+        raise ModelFileError(
+            f"{self.path.name} has batches of type {type(batch).__name__}, which do not say what the model is called "
+            f"with: add inputs(batch), which returns {_INPUTS[1]}"
+        )
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        return self._call("loss", output, batch)
+
+    @property
+    def metric(self) -> Callable[[Any, Any], Any] | None:
+        """A mean over the batch, larger is better."""
+        return partial(self._call, "metric") if self.has("metric") else None
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return self._call("optimizer", parameters) if self.has("optimizer") else AdamW(parameters, lr=1e-3)
+
+    def lr_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
+        return self._call("lr_scheduler", optimizer) if self.has("lr_scheduler") else None
+
+    @property
+    def epochs(self) -> int | None:
+        """The length of training that the file recommends, if it does."""
+        epochs = getattr(self.module, "epochs", None)
+        if epochs is None or (type(epochs) is int and epochs > 0):
+            return epochs
+        raise ModelFileError(f"{self.path.name} has epochs = {epochs!r}: make it a whole number of 1 or more")
+
+    def _call(self, name: str, *args: Any) -> Any:
+        self.require(name, command="this command")
+        function = getattr(self.module, name)
+        # A module is callable too, but as the model it would be called with no input.
+        if not callable(function) or (name == "model" and isinstance(function, nn.Module)):
+            raise ModelFileError(
+                f"{self.path.name} has {name} of type {type(function).__name__}: make it a function {_signature(name)}"
+            )
+        with _users_code(self.path, f"{name}()"):
+            value = function(*args)
+        if not isinstance(value, FUNCTIONS[name].returns):
+            raise ModelFileError(
+                f"{self.path.name}: {_signature(name)} returned {type(value).__name__}, "
+                f"not {FUNCTIONS[name].meaning}: mend its return"
+            )
+        return value
+
+
+def load_model_file(path: Path) -> ModelFile:
+    """Execute a model file. Raises ModelFileError where there is none, it fails, or it has no ``model()``."""
+    if not path.exists():
+        raise ModelFileError(f"{path} does not exist: give the Python file that has model()")
+    if not path.is_file() or path.suffix != ".py":
+        kind = "a folder" if path.is_dir() else "not a .py file"
+        raise ModelFileError(f"{path} is {kind}: give the Python file that has model()")
+    path = path.resolve()
+    # The name is the same in every run, so that what was pickled in one can be read in the next.
+    name = f"dynrank_model_{path.stem.replace('.', '_')}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        with _users_code(path, "the file"):
+            # Compiled here, since the import system may take a file just rewritten for the one in its cache.
+            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    file = ModelFile(path, module)
+    file.require("model", command="every command")
+    return file
+
+
+@contextmanager
+def _users_code(path: Path, what: str) -> Iterator[None]:
+    """The file's folder on ``sys.path``, as ``python model.py`` has it, and a failure told as ModelFileError."""
+    folder = str(path.parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ModelFileError(_told(error, path, what)) from error
+    finally:
+        with suppress(ValueError):  # the file may have taken it off itself
+            sys.path.remove(folder)
+
+
+def _told(error: BaseException, path: Path, what: str) -> str:
+    """``model.py, line 12: x = 1/0 raised ...``, with the innermost line of the file, or ``what`` where none is."""
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [number for frame, number in frames if frame.f_code.co_filename == str(path)]
+    reason = str(error)
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, reason = [error.lineno] if error.lineno else [], error.msg
+    where = path.name
+    if lines:
+        where += f", line {lines[-1]}"
+        linecache.checkcache(str(path))
+        what = linecache.getline(str(path), lines[-1]).strip() or what
+    reason = textwrap.shorten(reason, 300, placeholder=" ...")
+    return f"{where}: {what} raised {type(error).__name__}" + (f": {reason}" if reason else "")
+
+
+def _signature(name: str) -> str:
+    return f"{name}({FUNCTIONS[name].parameters})"
