@@ -159,6 +159,8 @@ def inline(net: nn.Module) -> fx.GraphModule:
     twin = copy.deepcopy(source)
     graph = copy_graph(twin.graphs[twin.training])
     for node in list(graph.nodes):
+        if isinstance(node.type, str):  # an annotation left as text, which torch could not write out again
+            node.type = None
         module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Switched):
             _open_site(graph, node, module)
