@@ -18,10 +18,9 @@ from .parameters import replace_parameters
 from .phase import Phase
 from .plan import Plan
 from .planning import fit_plan
-from .rewrite import factorize_, inline, plan_of
+from .rewrite import factorize_, inline, plan_of, specialize_
 from .switched import switched_modules
 from .tracing import capture
-from .transition import specialize_
 
 _FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
 

@@ -14,7 +14,7 @@ from .net import Net, copy_graph, unwrap
 from .ops import Op
 from .plan import Plan, PlannedSite
 from .sites import Located, NodeUse, locate, module_op, why_not
-from .switched import Switched
+from .switched import Switched, switched_modules
 
 
 def factorize(net: Net, plan: Plan) -> Net:
@@ -45,6 +45,7 @@ def factorize_(net: Net, plan: Plan) -> None:
         _drop_dead_reads(graph)
     set_plan(net, plan)
     net.refresh()
+    specialize_(net)
 
 
 def plan_of(net: nn.Module) -> Plan:
@@ -58,6 +59,14 @@ def plan_of(net: nn.Module) -> Plan:
 def set_plan(net: nn.Module, plan: Plan) -> None:
     """Note the plan in the net's ``meta``, which survives ``deepcopy``."""
     net.meta["dynrank"] = plan  # type: ignore[index,operator,assignment]
+
+
+def specialize_(root: nn.Module) -> None:
+    """Run the code of the present setting in every Net of the tree: after phases or ranks have changed."""
+    for net in root.modules():
+        if isinstance(net, Net):
+            sites = switched_modules(net).values()
+            net.specialize(tuple((modules[0].phase, modules[0].rank) for modules in sites))
 
 
 def _put_site(net: Net, row: PlannedSite, found: Located) -> None:

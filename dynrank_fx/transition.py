@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from . import optim
 from .errors import DynrankError, PlanError, TransitionError
-from .net import Net, unwrap
+from .net import unwrap
 from .optim import Carry
 from .parameters import Journal, parameters_of, refuse_parameter, replace_parameters
 from .phase import Phase, Setting
 from .plan import Plan
-from .rewrite import plan_of, set_plan
+from .rewrite import plan_of, set_plan, specialize_
 from .switched import Switched, switched_modules
 
 
@@ -221,11 +221,3 @@ def _like(value: Tensor, old: Tensor) -> Tensor:
     ):
         return value.contiguous(memory_format=torch.channels_last)
     return value.contiguous()
-
-
-def specialize_(root: nn.Module) -> None:
-    """Run the code of the present setting in every Net of the tree: after phases or ranks have changed."""
-    for net in root.modules():
-        if isinstance(net, Net):
-            sites = switched_modules(net).values()
-            net.specialize(tuple((modules[0].phase, modules[0].rank) for modules in sites))
