@@ -56,10 +56,8 @@ def warn_reset(optimizer: Optimizer) -> None:
 
 def group_of(optimizer: Optimizer, parameter: Parameter) -> dict[str, Any] | None:
     """The parameter group that trains this parameter, or None."""
-    for group in optimizer.param_groups:
-        if any(p is parameter for p in group["params"]):
-            return group
-    return None
+    place = place_of(optimizer, parameter)
+    return None if place is None else optimizer.param_groups[place[0]]
 
 
 def moved_to_factors(optimizer: Optimizer, weight: Parameter, factors: Factors, layout: Layout) -> list[State]:
@@ -168,29 +166,56 @@ def swap_parameters(
     place). names: the last part of the new parameters' names, for groups that keep ``param_names``. Parameters that
     the optimizer does not train are left out of it.
     """
-    place = next(
-        ((g, i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if any(p is o for o in old)),
-        None,
-    )
-    if place is None:
+    places = [place for place in (place_of(optimizer, o) for o in old) if place is not None]
+    if not places:
         return
-    group, index = place
-    prefix = ""
-    if "param_names" in group:
-        prefix = group["param_names"][index].rpartition(".")[0]
-    for g in optimizer.param_groups:
-        stays = [all(p is not o for o in old) for p in g["params"]]
-        g["params"][:] = [p for p, keep in zip(g["params"], stays, strict=True) if keep]
-        if "param_names" in g:
-            g["param_names"][:] = [n for n, keep in zip(g["param_names"], stays, strict=True) if keep]
-    for o in old:
-        optimizer.state.pop(o, None)
+    g, index, name = min(places)
+    group, prefix = optimizer.param_groups[g], name.rpartition(".")[0]
+    _take_out(optimizer, old)
     group["params"][index:index] = list(new)
     if "param_names" in group:
         group["param_names"][index:index] = [f"{prefix}.{name}".lstrip(".") for name in names]
     for p, state in zip(new, states, strict=True):
         if state:
             optimizer.state[p] = state
+
+
+def place_of(optimizer: Optimizer, parameter: Parameter) -> tuple[int, int, str] | None:
+    """Where a parameter stands in the optimizer: (group, index, name), or None."""
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            if p is parameter:
+                return g, i, group["param_names"][i] if "param_names" in group else ""
+    return None
+
+
+def put_back(
+    optimizer: Optimizer,
+    parameters: Sequence[Parameter],
+    states: Sequence[State],
+    places: Sequence[tuple[int, int, str] | None],
+) -> None:
+    """Parameters at the places that ``place_of`` gave before a switch, wherever they are now, with their states."""
+    _take_out(optimizer, parameters)
+    rows = [row for row in zip(places, parameters, states, strict=True) if row[0] is not None]
+    for (g, i, name), parameter, state in sorted(rows, key=lambda row: row[0][:2]):  # type: ignore[misc,index]
+        group = optimizer.param_groups[g]
+        group["params"].insert(i, parameter)
+        if "param_names" in group:
+            group["param_names"].insert(i, name)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _take_out(optimizer: Optimizer, parameters: Sequence[Parameter]) -> None:
+    """Leave no trace of these parameters in the optimizer."""
+    for group in optimizer.param_groups:
+        stays = [all(p is not o for o in parameters) for p in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [x for x, keep in zip(group[key], stays, strict=True) if keep]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
 
 
 class Rewarm:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,57 +58,59 @@ def replace_parameters(
         optim.swap_parameters(optimizer, old, list(new.values()), states, list(new))
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """What one site had before its switch, the values apart. places: (group, index, name) of each in the optimizer."""
+
+    modules: list[Switched]
+    phase: int
+    old: list[weakref.ref[Parameter]]
+    requires_grad: list[bool]
+    places: list[tuple[int, int, str] | None]
+
+
 class Journal:
     """What every replaced parameter and its optimizer state held, in a temporary folder, until all sites have changed.
 
     In memory it would double the peak of a switch. Leaving the ``with`` block by an exception puts everything back:
-    into the same Parameter objects where somebody still holds them, with the optimizer's groups as they were.
+    into the same Parameter objects where somebody still holds them, and in the same places of the optimizer's groups.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:
         self.optimizer = optimizer
-        self.entries: list[tuple[list[Switched], int, list[weakref.ref[Parameter]], list[bool]]] = []
-        self.file = tempfile.TemporaryDirectory(prefix="dynrank-", ignore_cleanup_errors=True)
-        if optimizer is not None:
-            # Weak, or the groups' copies would keep every old parameter alive.
-            self.groups = [[weakref.ref(p) for p in group["params"]] for group in optimizer.param_groups]
-            self.names = [list(group.get("param_names", ())) for group in optimizer.param_groups]
+        self.entries: list[_Entry] = []
+        self.folder = tempfile.TemporaryDirectory(prefix="dynrank-", ignore_cleanup_errors=True)
 
     def __enter__(self) -> Journal:
         return self
 
-    def keep(self, modules: list[Switched], old: tuple[Parameter, ...], new: tuple[Parameter, ...]) -> None:
+    def keep(self, modules: list[Switched], old: tuple[Parameter, ...]) -> None:
+        """Note a site that is about to change. Raises OSError where the disk has no room."""
         states = [dict(self.optimizer.state.get(p, {})) if self.optimizer else {} for p in old]
-        record = {"values": [p.detach() for p in old], "states": states}
-        torch.save(record, self._path(len(self.entries)))
-        self.entries.append((modules, modules[0].phase, [weakref.ref(p) for p in old], [p.requires_grad for p in old]))
+        torch.save({"values": [p.detach() for p in old], "states": states}, self._path(len(self.entries)))
+        refs, grads = [weakref.ref(p) for p in old], [p.requires_grad for p in old]
+        places = [optim.place_of(self.optimizer, p) if self.optimizer else None for p in old]
+        self.entries.append(_Entry(modules, modules[0].phase, refs, grads, places))
 
     def _path(self, index: int) -> Path:
-        return Path(self.file.name) / f"{index}.pt"
+        return Path(self.folder.name) / f"{index}.pt"
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if error is not None:
-                self._undo()
+                for index, entry in reversed(list(enumerate(self.entries))):
+                    self._undo(entry, torch.load(self._path(index), weights_only=True))
         finally:
-            self.file.cleanup()
+            self.folder.cleanup()
 
-    def _undo(self) -> None:
-        restored: dict[weakref.ref[Parameter], Parameter] = {}
-        for index, (modules, phase, refs, grads) in reversed(list(enumerate(self.entries))):
-            device = parameters_of(modules[0])[0].device
-            record = torch.load(self._path(index), map_location=device, weights_only=True)
-            old: dict[str, Parameter] = {}
-            fields = ("weight",) if phase == int(Phase.FULL) else modules[0].layout.factor_names
-            for name, ref, value, grad in zip(fields, refs, record["values"], grads, strict=True):
-                alive = ref()
-                old[name] = Parameter(value, requires_grad=grad) if alive is None else alive
-                restored[ref] = old[name]
-            replace_parameters(modules, Phase(phase), old, self.optimizer, record["states"])
+    def _undo(self, entry: _Entry, record: dict[str, Any]) -> None:
+        old: list[Parameter] = []
+        for ref, value, grad in zip(entry.old, record["values"], entry.requires_grad, strict=True):
+            alive = ref()
+            old.append(Parameter(value, requires_grad=grad) if alive is None else alive)
+        names = ("weight",) if entry.phase == int(Phase.FULL) else entry.modules[0].layout.factor_names
+        replace_parameters(
+            entry.modules, Phase(entry.phase), dict(zip(names, old, strict=True)), self.optimizer, record["states"]
+        )
         if self.optimizer is not None:
-            current = {id(p): p for p in itertools.chain(*(g["params"] for g in self.optimizer.param_groups))}
-            for group, refs, names in zip(self.optimizer.param_groups, self.groups, self.names, strict=True):
-                found = [restored.get(ref) or ref() for ref in refs]
-                group["params"][:] = [p for p in found if p is not None and id(p) in current]
-                if "param_names" in group:
-                    group["param_names"][:] = names
+            optim.put_back(self.optimizer, old, record["states"], entry.places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +168,8 @@ def _check(sites: Mapping[str, list[Switched]], optimizer: Optimizer | None) -> 
                 )
     if optimizer is None:
         return
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TransitionError("LBFGS keeps one history over all parameters: switch without it, then make a new LBFGS")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(p.requires_grad for p in present) and not any(id(p) in held for p in present):
         raise TransitionError(
@@ -204,20 +206,16 @@ def _change_site(
     error = float(
         torch.linalg.vector_norm(new_weight - old_weight) / torch.linalg.vector_norm(old_weight).clamp_min(1e-30)
     )
-    new = tuple(Parameter(_like(value, old[0]), requires_grad=old[0].requires_grad) for value in values)
+    new = tuple(Parameter(_like(value, old), requires_grad=old[0].requires_grad) for value in values)
     replaced = module.parameter_names
-    journal.keep(modules, old, new)
+    journal.keep(modules, old)
     replace_parameters(modules, phase, dict(zip(names, new, strict=True)), optimizer, states)
     return SiteChange(name, before, phase, replaced, names, error)
 
 
-def _like(value: Tensor, old: Tensor) -> Tensor:
-    """In the memory format of the parameter it replaces (channels_last stays so)."""
-    if (
-        value.ndim == 4
-        and old.ndim == 4
-        and not old.is_contiguous()
-        and old.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return value.contiguous(memory_format=torch.channels_last)
+def _like(value: Tensor, old: Sequence[Parameter]) -> Tensor:
+    """In the memory format of the parameters it replaces (channels_last stays so)."""
+    last = torch.channels_last
+    if value.ndim == 4 and any(not p.is_contiguous() and p.is_contiguous(memory_format=last) for p in old):
+        return value.contiguous(memory_format=last)
     return value.contiguous()
