@@ -64,6 +64,7 @@ class _Entry:
 
     modules: list[Switched]
     phase: int
+    rank: int
     old: list[weakref.ref[Parameter]]
     requires_grad: list[bool]
     places: list[tuple[int, int, str] | None]
@@ -90,7 +91,7 @@ class Journal:
         torch.save({"values": [p.detach() for p in old], "states": states}, self._path(len(self.entries)))
         refs, grads = [weakref.ref(p) for p in old], [p.requires_grad for p in old]
         places = [optim.place_of(self.optimizer, p) if self.optimizer else None for p in old]
-        self.entries.append(_Entry(modules, modules[0].phase, refs, grads, places))
+        self.entries.append(_Entry(modules, modules[0].phase, modules[0].rank, refs, grads, places))
 
     def _path(self, index: int) -> Path:
         return Path(self.folder.name) / f"{index}.pt"
@@ -108,6 +109,8 @@ class Journal:
         for ref, value, grad in zip(entry.old, record["values"], entry.requires_grad, strict=True):
             alive = ref()
             old.append(Parameter(value, requires_grad=grad) if alive is None else alive)
+        for module in entry.modules:
+            module.rank = entry.rank
         names = ("weight",) if entry.phase == int(Phase.FULL) else entry.modules[0].layout.factor_names
         replace_parameters(
             entry.modules, Phase(entry.phase), dict(zip(names, old, strict=True)), self.optimizer, record["states"]

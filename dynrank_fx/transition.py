@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from . import optim
-from .errors import DynrankError, PlanError, TransitionError
+from .errors import PlanError, TransitionError
 from .net import unwrap
 from .optim import Carry
 from .parameters import Journal, parameters_of, refuse_parameter, replace_parameters
@@ -69,52 +69,33 @@ def enter_(
         return Transition(())
     if any(targets[name] is Phase.ADAPTOR for name in changing):
         raise TransitionError("the phase ADAPTOR is not built yet; use FULL or LOW")
-    _check(changing, optimizer)
-    if optimizer is not None and carry is Carry.MOVE and not optim.can_move(optimizer):
-        carry = Carry.RESET
-        optim.warn_reset(optimizer)
-    move = optimizer if carry is Carry.MOVE else None
-
-    changes = []
-    with Journal(optimizer) as journal:
-        for name, modules in changing.items():
-            try:
-                changes.append(_change_site(name, modules, targets[name], optimizer, move, journal))
-            except DynrankError:
-                raise
-            except OSError as error:
-                raise TransitionError(
-                    f"no room to keep {name} safe during its switch ({error}); net and optimizer are as before"
-                ) from error
-    specialize_(root)
-    return Transition(tuple(changes), carry if optimizer is not None else None)
+    moves = [_Move(modules, targets[name], modules[0].rank) for name, modules in changing.items()]
+    return _switch(root, moves, optimizer, carry)
 
 
 def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, carry: Carry = Carry.MOVE) -> Transition:
-    """Replace the plan by one with other ranks. A FULL site only notes its rank; a LOW one is cut anew from its own
+    """Replace the plan by one with other ranks: a FULL site only notes its rank, a LOW one is cut anew from its
     product.
 
     Raises PlanError where the new plan has other sites or layouts, TransitionError as ``enter_`` does.
     """
     root = unwrap(net)
+    _refuse_wrapped(root)
     old, sites = plan_of(root), switched_modules(root)
     if [(r.site.name, r.layout) for r in plan.sites] != [(r.site.name, r.layout) for r in old.sites]:
         raise PlanError("the new plan has other sites or layouts than the net; only ranks can change")
-    ranks = {row.site.name: row.rank for row in plan.sites if row.rank != sites[row.site.name][0].rank}
-    low = {name: sites[name] for name in ranks if sites[name][0].phase == int(Phase.LOW)}
-    if low:
-        _check(low, optimizer)
-    changes: list[SiteChange] = []
-    for name, rank in ranks.items():
-        if name in low:
-            enter_(root, {name: Phase.FULL}, optimizer, carry=carry)
-        for module in sites[name]:
-            module.rank = rank
-        if name in low:
-            changes += enter_(root, {name: Phase.LOW}, optimizer, carry=carry).changes
+    moves = []
+    for row in plan.sites:
+        modules = sites[row.site.name]
+        if modules[0].rank != row.rank and modules[0].phase == int(Phase.LOW):
+            moves += [_Move(modules, phase, row.rank) for phase in (Phase.FULL, Phase.LOW)]
+    transition = _switch(root, moves, optimizer, carry) if moves else Transition(())
+    for row in plan.sites:
+        for module in sites[row.site.name]:
+            module.rank = row.rank
     set_plan(root, plan)
     specialize_(root)
-    return Transition(tuple(changes), carry if optimizer is not None else None)
+    return transition
 
 
 def phases_of(net: nn.Module) -> dict[str, Phase]:
@@ -177,38 +158,62 @@ def _check(sites: Mapping[str, list[Switched]], optimizer: Optimizer | None) -> 
         )
 
 
-# One site
+# The switch
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One site, all its modules, to be brought into a phase, with a rank from then on."""
+
+    modules: list[Switched]
+    phase: Phase
+    rank: int
+
+
+def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None, carry: Carry) -> Transition:
+    """All moves, in order, or none of them."""
+    _check({move.modules[0].site: move.modules for move in moves}, optimizer)
+    if optimizer is not None and carry is Carry.MOVE and not optim.can_move(optimizer):
+        carry = Carry.RESET
+        optim.warn_reset(optimizer)
+    changes = []
+    with Journal(optimizer) as journal:
+        for move in moves:
+            try:
+                changes.append(_change_site(move, optimizer, carry, journal))
+            except OSError as error:
+                raise TransitionError(
+                    f"no room to keep {move.modules[0].site} safe during its switch ({error}); "
+                    "net and optimizer are as before"
+                ) from error
+    specialize_(root)
+    return Transition(tuple(changes), carry if optimizer is not None else None)
 
 
 @torch.no_grad()
-def _change_site(
-    name: str,
-    modules: list[Switched],
-    phase: Phase,
-    optimizer: Optimizer | None,
-    move: Optimizer | None,
-    journal: Journal,
-) -> SiteChange:
-    module, before = modules[0], Phase(modules[0].phase)
+def _change_site(move: _Move, optimizer: Optimizer | None, carry: Carry, journal: Journal) -> SiteChange:
+    modules, module, phase = move.modules, move.modules[0], move.phase
+    name, before, carrying = module.site, Phase(module.phase), optimizer if carry is Carry.MOVE else None
     layout, old = module.layout, parameters_of(module)
     old_weight = module.weight.detach()
     if phase is Phase.LOW:
-        values: tuple[Tensor, ...] = layout.split(old_weight, module.rank)
-        states = optim.moved_to_factors(move, old[0], (values[0], values[1]), layout) if move else [{}, {}]
+        values: tuple[Tensor, ...] = layout.split(old_weight, move.rank)
+        states = optim.moved_to_factors(carrying, old[0], (values[0], values[1]), layout) if carrying else [{}, {}]
         new_weight = layout.join((values[0], values[1]))
         names: tuple[str, ...] = layout.factor_names
     else:
         values = (old_weight,)
-        states = optim.moved_to_dense(move, module.factors, old_weight, layout) if move else [{}]
+        states = optim.moved_to_dense(carrying, module.factors, old_weight, layout) if carrying else [{}]
         new_weight, names = old_weight, ("weight",)
     if not all(bool(torch.isfinite(value).all()) for value in values):
         raise TransitionError(f"{name} could not be split into finite factors; net and optimizer are as before")
-    error = float(
-        torch.linalg.vector_norm(new_weight - old_weight) / torch.linalg.vector_norm(old_weight).clamp_min(1e-30)
-    )
+    lost = torch.linalg.vector_norm((new_weight - old_weight).float())
+    error = float(lost / torch.linalg.vector_norm(old_weight.float()).clamp_min(1e-30))
     new = tuple(Parameter(_like(value, old), requires_grad=old[0].requires_grad) for value in values)
     replaced = module.parameter_names
     journal.keep(modules, old)
+    for each in modules:
+        each.rank = move.rank
     replace_parameters(modules, phase, dict(zip(names, new, strict=True)), optimizer, states)
     return SiteChange(name, before, phase, replaced, names, error)
 
