@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 epochs = 12
+MILESTONES = (8, 10)
 
 
 class Block(nn.Module):
@@ -84,7 +85,7 @@ def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
 
 def lr_scheduler(optimizer: Optimizer) -> MultiStepLR:
     """Stepped once per epoch."""
-    return MultiStepLR(optimizer, milestones=[8, 10], gamma=0.1)
+    return MultiStepLR(optimizer, milestones=MILESTONES, gamma=0.1)
 
 
 def _split() -> tuple[TensorDataset, TensorDataset]:

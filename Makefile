@@ -1,0 +1,36 @@
+# `make demo` and `make test` set themselves up: a virtual environment in .venv, installed through constraints.txt.
+
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-gpu bench lint wheel clean
+
+$(INSTALLED): constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)          ## the main job on real data: plan, train, truncate, export, compare, draw
+	$(BIN)/python samples/demo.py demo
+
+test: $(INSTALLED)          ## the everyday tests; one thread each, so that JOBS of them do not fight over the cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+test-gpu: $(INSTALLED)      ## what needs a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: $(INSTALLED)         ## the README's figures, measured here
+	$(BIN)/python samples/measure.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist demo *.egg-info

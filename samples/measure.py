@@ -1,0 +1,302 @@
+"""The figures of the README, measured: `python samples/measure.py` for all, or name parts of it.
+
+Parts: steps, switch, memory, peak, truncation, startup, claim. Each prints a Markdown table. Both sides of a ratio
+are timed in turn in one run; ratios are medians. `--quick` does less of everything, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import chars
+import digits
+import torch
+from torch import Tensor, nn
+
+import dynrank_fx as dr
+from dynrank_fx import lowrank
+from dynrank_fx.bench import interleaved, machine
+from dynrank_fx.net import Net
+from dynrank_fx.randomness import seed_all
+from dynrank_fx.train import Run, Settings, Task, evaluate, fit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SAMPLES: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
+    ("digits", digits, ("stem*", "*shortcut*", "head")),
+    ("chars", chars, ()),
+)
+
+
+def main(parts: Sequence[str], *, quick: bool = False) -> None:
+    known: dict[str, Callable[[bool], None]] = {
+        "steps": steps,
+        "switch": switch,
+        "memory": memory,
+        "peak": peak,
+        "truncation": truncation,
+        "startup": startup,
+        "claim": claim,
+    }
+    print(f"{machine()}\n")
+    for name in parts or known:
+        if name not in known:
+            sys.exit(f"there is no part {name!r}; choose from {', '.join(known)}")
+        known[name](quick)
+        print()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    for line in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(map(str, line)) + " |")
+
+
+def transformed(sample: ModuleType, exclude: tuple[str, ...]) -> Net:
+    batch = next(iter(sample.train_data()))
+    return dr.transform(sample.model(), (batch[0],), rank=dr.Ratio(0.25), exclude=exclude).to(DEVICE)
+
+
+def stepper(model: nn.Module, sample: ModuleType, batch: list[Tensor]) -> Callable[[], None]:
+    """One training step on one batch, forward to optimizer."""
+    optimizer = sample.optimizer(model.parameters())
+    forward = torch.compile(model, fullgraph=True, dynamic=False)
+
+    def step() -> None:
+        sample.loss(forward(batch[0]), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step.optimizer = optimizer  # type: ignore[attr-defined]
+    return step
+
+
+def steps(quick: bool) -> None:
+    """Step time: FULL against the original model, and LOW against dense beside the ratio of their FLOPs."""
+    rows = []
+    for name, sample, exclude in SAMPLES:
+        seed_all(0)
+        batch = [t.to(DEVICE) for t in next(iter(sample.train_data()))]
+        full = transformed(sample, exclude)
+        low, plan = copy.deepcopy(full), dr.plan_of(full)
+        dr.enter_(low, dr.Phase.LOW)
+        original = stepper(sample.model().to(DEVICE), sample, batch)
+        repeats = 5 if quick else 60
+        same = interleaved(original, stepper(full, sample, batch), repeats=repeats)
+        less = interleaved(original, stepper(low, sample, batch), repeats=repeats)
+        flops = (plan.low_flops or 0) / (plan.total_flops or 1)
+        rows.append((name, f"{same.first * 1e3:.1f} ms", f"{same.ratio:.3f}", f"{less.ratio:.2f}", f"{flops:.2f}"))
+    table(("sample", "original step", "FULL / original", "LOW / original", "LOW / original in FLOPs"), rows)
+
+
+def switch(quick: bool) -> None:
+    """Time of a switch with its optimizer state, against an epoch."""
+    rows = []
+    for name, sample, exclude in SAMPLES:
+        seed_all(0)
+        batches = list(sample.train_data())
+        batch = [t.to(DEVICE) for t in batches[0]]
+        net = transformed(sample, exclude)
+        step = stepper(net, sample, batch)
+        for _ in range(3):
+            step()
+        full_step = statistics.median(timed(step) for _ in range(5 if quick else 20))
+        times: dict[dr.Phase, list[float]] = {dr.Phase.LOW: [], dr.Phase.FULL: []}
+        for _ in range(2 if quick else 7):
+            for phase, seconds in times.items():
+                seconds.append(timed(partial(dr.enter_, net, phase, step.optimizer)))  # type: ignore[attr-defined]
+        epoch = full_step * len(batches)
+        low, full = (statistics.median(seconds) for seconds in times.values())
+        rows.append(
+            (name, f"{epoch:.2f} s", f"{low * 1e3:.0f} ms", f"{full * 1e3:.0f} ms", f"{(low + full) / 2 / epoch:.1%}")
+        )
+    table(("sample", "FULL epoch", "FULL to LOW", "LOW to FULL", "a switch, in epochs"), rows)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def memory(quick: bool) -> None:
+    """Bytes of parameters, gradients and optimizer state, against those of the original, beside the parameters'
+    ratio.
+    """
+    rows = []
+    for name, sample, exclude in SAMPLES:
+        seed_all(0)
+        batch = [t.to(DEVICE) for t in next(iter(sample.train_data()))]
+        net = transformed(sample, exclude)
+        plan = dr.plan_of(net)
+        dense = held_bytes(sample.model().to(DEVICE), sample, batch)
+        full = held_bytes(net, sample, batch)
+        dr.enter_(net, dr.Phase.LOW)
+        low = held_bytes(net, sample, batch)
+        ideal = plan.low_params / plan.total_params
+        rows.append((name, f"{dense / 1e6:.2f} MB", f"{full / dense:.3f}", f"{low / dense:.3f}", f"{ideal:.3f}"))
+    table(("sample", "original", "FULL / original", "LOW / original", "ideal for LOW"), rows)
+
+
+def held_bytes(model: nn.Module, sample: ModuleType, batch: list[Tensor]) -> int:
+    optimizer = sample.optimizer(model.parameters())
+    sample.loss(model(batch[0]), batch).backward()
+    optimizer.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    total = sum(t.nbytes for t in tensors)
+    optimizer.zero_grad()
+    return total
+
+
+_PEAK = """
+import re, sys, torch
+from torch import nn
+import dynrank_fx as dr
+layers, width, device = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+net = dr.transform(model, (torch.zeros(2, width),)).to(device)
+del model
+optimizer = torch.optim.AdamW(net.parameters())
+def peak():
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+def restart():
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        open("/proc/self/clear_refs", "w").write("5")
+for to in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW):
+    net(torch.zeros(2, width, device=device)).sum().backward()
+    optimizer.step(); optimizer.zero_grad()
+    restart(); steady = peak()
+    dr.enter_(net, to, optimizer)
+    print(to.name, steady, peak())
+"""
+
+
+def peak(quick: bool) -> None:
+    """Peak memory of a switch over the steady state before it, in a process of its own, AdamW state included."""
+    layers, width = (4, 512) if quick else (24, 2048)
+    command = [sys.executable, "-c", _PEAK, str(layers), str(width), DEVICE]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    site = 4 * width * width / 1e6
+    rows = []
+    for line, label in zip(lines, ("FULL to LOW", "LOW to FULL", "FULL to LOW again"), strict=True):
+        _, before, after = line.split()
+        extra = float(after) - float(before)
+        rows.append((label, f"{float(before):.0f} MB", f"{float(after):.0f} MB", f"{extra / site:.1f}"))
+    print(f"{layers} linear layers of {width}×{width} ({site:.0f} MB each), AdamW:\n")
+    table(("switch", "steady before", "peak", "extra, in weights of one site"), rows)
+
+
+def truncation(quick: bool) -> None:
+    """Truncated SVD of random matrices to a quarter of their rank: time and error against torch.linalg.svd."""
+    shapes = ((256, 256), (512, 128)) if quick else ((1024, 1024), (4096, 1024), (2048, 2048))
+    rows = []
+    for m, n in shapes:
+        torch.manual_seed(0)
+        # A trained weight's spectrum falls; this one by a factor of 30 over its length.
+        W = torch.randn(m, n, device=DEVICE) / n**0.5
+        W = (
+            W
+            @ torch.diag(torch.logspace(0, -1.5, n, device=DEVICE))
+            @ torch.linalg.qr(torch.randn(n, n, device=DEVICE)).Q
+        )
+        rank = min(m, n) // 4
+        pair = interleaved(
+            lambda W=W: torch.linalg.svd(W, full_matrices=False),  # type: ignore[misc]
+            lambda W=W, rank=rank: lowrank.truncate(W[None], rank),  # type: ignore[misc]
+            repeats=2 if quick else 7,
+            warmup=1,
+        )
+        B, A = lowrank.truncate(W[None], rank)
+        best = torch.linalg.svdvals(W.double())[rank:].norm()
+        excess = float((W.double() - B[0].double() @ A[0].double()).norm() / best - 1)
+        rows.append(
+            (
+                f"{m}×{n}",
+                rank,
+                f"{pair.first * 1e3:.0f} ms",
+                f"{pair.second * 1e3:.0f} ms",
+                f"{1 / pair.ratio:.1f}×",
+                f"{excess:.1e}",
+            )
+        )
+    table(("matrix", "rank", "torch.linalg.svd", "ours", "faster", "error over the optimum"), rows)
+
+
+def startup(quick: bool) -> None:
+    """Time of `dynrank-fx --help`, as a process."""
+    command = [str(Path(sysconfig.get_path("scripts")) / "dynrank-fx"), "--help"]
+    run = lambda: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
+    run()
+    median = statistics.median(timed(run) for _ in range(3 if quick else 15))
+    table(("command", "median"), [("dynrank-fx --help", f"{median * 1e3:.0f} ms")])
+
+
+def claim(quick: bool) -> None:
+    """Held-out accuracy and mean effective rank of dense, LOW only, and interleaved: same epochs, three seeds."""
+    for name, sample, exclude in SAMPLES:
+        epochs = 2 if quick else sample.epochs
+        third = max(1, epochs // 3)
+        schedules = {
+            "dense": dr.schedules.always(dr.Phase.FULL),
+            "LOW only": dr.schedules.always(dr.Phase.LOW),
+            "LOW, FULL, LOW in thirds": dr.schedules.join(
+                [dr.schedules.always(phase) for phase in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW)],
+                [third, 2 * third] if epochs > 2 else [1, 2],
+            ),
+            "interleaved (2 LOW, 1 FULL)": dr.schedules.interleave(low=2, full=1),
+        }
+        shown = sorted({0, third - 1, third, 2 * third - 1, 2 * third, epochs - 1} & set(range(epochs)))
+        rows = []
+        for label, schedule in schedules.items():
+            runs = [trained(sample, exclude, schedule, epochs, seed) for seed in ((0,) if quick else (0, 1, 2))]
+            final = [run["eval_metric"][-1] for run in runs]
+            cut = [run["truncated"] for run in runs]
+            ranks = [f"{statistics.mean(run['effective_rank'][epoch] for run in runs):.1f}" for epoch in shown]
+            rows.append((label, spread(final), spread(cut), f"{runs[0]['spent'] / epochs:.2f}", *ranks))
+        print(f"{name}, {epochs} epochs, rank 1/4, {1 if quick else 3} seeds:\n")
+        head = ("schedule", "accuracy", "after truncation", "training FLOPs")
+        table((*head, *(f"effective rank, epoch {epoch + 1}" for epoch in shown)), rows)
+        print()
+
+
+def trained(sample: ModuleType, exclude: tuple[str, ...], schedule: Any, epochs: int, seed: int) -> dict[str, Any]:
+    """Final figures of one run, and the mean effective rank of its sites by epoch."""
+    seed_all(seed)
+    net = transformed(sample, exclude)
+    optimizer = sample.optimizer(net.parameters())
+    task = Task(sample.train_data(), sample.loss, lambda batch: ((batch[0],), {}), sample.eval_data(), sample.metric)
+    run = Run(net, optimizer, schedule, sample.lr_scheduler(optimizer))
+    settings = Settings(epochs=epochs, device=DEVICE, compile=DEVICE == "cuda")
+    fit(run, task, settings)
+
+    return {
+        "eval_metric": [record["eval_metric"] for record in run.history],
+        "effective_rank": [statistics.mean(record["effective_rank"].values()) for record in run.history],
+        "truncated": evaluate(dr.truncate(net), task, settings)["eval_metric"],
+        "spent": run.history[-1]["spent"],
+    }
+
+
+def spread(values: Sequence[float]) -> str:
+    mean = 100 * statistics.mean(values)
+    return f"{mean:.2f} ± {100 * statistics.stdev(values):.2f} %" if len(values) > 1 else f"{mean:.2f} %"
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    main([part for part in given if part != "--quick"], quick="--quick" in given)
