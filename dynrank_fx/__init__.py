@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .errors import ScheduleError as ScheduleError
     from .errors import StoreError as StoreError
     from .errors import TransitionError as TransitionError
+    from .export import ExportReport as ExportReport
     from .export import export_onnx as export_onnx
+    from .export import verify_onnx as verify_onnx
     from .layout import ChannelLayout as ChannelLayout
     from .layout import SpatialLayout as SpatialLayout
     from .lowrank import effective_rank as effective_rank
@@ -63,7 +65,7 @@ _HOME = {
         "StoreError",
         "TransitionError",
     ),
-    "export": ("export_onnx",),
+    "export": ("ExportReport", "export_onnx", "verify_onnx"),
     "layout": ("ChannelLayout", "SpatialLayout"),
     "lowrank": ("effective_rank", "stable_rank"),
     "optim": ("Carry", "rewarm_"),

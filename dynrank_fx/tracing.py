@@ -136,7 +136,7 @@ def _symbolic(root: nn.Module, model: nn.Module) -> Net:
         try:
             graphs[mode] = tracer.trace(root)
         except Exception as error:
-            where = _where(error, root)
+            where = origin(error, root)
             raise CaptureError(f"{where} cannot be traced symbolically: {_first_line(error)}.") from error
         finally:
             for name, module in root.named_modules():
@@ -202,7 +202,7 @@ def _exported(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_sh
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=free)
             module = program.module(check_guards=False)
         except Exception as error:
-            raise CaptureError(f"{_where(error, root)} cannot be exported: {_first_line(error)}.") from error
+            raise CaptureError(f"{origin(error, root)} cannot be exported: {_first_line(error)}.") from error
         finally:
             for name, buffer in root.named_buffers():
                 buffer.copy_(buffers[name])
@@ -285,7 +285,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
-def _where(error: BaseException, root: nn.Module) -> str:
+def origin(error: BaseException, root: nn.Module) -> str:
     """The module and line of the innermost frame of the user's own code."""
     place = type(root).__name__
     names = {id(module): name for name, module in root.named_modules()}

@@ -1,0 +1,157 @@
+"""From a module to an ONNX model whose weights are stored once, as they are, and whose batch is free if it can be."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from .errors import ExportError
+from .inputs import Inputs, batch_size, double_batch_of_one, free_first_dimension
+from .tracing import origin, slow_attention
+
+_FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a shape; onnxruntime folds the rest itself
+
+
+def converted(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int | None) -> tuple[Any, bool]:
+    """(ONNX model, whether its batch is free): free where the model allows it, else with the example's own shapes."""
+    doubled = double_batch_of_one(*inputs)
+    shapes = free_first_dimension(*doubled) if dynamic_shapes is None else dynamic_shapes
+    with contextlib.suppress(ExportError):  # then the second attempt works, or says what is wrong
+        model = _convert(module, doubled, shapes, opset)
+        if _batch_is_free(model, doubled):
+            return model, True
+    model = _convert(module, inputs, dynamic_shapes, opset)
+    return model, _batch_is_free(model, inputs)
+
+
+def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int | None) -> Any:
+    kind = type(module).__name__
+    with quiet(), torch.no_grad(), slow_attention():
+        try:
+            program = torch.export.export(module, *inputs, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            where = f"{origin(error, module)} ({reason(error)})"
+            raise ExportError(f"torch.export cannot trace {where}: change the model or its inputs") from error
+        names = _names(program)
+        try:
+            model = _onnx_model(program, names, opset)
+        except Exception as error:
+            why = reason(error)
+            raise ExportError(f"torch.onnx cannot convert {kind} ({why}): use operations that ONNX has") from error
+    # A dimension that torch.export found to be fixed comes as one *named* "2", which others would take for free.
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param.isdigit():
+                dim.dim_value = int(dim.dim_param)
+    refuse_inflated(model, (*program.state_dict.values(), *program.constants.values()))
+    return model
+
+
+def _onnx_model(program: ExportedProgram, names: Sequence[str], opset: int | None) -> Any:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
+    from onnxscript.optimizer import optimize_ir
+
+    # Not optimize=True: that stores a tied weight again, transposed.
+    onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+    assert onnx_program is not None
+    model, weights = onnx_program.model, set(program.state_dict)
+
+    def should_fold(node: Any) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    optimize_ir(model, should_fold=should_fold, output_size_limit=_FOLD_LIMIT)
+    # Not before: an output that is an input would take its name away.
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), names, strict=True):
+        value.name = name
+    NameFixPass()(model)
+    ClearMetadataAndDocStringPass()(model)  # stack traces, with the paths of this machine
+    return onnx_program.model_proto
+
+
+def _names(program: ExportedProgram) -> list[str]:
+    """Names of the graph's inputs, after the arguments, and outputs, after their place: ``output_0``, ``logits``."""
+    signature, spec = program.graph_signature, program.call_spec.out_spec
+    assert spec is not None
+    given = [item.arg for item in signature.input_specs if item.kind is InputKind.USER_INPUT]
+    returned = [item.arg for item in signature.output_specs if item.kind is OutputKind.USER_OUTPUT]
+    names = [arg.name for arg in given if isinstance(arg, TensorArgument)]
+    places = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))[0]
+    for (path, _), arg in zip(places, returned, strict=True):
+        if isinstance(arg, ConstantArgument) and arg.value is None:
+            continue
+        keyed = bool(path) and isinstance(path[0], pytree.MappingKey)
+        name = joined(path) if keyed else "_".join(filter(None, ["output", joined(path)]))
+        if not isinstance(arg, TensorArgument):
+            raise ExportError(f"the model returns a plain number as {name}, which ONNX has not: return a tensor")
+        while name in names:
+            name += "_out"
+        names.append(name)
+    return names
+
+
+def _batch_is_free(model: Any, inputs: Inputs) -> bool:
+    shared = [
+        value.type.tensor_type.shape.dim[0]
+        for value, tensor in zip(model.graph.input, tensors(inputs), strict=True)
+        if tensor.ndim and tensor.shape[0] == batch_size(inputs)
+    ]
+    return bool(shared) and all(dim.dim_param for dim in shared)
+
+
+def refuse_inflated(model: Any, stored: Sequence[Any]) -> None:
+    """Constants above the folding limit can only be what the module stores."""
+    of_module = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors(stored)}.values())
+    sizes = [math.prod(initializer.dims) for initializer in model.graph.initializer]
+    in_file = sum(size for size in sizes if size > _FOLD_LIMIT)
+    if in_file > of_module:
+        raise ExportError(
+            f"the ONNX graph would hold {in_file:,} weights where the module has {of_module:,}, as if a product of "
+            "factors had been multiplied out or a weight stored twice: give another opset"
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch and the converters warn of their own deprecations, log what is not installed, and log or print what they
+    raise anyway: nothing of that is for the caller.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def joined(path: Sequence[Any]) -> str:
+    """``batch_ids_0`` for ``batch["ids"][0]``, as torch.export names its inputs."""
+    return "_".join(str(astuple(key)[0]) for key in path)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the error at the bottom of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
