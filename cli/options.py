@@ -34,6 +34,13 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def refuse_beside(flag: str, options: dict[str, Any]) -> None:
+    """Refuse options that a plan made before would leave without effect."""
+    for name in ("rank", "energy", "include", "exclude", "plan_file"):
+        if options.get(name):
+            raise click.UsageError(f"{flag} brings its plan along: leave out --{name.removesuffix('_file')}")
+
+
 def rank_policy(rank: str | None, energy: float | None) -> RankPolicy:
     """The rank policy that ``--rank`` or ``--energy`` asks for."""
     from dynrank_fx.ranks import Energy, Fixed, Ratio
@@ -69,6 +76,8 @@ def transformed(
     from dynrank_fx.layout import ChannelLayout, SpatialLayout
     from dynrank_fx.pipeline import transform
 
+    if plan_file is not None:
+        refuse_beside("--plan", {"rank": rank, "energy": energy, "include": include, "exclude": exclude})
     return transform(
         file.model(),
         file.example_inputs(),

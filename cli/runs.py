@@ -62,15 +62,15 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
 
     if not folder.exists():
         raise StoreError(f"there is no folder {folder}")
-    if (folder / "weights.safetensors").exists():
+    if not (folder / CHECKPOINT).exists():
+        if not (folder / "weights.safetensors").exists():
+            raise StoreError(f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`")
         if model_file is None:
             raise StoreError(
                 f"{folder} is a folder of `transform`, which does not note its model file: add --model MODEL.PY"
             )
         file = load_model_file(model_file)
         return Opened(load(folder, file.model(), file.example_inputs()), file, [])
-    if not (folder / CHECKPOINT).exists():
-        raise StoreError(f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`")
     tensors, info = read_run(folder)
     file = load_model_file(model_file or Path(read_run_file(folder)["model_file"]))
     net = rebuilt(file.model(), plan_in(info), file.example_inputs())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import click
 
 from dynrank_fx.errors import ModelFileError, StoreError
 
-from .options import plan_options, transformed
+from .options import plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from .modelfile import ModelFile
 
 _SCHEDULES = ("aligned", "interleave", "low", "full", "paper-cifar10", "paper-cifar100")
-_NOT_OF_THE_RUN = ("model_file", "out", "resume")
 
 
 @click.command()
@@ -38,11 +39,13 @@ _NOT_OF_THE_RUN = ("model_file", "out", "resume")
 @click.option("--full", type=int, default=1, show_default=True, help="FULL epochs in a row, for interleave.")
 @click.option("--lr-milestones", metavar="E,E", help="Epochs of the decays, for aligned; by default the scheduler's.")
 @click.option("--carry", type=click.Choice(["move", "reset"]), default="move", help="Optimizer state at a switch.")
-@click.option("--rewarm", type=int, default=0, metavar="STEPS", help="Re-warm the learning rate after a switch.")
+@click.option(
+    "--rewarm", type=click.IntRange(min=0), default=0, metavar="STEPS", help="Re-warm the learning rate after a switch."
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--amp", type=click.Choice(["bf16"]), help="Autocast to bfloat16.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), metavar="N", help="Also save every N steps.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.pass_context
@@ -62,21 +65,28 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     elif (folder / RUN_FILE).exists():
         raise StoreError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
 
+    from dynrank_fx.checkpoint import rebuilt
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.runfile import read_run, restore_run_, save_run
+    from dynrank_fx.runfile import plan_in, read_run, restore_run_, save_run
     from dynrank_fx.train import fit
 
     from .modelfile import load_model_file
 
+    _check_device(options["device"])
     seed_all(options["seed"])
     file = load_model_file(model_file)
     file.require("train_data", "loss")
-    run, task, settings = _set_up(file, options)
     if resume:
-        restore_run_(run, *read_run(folder))
+        tensors, info = read_run(folder)
+        # As it was planned then, whatever the plan's file or the model's first weights have become.
+        net = rebuilt(file.model(), plan_in(info), file.example_inputs())
+        run, task, settings = _set_up(file, options, net)
+        restore_run_(run, tensors, info)
     else:
-        _start_folder(folder, model_file, options)
+        run, task, settings = _set_up(file, options, _net(file, options))
+        _make_folder(folder)
         save_run(run, folder)
+        write_run_file(folder, model_file, _plain(options))
     if run.epoch >= settings.epochs:
         click.echo(f"{folder} has all its {settings.epochs} epochs already")
         return
@@ -87,11 +97,12 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
         )
     bar.close()
     if finished:
-        click.echo(f"wrote {folder}/; next: dynrank-fx export {folder} -o {model_file.stem}.onnx", err=True)
+        then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
+        click.echo(f"wrote {folder}/; next: {then}", err=True)
         return
+    then = shlex.join(["dynrank-fx", "train", str(model_file), "--out", str(folder), "--resume"])
     click.echo(
-        f"stopped in epoch {run.epoch + 1} of {settings.epochs} after {run.step} steps, and saved; go on with: "
-        f"dynrank-fx train {model_file} --out {folder} --resume",
+        f"stopped in epoch {run.epoch + 1} of {settings.epochs} after {run.step} steps, and saved; go on with: {then}",
         err=True,
     )
     sys.exit(128 + stopped[0])
@@ -103,11 +114,10 @@ def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> dict
     for name, value in _plain(given).items():
         said = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if said and value != started.get(name):
-            flag = name.removesuffix("_file").replace("_", "-").replace("start", "from")
-            raise StoreError(
-                f"the run in {folder} was started with --{flag} {started.get(name)}, not {value}: "
-                "leave the option out, or start another run"
-            )
+            flag = "--" + name.removesuffix("_file").replace("_", "-").replace("start", "from")
+            before = started.get(name)
+            then = f"without {flag}" if before in (None, []) or before is False else f"with {flag} {before}"
+            raise StoreError(f"the run in {folder} was started {then}: leave {flag} out, or start another run")
     return started
 
 
@@ -116,21 +126,20 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
-def _start_folder(folder: Path, model_file: Path, options: dict[str, Any]) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{folder} could not be made ({error.strerror}); choose another --out") from error
-    write_run_file(folder, model_file, _plain(options))
 
 
-def _set_up(file: ModelFile, options: dict[str, Any]) -> tuple[Run, Task, Settings]:
-    """The run as at its first step: the same on a resume, before the checkpoint is read."""
+def _set_up(file: ModelFile, options: dict[str, Any], net: Net) -> tuple[Run, Task, Settings]:
+    """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
     from dynrank_fx.optim import Carry
+    from dynrank_fx.randomness import generators_of
     from dynrank_fx.train import Run, Settings, Task
 
-    _check_device(options["device"])
-    net = _net(file, options).to(options["device"]).train()
+    net = net.to(options["device"]).train()
     optimizer = file.optimizer(net.parameters())
     lr_scheduler = file.lr_scheduler(optimizer)
     settings = Settings(
@@ -149,17 +158,19 @@ def _set_up(file: ModelFile, options: dict[str, Any]) -> tuple[Run, Task, Settin
         eval_data=file.eval_data(),
         metric=file.metric,
     )
-    return Run(net, optimizer, _schedule(options, settings.epochs, lr_scheduler), lr_scheduler), task, settings
+    schedule = _schedule(options, settings.epochs, lr_scheduler)
+    generators = generators_of(task.train_data, task.eval_data)
+    return Run(net, optimizer, schedule, lr_scheduler, generators=generators), task, settings
 
 
 def _net(file: ModelFile, options: dict[str, Any]) -> Net:
     if options["start"] is not None:
         from dynrank_fx.checkpoint import load
 
+        refuse_beside("--from", options)
         return load(options["start"], file.model(), file.example_inputs())
     names = ("rank", "energy", "include", "exclude", "multiple_of", "layout", "plan_file")
     chosen = {name: options[name] for name in names}
-    chosen["plan_file"] = Path(chosen["plan_file"]) if chosen["plan_file"] else None
     return transformed(file, **chosen)
 
 
@@ -214,8 +225,14 @@ def _bar(task: Task, settings: Settings) -> Any:
 def _stop_signals() -> Iterator[list[int]]:
     """A list that Ctrl-C or a termination puts its signal number in; a second Ctrl-C interrupts at once."""
     stopped: list[int] = []
+    process = os.getpid()
 
     def note(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a data loader's worker: the last step may wait for it, so only the second counts
+            if stopped:
+                os._exit(128 + number)
+            stopped.append(number)
+            return
         if stopped:
             raise KeyboardInterrupt
         stopped.append(number)

@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 from . import store
 from .errors import PlanError, StoreError
 from .net import Net, unwrap
-from .parameters import replace_parameters
+from .parameters import parameters_of, replace_parameters
 from .phase import Phase
 from .plan import Plan
 from .planning import fit_plan
 from .rewrite import factorize_, inline, plan_of, specialize_
 from .switched import switched_modules
 from .tracing import capture
+from .transition import _like
 
 _FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
 
@@ -106,10 +107,10 @@ def restore_(
                 f"{name} was saved as factors of rank {rank}, but the plan says {module.rank}: "
                 f"put the rank back, load, and change it by replan_"
             )
-        old = module.weight
+        (old,) = parameters_of(module)
         shapes = module.layout.factor_shapes(module.shape, rank)
         new = {
-            factor: Parameter(torch.empty(shape, dtype=old.dtype, device=old.device), old.requires_grad)
+            factor: Parameter(_like(torch.empty(shape, dtype=old.dtype, device=old.device), [old]), old.requires_grad)
             for factor, shape in zip(module.layout.factor_names, shapes, strict=True)
         }
         replace_parameters(sites[name], Phase(phase), new, optimizer, [{} for _ in new])

@@ -33,6 +33,11 @@ def split_inputs(example_inputs: Any) -> Inputs:
     )
 
 
+def fresh(example_inputs: Any) -> Any:
+    """The same with copies of the tensors: a model may write into what it is given."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_inputs)
+
+
 def batch_size(inputs: Inputs) -> int | None:
     """The first dimension of the first tensor that has one."""
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +16,26 @@ from torch import Tensor
 # Up to this many columns a float64 SVD costs milliseconds; above it the Gram matrix's eigenvectors are several
 # times faster (the README's table has the figures).
 _SMALL = 128
-# Squared relative tail below which the Gram matrix in float32 cannot tell the discarded directions apart:
-# its rounding, about 1e-7 of the largest eigenvalue, would show in the error.
-_FLOAT32_TAIL = 1e-4
+# Energy of the discarded directions, in parts of the largest eigenvalue, below which the Gram matrix in float32 cannot
+# tell them apart: its rounding costs up to about 1e-5 of that eigenvalue, and 2e-3 of the tail is what 1.001 allows.
+_FLOAT32_TAIL = 1e-2
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """TF32 has 10 bits of mantissa: too few for a Gram matrix. The flag is put back as it was."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+def full_precision() -> Iterator[None]:
+    """float32 products in float32: TF32 and bfloat16 have too few bits for a Gram matrix, or for a weight that stays.
+
+    The process-wide flags are put back as they were.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _gram_basis(W: Tensor, rank: int) -> Tensor | None:
@@ -50,9 +54,9 @@ def _right_basis(W: Tensor, rank: int) -> Tensor:
     if n > _SMALL and W.dtype != torch.float64:
         V = _gram_basis(W, rank)
         if V is not None:
-            energy = W.square().sum((-2, -1))
-            tail = energy - (W @ V).square().sum((-2, -1))
-            if bool((tail > _FLOAT32_TAIL * energy).all()):
+            kept = (W @ V).square().sum(-2)
+            tail = W.square().sum((-2, -1)) - kept.sum(-1)
+            if bool((tail > _FLOAT32_TAIL * kept.amax(-1)).all()):
                 return V
         V = _gram_basis(W.double(), rank)
         if V is not None:
@@ -72,15 +76,23 @@ def truncate(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if m < n:
         left, right = truncate(W.mT, rank)
         return right.mT.contiguous(), left.mT.contiguous()
-    with _full_precision():
-        X = W if W.dtype == torch.float64 else W.float()
+    with full_precision():
+        X, scale = _scaled(W if W.dtype == torch.float64 else W.float())
         V = _right_basis(X, rank)
         P = X.to(V.dtype) @ V  # = U S, so its column norms are the singular values
         S = torch.linalg.vector_norm(P, dim=-2, keepdim=True)
-        # A direction with σ = 0 keeps a small right row: with both factors zero it could never train again.
-        floor = torch.finfo(W.dtype).eps * S.amax(-1, keepdim=True)
-        root = torch.maximum(S, floor).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        return (P / root).to(W.dtype), (V.mT * root.mT).to(W.dtype)
+        # A direction with σ = 0 keeps a small right row, and a zero matrix whole ones: with both factors zero it could
+        # never train again.
+        S = torch.maximum(S, torch.finfo(W.dtype).eps * S.amax(-1, keepdim=True))
+        root, unit = torch.where(S > 0, S, 1).sqrt(), scale.to(V.dtype).sqrt()
+        return (P / root * unit).to(W.dtype), (V.mT * root.mT * unit).to(W.dtype)
+
+
+def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
+    """W over a power of two per group, hence exactly, with entries near 1: its squares neither vanish nor overflow."""
+    exponent = torch.frexp(W.abs().amax((-2, -1), keepdim=True)).exponent
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=W.dtype), exponent.clamp_max(127))
+    return W / scale, scale
 
 
 @torch.no_grad()

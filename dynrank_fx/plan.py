@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 from .errors import PlanError
@@ -64,9 +65,12 @@ class Plan:
     @property
     def low_flops(self) -> int | None:
         """FLOPs of the whole model with every planned site factored."""
-        if self.total_flops is None:
-            return None
-        return self.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in self.sites)
+        total = self.total_flops
+        for row in self.sites:
+            if total is None or row.flops is None or row.site.flops is None:
+                return None
+            total += row.flops - row.site.flops
+        return total
 
     def with_ranks(self, ranks: dict[str, int]) -> Plan:
         """The same plan with other ranks for the named sites. Raises PlanError for a name or rank that does not fit."""
@@ -106,18 +110,20 @@ class Plan:
         try:
             sites = tuple(_row_from_json(row) for row in data["sites"])
             skipped = tuple(Skipped.from_json(row) for row in data["skipped"])
-            return cls(sites, skipped, data["total_params"], data["total_flops"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            flops = data["total_flops"]
+            plan = cls(sites, skipped, index(data["total_params"]), None if flops is None else index(flops))
+            str(plan)  # counts every cost: what cannot be counted is no plan
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise PlanError(f"the plan is incomplete or has a value of the wrong kind: {error!r}") from error
+        return plan
 
     def __str__(self) -> str:
         rows = [_table_row(row) for row in self.sites]
-        rows += [
-            (s.name, "x".join(map(str, s.shape)), "dense", "", _count(s.params), "", "", s.reason) for s in self.skipped
-        ]
+        rows += [_skipped_row(skipped) for skipped in self.skipped]
         head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "", "why dense")
         lines = [text_table(head, rows, right=(3,)), ""]
-        lines.append(f"{len(self.sites)} sites factored, {len(self.skipped)} matrices left dense")
+        sites, matrices = _amount(len(self.sites), "site", "sites"), _amount(len(self.skipped), "matrix", "matrices")
+        lines.append(f"{sites} factored, {matrices} left dense")
         lines.append(f"parameters  {_change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
             lines.append(f"FLOPs       {_change(self.total_flops, self.low_flops)} on the example inputs")
@@ -131,6 +137,15 @@ def _table_row(row: PlannedSite) -> tuple[str, ...]:
     name = " = ".join((site.name, *site.aliases))
     calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
     return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, calls, "")
+
+
+def _skipped_row(skipped: Skipped) -> tuple[str, ...]:
+    name = " = ".join((skipped.name, *skipped.aliases))
+    return (name, "x".join(map(str, skipped.shape)), "dense", "", _count(skipped.params), "", "", skipped.reason)
+
+
+def _amount(n: int, one: str, more: str) -> str:
+    return f"{n} {one if n == 1 else more}"
 
 
 def _count(n: int) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from . import lowrank
 from .errors import PlanError
@@ -14,7 +17,7 @@ from .layout import ChannelLayout, ConvLayout, Layout, LinearLayout, layout_name
 from .net import Net
 from .plan import Plan, PlannedSite, checked
 from .ranks import Curve, RankPolicy
-from .sites import Site, Skipped, find_sites, locate
+from .sites import Located, Site, Skipped, find_sites, locate
 
 
 def make_plan(
@@ -32,7 +35,8 @@ def make_plan(
 
     include, exclude: shell patterns on site names and aliases; all sites by default. multiple_of: ranks are rounded
     up to it. A site is skipped where its factors would cost no less than the dense weight, in parameters or in FLOPs,
-    unless allow_unprofitable. Raises PlanError for a pattern that matches nothing or a rank that no site can have.
+    unless allow_unprofitable. Raises PlanError for a pattern that matches nothing, a rank that no site can have, or
+    non-finite weights.
     """
     if multiple_of < 1:
         raise PlanError(f"ranks cannot be multiples of {multiple_of}; give 1 or more")
@@ -48,6 +52,7 @@ def make_plan(
     chosen = [site for site in sites if site.name not in reasons]
     layouts = [_layout(site, conv_layout) for site in chosen]
     located = locate(net)
+    _check_finite(chosen, located)
     curves = [
         Curve(
             site.name,
@@ -64,7 +69,7 @@ def make_plan(
             reasons[site.name] = why
         else:
             rows.append(row)
-    left = [Skipped(site.name, site.shape, reasons[site.name]) for site in sites if site.name in reasons]
+    left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
     order = {name: i for i, name in enumerate(located)}
     dense = sorted([*left, *skipped], key=lambda s: order[s.name])
     total = sum(p.numel() for p in net.parameters())
@@ -91,7 +96,7 @@ def _too_much(row: PlannedSite, allow_unprofitable: bool) -> str | None:
 
 def matches(site: Site | Skipped, patterns: Iterable[str]) -> bool:
     """Whether a pattern fits the site's name, an alias, or the module that holds it (``fc`` for ``fc.weight``)."""
-    names = [site.name, *getattr(site, "aliases", ())]
+    names = [site.name, *site.aliases]
     names += [name.removesuffix(".weight") for name in names]
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
@@ -102,6 +107,14 @@ def _check_patterns(patterns: Sequence[str], candidates: Sequence[Site | Skipped
             known = ", ".join(candidate.name for candidate in candidates[:5]) or "(none)"
             raise PlanError(
                 f"the pattern {pattern!r} matches no weight of the model; its weights are named like {known}"
+            )
+
+
+def _check_finite(sites: Iterable[Site], located: Mapping[str, Located]) -> None:
+    for site in sites:
+        if not bool(torch.isfinite(located[site.name].parameter).all()):
+            raise PlanError(
+                f"{site.name} has non-finite weights, which no factors can stand for: load sound weights, or exclude it"
             )
 
 
@@ -124,14 +137,16 @@ def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
     """A given plan for this net: its layouts and ranks, with the sites and costs as found here.
 
     A site the plan does not list stays dense, and says so. Raises PlanError where the plan names a weight that the net
-    does not have, has in another shape, or cannot factor.
+    does not have, has in another shape, cannot factor, or holds non-finite values in.
     """
     measured = None if example_inputs is None else measure(net, example_inputs)
     sites, skipped = find_sites(net, measured.shapes if measured else None)
     by_name, why = {site.name: site for site in sites}, {s.name: s.reason for s in skipped}
-    rows = []
+    rows: list[PlannedSite] = []
     for row in plan.sites:
         name, here = row.site.name, by_name.pop(row.site.name, None)
+        if name in {done.site.name for done in rows}:
+            raise PlanError(f"the plan has two rows for {name}; delete one")
         if here is None:
             raise PlanError(
                 f"the plan factors {name}, which this model "
@@ -141,13 +156,14 @@ def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
+        if measured is None and [use.op for use in here.uses] == [use.op for use in row.site.uses]:
+            here = replace(here, uses=row.site.uses)  # with the input shapes that were known when the plan was made
         rows.append(checked(PlannedSite(here, layout_named(row.layout.name, here.groups), row.rank)))
+    located = locate(net)
+    _check_finite([row.site for row in rows], located)
     given = {s.name: s.reason for s in plan.skipped}
-    dense = [
-        *skipped,
-        *(Skipped(s.name, s.shape, given.get(s.name, "left dense by the given plan")) for s in by_name.values()),
-    ]
-    order = {name: i for i, name in enumerate(locate(net))}
+    dense = [*skipped, *(s.left_dense(given.get(s.name, "left dense by the given plan")) for s in by_name.values())]
+    order = {name: i for i, name in enumerate(located)}
     rows.sort(key=lambda row: order[row.site.name])
     dense.sort(key=lambda s: order[s.name])
     total = sum(p.numel() for p in net.parameters())

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LEGEND_LINE = 0.16  # inches: a legend higher than its axes would leave them no room
 _SHADE = {"FULL": "#f2c14e", "LOW": "#dbe6f0"}
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Effective rank of every site, and loss with the held-out metric, over the epochs of a run."""
-    figure = _figure(9, 7)
+    figure = _figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].get("effective_rank", ()))))
     ranks, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     epochs = [record["epoch"] + 1 for record in history]
     _shade(ranks, history)
     _shade(losses, history)
+    _explain_shades(figure)
     for index, site in enumerate(history[0].get("effective_rank", ())):
         ranks.plot(
             epochs,
@@ -36,10 +38,12 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
     ranks.set_ylabel("effective rank")
     ranks.set_title("Effective rank of each site")
-    ranks.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
+    if ranks.lines:
+        ranks.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     losses.plot(epochs, [record["loss"] for record in history], color="#333333", marker="o", markersize=3, label="loss")
     losses.set_ylabel("training loss")
     losses.set_xlabel("epoch")
+    losses.xaxis.get_major_locator().set_params(integer=True)
     if history[-1].get("eval_metric") is not None:
         metric = losses.twinx()
         values = [100 * record["eval_metric"] for record in history]
@@ -50,20 +54,21 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
     """Singular values of every matrix over their largest, against the share of their number."""
-    figure = _figure(9, 5)
+    if not rows:
+        raise DynrankError("there is no matrix whose spectrum could be drawn")
+    figure = _figure(9, max(5, _LEGEND_LINE * len(rows)))
     axes = figure.subplots()
     for index, row in enumerate(rows):
         top = row.spectrum[0] or 1.0
         count = len(row.spectrum)
         axes.plot(
             [(i + 1) / count for i in range(count)],
-            [max(value / top, 1e-8) for value in row.spectrum],
+            [max(value / top, 1e-4) for value in row.spectrum],
             linewidth=1.2,
             color=_colour(index, len(rows)),
             label=f"{row.name.removesuffix('.weight')} ({row.effective_rank:.0f} of {count})",
         )
     axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-4)
     axes.set_xlabel("index of the singular value, as a share of their number")
     axes.set_ylabel("singular value over the largest")
     axes.set_title("Spectra (in brackets: effective rank of the number of singular values)")
@@ -73,8 +78,6 @@ def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
 
 def _shade(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     """One band per epoch, so that an epoch of mixed phases is a blend of both colours."""
-    from matplotlib.patches import Patch
-
     for record in history:
         phases = list(record["phases"].values())
         share = phases.count("FULL") / max(len(phases), 1)
@@ -82,8 +85,13 @@ def _shade(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
         axes.axvspan(start, start + 1, color=_SHADE["LOW"], alpha=0.55 * (1 - share), linewidth=0)
         axes.axvspan(start, start + 1, color=_SHADE["FULL"], alpha=0.45 * share, linewidth=0)
     axes.set_xlim(history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5)
+
+
+def _explain_shades(figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
     bands = [Patch(color=colour, alpha=0.5, label=f"{phase} epochs") for phase, colour in _SHADE.items()]
-    axes.figure.legend(handles=bands, loc="upper right", fontsize=8, frameon=False, ncols=2)
+    figure.legend(handles=bands, loc="upper right", fontsize=8, frameon=False, ncols=2)
 
 
 def _colour(index: int, count: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,30 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every generator, as ``statetree`` can store it."""
+def generators_of(*data: Any) -> tuple[torch.Generator, ...]:
+    """The generators that data loaders and their samplers were given, which seeding does not reach."""
+    holders = [holder for loader in data for holder in (loader, getattr(loader, "sampler", None))]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return tuple(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+
+
+def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """The state of the global generators and of these, as ``statetree`` can store it."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": [generator.get_state() for generator in generators],
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Go on from ``random_state()``. CUDA states are taken over where there are as many devices as there were."""
+def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+    """Go on from ``random_state(generators)``. CUDA states are taken over where there are as many devices as then."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    for generator, own in zip(generators, state["generators"], strict=True):
+        generator.set_state(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,8 +38,8 @@ class Fixed:
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise PlanError(f"a rank of {self.rank} leaves nothing of a layer; give a rank of 1 or more")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise PlanError(f"a rank of {self.rank} leaves nothing of a layer; give a whole number of 1 or more")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         limit = max((curve.max_rank for curve in curves), default=self.rank)
@@ -60,7 +61,8 @@ class Ratio:
             raise PlanError(f"a rank ratio of {self.ratio} is not a fraction; give one above 0 and at most 1")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
-        return [max(1, int(self.ratio * curve.max_rank)) for curve in curves]
+        # Rounded first: 0.29 · 100 is 28.999… in binary.
+        return [max(1, math.floor(round(self.ratio * curve.max_rank, 9))) for curve in curves]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,16 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in names)
 
 
+def holds_more(module: nn.Module) -> bool:
+    """Whether there is more in the module than a weight and a bias."""
+    return bool(module._modules or module._buffers or set(module._parameters) - {"weight", "bias"})
+
+
 def module_op(module: nn.Module) -> Op | None:
-    """The op of a module that is exactly torch's own linear or convolution, with its own weight and no hooks."""
-    if not isinstance(module, _MODULES) or module._parameters.get("weight") is None or has_hooks(module):
+    """The op of a module that is exactly torch's own linear or convolution: weight and bias, and no hooks."""
+    if not isinstance(module, _MODULES) or has_hooks(module) or holds_more(module):
+        return None
+    if module._parameters.get("weight") is None:
         return None
     if isinstance(module, nn.Linear):
         return LinearOp() if type(module).forward is nn.Linear.forward else None
@@ -43,6 +50,11 @@ def _padding(padding: Any, dims: int) -> tuple[int, ...] | str:
 def _per_axis(value: Any, dims: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     return values * dims if len(values) == 1 else values
+
+
+def operand(node: fx.Node, position: int, name: str) -> Any:
+    """An operand of a call, given by position or by name; None where it is not given."""
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 @dataclass(frozen=True)

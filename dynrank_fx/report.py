@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ExportError
+from .errors import DynrankError, ExportError
 from .interpret import measure
-from .layout import ChannelLayout, Layout, LinearLayout
+from .layout import ChannelLayout, LinearLayout
 from .lowrank import effective_rank, energy_rank, singular_values, stable_rank
 from .net import Net
 from .phase import Phase
 from .planning import break_even_rank
-from .sites import Site, find_sites, locate
+from .sites import find_sites, locate
 from .switched import switched_modules
 from .table import text_table
 
@@ -48,7 +48,10 @@ def _row(name: str, shape: tuple[int, ...], state: str, spectrum: Tensor, **more
 
 
 def inspect_net(net: Net, example_inputs: Any = None) -> tuple[MatrixRow, ...]:
-    """Every matrix of a net, transformed or not: sites as they stand, and what stays dense with its reason."""
+    """Every matrix of a net, transformed or not: sites as they stand, and what stays dense with its reason.
+
+    Raises DynrankError for weights that are not finite, which have no spectrum.
+    """
     plan = net.meta.get("dynrank")
     if plan is None:
         sites, skipped = find_sites(net, measure(net, example_inputs).shapes if example_inputs is not None else None)
@@ -56,6 +59,9 @@ def inspect_net(net: Net, example_inputs: Any = None) -> tuple[MatrixRow, ...]:
     else:
         sites, skipped = tuple(row.site for row in plan.sites), plan.skipped
         layouts = {row.site.name: row.layout for row in plan.sites}
+    for name, parameter in net.named_parameters():
+        if parameter.ndim >= 2:
+            _refuse_non_finite(name, parameter)
     modules, weights = switched_modules(net), locate(net)
     rows = []
     for site in sites:
@@ -66,20 +72,21 @@ def inspect_net(net: Net, example_inputs: Any = None) -> tuple[MatrixRow, ...]:
             spectrum = module.spectrum()
         else:
             state, spectrum = "dense", singular_values(layout.to_matrix(weights[site.name].parameter.detach()))
-        rows.append(_row(site.name, site.shape, state, spectrum, break_even=_break_even(site, layout)))
+        rows.append(_row(site.name, site.shape, state, spectrum, break_even=break_even_rank(site, layout)))
     for left in skipped:
         spectrum = singular_values(weights[left.name].parameter.detach().reshape(1, left.shape[0], -1))
         rows.append(_row(left.name, left.shape, "dense", spectrum, note=left.reason))
     return tuple(rows)
 
 
-def _break_even(site: Site, layout: Layout) -> tuple[int, int | None]:
-    return break_even_rank(site, layout)
+def _refuse_non_finite(name: str, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise DynrankError(f"{name} has values that are not finite, and so no spectrum: look for a diverged step")
 
 
 def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     """Every matrix that a Conv, Gemm or MatMul of an ONNX file multiplies by. Raises ExportError for a file that is
-    none.
+    none, DynrankError for weights that are not finite.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -97,7 +104,8 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     rows = []
     for tensor in model.graph.initializer:
         if tensor.name in used and len(tensor.dims) >= 2:
-            weight = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()
+            weight = torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32"))
+            _refuse_non_finite(tensor.name, weight)
             spectrum = singular_values(weight.reshape(1, weight.shape[0], -1))
             rows.append(_row(tensor.name, tuple(tensor.dims), used[tensor.name], spectrum))
     return tuple(rows)

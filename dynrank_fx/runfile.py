@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from . import store
 from .checkpoint import info_of, restore_, state_of
 from .errors import StoreError
 from .optim import Rewarm
-from .phase import Schedule
 from .plan import Plan
 from .randomness import random_state, set_random_state
 from .statetree import flatten, unflatten
@@ -29,7 +30,7 @@ def save_run(run: Run, folder: Path) -> None:
     state = {
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler is not None else None,
-        "random": random_state(),
+        "random": random_state(run.generators),
         "epoch_start": run.epoch_start if run.step else None,
         "totals": run.totals,
         "rewarm": [run.rewarm.steps, run.rewarm.left] if run.rewarm and run.rewarm.left else None,
@@ -37,7 +38,7 @@ def save_run(run: Run, folder: Path) -> None:
     tree, tensors = flatten(state, "run")
     info = {
         **info_of(run.net),
-        "schedule": _name(run.schedule),
+        "made_of": _made_of(run),
         "epoch": run.epoch,
         "step": run.step,
         "record": run.record,
@@ -76,11 +77,12 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any
 
     Raises StoreError where the checkpoint is of another model, optimizer or schedule.
     """
-    if info["schedule"] != repr(run.schedule):
-        raise StoreError(
-            f"the checkpoint was trained by the schedule {info['schedule']}, not by {run.schedule!r}: resume "
-            f"with the same options"
-        )
+    for part, now in _made_of(run).items():
+        if info["made_of"][part] != now:
+            raise StoreError(
+                f"the checkpoint was trained with the {part} {info['made_of'][part]}, not {now}: resume with the same "
+                "options and model file"
+            )
     restore_(run.net, weights_in(tensors), info, run.optimizer)
     state = unflatten(info["state"], tensors)
     try:
@@ -89,19 +91,33 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any
         raise StoreError(
             f"the checkpoint's optimizer is not the one that optimizer(parameters) makes now: {error}"
         ) from error
-    if (run.lr_scheduler is None) != (state["lr_scheduler"] is None):
-        raise StoreError("the checkpoint and the model file disagree on whether there is an lr_scheduler(optimizer)")
+    _restride(run.optimizer)
     if run.lr_scheduler is not None:
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     run.epoch, run.step, run.record, run.history = info["epoch"], info["step"], info["record"], info["history"]
+    if run.step:
+        pass  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
     run.totals = state["totals"].to(next(run.net.parameters()).device)
     run.epoch_start = state["epoch_start"]
     if state["rewarm"]:
         steps, left = state["rewarm"]
         run.rewarm = Rewarm(run.optimizer, steps, left)
-    set_random_state(state["random"])
+    set_random_state(state["random"], run.generators)
 
 
-def _name(schedule: Schedule) -> str:
-    """What tells schedules apart: the value of ours, the name of a user's own function."""
-    return getattr(schedule, "__qualname__", None) or repr(schedule)
+def _made_of(run: Run) -> dict[str, str]:
+    """What must be the same on a resume. A function of the user's own is told by its name, not by its address."""
+    return {
+        "schedule": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(run.schedule)),
+        "optimizer": type(run.optimizer).__name__,
+        "learning-rate scheduler": type(run.lr_scheduler).__name__ if run.lr_scheduler is not None else "none",
+        "number of random generators in its data": str(len(run.generators)),
+    }
+
+
+def _restride(optimizer: Optimizer) -> None:
+    """State in the memory format of its parameter, and aligned as new memory is: the file keeps neither."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -48,6 +48,13 @@ class FullBetween:
     inflate: int
     deflate: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.inflate < self.deflate:
+            raise ScheduleError(
+                f"FULL from epoch {self.inflate} to before epoch {self.deflate} is no FULL epoch; "
+                "give inflate as 0 or more, and a later deflate"
+            )
+
     def __call__(self, state: TrainState) -> Phase:
         return Phase.FULL if self.inflate <= state.epoch < self.deflate else Phase.LOW
 
@@ -60,10 +67,10 @@ class Join:
     boundaries: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False))
+        rising = all(a < b for a, b in zip((0, *self.boundaries), self.boundaries, strict=False))
         if len(self.schedules) != len(self.boundaries) + 1 or not rising:
             raise ScheduleError(
-                f"join needs one rising boundary between each two schedules; "
+                f"join needs a boundary between each two schedules, rising from epoch 1 on; "
                 f"it has {len(self.schedules)} schedules and the boundaries {self.boundaries}"
             )
 
@@ -77,7 +84,9 @@ class Join:
 
 
 def always(phase: Phase) -> Always:
-    """The same phase in every epoch: ``always(Phase.FULL)`` is dense training."""
+    """The same phase in every epoch: ``always(Phase.FULL)`` is dense training. Raises ScheduleError for no phase."""
+    if phase not in list(Phase):
+        raise ScheduleError(f"{phase!r} is no phase; give one of {', '.join(p.name for p in Phase)}")
     return Always(Phase(phase))
 
 

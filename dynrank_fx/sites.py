@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from .net import Net
 from .ops import Op, Shape, op_from_json, op_to_json
-from .recognize import function_op, has_hooks, module_op
+from .recognize import Call, function_op, has_hooks, holds_more, module_op, operand
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Site:
             return None
         return sum(use.op.flops(use.input_shape, self.shape) for use in self.uses if use.input_shape is not None)
 
+    def left_dense(self, reason: str) -> Skipped:
+        """The same weight, not factored after all."""
+        return Skipped(self.name, self.shape, reason, self.aliases)
+
     def to_json(self) -> dict[str, Any]:
         uses = [{**op_to_json(use.op), "input_shape": use.input_shape} for use in self.uses]
         return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "uses": uses}
@@ -68,8 +72,8 @@ class Site:
         for use in data["uses"]:
             shape = use["input_shape"]
             op = op_from_json({k: v for k, v in use.items() if k != "input_shape"})
-            uses.append(Use(op, None if shape is None else tuple(shape)))
-        return cls(data["name"], tuple(data["shape"]), tuple(uses), tuple(data["aliases"]))
+            uses.append(Use(op, None if shape is None else _shape(shape)))
+        return cls(_text(data["name"]), _shape(data["shape"]), tuple(uses), tuple(map(_text, data["aliases"])))
 
 
 @dataclass(frozen=True)
@@ -79,32 +83,55 @@ class Skipped:
     name: str
     shape: Shape
     reason: str
+    aliases: tuple[str, ...] = ()
 
     @property
     def params(self) -> int:
         return math.prod(self.shape)
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "shape": self.shape, "reason": self.reason}
+        return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "reason": self.reason}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Skipped:
-        return cls(data["name"], tuple(data["shape"]), data["reason"])
+        aliases = tuple(map(_text, data["aliases"]))
+        return cls(_text(data["name"]), _shape(data["shape"]), _text(data["reason"]), aliases)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _shape(values: Any) -> Shape:
+    return tuple(map(operator.index, values))
 
 
 @dataclass(frozen=True)
 class NodeUse:
-    """A Use at its node. x: the input. own_bias: the module's own bias serves; otherwise bias (a node, or None for
-    none).
+    """A Use at its node. own_bias: the module's own bias serves; otherwise ``bias``.
+
+    The operands are read from the node when asked for: rewriting another site may have replaced them.
     """
 
     graph: fx.Graph
     node: fx.Node
     op: Op
-    x: fx.Node
     holder: str
     own_bias: bool
-    bias: Any = None
+
+    @property
+    def x(self) -> fx.Node:
+        """The input."""
+        x = operand(self.node, 0, "input")
+        assert isinstance(x, fx.Node)
+        return x
+
+    @property
+    def bias(self) -> Any:
+        """The bias that is given in the call: a node, or None for none."""
+        return operand(self.node, 2, "bias")
 
 
 @dataclass
@@ -126,14 +153,14 @@ def find_sites(net: Net, shapes: Mapping[fx.Node, Shape] | None = None) -> tuple
     """
     sites, skipped = [], []
     for found in locate(net).values():
-        name, shape = found.names[0], tuple(found.parameter.shape)
+        (name, *others), shape = found.names, tuple(found.parameter.shape)
         reason = why_not(found)
         if reason:
-            skipped.append(Skipped(name, shape, reason))
+            skipped.append(Skipped(name, shape, reason, tuple(others)))
         else:
             in_eval = [use for use in found.uses if use.graph is net.graphs[False]]
             uses = tuple(Use(use.op, (shapes or {}).get(use.x)) for use in in_eval or found.uses)
-            sites.append(Site(name, shape, uses, tuple(found.names[1:])))
+            sites.append(Site(name, shape, uses, tuple(others)))
     return tuple(sites), tuple(skipped)
 
 
@@ -150,7 +177,7 @@ def locate(net: Net) -> dict[str, Located]:
             elif node.op == "get_attr":
                 found = by_id.get(id(attribute(net, str(node.target))))
                 if found:
-                    _visit_attribute(graph, node, found)
+                    _visit_attribute(net, graph, node, found)
     return {found.names[0]: found for found in by_id.values()}
 
 
@@ -168,15 +195,12 @@ def _visit_module(net: Net, graph: fx.Graph, node: fx.Node, by_id: dict[int, Loc
         if found is None:
             continue
         if op is not None and parameter is module._parameters.get("weight"):
-            x = node.args[0] if node.args else node.kwargs["input"]
-            assert isinstance(x, fx.Node)
-            found.uses.append(NodeUse(graph, node, op, x, f"{path}.weight", own_bias=True))
+            found.uses.append(NodeUse(graph, node, op, f"{path}.weight", own_bias=True))
         else:
             found.closed.append((path, module))
 
 
-def _visit_attribute(graph: fx.Graph, node: fx.Node, found: Located) -> None:
-    holder = str(node.target)
+def _visit_attribute(net: Net, graph: fx.Graph, node: fx.Node, found: Located) -> None:
     for user in node.users:
         call = function_op(user, found.parameter.ndim)
         if (
@@ -187,30 +211,53 @@ def _visit_attribute(graph: fx.Graph, node: fx.Node, found: Located) -> None:
         ):
             found.readers.append(_describe_reader(user))
             continue
-        own = holder.removesuffix("weight") + "bias"
-        own_bias = isinstance(call.bias, fx.Node) and call.bias.op == "get_attr" and call.bias.target == own
-        found.uses.append(NodeUse(graph, user, call.op, call.x, holder, own_bias, call.bias))
+        # torch.export calls a shared weight by one of its names: the module that this call is may have another.
+        modules = [name for name in (str(node.target), *found.names) if _is_module(net, name, call)]
+        holder = modules[0] if modules else str(node.target)
+        found.uses.append(NodeUse(graph, user, call.op, holder, own_bias=bool(modules)))
+
+
+def _is_module(net: Net, name: str, call: Call) -> bool:
+    """Whether the call is what the module that holds the weight by this name would do."""
+    path, _, attr = name.rpartition(".")
+    given = call.bias
+    bias = attribute(net, str(given.target)) if isinstance(given, fx.Node) and given.op == "get_attr" else given
+    if attr != "weight":
+        return False
+    module = net.get_submodule(path)
+    return module_op(module) == call.op and module._parameters.get("bias") is bias
 
 
 def _describe_reader(node: fx.Node) -> str:
+    if node.op == "output":
+        return "the output"
+    if node.target is getattr:
+        return f"`.{node.args[1]}`"
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return "the output" if node.op == "output" else f"`{target}`"
+    return f"`{target.partition('.')[0]}`"
+
+
+# What has no layout yet: the modules, how the names of the functions start, and the reason.
+_NO_LAYOUT: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...], str], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), ("`embedding",), "embedding: it is read row by row, and has no layout yet"),
+    ((nn.modules.conv._ConvTransposeNd,), ("`conv_transpose",), "transposed convolution: it has no layout yet"),
+    ((nn.RNNBase, nn.RNNCellBase), ("`lstm", "`gru", "`rnn_"), "recurrent layer: its matrices have no layout yet"),
+    ((nn.Bilinear,), ("`bilinear",), "bilinear form: it has no layout yet"),
+)
 
 
 def why_not(found: Located) -> str | None:
     """The reason, as a sentence, that this matrix cannot be a site; None if it can."""
+    holder, inside, _ = f".{found.names[0]}".partition(".parametrizations.")
+    if inside:
+        return f"the weight of {holder[1:] or 'the model'} is computed from it by a parametrization"
+    for modules, functions, reason in _NO_LAYOUT:
+        closed = any(isinstance(module, modules) for _, module in found.closed)
+        if closed or any(reader.startswith(functions) for reader in found.readers):
+            kind = reason.partition(":")[0]
+            return f"tied to an {kind}, which is not factored yet: both stay dense, and tied" if found.uses else reason
     for path, module in found.closed:
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            if found.uses or found.readers:
-                return f"tied to the embedding {path}, which is not factored yet: both stay dense, and tied"
-            return "embedding: it is read row by row, and has no layout yet"
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            return "transposed convolution: it has no layout yet"
         return f"inside the {type(module).__name__} {path or 'itself'}: {_why_closed(module)}"
-    if any(reader == "`embedding`" or reader.startswith("`embedding.") for reader in found.readers):
-        if found.uses:
-            return "tied to an embedding, which is not factored yet: both stay dense, and tied"
-        return "embedding: it is read row by row, and has no layout yet"
     if found.readers and found.uses:
         return f"read by {found.readers[0]} too, which needs the dense matrix"
     if found.readers:
@@ -233,10 +280,10 @@ def why_not(found: Located) -> str | None:
 
 
 def _why_closed(module: nn.Module) -> str:
-    if hasattr(module, "parametrizations"):
-        return "its weight is computed by a parametrization"
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         if has_hooks(module):
             return "a hook watches the module, and would be lost"
+        if holds_more(module):
+            return "it holds more than a weight and a bias"
         return "the class has a forward of its own"
     return "the tracer does not look into it (torch.export may)"

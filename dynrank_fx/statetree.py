@@ -30,10 +30,11 @@ def flatten(value: Any, name: str) -> tuple[Any, Tensors]:
 def _flatten(value: Any, name: str, tensors: Tensors) -> Any:
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, Tensor | np.ndarray):
-        tensors[name] = value.detach() if isinstance(value, Tensor) else torch.from_numpy(value.copy())
-        return {"tensor" if isinstance(value, Tensor) else "array": name}
-    if isinstance(value, np.generic):
+    if isinstance(value, Tensor):
+        return {"tensor": _put(value.detach(), name, tensors)}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {"array": _put(torch.from_numpy(value.copy()), name, tensors)}
+    if isinstance(value, np.generic) and isinstance(value.item(), _PLAIN):
         return value.item()
     if isinstance(value, list | tuple):
         items = [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
@@ -43,6 +44,14 @@ def _flatten(value: Any, name: str, tensors: Tensors) -> Any:
         items = [[_flatten(k, name, tensors), _flatten(v, f"{name}.{k}", tensors)] for k, v in value.items()]
         return {"counter" if isinstance(value, Counter) else "dict": items}
     raise StoreError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold without pickle; leave it out")
+
+
+def _put(tensor: Tensor, name: str, tensors: Tensors) -> str:
+    """The name it is stored under: another one where a different path reads alike (the keys 1 and "1")."""
+    while name in tensors:
+        name += "'"
+    tensors[name] = tensor
+    return name
 
 
 def unflatten(tree: Any, tensors: Tensors) -> Any:

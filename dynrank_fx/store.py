@@ -49,6 +49,25 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises StoreError for a missing, foreign, damaged or truncated file, and for one of a newer version.
     """
+    before = _identity(path)
+    try:
+        return _read(path)
+    except StoreError:
+        # safetensors opens a file twice, and a running training may replace it in between.
+        if _identity(path) == before:
+            raise
+    return read(path)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -92,11 +111,16 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if all goes well: on the disk, not only in its cache.
 
-    Raises StoreError where the disk refuses.
+    It is in a folder of a fixed name, so that the next write clears away what a killed one left. Raises StoreError
+    where the disk refuses.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    folder = path.parent / f".{path.name}.part"
+    beside = folder / path.name
+    shutil.rmtree(folder, ignore_errors=True)
     try:
+        folder.mkdir()
         yield beside
+        beside.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -104,7 +128,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{path} could not be written ({_why(error)}); what was there before is unchanged") from error
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _why(error: Exception) -> str:
@@ -137,9 +161,8 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     except OSError as error:
         raise StoreError(f"{path} could not be written ({_why(error)}); nothing was changed") from error
-    old = beside / "old"
+    old, new = beside / "old", beside / "new"
     try:
-        new = beside / "new"
         new.mkdir()
         yield new
         if path.exists():
@@ -149,6 +172,8 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
     except BaseException as error:
         if old.exists() and not path.exists():
             os.rename(old, path)
+        if isinstance(error, StoreError):
+            raise StoreError(str(error).replace(str(new), str(path))) from error
         if isinstance(error, OSError):
             raise StoreError(f"{path} could not be written ({_why(error)}); what was there is unchanged") from error
         raise

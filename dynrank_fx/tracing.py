@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import linecache
+import operator
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .inputs import double_batch_of_one, free_first_dimension, split_inputs
+from .inputs import double_batch_of_one, free_first_dimension, fresh, split_inputs
 from .net import Net, copy_graph, copy_tree
+from .randomness import random_state, set_random_state
 
 _CLOSED = "stays closed to symbolic tracing."
 _TORCH = str(Path(torch.__file__).parent)
@@ -28,6 +31,16 @@ class Capture(enum.Enum):
 
     SYMBOLIC = "torch.fx.symbolic_trace"
     EXPORT = "torch.export"
+
+
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 @contextmanager
@@ -60,13 +73,14 @@ def capture(
     Raises CaptureError naming the module and the line that cannot be traced, or what the example inputs do not fit.
     """
     if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
+        model = model.module(check_guards=False)
     if isinstance(model, Net):
         return copy.deepcopy(model)
     if isinstance(model, fx.GraphModule):
         adopted = _adopted(model)
         _check_inputs(adopted, example_inputs)
         return adopted
+    _refuse_lazy(model)
     twin = _copy(model)
     _check_inputs(twin, example_inputs)
     if how is Capture.SYMBOLIC:
@@ -97,9 +111,12 @@ def _adopted(model: fx.GraphModule) -> Net:
     for node in model.graph.nodes:
         if node.op == "get_attr" and node.target in vars(model):
             vars(root)[node.target] = copy.deepcopy(vars(model)[node.target])
+    graph = copy_graph(model.graph)
     exported = "train" in vars(model)  # torch.export puts functions that raise in place of train() and eval()
-    fixed = exported and _depends_on_mode(model.graph)
-    return _finish(root, copy_graph(model.graph), None, model, fixed_mode=fixed)
+    if exported:
+        _pin_inputs(graph)
+    fixed = exported and _depends_on_mode(graph)
+    return _finish(root, graph, None, model, fixed_mode=fixed)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -115,32 +132,54 @@ def _copy(model: nn.Module) -> nn.Module:
 def _finish(
     root: nn.Module, train: fx.Graph, other: fx.Graph | None, model: nn.Module, *, fixed_mode: bool = False
 ) -> Net:
+    for graph in (train, other or train):
+        graph._tracer_cls = fx.Tracer  # it is called when a saved module is loaded: not by our class, or export's own
     net = Net(root, train, other, fixed_mode=fixed_mode)
     type(net).__name__ = type(model).__name__
     if not fixed_mode:
         net.train(model.training)
-        for (_, twin), (_, original) in zip(root.named_modules(), model.named_modules(), strict=False):
-            twin.training = original.training  # parts may have been set apart, such as a frozen batch norm
+        _set_modes(net, {name: module.training for name, module in model.named_modules()})
     return net
 
 
+def _set_modes(root: nn.Module, modes: dict[str, bool]) -> None:
+    for name, module in root.named_modules():
+        module.training = modes.get(name, module.training)
+
+
 # Symbolic tracing
+
+
+def _surroundings() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+class _Tracer(fx.Tracer):
+    """Refuses what a graph of calls cannot hold: it would train where the model says ``no_grad``."""
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        self.surroundings = _surroundings()
+        return super().trace(*args, **kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self.surroundings:
+            raise RuntimeError("gradients or autocast are switched inside forward, which a symbolic graph cannot hold")
+        return super().create_node(*args, **kwargs)
 
 
 def _symbolic(root: nn.Module, model: nn.Module) -> Net:
     graphs = {}
     modes = {name: module.training for name, module in root.named_modules()}
     for mode in (True, False):
-        tracer = fx.Tracer()
         root.train(mode)
         try:
-            graphs[mode] = tracer.trace(root)
+            graphs[mode] = _Tracer().trace(root)
         except Exception as error:
             where = origin(error, root)
             raise CaptureError(f"{where} cannot be traced symbolically: {_first_line(error)}.") from error
         finally:
-            for name, module in root.named_modules():
-                module.training = modes[name]
+            _set_modes(root, modes)
     same = graphs[True].python_code("self").src == graphs[False].python_code("self").src
     return _finish(root, graphs[True], None if same else graphs[False], model)
 
@@ -152,25 +191,21 @@ def _doubt(net: Net, model: nn.Module, example_inputs: Any) -> str | None:
             return f"{node.target} {_CLOSED}"
     if example_inputs is None:
         return None
-    args, kwargs = split_inputs(example_inputs)
     with torch.no_grad(), slow_attention():
         twin, reference = copy.deepcopy(net).eval(), copy.deepcopy(model).eval()
-        torch_state = torch.get_rng_state()
-        expected = reference(*args, **kwargs)
-        torch.set_rng_state(torch_state)
+        expected = _run(reference, example_inputs)
         try:
-            got = twin(*args, **kwargs)
+            got = _run(twin, example_inputs)
         except Exception as error:
             return f"its graph fails on the example inputs: {_first_line(error)}."
-        torch.set_rng_state(torch_state)
     return None if _equal(expected, got) else "its graph computes something else on the example inputs."
 
 
 def _is_closed(module: nn.Module) -> bool:
-    """A leaf of torch's own with matrices inside submodules or under other names than ``weight``."""
-    return any(p.ndim >= 2 and name != "weight" for name, p in module.named_parameters()) and not isinstance(
-        module, nn.Embedding | nn.EmbeddingBag
-    )
+    """A leaf of torch's own with matrices inside submodules or under other names than ``weight``, that export opens."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) or hasattr(module, "parametrizations"):
+        return False
+    return any(p.ndim >= 2 and name != "weight" for name, p in module.named_parameters())
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -190,15 +225,17 @@ def _equal(a: Any, b: Any) -> bool:
 def _exported(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Net:
     if example_inputs is None:
         raise CaptureError(f"torch.export needs example inputs to trace {type(model).__name__}; pass example_inputs")
-    args, kwargs = double_batch_of_one(*split_inputs(example_inputs))
+    args, kwargs = double_batch_of_one(*split_inputs(fresh(example_inputs)))
     free = free_first_dimension(args, kwargs) if dynamic_shapes is None else dynamic_shapes
     graphs: dict[bool, fx.Graph] = {}
     modes = {name: module.training for name, module in root.named_modules()}
     for mode in (True, False):
         root.train(mode)
+        if mode == model.training:
+            _set_modes(root, modes)  # as it stands: parts may have been set apart, such as a frozen batch norm
         buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
         try:
-            with slow_attention():
+            with slow_attention(), same_randomness():
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=free)
             module = program.module(check_guards=False)
         except Exception as error:
@@ -206,8 +243,7 @@ def _exported(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_sh
         finally:
             for name, buffer in root.named_buffers():
                 buffer.copy_(buffers[name])
-            for name, submodule in root.named_modules():
-                submodule.training = modes.get(name, submodule.training)
+            _set_modes(root, modes)
         graphs[mode] = _lift(module, root, prefix="train" if mode else "eval")
     same = _text(graphs[True]) == _text(graphs[False])
     return _finish(root, graphs[True], None if same else graphs[False], model)
@@ -231,7 +267,55 @@ def _lift(module: fx.GraphModule, root: nn.Module, prefix: str) -> fx.Graph:
             node.target = name
         elif node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    _pin_inputs(graph)
     return graph
+
+
+def _pin_inputs(graph: fx.Graph) -> None:
+    """Refuse, by plain torch assertions, the inputs that the graph would take for those of its example.
+
+    torch.export makes a constant of every input that is no tensor, and of a batch that the model counts, loops over or
+    branches on. Its own guards are dropped: they refuse batches that work, and cannot be saved.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    if not placeholders:
+        return
+    with graph.inserting_before(placeholders[-1].next):
+        for node in placeholders:
+            for test, operands, what in _bindings(graph, node, node.meta["val"]):
+                kept = graph.call_function(test, operands)
+                graph.call_function(torch._assert, (kept, f"the graph was exported for {what}, and serves no other"))
+
+
+def _bindings(graph: fx.Graph, node: fx.Node, value: Any) -> Iterator[tuple[Any, tuple[Any, ...], str]]:
+    if value is None:
+        yield operator.is_, (node, None), f"{node.target}=None"
+    elif isinstance(value, bool | int | float | str):
+        yield operator.eq, (node, value), f"{node.target}={value!r}"
+    elif isinstance(value, Tensor) and value.ndim:
+        low, high = _bounds(value.shape[0])
+        if low is None and high is None:
+            return
+        size = graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
+        if low == high:
+            yield operator.eq, (size, low), f"{low} rows of {node.target}"
+            return
+        if low is not None:
+            yield operator.ge, (size, low), f"{low} rows of {node.target} or more"
+        if high is not None:
+            yield operator.le, (size, high), f"{high} rows of {node.target} or fewer"
+
+
+def _bounds(size: int | torch.SymInt) -> tuple[int | None, int | None]:
+    """What torch.export found a size to be at least and at most; that it is 2 or more is its habit, not the model's."""
+    if isinstance(size, int):
+        return size, size
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    low, high = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
+    return None if low is not None and low <= 2 and low != high else low, high
 
 
 def _text(graph: fx.Graph) -> str:
@@ -252,21 +336,33 @@ def _check_inputs(model: nn.Module, example_inputs: Any) -> None:
     """Run the copy once in eval mode: what does not fit should be said in the model's own terms."""
     if example_inputs is None:
         return
-    args, kwargs = split_inputs(example_inputs)
     twin = copy.deepcopy(model)
     if not getattr(twin, "fixed_mode", False):
         twin.eval()
-    state = torch.get_rng_state()
     try:
         with torch.no_grad():
-            twin(*args, **kwargs)
+            _run(twin, example_inputs)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} does not accept the example inputs ({_describe(args, kwargs)}): "
+            f"{type(model).__name__} does not accept the example inputs ({_describe(*split_inputs(example_inputs))}): "
             f"{_first_line(error)}."
         ) from error
-    finally:
-        torch.set_rng_state(state)
+
+
+def _run(model: nn.Module, example_inputs: Any) -> Any:
+    """The output, with inputs and random generators left as they are."""
+    args, kwargs = split_inputs(fresh(example_inputs))
+    with same_randomness():
+        return model(*args, **kwargs)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise CaptureError(
+                f"{name or 'the model'} ({type(module).__name__}) has no weights yet: call the model once, on the "
+                f"example inputs, before it is transformed"
+            )
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from .errors import DynrankError
 from .inputs import Inputs
 from .lowrank import effective_rank, stable_rank
-from .net import Net
+from .net import Net, unwrap
 from .optim import Carry, Rewarm, rewarm_
 from .phase import Phase, Schedule, TrainState
 from .randomness import random_state, set_random_state
@@ -75,6 +77,8 @@ class Run:
     epoch_start: dict[str, Any] | None = None
     """The random generators at the start of an epoch that was left midway."""
     rewarm: Rewarm | None = None
+    generators: tuple[torch.Generator, ...] = ()
+    """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
 
 
 class Watcher:
@@ -98,8 +102,9 @@ def fit(
 ) -> bool:
     """Train to the end of ``settings.epochs``; True when there, False where ``should_stop`` ended it between two steps.
 
-    ``save`` is called after every epoch, every ``checkpoint_steps`` steps, and on a stop. Raises DynrankError for a
-    batch that is no input of the model or a loss that is not finite, and what enter_ raises.
+    ``save`` is called after every epoch, every ``checkpoint_steps`` steps, and on a stop, never with values that are
+    not finite. Raises DynrankError for those, a batch that is no input of the model, and a loss that is no number;
+    and what enter_ raises.
     """
     watcher = watcher or Watcher()
     forward: nn.Module = run.net
@@ -109,10 +114,12 @@ def fit(
         if run.step == 0:
             watcher.epoch_started(run, _begin_epoch(run, settings))
         started = time.perf_counter()
-        if not _train_epoch(run, task, settings, forward, save, watcher, should_stop):
+        finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
+        run.record["seconds"] += time.perf_counter() - started
+        _refuse_diverged(run)
+        if not finished:
             save(run)
             return False
-        run.record["seconds"] += time.perf_counter() - started
         _finish_epoch(run, task, settings)
         watcher.epoch_done(run, run.history[-1])
         save(run)
@@ -164,9 +171,19 @@ def _train_epoch(
         if should_stop():
             return False
         if settings.checkpoint_steps and run.step % settings.checkpoint_steps == 0:
+            _refuse_diverged(run)
             save(run)
     run.record["step_seconds"] = statistics.median(seconds) if seconds else None
     return True
+
+
+def _refuse_diverged(run: Run) -> None:
+    """Before a checkpoint: what is not finite must not take the place of the last good one."""
+    if not all(bool(torch.isfinite(t).all()) for t in (run.totals[0], *run.net.parameters())):
+        raise DynrankError(
+            f"the training diverged in epoch {run.epoch + 1}, where the loss or a weight is not finite: lower the "
+            "learning rate; the last checkpoint is from before that"
+        )
 
 
 def _batches(run: Run, task: Task) -> Iterator[Any]:
@@ -174,16 +191,16 @@ def _batches(run: Run, task: Task) -> Iterator[Any]:
     interrupted.
     """
     if run.step == 0:
-        run.epoch_start = random_state()
+        run.epoch_start = random_state(run.generators)
         yield from task.train_data
         return
-    now = random_state()
+    now = random_state(run.generators)
     assert run.epoch_start is not None
-    set_random_state(run.epoch_start)
+    set_random_state(run.epoch_start, run.generators)
     batches = iter(task.train_data)
-    for _ in range(run.step):
-        next(batches)
-    set_random_state(now)
+    if sum(1 for _ in itertools.islice(batches, run.step)) < run.step:
+        raise DynrankError(f"train_data() gives fewer than the {run.step} batches of the epoch that were trained on")
+    set_random_state(now, run.generators)
     yield from batches
 
 
@@ -193,9 +210,13 @@ def _step(
     output, batch = _apply(forward, task, settings, batch)
     with _precision(settings):
         loss = task.loss(output, batch)
+    if loss.ndim or not loss.requires_grad:
+        what = f"a tensor of shape {tuple(loss.shape)}" if loss.ndim else "one without a gradient"
+        raise DynrankError(f"the loss must be one number that depends on the model's output: loss() gave {what}")
     loss.backward()
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
+    run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
     with torch.no_grad():
         metric = task.metric(output, batch) if task.metric else None
         run.totals += torch.stack([loss.detach().double(), _number(metric, loss), torch.ones_like(loss).double()])
@@ -207,7 +228,29 @@ def _apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tu
     batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
     args, kwargs = task.inputs(batch)
     with _precision(settings):
-        return forward(*args, **kwargs), batch
+        try:
+            return forward(*args, **kwargs), batch
+        except FailOnRecompileLimitHit as error:
+            raise DynrankError(
+                f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each of which is compiled "
+                "to a graph of its own: pad them to fewer, or train without compiling"
+            ) from error
+        except Exception as error:
+            _refuse_batch(unwrap(forward), args, kwargs, error)
+            raise
+
+
+def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+    """Say so if the batch is at fault: then the net, run plainly, fails on it too."""
+    try:
+        with torch.no_grad():
+            net(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as why:
+        given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        raise DynrankError(
+            f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
+            f"{type(why).__name__}: {(str(why).strip() or 'no reason given').splitlines()[0]}"
+        ) from error
 
 
 def _precision(settings: Settings) -> contextlib.AbstractContextManager[Any]:
@@ -223,20 +266,18 @@ def _number(metric: Any, like: Tensor) -> Tensor:
 def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
     loss, metric, batches = run.totals.tolist()
     if batches == 0:
-        raise DynrankError("train_data() gave no batch: is drop_last set on a data set smaller than one batch?")
-    run.record |= {"loss": loss / batches, "metric": metric / batches if task.metric else None}
-    if not torch.isfinite(run.totals[0]):
         raise DynrankError(
-            f"the loss of epoch {run.epoch} is not finite: lower the learning rate; the last checkpoint is of "
-            f"the epoch before"
+            f"train_data() gave no batch in epoch {run.epoch + 1}: is drop_last set on a data set smaller than one "
+            "batch, or is it a generator, which gives its batches once?"
         )
+    run.record |= {"loss": loss / batches, "metric": metric / batches if task.metric else None}
     run.record |= evaluate(run.net, task, settings)
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
         run.record["effective_rank"] = {name: effective_rank(s) for name, s in spectra.items()}
         run.record["stable_rank"] = {name: stable_rank(s) for name, s in spectra.items()}
     if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        run.lr_scheduler.step(run.record.get("eval_loss") or run.record["loss"])
+        run.lr_scheduler.step(run.record.get("eval_loss", run.record["loss"]))
     elif run.lr_scheduler is not None:
         run.lr_scheduler.step()
     run.history.append(run.record)
@@ -251,18 +292,32 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
     """
     if task.eval_data is None:
         return {}
-    was_training = net.training
-    net.eval()
     sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
-    for batch in task.eval_data:
-        output, batch = _apply(net, task, settings, batch)
-        size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
-        loss = task.loss(output, batch).double()
-        sums += size * torch.stack([loss, _number(task.metric(output, batch) if task.metric else None, loss)])
-        count += size
-    net.train(was_training)
-    loss, metric = (sums / max(count, 1)).tolist()
+    with _evaluating(net):
+        for batch in task.eval_data:
+            output, batch = _apply(net, task, settings, batch)
+            size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
+            with _precision(settings):
+                loss = task.loss(output, batch).double()
+            sums += size * torch.stack([loss, _number(task.metric(output, batch) if task.metric else None, loss)])
+            count += size
+    if count == 0:
+        raise DynrankError("eval_data() gave no batch: leave it out, or see that it can be gone through every epoch")
+    loss, metric = (sums / count).tolist()
     return {"eval_loss": loss, "eval_metric": metric if task.metric else None}
+
+
+@contextlib.contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it had."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(modes[net])
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def phase_label(net: nn.Module) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,7 +60,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,), (2, 3, 4)], ids=str)
-def test_every_dtype_and_shape_comes_back_bit_by_bit(dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_every_dtype_and_shape_comes_back_bit_by_bit(
+    dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path
+) -> None:
     value = torch.randint(2, 100, shape).to(dtype)
     store.write(tmp_path / "f", {"x": value}, INFO)
     tensors, info = store.read(tmp_path / "f")
@@ -94,7 +97,13 @@ def test_names_of_one_tensor_are_stored_once_and_come_back_as_one(tmp_path: Path
 
 def test_views_of_one_storage_come_back_with_their_own_values(tmp_path: Path) -> None:
     base = torch.arange(24.0)
-    views = {"whole": base, "again": base[:], "part": base[3:9], "turned": base.view(4, 6).T, "wide": base[:1].expand(5)}
+    views = {
+        "whole": base,
+        "again": base[:],
+        "part": base[3:9],
+        "turned": base.view(4, 6).T,
+        "wide": base[:1].expand(5),
+    }
     store.write(tmp_path / "f", views, {})
     tensors, _ = store.read(tmp_path / "f")
     assert same(tensors, {name: view.contiguous() for name, view in views.items()})
@@ -140,8 +149,7 @@ def test_a_flipped_bit_anywhere_is_an_error_or_harmless(small: Path) -> None:
             small.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
             try:
                 tensors, info = store.read(small)
-            except StoreError as error:
-                assert str(small) in str(error)
+            except StoreError:
                 refused += 1
             else:
                 assert same(tensors, content[0])
@@ -238,21 +246,32 @@ def test_a_kill_at_a_random_moment_leaves_a_file_that_reads(tmp_path: Path) -> N
             print(value, flush=True)
     """
     path, draw = tmp_path / "f", random.Random(0)
-    for _ in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", dedent(code), str(path)], stdout=subprocess.PIPE, text=True)
-        assert writer.stdout is not None
-        for _ in range(3):
-            writer.stdout.readline()
-        for _ in range(12):  # reads beside the writer, too
-            tensors, info = store.read(path)
-            assert bool((tensors["w"] == info["value"]).all())
-        time.sleep(draw.random() / 50)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+    command = [sys.executable, "-c", dedent(code), str(path)]
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            for _ in range(3):
+                writer.stdout.readline()
+            for _ in range(20):  # reads beside the writer, too
+                tensors, info = store.read(path)
+                assert bool((tensors["w"] == info["value"]).all())
+            time.sleep(draw.random() / 50)
+            writer.kill()
+        assert writer.returncode == -signal.SIGKILL
         tensors, info = store.read(path)
         assert bool((tensors["w"] == info["value"]).all())
         assert tensors["w"].shape == (200_000,)
+
+
+def test_a_file_replaced_while_it_is_read_is_read_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        store.write(small, {"w": torch.zeros(5)}, {"value": 5})
+        raise SafetensorError("half old, half new")
+
+    monkeypatch.setattr(store, "safe_open", torn)
+    tensors, info = store.read(small)
+    assert (tensors["w"].shape, info) == ((5,), {"value": 5})
 
 
 def test_a_disk_that_is_full_at_the_last_moment_is_a_sentence(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +350,9 @@ def test_a_folder_of_ours_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [Stop(), ValueError("mine"), StoreError("mine"), OSError(errno.ENOSPC, "full")], ids=lambda e: type(e).__name__
+    "error",
+    [Stop(), ValueError("mine"), StoreError("mine"), OSError(errno.ENOSPC, "full")],
+    ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("there", [True, False], ids=["over an old one", "new"])
 def test_a_folder_that_fails_midway_changes_nothing(tmp_path: Path, error: BaseException, there: bool) -> None:
@@ -339,13 +360,35 @@ def test_a_folder_that_fails_midway_changes_nothing(tmp_path: Path, error: BaseE
     if there:
         path.mkdir()
         (path / "a").write_text("old")
-    expected = StoreError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), store.replacing_folder(path, frozenset({"a"})) as new:
-        store.write_text(new / "a", "new")
-        raise error
+
+    def write() -> None:
+        with store.replacing_folder(path, frozenset({"a"})) as new:
+            store.write_text(new / "a", "new")
+            raise error
+
+    with pytest.raises(StoreError if isinstance(error, OSError) else type(error)):
+        write()
     assert files(tmp_path) == (["made"] if there else [])
     if there:
         assert (path / "a").read_text() == "old"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_folder_names_the_file_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write() -> None:
+        with store.replacing_folder(tmp_path / "made", frozenset()) as new:
+            monkeypatch.setattr(os, "fsync", full)
+            store.write_text(new / "a", "text")
+
+    path = tmp_path / "made" / "a"
+    assert (
+        refusal(write) == f"{path} could not be written (No space left on device); what was there before is unchanged"
+    )
+    assert files(tmp_path) == []
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

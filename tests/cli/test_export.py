@@ -1,0 +1,135 @@
+"""``dynrank-fx export``: from a run or a folder to a file that onnxruntime agrees with, or no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import Result
+
+import dynrank_fx as dr
+from dynrank_fx import export as exporting
+from dynrank_fx import store
+from dynrank_fx.cli.modelfile import load_model_file
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def trained(write: Run, run: Run) -> str:
+    run("train", write(), "--no-compile", "--epochs", "2", "--schedule", "interleave", "--low", "1", "--out", "r")
+    return "r"
+
+
+def answers(path: str, x: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (value,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return torch.from_numpy(np.asarray(value))
+
+
+def test_a_run_becomes_a_file_that_computes_what_its_truncation_does(trained: str, run: Run, folder: Path) -> None:
+    result = run("export", trained, "-o", "model.onnx")
+    assert result.stdout.startswith("model.onnx: ")
+    assert "agrees with PyTorch on batches 1, 2, 5" in result.stdout
+    assert "CPUExecutionProvider" in result.stdout
+
+    file = load_model_file(Path("model.py"))
+    tensors, info = store.read(Path("r/checkpoint.safetensors"))
+    assert set(info["phases"].values()) == {int(dr.Phase.FULL)}
+    net = dr.transform(file.model(), file.example_inputs(), plan=dr.Plan.from_json(info["plan"]))
+    net.load_state_dict({name.removeprefix("net."): t for name, t in tensors.items() if name.startswith("net.")})
+    x = torch.randn(7, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(answers("model.onnx", x), dr.truncate(net)(x), atol=1e-5)
+    onnx.checker.check_model("model.onnx", full_check=True)
+    assert dr.Plan.from_json({p.key: p.value for p in onnx.load("model.onnx").metadata_props}["dynrank_plan"]) == (
+        dr.plan_of(net)
+    )
+
+
+def test_options_reach_the_export(trained: str, run: Run) -> None:
+    result = run(
+        *("export", trained, "-o", "model.onnx", "--opset", "18", "--batch", "3", "--batch", "9"),
+        *("--provider", "CPUExecutionProvider"),
+    )
+    assert "batches 3, 9" in result.stdout
+    assert "CPUExecutionProvider" in result.stdout
+    assert onnx.load("model.onnx").opset_import[0].version == 18
+
+
+def test_a_folder_of_transform_is_exported_with_its_model_file(
+    write: Run, run: Run, refused: Callable[..., str]
+) -> None:
+    run("transform", write(), "--rank", "3", "--out", "planned")
+    assert refused("export", "planned", "-o", "model.onnx") == (
+        "planned is a folder of `transform`, which does not note its model file: add --model MODEL.PY"
+    )
+    run("export", "planned", "-o", "model.onnx", "--model", "model.py")
+    shapes = {tuple(tensor.dims) for tensor in onnx.load("model.onnx").graph.initializer}
+    assert {(3, 3, 3, 3), (16, 3, 1, 1)} <= shapes
+
+
+def test_a_run_in_a_folder_of_transform_is_what_is_exported(write: Run, run: Run) -> None:
+    """Not the untrained weights that lie there too."""
+    run("transform", write(), "--out", "both")
+    run("train", "model.py", "--from", "both", "--no-compile", "--epochs", "1", "--schedule", "full", "--out", "both")
+    run("export", "both", "-o", "model.onnx")
+    bias = store.read(Path("both/checkpoint.safetensors"))[0]["net.6.bias"]
+    stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load("model.onnx").graph.initializer]
+    assert any(array.shape == (8,) and np.array_equal(array, bias.numpy()) for array in stored)
+
+
+def test_a_model_file_that_has_moved(trained: str, run: Run, refused: Callable[..., str], folder: Path) -> None:
+    Path("model.py").rename("elsewhere.py")
+    assert refused("export", trained, "-o", "model.onnx").startswith(f"{folder / 'model.py'} does not exist: ")
+    run("export", trained, "-o", "model.onnx", "--model", "elsewhere.py")
+    assert Path("model.onnx").exists()
+
+
+def test_a_file_that_does_not_agree_is_not_written(
+    trained: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    Path("model.onnx").write_bytes(b"the last good one")
+    monkeypatch.setattr(exporting, "export_onnx", partial(exporting.export_onnx, tolerance=0.0))
+    assert refused("export", trained, "-o", "model.onnx").startswith("onnxruntime and PyTorch differ by ")
+    assert Path("model.onnx").read_bytes() == b"the last good one"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.py", "r"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-o", "model.py/x.onnx"],
+        ["-o", "no/such/folder/x.onnx"],
+        ["-o", "x.onnx", "--provider", "ToasterExecutionProvider"],
+        ["-o", "x.onnx", "--batch", "0"],
+        ["-o", "x.onnx", "--opset", "3"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_exported_is_told(
+    options: list[str], trained: str, refused: Callable[..., str], folder: Path
+) -> None:
+    assert refused("export", trained, *options)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.py", "r"]
+
+
+def test_a_model_file_of_another_model(trained: str, write: Run, refused: Callable[..., str]) -> None:
+    write("def model(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 8))")
+    assert "the plan is of another model" in refused("export", trained, "-o", "x.onnx")
+    assert not Path("x.onnx").exists()
+
+
+def test_a_folder_that_is_neither(write: Run, refused: Callable[..., str], folder: Path) -> None:
+    write()
+    (folder / "empty").mkdir()
+    sentence = "is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`"
+    assert refused("export", "empty", "-o", "x.onnx") == f"empty {sentence}"
+    assert refused("export", "model.py", "-o", "x.onnx") == f"model.py {sentence}"
+    assert refused("inspect", "empty") == f"empty {sentence}"

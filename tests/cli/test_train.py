@@ -1,0 +1,450 @@
+"""``dynrank-fx train``: options that arrive, runs that go on after a stop, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import dynrank_fx as dr
+from dynrank_fx import store
+from dynrank_fx import train as training
+from dynrank_fx.cli.main import cli
+from dynrank_fx.train import Run as TrainingRun
+from dynrank_fx.train import Settings
+
+Run = Callable[..., Result]
+EPOCHS, STEPS = 4, 3
+INSTALLED = str(Path(sys.executable).with_name("dynrank-fx"))
+
+
+def checkpoint(folder: str) -> tuple[dict[str, bytes], Any]:
+    """Tensors as bytes, and the rest without what was timed."""
+
+    def untimed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: untimed(v) for k, v in value.items() if not k.endswith("seconds")}
+        return [untimed(v) for v in value] if isinstance(value, list) else value
+
+    tensors, info = store.read(Path(folder) / "checkpoint.safetensors")
+    return {name: t.flatten().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}, untimed(info)
+
+
+def history(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def whole(write: Run, run: Run) -> str:
+    """The folder of a run that was never stopped."""
+    write()
+    run("train", "model.py", "--no-compile", "--schedule", "interleave", "--low", "1", "--out", "whole")
+    return "whole"
+
+
+# What a run writes and prints
+
+
+def test_a_run_is_a_folder_and_a_line_per_epoch(write: Run, run: Run, folder: Path) -> None:
+    result = run("train", write(), "--no-compile")
+    assert sorted(path.name for path in (folder / "model-run").iterdir()) == [
+        "checkpoint.safetensors",
+        "history.jsonl",
+        "run.json",
+    ]
+    # The decay is at epoch 3 of 4: aligned is FULL from 0.4 T to the decay + 0.1 T, rounded.
+    assert [record["phase"] for record in history("model-run")] == ["LOW", "LOW", "FULL", "LOW"]
+    lines = result.stderr.splitlines()
+    shown = [line for line in lines if line.startswith("epoch")]
+    assert len(shown) == EPOCHS
+    for number, (line, record) in enumerate(zip(shown, history("model-run"), strict=True), 1):
+        for part in (
+            f"epoch {number}/4",
+            record["phase"],
+            f"loss {record['loss']:.4f}",
+            f"accuracy {record['metric']:.2%}",
+            f"held out {record['eval_metric']:.2%}",
+            f"lr {record['lr']:.3g}",
+        ):
+            assert part in line
+    assert lines[-1] == "wrote model-run/; next: dynrank-fx export model-run -o model.onnx"
+    assert result.stdout == ""
+
+
+def test_the_run_notes_what_it_was_started_with(write: Run, run: Run, folder: Path) -> None:
+    run("train", write(), "--no-compile", "--epochs", "1", "--exclude", "0", "--out", "r")
+    noted = json.loads(Path("r/run.json").read_text())
+    assert noted["model_file"] == str(folder / "model.py")
+    assert noted["options"]["exclude"] == ["0"]
+    assert noted["options"]["epochs"] == 1
+    assert not {"model_file", "out", "resume"} & set(noted["options"])
+
+
+# Options
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch, write: Run) -> list[tuple[TrainingRun, Settings]]:
+    """What the command hands to ``fit``, which does nothing here."""
+    handed: list[tuple[TrainingRun, Settings]] = []
+
+    def fit(run: TrainingRun, task: Any, settings: Settings, **rest: Any) -> bool:
+        handed.append((run, settings))
+        return True
+
+    monkeypatch.setattr(training, "fit", fit)
+    write()
+    return handed
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], Settings(epochs=4)),
+        (["--epochs", "7"], Settings(epochs=7)),
+        (["--amp", "bf16"], Settings(epochs=4, amp=True)),
+        (["--no-compile"], Settings(epochs=4, compile=False)),
+        (["--carry", "reset"], Settings(epochs=4, carry=dr.Carry.RESET)),
+        (["--rewarm", "5"], Settings(epochs=4, rewarm=5)),
+        (["--checkpoint-steps", "9"], Settings(epochs=4, checkpoint_steps=9)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_become_settings(options: list[str], expected: Settings, seen: list[Any], run: Run) -> None:
+    run("train", "model.py", *options)
+    assert seen[0][1] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--epochs", "20", "--lr-milestones", "10,15"], dr.schedules.aligned(20, (10, 15))),
+        (["--schedule", "aligned", "--epochs", "4"], dr.schedules.aligned(4, (3,))),
+        (["--schedule", "interleave"], dr.schedules.interleave(low=2, full=1)),
+        (["--schedule", "interleave", "--low", "3", "--full", "4"], dr.schedules.interleave(low=3, full=4)),
+        (["--schedule", "low"], dr.schedules.always(dr.Phase.LOW)),
+        (["--schedule", "full"], dr.schedules.always(dr.Phase.FULL)),
+        (["--schedule", "paper-cifar10"], dr.schedules.paper_cifar10()),
+        (["--schedule", "paper-cifar100"], dr.schedules.paper_cifar100()),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_become_a_schedule(options: list[str], expected: Any, seen: list[Any], run: Run) -> None:
+    run("train", "model.py", *options)
+    assert seen[0][0].schedule == expected
+
+
+def test_without_a_decay_the_default_schedule_interleaves(write: Run, seen: list[Any], run: Run) -> None:
+    run("train", write("del lr_scheduler"))
+    assert seen[0][0].schedule == dr.schedules.interleave(low=2, full=1)
+
+
+def test_without_epochs_there_are_ten(write: Run, seen: list[Any], run: Run) -> None:
+    run("train", write("del epochs"), "--schedule", "low")
+    assert seen[0][1].epochs == 10
+
+
+def test_plan_options_decide_what_is_factored(seen: list[Any], run: Run) -> None:
+    run("train", "model.py", "--rank", "3", "--exclude", "0")
+    assert [(row.site.name, row.rank) for row in dr.plan_of(seen[0][0].net).sites] == [("4.weight", 3), ("6.weight", 3)]
+
+
+def test_the_seed_decides_the_weights_and_the_data(write: Run, run: Run) -> None:
+    write()
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        run("train", "model.py", "--no-compile", "--epochs", "1", "--seed", seed, "--out", name)
+    first, same, other = (checkpoint(name) for name in "abc")
+    assert first == same
+    assert first[0]["net.4.bias"] != other[0]["net.4.bias"]
+
+
+# From a folder of transform
+
+
+def test_training_starts_from_a_folder_with_its_plan_and_weights(write: Run, run: Run) -> None:
+    run("transform", write(), "--rank", "5", "--out", "planned")
+    plan = json.loads(Path("planned/plan.json").read_text())
+    plan["sites"] = [row | {"rank": 2} for row in plan["sites"][1:]]
+    Path("planned/plan.json").write_text(json.dumps(plan))
+    run("train", "model.py", "--from", "planned", "--no-compile", "--schedule", "low", "--epochs", "1", "--out", "r")
+    assert history("r")[0]["phases"] == {"4.weight": "LOW", "6.weight": "LOW"}
+    info = store.read(Path("r/checkpoint.safetensors"))[1]
+    assert info["ranks"] == {"4.weight": 2, "6.weight": 2}
+
+
+def test_a_run_from_a_low_net_goes_on_bit_by_bit_after_the_folder_is_gone(
+    write: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynrank_fx.cli.modelfile import load_model_file
+
+    file = load_model_file(Path(write()))
+    net = dr.transform(file.model(), file.example_inputs())
+    dr.enter_(net, dr.Phase.LOW)
+    dr.save(net, "low")
+    options = ["--from", "low", "--no-compile", "--schedule", "interleave", "--low", "1"]
+    run("train", "model.py", *options, "--out", "whole")
+    stopped(monkeypatch, 5, "train", "model.py", *options, "--out", "r")
+    Path("low").rename("elsewhere")
+    run("train", "model.py", "--out", "r", "--resume")
+    assert checkpoint("r") == checkpoint("whole")
+
+
+# Stopping and going on
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, step: int, *args: str, by: int = signal.SIGINT) -> Result:
+    """The command with a signal arriving in a step."""
+    monkeypatch.setenv("STOP_AT", str(step))
+    monkeypatch.setenv("STOP_BY", str(int(by)))
+    result = CliRunner().invoke(cli, args)
+    monkeypatch.delenv("STOP_AT")
+    assert "Traceback" not in result.output
+    assert result.exit_code == 128 + by
+    return result
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
+@pytest.mark.parametrize("step", [1, 4, 7, 13], ids=["first", "after the epoch's last", "FULL", "third epoch"])
+def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(
+    whole: str, run: Run, monkeypatch: pytest.MonkeyPatch, step: int, by: signal.Signals
+) -> None:
+    # The evaluation after each epoch calls loss() as well: the fourth call is that of the first epoch's.
+    options = ["--no-compile", "--schedule", "interleave", "--low", "1"]
+    result = stopped(monkeypatch, step, "train", "model.py", *options, "--out", "a run", by=by)
+    before, _, told = result.stderr.strip().splitlines()[-1].partition("; go on with: ")
+    assert re.fullmatch(r"stopped in epoch \d of 4 after \d steps, and saved", before)
+    assert "stopping after this step" in result.stderr
+    assert shlex.split(told) == ["dynrank-fx", "train", "model.py", "--out", "a run", "--resume"]
+    run(*shlex.split(told)[1:])
+    assert checkpoint("a run") == checkpoint(whole)
+    assert len(history("a run")) == EPOCHS
+
+
+def test_handlers_are_as_before_after_a_run(whole: str) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(
+    write: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_AT", "6")
+    monkeypatch.setenv("STOPS", "2")
+    result = CliRunner().invoke(cli, ["train", write(), "--no-compile", "--out", "r"])
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Aborted!\n")
+    assert (checkpoint("r")[1]["epoch"], checkpoint("r")[1]["step"]) == (1, 0)
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(whole: str, run: Run) -> None:
+    before = Path("whole/checkpoint.safetensors").read_bytes()
+    assert run("train", "model.py", "--out", whole, "--resume").stdout == "whole has all its 4 epochs already\n"
+    assert Path("whole/checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=lambda by: by.name)
+def test_a_real_process_that_is_stopped_goes_on_bit_by_bit(by: signal.Signals, write: Run, folder: Path) -> None:
+    """As a terminal does it: the signal goes to the workers of the data loader too."""
+    options = ["--no-compile", "--schedule", "interleave", "--low", "1", "--checkpoint-steps", "1"]
+    command = [INSTALLED, "train", write(), *options, "--out"]
+    workers = os.environ | {"WORKERS": "1"}
+    subprocess.run([*command, "whole"], check=True, capture_output=True, env=workers)
+    stop = {"STOP_AT": "6", "STOP_BY": str(int(by)), "STOP_PROCESS": "0"}
+    first = subprocess.run([*command, "r"], capture_output=True, text=True, env=workers | stop, start_new_session=True)
+    seen = first.stderr
+    assert "Traceback" not in seen
+    assert (checkpoint("r")[1]["epoch"], checkpoint("r")[1]["step"]) == (1, 2 if by is signal.SIGINT else 1)
+    told = ["dynrank-fx", "train", "model.py", "--out", "r", "--resume"]
+    if by is signal.SIGINT:
+        assert first.returncode == 130
+        assert seen.count("stopping after this step") == 1
+        assert shlex.split(seen.strip().splitlines()[-1].partition("go on with: ")[2]) == told
+    else:
+        assert first.returncode == -by
+    done = subprocess.run([INSTALLED, *told[1:]], capture_output=True, text=True, env=workers)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint("r") == checkpoint("whole")
+    assert not [path for path in (folder / "r").iterdir() if path.name.startswith(".")]
+
+
+def test_going_on_does_not_plan_again(write: Run, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's file may have changed, and the first weights too, on which --energy depends."""
+    run("transform", write(), "--out", "planned")
+    options = ["--plan", "planned/plan.json", "--no-compile", "--schedule", "low"]
+    run("train", "model.py", *options, "--out", "whole")
+    stopped(monkeypatch, 2, "train", "model.py", *options, "--out", "r")
+    Path("planned/plan.json").write_text("{}")
+    run("train", "model.py", "--out", "r", "--resume")
+    assert checkpoint("r") == checkpoint("whole")
+
+
+# Refusals
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(whole: str, refused: Callable[..., str]) -> None:
+    before = checkpoint(whole)
+    assert refused("train", "model.py", "--out", whole) == (
+        "whole holds a run already: add --resume to go on with it, or choose another --out"
+    )
+    assert checkpoint(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--epochs", "9"], "was started without --epochs: leave --epochs out, or start another run"),
+        (["--low", "2"], "was started with --low 1: leave --low out, or start another run"),
+        (["--schedule", "full"], "was started with --schedule interleave: leave --schedule out, or start another run"),
+        (["--rank", "3"], "was started without --rank: "),
+        (["--exclude", "0"], "was started without --exclude: "),
+        (["--from", "folder"], "was started without --from: "),
+        (["--plan", "p.json"], "was started without --plan: "),
+        (["--amp", "bf16"], "was started without --amp: "),
+        (["--seed", "1"], "was started with --seed 0: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_goes_on_with_its_own_options(
+    options: list[str], sentence: str, whole: str, refused: Callable[..., str]
+) -> None:
+    message = refused("train", "model.py", "--out", whole, "--resume", *options)
+    assert message.startswith(f"the run in whole {sentence}")
+
+
+def test_options_said_again_are_no_contradiction(whole: str, run: Run) -> None:
+    run("train", "model.py", "--out", whole, "--resume", "--no-compile", "--schedule", "interleave", "--low", "1")
+
+
+def test_resuming_what_is_no_run(write: Run, refused: Callable[..., str]) -> None:
+    write()
+    assert refused("train", "model.py", "--out", "gone", "--resume").startswith(
+        "gone is no run of `dynrank-fx train`: gone/run.json could not be read ("
+    )
+    Path("r").mkdir()
+    for text in ("", "[]", '{"format": "other"}'):
+        Path("r/run.json").write_text(text)
+        assert refused("train", "model.py", "--out", "r", "--resume") == (
+            "r/run.json is damaged or was not written by `dynrank-fx train`"
+        )
+    Path("r/run.json").write_text('{"format": "dynrank-fx run", "version": 2}')
+    assert refused("train", "model.py", "--out", "r", "--resume") == (
+        "r/run.json has version 2, this dynrank-fx reads version 1; upgrade dynrank-fx"
+    )
+
+
+def test_a_damaged_or_missing_checkpoint(whole: str, refused: Callable[..., str]) -> None:
+    path = Path("whole/checkpoint.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+    expected = f"{path} is damaged: its checksum does not match its content; use an earlier copy"
+    assert refused("train", "model.py", "--out", whole, "--resume") == expected
+    assert refused("export", whole, "-o", "x.onnx") == expected
+    assert refused("inspect", whole) == expected
+    path.write_bytes(data[:1000])
+    assert "is damaged or not a safetensors file" in refused("train", "model.py", "--out", whole, "--resume")
+    path.unlink()
+    assert "has no checkpoint.safetensors" in refused("train", "model.py", "--out", whole, "--resume")
+    assert "is neither a run" in refused("export", whole, "-o", "x.onnx")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (
+            "def optimizer(parameters): return torch.optim.AdamW(parameters)",
+            "the checkpoint was trained with the optimizer SGD, not AdamW: ",
+        ),
+        ("del lr_scheduler", "the checkpoint was trained with the learning-rate scheduler MultiStepLR, not none: "),
+        (
+            "def model(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.Linear(30, 8))",
+            "the plan factors 0.weight, which this model does not have: the plan is of another model",
+        ),
+        (
+            "whole = model\ndef model():\n    made = whole()\n    made[1] = nn.Identity()\n    return made",
+            "the saved weights are of another model or plan: ",
+        ),
+    ],
+    ids=["optimizer", "scheduler", "model", "part of the model"],
+)
+def test_a_model_file_that_has_become_another(
+    more: str, sentence: str, whole: str, write: Run, refused: Callable[..., str]
+) -> None:
+    write(more)
+    assert refused("train", "model.py", "--out", whole, "--resume").startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--device", "cuda:77"], "the device 'cuda:77' cannot be used here ("),
+        (["--device", "toaster"], "the device 'toaster' cannot be used here ("),
+        (["--schedule", "interleave", "--low", "0", "--full", "0"], "interleave(low=0, full=0) has no epochs "),
+        (["--lr-milestones", "soon"], "Invalid value for --lr-milestones: 'soon' is no list of epochs like 8,10"),
+        (["--epochs", "100", "--lr-milestones", "3"], "aligned(epochs=100, lr_milestones=(3,)) leaves no FULL epoch: "),
+        (["--from", "gone"], "there is no file gone/weights.safetensors"),
+        (["--from", "gone", "--rank", "3"], "--from brings its plan along: leave out --rank"),
+        (["--out", "model.py/below"], "model.py/below could not be made (Not a directory); choose another --out"),
+        (["--out", "model.py"], "model.py could not be made (File exists); choose another --out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_do_not_do(
+    options: list[str], sentence: str, write: Run, refused: Callable[..., str], folder: Path
+) -> None:
+    write()
+    message = refused("train", "model.py", "--no-compile", *options)
+    assert message.startswith(sentence)
+    assert [path.name for path in folder.iterdir() if path.name != "__pycache__"] == ["model.py"]
+
+
+def test_aligned_without_a_decay_to_align_with(write: Run, refused: Callable[..., str]) -> None:
+    assert refused("train", write("del lr_scheduler"), "--schedule", "aligned").startswith(
+        "aligned needs the epochs of the learning-rate decays; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (
+            "del train_data, loss",
+            "model.py has no train_data() and no loss(output, batch), which train needs: add them",
+        ),
+        ("def train_data(): return []", "train_data() gave no batch in epoch 1: "),
+        (
+            "def train_data(): return [(torch.zeros(2, 3, 9, 9), torch.zeros(2).long())]",
+            "the model does not accept a batch ",
+        ),
+        (
+            "def train_data(): return ['text']",
+            "model.py has batches of type str, which do not say what the model is called ",
+        ),
+        ("def loss(output, batch): return output + None", "model.py, line "),
+        (
+            "def loss(output, batch): return output.sum(1)",
+            "the loss must be one number that depends on the model's output: ",
+        ),
+        (
+            "def loss(output, batch): return output.sum() * float('nan')",
+            "the training diverged in epoch 1, where the loss ",
+        ),
+        ("def metric(output, batch): return 1/0", "model.py, line "),
+        ("def optimizer(parameters): return torch.optim.LBFGS(parameters)", "LBFGS"),
+    ],
+    ids=["missing", "empty", "shape", "type", "loss fails", "loss is no number", "diverged", "metric fails", "closure"],
+)
+def test_model_files_that_cannot_be_trained(more: str, sentence: str, write: Run, refused: Callable[..., str]) -> None:
+    message = refused("train", write(more), "--no-compile", noisy=True)
+    assert message.startswith(sentence)

@@ -1,0 +1,61 @@
+"""A module imports only from rows above it: the table of design.md section 3, kept by this test."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = (
+    "bench errors lowrank ops phase randomness table",
+    "inputs layout net ranks recognize schedules statetree store",
+    "optim sites switched tracing",
+    "interpret onnxconvert parameters plan",
+    "onnxcheck planning rewrite",
+    "export pipeline report transition",
+    "checkpoint compare plots train truncation",
+    "progress runfile",
+    "cli.modelfile",
+    "cli.options cli.runs",
+    "cli.export cli.inspect cli.train cli.transform",
+    "cli.main",
+)
+LEVEL = {module: level for level, row in enumerate(LEVELS) for module in row.split()}
+FILES = {path.stem: path for path in (ROOT / "dynrank_fx").glob("*.py")}
+FILES |= {f"cli.{path.stem}": path for path in (ROOT / "cli").glob("*.py")}
+
+
+def imports(module: str) -> set[str]:
+    """The modules of the package that a module names in any import, those for type checking and in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            base = {0: "", 1: "dynrank_fx.cli." if module.startswith("cli.") else "dynrank_fx."}[node.level]
+            names = [
+                f"{base}{node.module or ''}".strip("."),
+                *(f"{base}{node.module or ''}.{a.name}" for a in node.names),
+            ]
+        found |= {
+            name.removeprefix("dynrank_fx.").replace("..", ".") for name in names if name.startswith("dynrank_fx")
+        }
+    return found & FILES.keys()
+
+
+def test_every_module_has_a_level() -> None:
+    assert set(LEVEL) == {module for module in FILES if not module.endswith("__init__")}
+
+
+@pytest.mark.parametrize("module", LEVEL)
+def test_a_module_imports_only_from_levels_above_it(module: str) -> None:
+    assert {name for name in imports(module) if LEVEL[name] >= LEVEL[module]} == set()
+
+
+def test_the_table_is_as_flat_as_the_imports_allow() -> None:
+    library = [module for module in LEVEL if not module.startswith("cli.")]
+    needed: dict[str, int] = {}
+    for module in library:
+        needed[module] = max((needed[name] + 1 for name in imports(module)), default=0)
+    assert needed == {module: LEVEL[module] for module in library}
