@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from .errors import DynrankError
-from .inputs import Inputs
 from .lowrank import effective_rank, stable_rank
-from .net import Net, unwrap
-from .optim import Carry, Rewarm, rewarm_
+from .net import Net
+from .optim import Rewarm, rewarm_
 from .phase import Phase, Schedule, TrainState
 from .randomness import random_state, set_random_state
 from .rewrite import plan_of
 from .switched import switched_modules
+from .task import Settings, Task, apply, evaluate, number, precision
 from .transition import Transition, enter_, phases_of
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
-
-    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated.
-    """
-
-    train_data: Iterable[Any]
-    loss: Callable[[Any, Any], Tensor]
-    inputs: Callable[[Any], Inputs]
-    eval_data: Iterable[Any] | None = None
-    metric: Callable[[Any, Any], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How it is trained. amp: autocast to bfloat16. dynamic: as in torch.compile; with False every shape has a graph
-    of its own, so that a resumed run repeats the very same graphs. rewarm: steps of learning-rate re-warm-up after a
-    switch.
-    """
-
-    epochs: int
-    device: str = "cpu"
-    amp: bool = False
-    compile: bool = True
-    dynamic: bool | None = False
-    carry: Carry = Carry.MOVE
-    rewarm: int = 0
-    checkpoint_steps: int | None = None
-    spectra: bool = True
 
 
 @dataclass
@@ -207,8 +172,8 @@ def _batches(run: Run, task: Task) -> Iterator[Any]:
 def _step(
     run: Run, task: Task, settings: Settings, forward: nn.Module, batch: Any
 ) -> tuple[Tensor, float | Tensor | None]:
-    output, batch = _apply(forward, task, settings, batch)
-    with _precision(settings):
+    output, batch = apply(forward, task, settings, batch)
+    with precision(settings):
         loss = task.loss(output, batch)
     if loss.ndim or not loss.requires_grad:
         what = f"a tensor of shape {tuple(loss.shape)}" if loss.ndim else "one without a gradient"
@@ -219,48 +184,8 @@ def _step(
     run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
     with torch.no_grad():
         metric = task.metric(output, batch) if task.metric else None
-        run.totals += torch.stack([loss.detach().double(), _number(metric, loss), torch.ones_like(loss).double()])
+        run.totals += torch.stack([loss.detach().double(), number(metric, loss), torch.ones_like(loss).double()])
     return loss.detach(), metric
-
-
-def _apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tuple[Any, Any]:
-    """The model's output, and the batch on the device."""
-    batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
-    args, kwargs = task.inputs(batch)
-    with _precision(settings):
-        try:
-            return forward(*args, **kwargs), batch
-        except FailOnRecompileLimitHit as error:
-            raise DynrankError(
-                f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each of which is compiled "
-                "to a graph of its own: pad them to fewer, or train without compiling"
-            ) from error
-        except Exception as error:
-            _refuse_batch(unwrap(forward), args, kwargs, error)
-            raise
-
-
-def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
-    """Say so if the batch is at fault: then the net, run plainly, fails on it too."""
-    try:
-        with torch.no_grad():
-            net(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as why:
-        given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        raise DynrankError(
-            f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
-            f"{type(why).__name__}: {(str(why).strip() or 'no reason given').splitlines()[0]}"
-        ) from error
-
-
-def _precision(settings: Settings) -> contextlib.AbstractContextManager[Any]:
-    if not settings.amp:
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
-
-
-def _number(metric: Any, like: Tensor) -> Tensor:
-    return torch.as_tensor(float("nan") if metric is None else metric, dtype=torch.float64, device=like.device)
 
 
 def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
@@ -284,40 +209,24 @@ def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
     run.record, run.step, run.epoch, run.epoch_start = {}, 0, run.epoch + 1, None
 
 
-@torch.no_grad()
-def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float | None]:
-    """Mean loss and metric over eval_data, batches weighted by their size; empty without eval_data.
+class _Spectra(Mapping[str, tuple[float, ...]]):
+    """Singular values by site, computed when a schedule looks at them."""
 
-    Eager: an evaluation is a small part of an epoch, and compiling it would cost one more graph per phase.
-    """
-    if task.eval_data is None:
-        return {}
-    sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
-    with _evaluating(net):
-        for batch in task.eval_data:
-            output, batch = _apply(net, task, settings, batch)
-            size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
-            with _precision(settings):
-                loss = task.loss(output, batch).double()
-            sums += size * torch.stack([loss, _number(task.metric(output, batch) if task.metric else None, loss)])
-            count += size
-    if count == 0:
-        raise DynrankError("eval_data() gave no batch: leave it out, or see that it can be gone through every epoch")
-    loss, metric = (sums / count).tolist()
-    return {"eval_loss": loss, "eval_metric": metric if task.metric else None}
+    def __init__(self, net: nn.Module) -> None:
+        self._sites = switched_modules(net)
+        self._known: dict[str, tuple[float, ...]] = {}
 
+    def __getitem__(self, name: str) -> tuple[float, ...]:
+        if name not in self._known:
+            values = self._sites[name][0].spectrum().flatten().sort(descending=True).values
+            self._known[name] = tuple(values.tolist())
+        return self._known[name]
 
-@contextlib.contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it had."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(modes[net])
-        for module, mode in modes.items():
-            module.training = mode
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 def phase_label(net: nn.Module) -> str:
@@ -338,23 +247,3 @@ def cost_of(net: Net) -> float:
             by_flops = plan.total_flops and row.flops is not None and row.site.flops is not None
             saved += (row.site.flops or 0) - (row.flops or 0) if by_flops else row.site.params - row.params
     return 1 - saved / total if total else 1.0
-
-
-class _Spectra(Mapping[str, tuple[float, ...]]):
-    """Singular values by site, computed when a schedule looks at them."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._sites = switched_modules(net)
-        self._known: dict[str, tuple[float, ...]] = {}
-
-    def __getitem__(self, name: str) -> tuple[float, ...]:
-        if name not in self._known:
-            values = self._sites[name][0].spectrum().flatten().sort(descending=True).values
-            self._known[name] = tuple(values.tolist())
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)

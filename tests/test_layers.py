@@ -1,4 +1,4 @@
-"""A module imports only from rows above it: the table of design.md section 3, kept by this test."""
+"""A module imports only from rows above it: LEVELS is the architecture of the package, kept by this test."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    "bench errors lowrank ops phase randomness table",
+    "bench errors exported lowrank ops phase randomness table",
     "inputs layout net ranks recognize schedules statetree store",
     "optim sites switched tracing",
-    "interpret onnxconvert parameters plan",
+    "interpret onnxconvert parameters plan task",
     "onnxcheck planning rewrite",
     "export pipeline report transition",
     "checkpoint compare plots train truncation",
@@ -57,5 +57,5 @@ def test_the_table_is_as_flat_as_the_imports_allow() -> None:
     library = [module for module in LEVEL if not module.startswith("cli.")]
     needed: dict[str, int] = {}
     for module in library:
-        needed[module] = max((needed[name] + 1 for name in imports(module)), default=0)
+        needed[module] = max((needed[name] + 1 for name in imports(module) & needed.keys()), default=0)
     assert needed == {module: LEVEL[module] for module in library}
