@@ -177,7 +177,18 @@ def swap_parameters(
         group["param_names"][index:index] = [f"{prefix}.{name}".lstrip(".") for name in names]
     for p, state in zip(new, states, strict=True):
         if state:
-            optimizer.state[p] = state
+            optimizer.state[p] = laid_out_as(p, state)
+
+
+def laid_out_as(parameter: Parameter, state: State) -> State:
+    """The state with every tensor of the parameter's shape in its memory format too, as fused optimizers expect."""
+
+    def like(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+            return value
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+    return {key: like(value) for key, value in state.items()}
 
 
 def place_of(optimizer: Optimizer, parameter: Parameter) -> tuple[int, int, str] | None:

@@ -96,7 +96,7 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     run.epoch, run.step, run.record, run.history = info["epoch"], info["step"], info["record"], info["history"]
     if run.step:
-        pass  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
+        run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
     run.totals = state["totals"].to(next(run.net.parameters()).device)
     run.epoch_start = state["epoch_start"]
     if state["rewarm"]:

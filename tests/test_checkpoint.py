@@ -106,6 +106,7 @@ def test_a_net_comes_back_bit_by_bit_in_every_phase(phases: str, tmp_path: Path)
         assert list(state) == list(expected)
         assert all(torch.equal(state[name], expected[name]) for name in expected)
         assert dr.phases_of(again) == dr.phases_of(net)
+        assert again.setting == net.setting
         assert again.embed.weight is again.head.weight
         (first, second) = switched_modules(again)["first.weight"]
         assert all(first._parameters[name] is second._parameters[name] for name in first.parameter_names)

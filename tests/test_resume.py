@@ -137,6 +137,12 @@ OTHERS = {
         partial(CosineAnnealingLR, T_max=EPOCHS),
         model=lambda: Digits().to(memory_format=torch.channels_last),
     ),
+    "channels last, fused, LOW only": Recipe(
+        partial(AdamW, lr=0.01, fused=True),
+        partial(CosineAnnealingLR, T_max=EPOCHS),
+        dr.schedules.always(LOW),
+        model=lambda: Digits().to(memory_format=torch.channels_last),
+    ),
     "a generator of the data's own": Recipe(data=lambda: loader(generator=torch.Generator().manual_seed(3))),
     "reset state, bf16": Recipe(settings=Settings(epochs=EPOCHS, compile=False, amp=True, carry=dr.Carry.RESET)),
 }
@@ -247,6 +253,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(case: Whole, moment: str, tmp_path: Pa
     assert End.of(resumed(case.recipe, tmp_path)).differences(case.end) == []
 
 
+# The state that a switch moves is contiguous, and fused optimizers go through memory: mend optim.swap_parameters.
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimizers_data_and_settings_go_on_bit_by_bit(name: str, tmp_path: Path) -> None:
     case = whole(OTHERS[name], tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -291,26 +292,19 @@ def test_a_stop_is_between_two_steps_and_saves(stop: int) -> None:
 # The learning rate
 
 
-def test_a_switch_rewarms_the_learning_rate_but_the_first_does_not() -> None:
-    net = made()
-    optimizer = SGD(net.parameters(), lr=0.1)
+def test_a_switch_rewarms_the_learning_rate_but_the_first_phase_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
-
-    class Rates(Watcher):
-        def epoch_started(self, run: Run, transition: dr.Transition) -> None:
-            # A hook registered now runs after that of the re-warm, and sees its rate.
-            if transition and run.epoch:
-                optimizer.register_step_pre_hook(lambda *_: rates.__setitem__(-1, optimizer.param_groups[0]["lr"]))
-
-    run = Run(net, optimizer, dr.schedules.interleave(low=1, full=1))
-    fit(run, TASK, replace(EAGER, rewarm=4, epochs=2), watcher=Rates())
-    assert rates == pytest.approx([0.1, 0.1, 0.025, 0.05])
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    assert run.rewarm is not None
-    assert run.rewarm.left == 2
-    fit(run, TASK, replace(EAGER, rewarm=4, epochs=3), watcher=Rates())
-    assert rates[4:] == pytest.approx([0.025, 0.05])  # begins anew: the scalings do not multiply
+    module = importlib.import_module("torch.optim.sgd")
+    plain = module.sgd
+    monkeypatch.setattr(module, "sgd", lambda *a, **k: (rates.append(k["lr"]), plain(*a, **k)))
+    net = made()
+    schedule = dr.schedules.join([always(LOW), always(FULL), always(LOW)], [2, 3])
+    run = Run(net, SGD(net.parameters(), lr=0.1), schedule)
+    assert fit(run, TASK, replace(EAGER, epochs=5, rewarm=4))
+    unswitched = [0.1] * 4
+    cut_short, begun_anew = [0.025, 0.05], [0.025, 0.05, 0.075, 0.1]  # the scalings do not multiply
+    assert rates == pytest.approx([*unswitched, *cut_short, *begun_anew])
+    assert [record["lr"] for record in run.history] == [0.1] * 5
 
 
 def test_reduce_on_plateau_is_told_the_held_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
