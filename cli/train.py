@@ -7,13 +7,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dynrank_fx.errors import ModelFileError, StoreError
+from dynrank_fx.errors import ModelFileError, ScheduleError, StoreError
 
 from .options import plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
@@ -34,7 +34,7 @@ _SCHEDULES = ("aligned", "interleave", "low", "full", "paper-cifar10", "paper-ci
 @click.option("--from", "start", type=Path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
 @click.option("--out", type=Path, metavar="FOLDER", help="The run; by default <model>-run.")
 @click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
-@click.option("--schedule", type=click.Choice(_SCHEDULES), help="By default aligned where decays are known.")
+@click.option("--schedule", type=click.Choice(_SCHEDULES), help="By default aligned where decays are known and fit.")
 @click.option("--low", type=int, default=2, show_default=True, help="LOW epochs in a row, for interleave.")
 @click.option("--full", type=int, default=1, show_default=True, help="FULL epochs in a row, for interleave.")
 @click.option("--lr-milestones", metavar="E,E", help="Epochs of the decays, for aligned; by default the scheduler's.")
@@ -69,6 +69,7 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     from dynrank_fx.randomness import seed_all
     from dynrank_fx.runfile import plan_in, read_run, restore_run_, save_run
     from dynrank_fx.train import fit
+    from dynrank_fx.transition import phases_of
 
     from .modelfile import load_model_file
 
@@ -90,6 +91,7 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     if run.epoch >= settings.epochs:
         click.echo(f"{folder} has all its {settings.epochs} epochs already")
         return
+    click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {settings.epochs} epochs", err=True)
     bar = _bar(task, settings)
     with _stop_signals() as stopped:
         finished = fit(
@@ -189,7 +191,11 @@ def _schedule(options: dict[str, Any], epochs: int, lr_scheduler: Any) -> Schedu
     from dynrank_fx.phase import Phase
 
     decays = _decays(options["lr_milestones"], lr_scheduler)
-    match options["schedule"] or ("aligned" if decays else "interleave"):
+    name = options["schedule"] or ("aligned" if options["lr_milestones"] else None)
+    if name is None and decays:
+        with suppress(ScheduleError):  # decays so early that they leave no FULL epoch
+            return schedules.aligned(epochs, decays)
+    match name or "interleave":
         case "aligned":
             return schedules.aligned(epochs, decays)
         case "interleave":
@@ -198,8 +204,8 @@ def _schedule(options: dict[str, Any], epochs: int, lr_scheduler: Any) -> Schedu
             return schedules.paper_cifar10()
         case "paper-cifar100":
             return schedules.paper_cifar100()
-        case name:
-            return schedules.always(Phase[name.upper()])
+        case phase:
+            return schedules.always(Phase[phase.upper()])
 
 
 def _decays(given: str | None, lr_scheduler: Any) -> tuple[int, ...]:

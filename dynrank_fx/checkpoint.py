@@ -21,7 +21,7 @@ from .planning import fit_plan
 from .rewrite import factorize_, inline, plan_of, specialize_
 from .switched import switched_modules
 from .tracing import capture
-from .transition import _like
+from .transition import in_format_of
 
 _FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
 
@@ -110,7 +110,9 @@ def restore_(
         (old,) = parameters_of(module)
         shapes = module.layout.factor_shapes(module.shape, rank)
         new = {
-            factor: Parameter(_like(torch.empty(shape, dtype=old.dtype, device=old.device), [old]), old.requires_grad)
+            factor: Parameter(
+                in_format_of(torch.empty(shape, dtype=old.dtype, device=old.device), [old]), old.requires_grad
+            )
             for factor, shape in zip(module.layout.factor_names, shapes, strict=True)
         }
         replace_parameters(sites[name], Phase(phase), new, optimizer, [{} for _ in new])

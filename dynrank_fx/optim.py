@@ -240,6 +240,7 @@ class Rewarm:
         if steps < 0:
             raise TransitionError(f"a learning rate cannot re-warm over {steps} steps; give 0 or more")
         self.steps, self.left = steps, steps if left is None else left
+        self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
         self._rates: list[Any] = []
         self._handles: list[Any] = []
         if self.left > 0:
@@ -249,12 +250,18 @@ class Rewarm:
             ]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
         factor = (self.steps - self.left + 1) / self.steps
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * factor
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.left -= 1

@@ -209,7 +209,7 @@ def _change_site(move: _Move, optimizer: Optimizer | None, carry: Carry, journal
         raise TransitionError(f"{name} could not be split into finite factors; net and optimizer are as before")
     lost = torch.linalg.vector_norm((new_weight - old_weight).float())
     error = float(lost / torch.linalg.vector_norm(old_weight.float()).clamp_min(1e-30))
-    new = tuple(Parameter(_like(value, old), requires_grad=old[0].requires_grad) for value in values)
+    new = tuple(Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value in values)
     replaced = module.parameter_names
     journal.keep(modules, old)
     for each in modules:
@@ -218,7 +218,7 @@ def _change_site(move: _Move, optimizer: Optimizer | None, carry: Carry, journal
     return SiteChange(name, before, phase, replaced, names, error)
 
 
-def _like(value: Tensor, old: Sequence[Parameter]) -> Tensor:
+def in_format_of(value: Tensor, old: Sequence[Parameter]) -> Tensor:
     """In the memory format of the parameters it replaces (channels_last stays so)."""
     last = torch.channels_last
     if value.ndim == 4 and any(not p.is_contiguous() and p.is_contiguous(memory_format=last) for p in old):

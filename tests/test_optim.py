@@ -1,7 +1,8 @@
 """Carrying optimizer state: the first update after a switch against gradients replayed in the new coordinates.
 
-The replay is independent of the carry: a fresh torch optimizer over the new parameters is stepped at learning rate 0 through the
-history of gradients, mapped by autograd (dense to factors) or solved for (factors to dense), and then takes the same step.
+The replay is independent of the carry: a fresh torch optimizer over the new parameters is stepped at learning rate 0
+through the history of gradients, mapped by autograd (dense to factors) or solved for (factors to dense), and then
+takes the same step.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def test_sgd_factors_to_dense_takes_the_step_of_the_moment_that_explains_both(ki
 
 
 def visible(module: Switched, factors: list[Tensor], gradient: Tensor) -> Tensor:
-    """The part of a dense gradient that reaches the factors: its projection on the row space of the map to (G_B, G_A)."""
+    """The part of a dense gradient that reaches the factors: its projection on the row space of the map to (G_B,
+    G_A).
+    """
 
     def to_factors(flat: Tensor) -> Tensor:
         parts = [f.clone().requires_grad_() for f in factors]
@@ -271,6 +274,25 @@ def test_rewarm_scales_the_next_steps_only_and_hides_from_schedulers():
     assert rewarm.left == 0
     with pytest.raises(dr.TransitionError, match="-1 steps"):
         dr.rewarm_(optimizer, -1)
+
+
+def test_rewarm_scales_once_where_a_subclass_calls_its_bases_step():
+    class Sub(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    other = nn.Parameter(torch.zeros(1))
+    other.grad = torch.ones(1)
+    torch.optim.SGD([other], lr=0.1).step()  # torch wraps the base's step when it is first used
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = Sub([parameter], lr=1.0)
+    dr.rewarm_(optimizer, 2)
+    for moved in (0.5, 1.0, 1.0):
+        parameter.grad = torch.ones(1)
+        before = parameter.item()
+        optimizer.step()
+        assert before - parameter.item() == pytest.approx(moved)
+        assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

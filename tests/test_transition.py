@@ -218,7 +218,7 @@ class TestRefusals:
     def test_pending_gradients(self):
         net = chain()
         net(torch.randn(2, 16)).sum().backward()
-        with pytest.raises(dr.TransitionError, match="pending gradient.*zero_grad"):
+        with pytest.raises(dr.TransitionError, match=r"pending gradient.*zero_grad"):
             dr.enter_(net, dr.Phase.LOW)
 
     def test_an_optimizer_of_another_net(self):
