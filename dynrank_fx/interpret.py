@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import CaptureError
-from .inputs import split_inputs
+from .inputs import fresh, split_inputs
 from .net import Net
 from .ops import Shape
-from .tracing import slow_attention
+from .tracing import same_buffers, same_randomness, slow_attention
 
 
 @dataclass
@@ -41,13 +41,18 @@ class _Recorder(fx.Interpreter):
             self.measured.shapes[n] = tuple(result.shape)
         return result
 
+    def fetch_attr(self, target: str) -> Any:
+        # The flop counter hooks into modules, and fails there on a parameter as input where gradients are off.
+        value = super().fetch_attr(target)
+        return value.detach() if isinstance(value, Tensor) else value
+
 
 def measure(net: Net, example_inputs: Any) -> Measured:
     """Shapes and FLOPs of the evaluation graph (torch.utils.flop_counter) on the example inputs.
 
     Raises CaptureError where the inputs do not fit the graph.
     """
-    values = _placeholders(net.graphs[False], *split_inputs(example_inputs))
+    values = _placeholders(net.graphs[False], *split_inputs(fresh(example_inputs)))
     modes = {module: module.training for module in net.modules()}
     try:
         for module in modes:
@@ -55,7 +60,8 @@ def measure(net: Net, example_inputs: Any) -> Measured:
         try:
             return _run(net, values, FakeTensorMode(allow_non_fake_inputs=True))
         except (DynamicOutputShapeException, UnsupportedOperatorException):
-            return _run(net, values, None)  # shapes that depend on data need the data
+            with same_randomness(), same_buffers(net):
+                return _run(net, values, None)  # shapes that depend on data need the data
     finally:
         for module, training in modes.items():
             module.training = training

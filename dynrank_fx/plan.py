@@ -65,12 +65,9 @@ class Plan:
     @property
     def low_flops(self) -> int | None:
         """FLOPs of the whole model with every planned site factored."""
-        total = self.total_flops
-        for row in self.sites:
-            if total is None or row.flops is None or row.site.flops is None:
-                return None
-            total += row.flops - row.site.flops
-        return total
+        if self.total_flops is None:
+            return None
+        return self.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in self.sites)
 
     def with_ranks(self, ranks: dict[str, int]) -> Plan:
         """The same plan with other ranks for the named sites. Raises PlanError for a name or rank that does not fit."""

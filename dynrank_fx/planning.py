@@ -13,8 +13,9 @@ import torch
 from . import lowrank
 from .errors import PlanError
 from .interpret import measure
-from .layout import ChannelLayout, ConvLayout, Layout, LinearLayout, layout_named
+from .layout import ChannelLayout, ConvLayout, Layout, LinearLayout, SpatialLayout, layout_named
 from .net import Net
+from .ops import Op
 from .plan import Plan, PlannedSite, checked
 from .ranks import Curve, RankPolicy
 from .sites import Located, Site, Skipped, find_sites, locate
@@ -40,6 +41,11 @@ def make_plan(
     """
     if multiple_of < 1:
         raise PlanError(f"ranks cannot be multiples of {multiple_of}; give 1 or more")
+    if not hasattr(rank, "ranks"):
+        raise PlanError(f"{rank!r} is no rank policy: give Ratio(0.25), Fixed(16), Energy(0.95) or one of your own")
+    if conv_layout not in (ChannelLayout, SpatialLayout):
+        raise PlanError(f"{conv_layout!r} is no layout of convolutions: give ChannelLayout or SpatialLayout")
+    include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
     measured = None if example_inputs is None else measure(net, example_inputs)
     sites, skipped = find_sites(net, measured.shapes if measured else None)
     _check_patterns([*include, *exclude], [*sites, *skipped])
@@ -156,9 +162,15 @@ def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
-        if measured is None and [use.op for use in here.uses] == [use.op for use in row.site.uses]:
-            here = replace(here, uses=row.site.uses)  # with the input shapes that were known when the plan was made
         rows.append(checked(PlannedSite(here, layout_named(row.layout.name, here.groups), row.rank)))
+    flops = measured.flops if measured else None
+    if measured is None and [_ops(row) for row in rows] == [_ops(row) for row in plan.sites]:
+        # What was measured when the plan was made still holds.
+        flops = plan.total_flops
+        rows = [
+            replace(row, site=replace(row.site, uses=given.site.uses))
+            for row, given in zip(rows, plan.sites, strict=True)
+        ]
     located = locate(net)
     _check_finite([row.site for row in rows], located)
     given = {s.name: s.reason for s in plan.skipped}
@@ -167,4 +179,8 @@ def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
     rows.sort(key=lambda row: order[row.site.name])
     dense.sort(key=lambda s: order[s.name])
     total = sum(p.numel() for p in net.parameters())
-    return Plan(tuple(rows), tuple(dense), total, measured.flops if measured else plan.total_flops)
+    return Plan(tuple(rows), tuple(dense), total, flops)
+
+
+def _ops(row: PlannedSite) -> list[Op]:
+    return [use.op for use in row.site.uses]

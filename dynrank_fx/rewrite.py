@@ -196,6 +196,7 @@ def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
     def read(name: str) -> fx.Proxy:
         return fx.Proxy(graph.create_node("get_attr", f"{path}.{name}"), tracer)
 
+    new = node.prev
     with graph.inserting_before(node):
         x, *given = (fx.Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg for arg in node.args)
         bias = given[0] if given else read("bias") if module._parameters["bias"] is not None else None
@@ -206,5 +207,7 @@ def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
             for stage, factor in first:
                 x = stage(x, read(factor))
             result = op(x, read(name), bias)
+    while (new := new.next) is not node:
+        new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     node.replace_all_uses_with(result.node)
     graph.erase_node(node)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import enum
 import linecache
-import operator
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +18,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .exported import alike, lift, mode_of, pin_inputs
 from .inputs import double_batch_of_one, free_first_dimension, fresh, split_inputs
-from .net import Net, copy_graph, copy_tree
+from .net import Net, copy_graph, copy_tree, unwrap
 from .randomness import random_state, set_random_state
+from .recognize import has_hooks
 
 _CLOSED = "stays closed to symbolic tracing."
+_CONSTANT = "_tensor_constant"  # torch.fx's name for a tensor that forward makes
 _TORCH = str(Path(torch.__file__).parent)
+_RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_codes", "_graph"}
 
 
 class Capture(enum.Enum):
@@ -41,6 +45,17 @@ def same_randomness() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """What forward does to the buffers inside is undone."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 @contextmanager
@@ -74,13 +89,21 @@ def capture(
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module(check_guards=False)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"a {type(model).__name__} is no model that can be traced: give an nn.Module, a GraphModule or an "
+            f"ExportedProgram"
+        )
+    if how is not None and not isinstance(how, Capture):
+        raise CaptureError(f"{how!r} is no way to capture a model: give Capture.SYMBOLIC or Capture.EXPORT")
+    model = unwrap(model)
     if isinstance(model, Net):
         return copy.deepcopy(model)
     if isinstance(model, fx.GraphModule):
         adopted = _adopted(model)
         _check_inputs(adopted, example_inputs)
         return adopted
-    _refuse_lazy(model)
+    _refuse(model)
     twin = _copy(model)
     _check_inputs(twin, example_inputs)
     if how is Capture.SYMBOLIC:
@@ -95,7 +118,7 @@ def capture(
         doubt = str(error)
         if example_inputs is None:
             raise
-    if net is not None and (doubt is None or example_inputs is None):
+    if net is not None and doubt is None:
         return net
     try:
         return _exported(_copy(model), model, example_inputs, dynamic_shapes)
@@ -112,11 +135,13 @@ def _adopted(model: fx.GraphModule) -> Net:
         if node.op == "get_attr" and node.target in vars(model):
             vars(root)[node.target] = copy.deepcopy(vars(model)[node.target])
     graph = copy_graph(model.graph)
-    exported = "train" in vars(model)  # torch.export puts functions that raise in place of train() and eval()
-    if exported:
-        _pin_inputs(graph)
-    fixed = exported and _depends_on_mode(graph)
-    return _finish(root, graph, None, model, fixed_mode=fixed)
+    mode = None
+    if "train" in vars(model):  # torch.export puts functions that raise in place of train() and eval()
+        pin_inputs(graph)
+        mode = mode_of(graph)
+    if mode is not None:
+        root.train(mode)
+    return _finish(root, graph, None, model, fixed_mode=mode is not None)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -138,13 +163,34 @@ def _finish(
     type(net).__name__ = type(model).__name__
     if not fixed_mode:
         net.train(model.training)
-        _set_modes(net, {name: module.training for name, module in model.named_modules()})
+        for name, module in model.named_modules():
+            net.get_submodule(name).training = module.training
     return net
 
 
-def _set_modes(root: nn.Module, modes: dict[str, bool]) -> None:
-    for name, module in root.named_modules():
-        module.training = modes.get(name, module.training)
+@contextmanager
+def _in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
+    """The model in this mode; where it is in it already, with the parts that were set apart, such as a batch norm.
+
+    Modes, buffers, attributes and random generators are as before afterwards, whatever forward does to them; only the
+    tracer's own constants are added.
+    """
+    open_ = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in open_]
+    apart = [module for module in root.modules() if module.training != mode] if mode == root.training else []
+    with same_randomness(), same_buffers(root):
+        try:
+            root.train(mode)
+            for module in apart:
+                module.training = not mode
+            yield
+        finally:
+            for module, attributes, buffers in before:
+                constants = {name: value for name, value in vars(module).items() if name.startswith(_CONSTANT)}
+                vars(module).clear()
+                vars(module).update(attributes | constants)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 # Symbolic tracing
@@ -158,9 +204,15 @@ def _surroundings() -> tuple[bool, ...]:
 class _Tracer(fx.Tracer):
     """Refuses what a graph of calls cannot hold: it would train where the model says ``no_grad``."""
 
-    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+    proxy_buffer_attributes = True  # otherwise what forward does to a buffer would be done once, while tracing
+
+    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         self.surroundings = _surroundings()
-        return super().trace(*args, **kwargs)
+        graph = super().trace(root, *args, **kwargs)
+        for name, buffer in root.named_buffers():
+            if isinstance(buffer, fx.Proxy):
+                raise RuntimeError(f"forward assigns the buffer {name}, which a symbolic graph cannot hold")
+        return graph
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _surroundings() != self.surroundings:
@@ -170,25 +222,22 @@ class _Tracer(fx.Tracer):
 
 def _symbolic(root: nn.Module, model: nn.Module) -> Net:
     graphs = {}
-    modes = {name: module.training for name, module in root.named_modules()}
+    if has_hooks(model):
+        raise CaptureError(f"{type(model).__name__} has hooks of its own, which a symbolic graph would leave out.")
     for mode in (True, False):
-        root.train(mode)
         try:
-            graphs[mode] = _Tracer().trace(root)
+            with _in_mode(root, mode):
+                graphs[mode] = _Tracer().trace(root)
+            compile(graphs[mode].python_code("self").src, "graph", "exec")
         except Exception as error:
             where = origin(error, root)
             raise CaptureError(f"{where} cannot be traced symbolically: {_first_line(error)}.") from error
-        finally:
-            _set_modes(root, modes)
     same = graphs[True].python_code("self").src == graphs[False].python_code("self").src
     return _finish(root, graphs[True], None if same else graphs[False], model)
 
 
 def _doubt(net: Net, model: nn.Module, example_inputs: Any) -> str | None:
-    """Why a symbolic graph should not be relied on, or None."""
-    for node in net.graph.nodes:
-        if node.op == "call_module" and _is_closed(net.get_submodule(str(node.target))):
-            return f"{node.target} {_CLOSED}"
+    """Why a symbolic graph should not be relied on, or None. That of closed layers is the last: the graph is sound."""
     if example_inputs is None:
         return None
     with torch.no_grad(), slow_attention():
@@ -198,7 +247,12 @@ def _doubt(net: Net, model: nn.Module, example_inputs: Any) -> str | None:
             got = _run(twin, example_inputs)
         except Exception as error:
             return f"its graph fails on the example inputs: {_first_line(error)}."
-    return None if _equal(expected, got) else "its graph computes something else on the example inputs."
+    if not _equal(expected, got):
+        return "its graph computes something else on the example inputs."
+    for node in net.graph.nodes:
+        if node.op == "call_module" and _is_closed(net.get_submodule(str(node.target))):
+            return f"{node.target} {_CLOSED}"
+    return None
 
 
 def _is_closed(module: nn.Module) -> bool:
@@ -209,14 +263,16 @@ def _is_closed(module: nn.Module) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    leaves_a = pytree.tree_leaves(a)
-    leaves_b = pytree.tree_leaves(b)
-    if len(leaves_a) != len(leaves_b):
-        return False
-    return all(
-        torch.equal(x.nan_to_num(), y.nan_to_num()) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
-        for x, y in zip(leaves_a, leaves_b, strict=True)
-    )
+    leaves_a, leaves_b = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(leaves_a) == len(leaves_b) and all(map(_same_leaf, leaves_a, leaves_b))
+
+
+def _same_leaf(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
+    if dataclasses.is_dataclass(x) and type(x) is type(y):
+        return _equal(vars(x), vars(y))
+    return bool(x == y)
 
 
 # torch.export
@@ -228,105 +284,16 @@ def _exported(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_sh
     args, kwargs = double_batch_of_one(*split_inputs(fresh(example_inputs)))
     free = free_first_dimension(args, kwargs) if dynamic_shapes is None else dynamic_shapes
     graphs: dict[bool, fx.Graph] = {}
-    modes = {name: module.training for name, module in root.named_modules()}
     for mode in (True, False):
-        root.train(mode)
-        if mode == model.training:
-            _set_modes(root, modes)  # as it stands: parts may have been set apart, such as a frozen batch norm
-        buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
         try:
-            with slow_attention(), same_randomness():
+            with slow_attention(), _in_mode(root, mode):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=free)
             module = program.module(check_guards=False)
         except Exception as error:
             raise CaptureError(f"{origin(error, root)} cannot be exported: {_first_line(error)}.") from error
-        finally:
-            for name, buffer in root.named_buffers():
-                buffer.copy_(buffers[name])
-            _set_modes(root, modes)
-        graphs[mode] = _lift(module, root, prefix="train" if mode else "eval")
-    same = _text(graphs[True]) == _text(graphs[False])
+        graphs[mode] = lift(module, root, prefix="train" if mode else "eval")
+    same = alike(graphs[True], graphs[False], root)
     return _finish(root, graphs[True], None if same else graphs[False], model)
-
-
-def _lift(module: fx.GraphModule, root: nn.Module, prefix: str) -> fx.Graph:
-    """The exported graph over the original tree: constants that export lifted come along under names of their own."""
-    graph = module.graph
-    state = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    state |= {name for name, _ in root.named_buffers(remove_duplicate=False)}
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and node.target not in state:
-            value = module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            name = f"_{prefix}_{str(node.target).replace('.', '_')}"
-            if isinstance(value, Tensor):
-                root.register_buffer(name, value, persistent=False)
-            else:
-                setattr(root, name, value)  # the body of a control-flow operator
-            node.target = name
-        elif node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-    _pin_inputs(graph)
-    return graph
-
-
-def _pin_inputs(graph: fx.Graph) -> None:
-    """Refuse, by plain torch assertions, the inputs that the graph would take for those of its example.
-
-    torch.export makes a constant of every input that is no tensor, and of a batch that the model counts, loops over or
-    branches on. Its own guards are dropped: they refuse batches that work, and cannot be saved.
-    """
-    for node in list(graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            graph.erase_node(node)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder" and "val" in node.meta]
-    if not placeholders:
-        return
-    with graph.inserting_before(placeholders[-1].next):
-        for node in placeholders:
-            for test, operands, what in _bindings(graph, node, node.meta["val"]):
-                kept = graph.call_function(test, operands)
-                graph.call_function(torch._assert, (kept, f"the graph was exported for {what}, and serves no other"))
-
-
-def _bindings(graph: fx.Graph, node: fx.Node, value: Any) -> Iterator[tuple[Any, tuple[Any, ...], str]]:
-    if value is None:
-        yield operator.is_, (node, None), f"{node.target}=None"
-    elif isinstance(value, bool | int | float | str):
-        yield operator.eq, (node, value), f"{node.target}={value!r}"
-    elif isinstance(value, Tensor) and value.ndim:
-        low, high = _bounds(value.shape[0])
-        if low is None and high is None:
-            return
-        size = graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
-        if low == high:
-            yield operator.eq, (size, low), f"{low} rows of {node.target}"
-            return
-        if low is not None:
-            yield operator.ge, (size, low), f"{low} rows of {node.target} or more"
-        if high is not None:
-            yield operator.le, (size, high), f"{high} rows of {node.target} or fewer"
-
-
-def _bounds(size: int | torch.SymInt) -> tuple[int | None, int | None]:
-    """What torch.export found a size to be at least and at most; that it is 2 or more is its habit, not the model's."""
-    if isinstance(size, int):
-        return size, size
-    found = size.node.shape_env.bound_sympy(size.node.expr)
-    low, high = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
-    return None if low is not None and low <= 2 and low != high else low, high
-
-
-def _text(graph: fx.Graph) -> str:
-    return graph.python_code("self").src.replace("._train_", "._eval_")
-
-
-_MODE_OPS = ("dropout", "batch_norm", "instance_norm", "rrelu", "lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-def _depends_on_mode(graph: fx.Graph) -> bool:
-    return any(node.op == "call_function" and any(op in str(node.target) for op in _MODE_OPS) for node in graph.nodes)
 
 
 # Messages
@@ -356,7 +323,14 @@ def _run(model: nn.Module, example_inputs: Any) -> Any:
         return model(*args, **kwargs)
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _refuse(model: nn.Module) -> None:
+    """What is wrong with a model whatever way it is traced."""
+    tensors = [name for name, value in vars(model).items() if isinstance(value, Tensor)]
+    for name in (*model._modules, *model._parameters, *model._buffers, *tensors):
+        if name in _RESERVED:
+            raise CaptureError(
+                f"the model calls a part of it {name!r}, which a graph module needs for itself: rename it"
+            )
     for name, module in model.named_modules():
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise CaptureError(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import optim
 from .errors import PlanError, TransitionError
+from .lowrank import full_precision
 from .net import unwrap
 from .optim import Carry
 from .parameters import Journal, parameters_of, refuse_parameter, replace_parameters
@@ -180,7 +181,8 @@ def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None
     with Journal(optimizer) as journal:
         for move in moves:
             try:
-                changes.append(_change_site(move, optimizer, carry, journal))
+                with full_precision():
+                    changes.append(_change_site(move, optimizer, carry, journal))
             except OSError as error:
                 raise TransitionError(
                     f"no room to keep {move.modules[0].site} safe during its switch ({error}); "

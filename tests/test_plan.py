@@ -130,6 +130,24 @@ def test_a_pattern_that_matches_nothing_raises_and_shows_names(options):
         several(**options)
 
 
+def test_one_pattern_needs_no_list():
+    assert several(include="head") == several(include=["head"])
+    assert several(exclude="s*") == several(exclude=["s*"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"rank": 0.25}, r"0\.25 is no rank policy: give Ratio\(0\.25\), Fixed\(16\), Energy\(0\.95\)"),
+        ({"rank": None}, "None is no rank policy"),
+        ({"conv_layout": "spatial"}, "'spatial' is no layout of convolutions: give ChannelLayout or SpatialLayout"),
+    ],
+)
+def test_choices_are_values_and_anything_else_is_refused_in_words(options, sentence):
+    with pytest.raises(dr.PlanError, match=sentence):
+        several(**options)
+
+
 def test_ranks_are_rounded_up_to_a_multiple():
     assert [row.rank for row in several(multiple_of=4).sites] == [4, 8, 8]
     assert reasons(several(multiple_of=4))["last.weight"] == "rank 4 is over the limit of 3 for 3x20"
@@ -407,6 +425,43 @@ class Wider(Several):
 def test_a_plan_of_another_model_is_refused_in_words(model, plan, sentence):
     with pytest.raises(dr.PlanError, match=sentence):
         dr.transform(model(), plan=plan())
+
+
+def test_costs_that_are_not_known_to_hold_are_left_out():
+    class Strided(Several):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(8, 16, 3, padding=1, stride=2)
+
+    fitted = fit_plan(dr.capture(Strided()), several())
+    assert names(fitted) == names(several())
+    assert (fitted.total_flops, fitted.low_flops) == (None, None)
+    assert fit_plan(dr.capture(Strided()), several(), X).low_flops < several().low_flops
+
+
+class Auxiliary(Several):
+    """A head that only training uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(16, 20)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.stem(x)).mean((2, 3))
+        return (h, self.extra(h)) if self.training else h
+
+
+@pytest.mark.parametrize("how", [dr.Capture.SYMBOLIC, dr.Capture.EXPORT], ids=lambda how: how.name)
+def test_a_head_that_only_training_uses_is_a_site_that_costs_nothing_in_evaluation(how):
+    torch.manual_seed(0)
+    model = Auxiliary()
+    net = dr.transform(model, X, rank=dr.Fixed(3), how=how)
+    plan = dr.plan_of(net)
+    assert names(plan) == ["stem.weight", "extra.weight"]
+    assert plan.total_flops == flops(model.eval(), X[0])
+    dr.enter_(net, dr.Phase.LOW)
+    assert plan.low_flops == flops(dr.truncate(net), X[0])
+    assert torch.equal(net.train()(X[0])[1], net.extra(net.stem(X[0]).relu().mean((2, 3))))
 
 
 # Values
