@@ -19,7 +19,7 @@ from .errors import CaptureError
 from .inputs import fresh, split_inputs
 from .net import Net
 from .ops import Shape
-from .tracing import same_buffers, same_randomness, slow_attention
+from .scopes import same_buffers, same_randomness, slow_attention
 
 
 @dataclass

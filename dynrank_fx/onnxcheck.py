@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .errors import ExportError
 from .inputs import Inputs, with_batch
 from .onnxconvert import joined, reason, tensors
-from .tracing import slow_attention
+from .scopes import slow_attention
 
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]
 

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import ExportError
 from .inputs import Inputs, batch_size, double_batch_of_one, free_first_dimension
-from .tracing import origin, slow_attention
+from .scopes import slow_attention
+from .tracing import origin
 
 _FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a shape; onnxruntime folds the rest itself
 

@@ -7,8 +7,6 @@ import dataclasses
 import enum
 import linecache
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,10 @@ from .errors import CaptureError
 from .exported import alike, lift, mode_of, pin_inputs
 from .inputs import double_batch_of_one, free_first_dimension, fresh, split_inputs
 from .net import Net, copy_graph, copy_tree, unwrap
-from .randomness import random_state, set_random_state
 from .recognize import has_hooks
+from .scopes import in_mode, same_randomness, slow_attention
 
 _CLOSED = "stays closed to symbolic tracing."
-_CONSTANT = "_tensor_constant"  # torch.fx's name for a tensor that forward makes
 _TORCH = str(Path(torch.__file__).parent)
 _RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_codes", "_graph"}
 
@@ -35,40 +32,6 @@ class Capture(enum.Enum):
 
     SYMBOLIC = "torch.fx.symbolic_trace"
     EXPORT = "torch.export"
-
-
-@contextmanager
-def same_randomness() -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
-
-
-@contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
-    """What forward does to the buffers inside is undone."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
-
-
-@contextmanager
-def slow_attention() -> Iterator[None]:
-    """The attention fast path off: it differs from the ordinary one by rounding and hides its FLOPs. Put back
-    afterwards.
-    """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def capture(
@@ -168,34 +131,6 @@ def _finish(
     return net
 
 
-@contextmanager
-def _in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
-    """The model in this mode; where it is in it already, with the parts that were set apart, such as a batch norm.
-
-    Modes, buffers, attributes and random generators are as before afterwards, whatever forward does to them; only the
-    tracer's own constants are added.
-    """
-    open_ = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in open_]
-    apart = [module for module in root.modules() if module.training != mode] if mode == root.training else []
-    with same_randomness(), same_buffers(root):
-        try:
-            root.train(mode)
-            for module in apart:
-                module.training = not mode
-            yield
-        finally:
-            for module, attributes, buffers in before:
-                constants = {name: value for name, value in vars(module).items() if name.startswith(_CONSTANT)}
-                vars(module).clear()
-                vars(module).update(attributes | constants)
-                module._buffers.clear()
-                module._buffers.update(buffers)
-
-
-# Symbolic tracing
-
-
 def _surroundings() -> tuple[bool, ...]:
     autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
@@ -226,7 +161,7 @@ def _symbolic(root: nn.Module, model: nn.Module) -> Net:
         raise CaptureError(f"{type(model).__name__} has hooks of its own, which a symbolic graph would leave out.")
     for mode in (True, False):
         try:
-            with _in_mode(root, mode):
+            with in_mode(root, mode):
                 graphs[mode] = _Tracer().trace(root)
             compile(graphs[mode].python_code("self").src, "graph", "exec")
         except Exception as error:
@@ -286,7 +221,7 @@ def _exported(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_sh
     graphs: dict[bool, fx.Graph] = {}
     for mode in (True, False):
         try:
-            with slow_attention(), _in_mode(root, mode):
+            with slow_attention(), in_mode(root, mode):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=free)
             module = program.module(check_guards=False)
         except Exception as error:

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     "bench errors exported lowrank ops phase randomness table",
-    "inputs layout net ranks recognize schedules statetree store",
-    "optim sites switched tracing",
-    "interpret onnxconvert parameters plan task",
+    "inputs layout net ranks recognize schedules scopes statetree store",
+    "interpret optim sites switched tracing",
+    "onnxconvert parameters plan task",
     "onnxcheck planning rewrite",
     "export pipeline report transition",
     "checkpoint compare plots train truncation",

@@ -1,0 +1,72 @@
+"""Contexts that put back what they change, or what the caller's forward changes inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .randomness import random_state, set_random_state
+
+_CONSTANT = "_tensor_constant"  # torch.fx's name for a tensor that forward makes
+
+
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """What forward does to the buffers inside is undone."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """The attention fast path off: it differs from the ordinary one by rounding and hides its FLOPs. Put back
+    afterwards.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
+    """The model in this mode; where it is in it already, with the parts that were set apart, such as a batch norm.
+
+    Modes, buffers, attributes and random generators are as before afterwards, whatever forward does to them; only the
+    tracer's own constants are added.
+    """
+    open_ = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in open_]
+    apart = [module for module in root.modules() if module.training != mode] if mode == root.training else []
+    with same_randomness(), same_buffers(root):
+        try:
+            root.train(mode)
+            for module in apart:
+                module.training = not mode
+            yield
+        finally:
+            for module, attributes, buffers in before:
+                constants = {name: value for name, value in vars(module).items() if name.startswith(_CONSTANT)}
+                vars(module).clear()
+                vars(module).update(attributes | constants)
+                module._buffers.clear()
+                module._buffers.update(buffers)
