@@ -180,25 +180,27 @@ def restart():
 for to in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW):
     net(torch.zeros(2, width, device=device)).sum().backward()
     optimizer.step(); optimizer.zero_grad()
-    restart(); steady = peak()
+    restart(); before = peak()
     dr.enter_(net, to, optimizer)
-    print(to.name, steady, peak())
+    highest = peak()
+    restart()
+    print(to.name, before, highest, peak())
 """
 
 
 def peak(quick: bool) -> None:
-    """Peak memory of a switch over the steady state before it, in a process of its own, AdamW state included."""
+    """Peak memory of a switch beside the states before and after it, in a process of its own, AdamW state included."""
     layers, width = (4, 512) if quick else (24, 2048)
     command = [sys.executable, "-c", _PEAK, str(layers), str(width), DEVICE]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     site = 4 * width * width / 1e6
     rows = []
     for line, label in zip(lines, ("FULL to LOW", "LOW to FULL", "FULL to LOW again"), strict=True):
-        _, before, after = line.split()
-        extra = float(after) - float(before)
-        rows.append((label, f"{float(before):.0f} MB", f"{float(after):.0f} MB", f"{extra / site:.1f}"))
+        before, highest, after = map(float, line.split()[1:])
+        extra = highest - max(before, after)
+        rows.append((label, f"{before:.0f} MB", f"{highest:.0f} MB", f"{after:.0f} MB", f"{extra / site:.1f}"))
     print(f"{layers} linear layers of {width}×{width} ({site:.0f} MB each), AdamW:\n")
-    table(("switch", "steady before", "peak", "extra, in weights of one site"), rows)
+    table(("switch", "before", "peak", "after", "peak over the larger, in weights of one site"), rows)
 
 
 def truncation(quick: bool) -> None:
