@@ -77,7 +77,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}); use an earlier copy") from error
     if metadata.get("format") != _FORMAT:
-        raise StoreError(f"{path} was not written by dynrank-fx")
+        raise StoreError(f"{path} was not written by dynrank-fx, or its header is damaged")
     if metadata.get("version") != str(VERSION):
         raise StoreError(
             f"{path} has version {metadata.get('version')} and this dynrank-fx reads version {VERSION}; upgrade "
