@@ -96,7 +96,7 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise ExportError(f"{path} could not be read as an ONNX file ({str(error).splitlines()[0]})") from error
     used = {
-        name: node.op_type
+        name: (node.op_type, next((a.i for a in node.attribute if a.name == "group"), 1))
         for node in model.graph.node
         if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
         for name in node.input[1:2]
@@ -106,8 +106,13 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
         if tensor.name in used and len(tensor.dims) >= 2:
             weight = torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32"))
             _refuse_non_finite(tensor.name, weight)
-            spectrum = singular_values(weight.reshape(1, weight.shape[0], -1))
-            rows.append(_row(tensor.name, tuple(tensor.dims), used[tensor.name], spectrum))
+            kind, groups = used[tensor.name]
+            m, *_ = shape = tuple(tensor.dims)
+            n = weight.numel() // m
+            # Two factors of rank r hold r·(m + groups·n) numbers.
+            pays = (m * n - 1) // (m + groups * n)
+            spectrum = singular_values(weight.reshape(groups, -1, n))
+            rows.append(_row(tensor.name, shape, kind, spectrum, break_even=(pays, None)))
     return tuple(rows)
 
 

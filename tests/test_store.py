@@ -182,7 +182,7 @@ def test_a_newer_version_says_what_to_do(small: Path, monkeypatch: pytest.Monkey
 def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"x": torch.ones(2)}, path, metadata)
-    assert refusal(lambda: store.read(path)) == f"{path} was not written by dynrank-fx"
+    assert refusal(lambda: store.read(path)) == f"{path} was not written by dynrank-fx, or its header is damaged"
 
 
 def test_no_such_file(tmp_path: Path) -> None:
