@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,7 +73,7 @@ def _run(net: Net, values: list[Any], mode: FakeTensorMode | None) -> Measured:
     if mode is not None:
         values = pytree.tree_map_only(Tensor, mode.from_tensor, values)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), slow_attention(), counter:
+    with torch.no_grad(), slow_attention(), sdpa_kernel(SDPBackend.MATH), counter:
         if mode is None:
             _Recorder(net, measured).run(*values, enable_io_processing=False)
         else:
