@@ -1,6 +1,4 @@
-"""The only graph surgery: factorize puts switchable sites in, inline opens them, and plain() leaves nothing of this
-package.
-"""
+"""The only graph surgery: factorize puts switchable sites in, inline opens them and leaves nothing of this package."""
 
 from __future__ import annotations
 

@@ -241,9 +241,9 @@ def cost_of(net: Net) -> float:
     as 1.
     """
     plan, phases = plan_of(net), phases_of(net)
-    total, saved = plan.total_flops or plan.total_params, 0
-    for row in plan.sites:
-        if phases[row.site.name] is Phase.LOW:
-            by_flops = plan.total_flops and row.flops is not None and row.site.flops is not None
-            saved += (row.site.flops or 0) - (row.flops or 0) if by_flops else row.site.params - row.params
+    low = [row for row in plan.sites if phases[row.site.name] is Phase.LOW]
+    if not plan.total_flops:
+        total, saved = plan.total_params, sum(row.site.params - row.params for row in low)
+    else:  # a site without FLOPs runs in training only: as in the plan's own total, it counts nothing
+        total, saved = plan.total_flops, sum((row.site.flops or 0) - (row.flops or 0) for row in low)
     return 1 - saved / total if total else 1.0

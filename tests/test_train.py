@@ -514,3 +514,15 @@ def test_weights_the_optimizer_does_not_train_do_not_stop_a_switch() -> None:
     assert torch.equal(net.get_parameter("3.weight"), left_out.weight)
     fit(run, TASK, replace(EAGER, epochs=3))
     assert run.history[-1]["phase"] == "LOW"
+
+
+def test_cost_is_counted_in_one_unit_where_the_flops_of_a_site_are_unknown():
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), (torch.zeros(1, 16),))
+    first, second = dr.plan_of(net).sites
+    blind = replace(
+        second, site=replace(second.site, uses=tuple(replace(u, input_shape=None) for u in second.site.uses))
+    )
+    net.meta["dynrank"] = replace(dr.plan_of(net), sites=(first, blind))
+    dr.enter_(net, dr.Phase.LOW)
+    plan = dr.plan_of(net)
+    assert cost_of(net) == plan.low_flops / plan.total_flops == 0.75, "half of one of two equal products is saved"
