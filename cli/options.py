@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from dynrank_fx.net import Net
+    from torch import nn
+
+    from dynrank_fx.layout import ConvLayout
+    from dynrank_fx.overrides import Override
     from dynrank_fx.ranks import RankPolicy
 
     from .modelfile import ModelFile
@@ -21,8 +24,21 @@ _PLAN_OPTIONS = (
     ),
     click.option("--include", multiple=True, metavar="PATTERN", help="Only weights whose name fits; may be repeated."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights whose name fits; may be repeated."),
+    click.option(
+        "--override",
+        "override",
+        multiple=True,
+        metavar="PATTERN=WHAT",
+        help="For weights whose name fits: dense, a rank (16 or 0.5), channel or spatial, or several (spatial,0.5).",
+    ),
     click.option("--multiple-of", type=int, default=1, metavar="N", help="Round ranks up to a multiple of N."),
     click.option("--layout", type=click.Choice(["channel", "spatial"]), default="channel", help="Of convolutions."),
+    click.option(
+        "--capture",
+        "how",
+        type=click.Choice(["symbolic", "export", "modules"]),
+        help="How the model becomes a graph; by default the first of these that is faithful and opens every layer.",
+    ),
     click.option("--plan", "plan_file", type=Path, metavar="FILE", help="Instead: an edited plan.json."),
 )
 
@@ -36,12 +52,12 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_beside(flag: str, options: dict[str, Any]) -> None:
     """Refuse options that a plan made before would leave without effect."""
-    for name in ("rank", "energy", "include", "exclude", "plan_file"):
+    for name in ("rank", "energy", "include", "exclude", "override", "plan_file"):
         if options.get(name):
             raise click.UsageError(f"{flag} brings its plan along: leave out --{name.removesuffix('_file')}")
 
 
-def rank_policy(rank: str | None, energy: float | None) -> RankPolicy:
+def rank_policy(rank: str | None, energy: float | None, hint: str = "--rank") -> RankPolicy:
     """The rank policy that ``--rank`` or ``--energy`` asks for."""
     from dynrank_fx.ranks import Energy, Fixed, Ratio
 
@@ -54,9 +70,34 @@ def rank_policy(rank: str | None, energy: float | None) -> RankPolicy:
     try:
         return Ratio(float(rank)) if "." in rank else Fixed(int(rank))
     except ValueError as error:
-        raise click.BadParameter(
-            f"{rank!r} is neither a fraction (0.25) nor a rank (16)", param_hint="--rank"
-        ) from error
+        raise click.BadParameter(f"{rank!r} is neither a fraction (0.25) nor a rank (16)", param_hint=hint) from error
+
+
+def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
+    """The overrides that ``--override`` asks for, by pattern."""
+    from dynrank_fx.overrides import Override
+
+    found = {}
+    for text in texts:
+        pattern, equals, words = text.rpartition("=")
+        said: dict[str, Any] = {}
+        for word in words.split(","):
+            if word == "dense":
+                said["dense"] = True
+            elif word in ("channel", "spatial"):
+                said["layout"] = _conv_layout(word)
+            else:
+                said["rank"] = rank_policy(word, None, hint="--override")
+        if not equals or not pattern:
+            raise click.BadParameter(f"{text!r} is not PATTERN=WHAT, such as 'head=dense'", param_hint="--override")
+        found[pattern] = Override(**said)
+    return found
+
+
+def _conv_layout(word: str) -> ConvLayout:
+    from dynrank_fx.layout import ChannelLayout, SpatialLayout
+
+    return SpatialLayout if word == "spatial" else ChannelLayout
 
 
 def transformed(
@@ -66,26 +107,31 @@ def transformed(
     energy: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    override: tuple[str, ...],
     multiple_of: int,
     layout: str,
+    how: str | None,
     plan_file: Path | None,
     allow_empty: bool = False,
-) -> Net:
+) -> nn.Module:
     """The model of a model file, transformed as the options say."""
     from dynrank_fx.checkpoint import read_plan
-    from dynrank_fx.layout import ChannelLayout, SpatialLayout
     from dynrank_fx.pipeline import transform
+    from dynrank_fx.tracing import Capture
 
     if plan_file is not None:
-        refuse_beside("--plan", {"rank": rank, "energy": energy, "include": include, "exclude": exclude})
+        given = {"rank": rank, "energy": energy, "include": include, "exclude": exclude, "override": override}
+        refuse_beside("--plan", given)
     return transform(
         file.model(),
         file.example_inputs(),
         rank=rank_policy(rank, energy),
         include=include,
         exclude=exclude,
+        overrides=overrides_of(override),
         multiple_of=multiple_of,
-        conv_layout=SpatialLayout if layout == "spatial" else ChannelLayout,
+        conv_layout=_conv_layout(layout),
+        how=None if how is None else Capture[how.upper()],
         plan=None if plan_file is None else read_plan(plan_file),
         allow_empty=allow_empty,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dynrank_fx.errors import StoreError
 
 if TYPE_CHECKING:
-    from dynrank_fx.net import Net
+    from torch import nn
 
     from .modelfile import ModelFile
 
@@ -21,7 +21,7 @@ RUN_FILE = "run.json"
 class Opened:
     """A net, the model file it was made from, and the history of its training (empty for a folder of ``transform``)."""
 
-    net: Net
+    net: nn.Module
     file: ModelFile
     history: list[dict[str, Any]]
 

@@ -19,7 +19,8 @@ from .options import plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
 
 if TYPE_CHECKING:
-    from dynrank_fx.net import Net
+    from torch import nn
+
     from dynrank_fx.phase import Schedule
     from dynrank_fx.train import Run, Settings, Task
 
@@ -135,7 +136,7 @@ def _make_folder(folder: Path) -> None:
         raise StoreError(f"{folder} could not be made ({error.strerror}); choose another --out") from error
 
 
-def _set_up(file: ModelFile, options: dict[str, Any], net: Net) -> tuple[Run, Task, Settings]:
+def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
     from dynrank_fx.optim import Carry
     from dynrank_fx.randomness import generators_of
@@ -165,7 +166,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: Net) -> tuple[Run, Ta
     return Run(net, optimizer, schedule, lr_scheduler, generators=generators), task, settings
 
 
-def _net(file: ModelFile, options: dict[str, Any]) -> Net:
+def _net(file: ModelFile, options: dict[str, Any]) -> nn.Module:
     if options["start"] is not None:
         from dynrank_fx.checkpoint import load
 

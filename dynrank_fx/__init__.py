@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .lowrank import stable_rank as stable_rank
     from .optim import Carry as Carry
     from .optim import rewarm_ as rewarm_
+    from .overrides import Override as Override
     from .phase import Phase as Phase
     from .phase import TrainState as TrainState
     from .pipeline import transform as transform
@@ -69,6 +70,7 @@ _HOME = {
     "layout": ("ChannelLayout", "SpatialLayout"),
     "lowrank": ("effective_rank", "stable_rank"),
     "optim": ("Carry", "rewarm_"),
+    "overrides": ("Override",),
     "phase": ("Phase", "TrainState"),
     "pipeline": ("transform",),
     "plan": ("Plan",),

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from . import store
 from .errors import PlanError, StoreError
-from .net import Net, unwrap
+from .locate import is_captured
+from .net import unwrap
 from .parameters import parameters_of, replace_parameters
 from .phase import Phase
 from .plan import Plan
@@ -39,7 +40,7 @@ def save(net: nn.Module, folder: str | Path) -> None:
         store.write_text(new / "graph.txt", graph_text(root))
 
 
-def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> Net:
+def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """The net that ``save`` wrote, over a copy of ``model``, whose weights do not matter.
 
     An edited ``plan.json`` is honoured for sites that were FULL. Raises StoreError for a damaged file or weights of
@@ -63,19 +64,19 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from error
 
 
-def rebuilt(model: nn.Module, plan: Plan, example_inputs: Any = None) -> Net:
+def rebuilt(model: nn.Module, plan: Plan, example_inputs: Any = None) -> nn.Module:
     """The model captured and factored by a plan that was made before; every site FULL."""
     net = capture(model, example_inputs)
     factorize_(net, fit_plan(net, plan, example_inputs))
     return net
 
 
-def state_of(net: Net) -> dict[str, Tensor]:
+def state_of(net: nn.Module) -> dict[str, Tensor]:
     """Everything a net's weights file holds: its ``state_dict``."""
     return {name: value for name, value in net.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
-def info_of(net: Net) -> dict[str, Any]:
+def info_of(net: nn.Module) -> dict[str, Any]:
     """What the tensors need to be understood: the phase and rank of every site, and the plan."""
     sites = switched_modules(net)
     return {
@@ -86,7 +87,7 @@ def info_of(net: Net) -> dict[str, Any]:
 
 
 def restore_(
-    net: Net, tensors: Mapping[str, Tensor], info: Mapping[str, Any], optimizer: Optimizer | None = None
+    net: nn.Module, tensors: Mapping[str, Tensor], info: Mapping[str, Any], optimizer: Optimizer | None = None
 ) -> None:
     """Bring a freshly factored net (all sites FULL) into the saved phases and weights, and an optimizer over it along.
 
@@ -130,17 +131,23 @@ def graph_text(net: nn.Module) -> str:
     return "\n".join(
         (
             "# One call per site, as it trains:",
-            root.code.strip(),
+            *_code(root),
             "",
             "# The same with the operations of the sites' present phases inlined:",
-            inline(root).code.strip(),
+            *_code(inline(root)),
             "",
         )
     )
 
 
-def _root(net: nn.Module) -> Net:
+def _code(root: nn.Module) -> list[str]:
+    """The code of every captured part, with the name of the part where there are several."""
+    graphs = [(name, module) for name, module in root.named_modules() if isinstance(module, fx.GraphModule)]
+    return [f"# {name}\n{module.code.strip()}" if name else module.code.strip() for name, module in graphs]
+
+
+def _root(net: nn.Module) -> nn.Module:
     root = unwrap(net)
-    if not isinstance(root, Net):
+    if not is_captured(root):
         raise PlanError(f"{type(net).__name__} was not made by transform or factorize: it has no plan to save")
     return root

@@ -21,10 +21,10 @@ from torch import nn
 from . import __version__
 from .errors import CaptureError, ExportError
 from .inputs import batch_size, split_inputs
-from .net import Net, unwrap
+from .net import unwrap
 from .onnxcheck import Agreement, Provider, check_batch_sizes, compare, onnx_inputs, runtime, session
 from .onnxconvert import converted, quiet, reason
-from .rewrite import inline
+from .rewrite import holds_captured, inline
 
 __all__ = ["Agreement", "ExportReport", "Provider", "export_onnx", "onnx_inputs", "session", "verify_onnx"]
 
@@ -140,12 +140,7 @@ def _in_evaluation(module: nn.Module) -> nn.Module:
     except NotImplementedError:  # a graph made by torch.export, whose mode is in its nodes
         for part in twin.modules():
             part.training = False
-    if isinstance(twin, Net):
-        return inline(twin)
-    for name, part in reversed(list(twin.named_modules(remove_duplicate=False))):
-        if isinstance(part, Net):
-            twin.set_submodule(name, inline(part))
-    return twin
+    return inline(twin) if holds_captured(twin) else twin
 
 
 def _refuse_large(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Graphs that torch.export made: over the original module tree, and true to the inputs they were made for."""
+"""Capture by torch.export: a graph per mode over the original module tree, true to the inputs it was made for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from .errors import CaptureError
+from .inputs import double_batch_of_one, free_dimensions, fresh, split_inputs
+from .net import Net, finished
+from .origin import first_line, origin
+from .scopes import in_mode, slow_attention
+
+
+def export_both_modes(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Net:
+    """The Net over ``root``, a copy of ``model``: a graph for training and one for evaluation over one set of weights.
+
+    dynamic_shapes: as in torch.export; by default every dimension of every tensor is free that the model leaves free.
+    Raises CaptureError naming the line that cannot be exported.
+    """
+    if example_inputs is None:
+        raise CaptureError(f"torch.export needs example inputs to trace {type(model).__name__}; pass example_inputs")
+    args, kwargs = double_batch_of_one(*split_inputs(fresh(example_inputs)))
+    if dynamic_shapes is not None:
+        return _net(root, model, _graphs(root, args, kwargs, dynamic_shapes))
+    try:
+        graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs))
+    except CaptureError:  # some models are exported with a free batch only
+        graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs, only_first=True))
+    return _net(root, model, graphs)
+
+
+def _graphs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> dict[bool, fx.GraphModule]:
+    graphs = {}
+    for mode in (True, False):
+        try:
+            with slow_attention(), in_mode(root, mode):
+                program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)
+            graphs[mode] = program.module(check_guards=False)
+        except Exception as error:
+            raise CaptureError(f"{origin(error, root)} cannot be exported: {first_line(error)}.") from error
+    return graphs
+
+
+def _net(root: nn.Module, model: nn.Module, modules: dict[bool, fx.GraphModule]) -> Net:
+    graphs = {mode: lift(modules[mode], root, prefix="train" if mode else "eval") for mode in (True, False)}
+    same = alike(graphs[True], graphs[False], root)
+    return finished(root, graphs[True], None if same else graphs[False], model)
 
 
 def lift(module: fx.GraphModule, root: nn.Module, prefix: str) -> fx.Graph:
@@ -56,18 +98,20 @@ def _bindings(graph: fx.Graph, node: fx.Node, value: Any) -> Iterator[tuple[Any,
         yield operator.is_, (node, None), f"{node.target}=None"
     elif isinstance(value, bool | int | float | str):
         yield operator.eq, (node, value), f"{node.target}={value!r}"
-    elif isinstance(value, Tensor) and value.ndim:
-        low, high = _bounds(value.shape[0])
-        if low is None and high is None:
-            return
-        size = graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
-        if low == high:
-            yield operator.eq, (size, low), f"{low} rows of {node.target}"
-            return
-        if low is not None:
-            yield operator.ge, (size, low), f"{low} rows of {node.target} or more"
-        if high is not None:
-            yield operator.le, (size, high), f"{high} rows of {node.target} or fewer"
+    elif isinstance(value, Tensor):
+        for axis in range(value.ndim):
+            low, high = _bounds(value.shape[axis])
+            if low is None and high is None:
+                continue
+            size = graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
+            what = f"rows of {node.target}" if axis == 0 else f"numbers in dimension {axis} of {node.target}"
+            if low == high:
+                yield operator.eq, (size, low), f"{low} {what}"
+                continue
+            if low is not None:
+                yield operator.ge, (size, low), f"{low} {what} or more"
+            if high is not None:
+                yield operator.le, (size, high), f"{high} {what} or fewer"
 
 
 def _bounds(size: int | torch.SymInt) -> tuple[int | None, int | None]:

@@ -48,12 +48,14 @@ def double_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs
     return with_batch((args, kwargs), 2) if batch_size((args, kwargs)) == 1 else (args, kwargs)
 
 
-def free_first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``dynamic_shapes`` for torch.export that frees the first dimension of every tensor, where the model allows it."""
+def free_dimensions(args: tuple[Any, ...], kwargs: dict[str, Any], *, only_first: bool = False) -> Any:
+    """``dynamic_shapes`` for torch.export that frees every dimension of every tensor, or the first of each, where the
+    model allows it.
+    """
     shapes = torch.export.ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim:
-            shapes[leaf] = {0: torch.export.Dim.AUTO}
+            shapes[leaf] = dict.fromkeys(range(1 if only_first else leaf.ndim), torch.export.Dim.AUTO)
     return shapes
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
@@ -18,16 +21,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import CaptureError
 from .inputs import fresh, split_inputs
+from .locate import untraced
 from .net import Net
 from .ops import Shape
+from .recognize import OP_MODULES
 from .scopes import same_buffers, same_randomness, slow_attention
 
 
 @dataclass
 class Measured:
-    """shapes: of every node that gives one tensor. flops: of the whole model for the example inputs."""
+    """shapes: of every node that gives one tensor, and of the input of every layer that untraced code calls. flops: of
+    the whole model for the example inputs.
+    """
 
-    shapes: dict[fx.Node, Shape] = field(default_factory=dict)
+    shapes: dict[fx.Node | nn.Module, Shape] = field(default_factory=dict)
     flops: int = 0
 
 
@@ -42,45 +49,94 @@ class _Recorder(fx.Interpreter):
             self.measured.shapes[n] = tuple(result.shape)
         return result
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A captured part inside the graph is recorded too.
+        part = self.module.get_submodule(target)
+        return _record(part, args, kwargs, self.measured) if isinstance(part, Net) else part(*args, **kwargs)
+
     def fetch_attr(self, target: str) -> Any:
         # The flop counter hooks into modules, and fails there on a parameter as input where gradients are off.
         value = super().fetch_attr(target)
         return value.detach() if isinstance(value, Tensor) else value
 
 
-def measure(net: Net, example_inputs: Any) -> Measured:
+def _record(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any], measured: Measured) -> Any:
+    graph = net.graphs[False]
+    values = _placeholders(graph, args, kwargs)
+    result = _Recorder(net, measured).run(*values, enable_io_processing=False)
+    return graph.process_outputs(result)
+
+
+def measure(net: nn.Module, example_inputs: Any) -> Measured:
     """Shapes and FLOPs of the evaluation graph (torch.utils.flop_counter) on the example inputs.
 
     Raises CaptureError where the inputs do not fit the graph.
     """
-    values = _placeholders(net.graphs[False], *split_inputs(fresh(example_inputs)))
+    args, kwargs = split_inputs(fresh(example_inputs))
+    if isinstance(net, Net):
+        _placeholders(net.graphs[False], args, kwargs)
     modes = {module: module.training for module in net.modules()}
     try:
         for module in modes:
             module.training = False
-        try:
-            return _run(net, values, FakeTensorMode(allow_non_fake_inputs=True))
-        except (DynamicOutputShapeException, UnsupportedOperatorException):
-            with same_randomness(), same_buffers(net):
-                return _run(net, values, None)  # shapes that depend on data need the data
+        if isinstance(net, Net):
+            with suppress(DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+                return _run(net, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
+        # Shapes that depend on data need the data, and so may code that could not be traced.
+        with same_randomness(), same_buffers(net):
+            return _run(net, args, kwargs, None)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _run(net: Net, values: list[Any], mode: FakeTensorMode | None) -> Measured:
+def _run(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None) -> Measured:
     measured = Measured()
-    if mode is not None:
-        values = pytree.tree_map_only(Tensor, mode.from_tensor, values)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), slow_attention(), sdpa_kernel(SDPBackend.MATH), counter:
         if mode is None:
-            _Recorder(net, measured).run(*values, enable_io_processing=False)
+            _call(net, args, kwargs, measured)
         else:
+            args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
             with mode:
-                _Recorder(net, measured).run(*values, enable_io_processing=False)
+                _call(net, args, kwargs, measured)
     measured.flops = counter.get_total_flops()
     return measured
+
+
+def _call(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], measured: Measured) -> None:
+    if isinstance(net, Net):
+        _record(net, args, kwargs, measured)
+        return
+    with _watched(net, measured):
+        net(*args, **kwargs)
+
+
+@contextmanager
+def _watched(root: nn.Module, measured: Measured) -> Iterator[None]:
+    """Untraced code runs as it is: its captured parts are recorded, and the inputs of its layers noted."""
+    handles: list[Any] = []
+    parts = [module for module in root.modules() if isinstance(module, Net)]
+
+    def recorded(net: Net) -> Any:
+        return lambda *args, **kwargs: _record(net, args, kwargs, measured)
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            measured.shapes[module] = tuple(args[0].shape)
+
+    try:
+        for net in parts:
+            vars(net)["forward"] = recorded(net)
+        for _, module in untraced(root):
+            if isinstance(module, OP_MODULES):
+                handles.append(module.register_forward_pre_hook(note))
+        yield
+    finally:
+        for net in parts:
+            vars(net).pop("forward", None)
+        for handle in handles:
+            handle.remove()
 
 
 def _placeholders(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

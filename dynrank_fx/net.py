@@ -111,6 +111,21 @@ class Net(fx.GraphModule):
         raise CaptureError("a shallow copy would share its switches with the original; use copy.deepcopy")
 
 
+def finished(
+    root: nn.Module, train: fx.Graph, other: fx.Graph | None, model: nn.Module, *, fixed_mode: bool = False
+) -> Net:
+    """The Net over ``root`` with these graphs, in the modes of ``model``. other: for evaluation, if it differs."""
+    for graph in (train, other or train):
+        graph._tracer_cls = fx.Tracer  # it is called when a saved module is loaded: not by our class, or export's own
+    net = Net(root, train, other, fixed_mode=fixed_mode)
+    type(net).__name__ = type(model).__name__
+    if not fixed_mode:
+        net.train(model.training)
+        for name, module in model.named_modules():
+            net.get_submodule(name).training = module.training
+    return net
+
+
 def copy_tree(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A bare module with a copy of the parameters, buffers and submodules, ties kept."""
     root, memo = nn.Module(), {} if memo is None else memo

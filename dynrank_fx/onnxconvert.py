@@ -18,9 +18,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from .errors import ExportError
-from .inputs import Inputs, batch_size, double_batch_of_one, free_first_dimension
+from .inputs import Inputs, batch_size, double_batch_of_one, free_dimensions
+from .origin import origin
 from .scopes import slow_attention
-from .tracing import origin
 
 _FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a shape; onnxruntime folds the rest itself
 
@@ -28,7 +28,7 @@ _FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a sh
 def converted(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int | None) -> tuple[Any, bool]:
     """(ONNX model, whether its batch is free): free where the model allows it, else with the example's own shapes."""
     doubled = double_batch_of_one(*inputs)
-    shapes = free_first_dimension(*doubled) if dynamic_shapes is None else dynamic_shapes
+    shapes = free_dimensions(*doubled, only_first=True) if dynamic_shapes is None else dynamic_shapes
     with contextlib.suppress(ExportError):  # then the second attempt works, or says what is wrong
         model = _convert(module, doubled, shapes, opset)
         if _batch_is_free(model, doubled):

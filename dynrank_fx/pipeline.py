@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import PlanError
 from .layout import ChannelLayout, ConvLayout
-from .net import Net
+from .overrides import Override
 from .plan import Plan
 from .planning import fit_plan, make_plan
 from .ranks import RankPolicy, Ratio
@@ -18,6 +18,7 @@ from .rewrite import factorize_
 from .tracing import Capture, capture
 
 _QUARTER = Ratio(0.25)
+_NONE: Mapping[str, Override] = {}
 
 
 def transform(
@@ -27,6 +28,7 @@ def transform(
     rank: RankPolicy = _QUARTER,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    overrides: Mapping[str, Override] = _NONE,
     multiple_of: int = 1,
     conv_layout: ConvLayout = ChannelLayout,
     allow_unprofitable: bool = False,
@@ -34,11 +36,11 @@ def transform(
     plan: Plan | None = None,
     how: Capture | None = None,
     dynamic_shapes: Any = None,
-) -> Net:
+) -> nn.Module:
     """A copy of the model with a switchable site, in phase FULL, wherever factoring pays; see ``plan_of(net)``.
 
     model: an ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
-    ExportedProgram. plan: a given plan in place of rank, include, exclude, multiple_of, conv_layout and
+    ExportedProgram. plan: a given plan in place of rank, include, exclude, overrides, multiple_of, conv_layout and
     allow_unprofitable, which ``make_plan`` explains; how and dynamic_shapes: see ``capture``.
 
     Raises CaptureError, PlanError; a plan without any site is a PlanError unless allow_empty.
@@ -51,6 +53,7 @@ def transform(
             example_inputs,
             include=include,
             exclude=exclude,
+            overrides=overrides,
             multiple_of=multiple_of,
             conv_layout=conv_layout,
             allow_unprofitable=allow_unprofitable,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
@@ -49,13 +49,15 @@ class PlannedSite:
 class Plan:
     """Frozen and comparable; names only. ``print(plan)`` is the table, ``to_json`` the file.
 
-    total_params, total_flops: of the whole dense model (FLOPs for the example inputs, None without).
+    total_params, total_flops: of the whole dense model (FLOPs for the example inputs, None without). capture: how the
+    model became a graph, and why not otherwise.
     """
 
     sites: tuple[PlannedSite, ...]
     skipped: tuple[Skipped, ...]
     total_params: int
     total_flops: int | None = None
+    capture: str = field(default="", compare=False)
 
     @property
     def low_params(self) -> int:
@@ -81,6 +83,7 @@ class Plan:
         data = {
             "format": "dynrank-fx plan",
             "version": VERSION,
+            "capture": self.capture,
             "total_params": self.total_params,
             "total_flops": self.total_flops,
             "low_params": self.low_params,
@@ -108,7 +111,8 @@ class Plan:
             sites = tuple(_row_from_json(row) for row in data["sites"])
             skipped = tuple(Skipped.from_json(row) for row in data["skipped"])
             flops = data["total_flops"]
-            plan = cls(sites, skipped, index(data["total_params"]), None if flops is None else index(flops))
+            total = None if flops is None else index(flops)
+            plan = cls(sites, skipped, index(data["total_params"]), total, str(data.get("capture", "")))
             str(plan)  # counts every cost: what cannot be counted is no plan
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise PlanError(f"the plan is incomplete or has a value of the wrong kind: {error!r}") from error
@@ -120,7 +124,7 @@ class Plan:
         head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "", "why dense")
         lines = [text_table(head, rows, right=(3,)), ""]
         sites, matrices = _amount(len(self.sites), "site", "sites"), _amount(len(self.skipped), "matrix", "matrices")
-        lines.append(f"{sites} factored, {matrices} left dense")
+        lines.append(f"{sites} factored, {matrices} left dense" + (f"; captured {self.capture}" * bool(self.capture)))
         lines.append(f"parameters  {_change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
             lines.append(f"FLOPs       {_change(self.total_flops, self.low_flops)} on the example inputs")
@@ -155,13 +159,12 @@ def _change(before: int, after: int) -> str:
 
 def _row_from_json(data: dict[str, Any]) -> PlannedSite:
     site = Site.from_json(data["site"])
-    return checked(PlannedSite(site, layout_named(data["layout"], site.groups), data["rank"]))
+    return checked(PlannedSite(site, layout_named(data["layout"], site.uses[0].op), data["rank"]))
 
 
 def checked(row: PlannedSite) -> PlannedSite:
     """The row itself. Raises PlanError for a layout that does not serve its op, or a rank it cannot have."""
-    fits = (row.layout.name == "linear") == (row.site.kind == "linear")
-    if not fits:
+    if not all(row.layout.serves(use.op) for use in row.site.uses):
         raise PlanError(f"{row.site.name} is a {row.site.kind}, which the layout {row.layout.name!r} does not serve")
     limit = row.layout.max_rank(row.site.shape)
     if isinstance(row.rank, bool) or not isinstance(row.rank, int) or not 1 <= row.rank <= limit:

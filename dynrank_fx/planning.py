@@ -2,61 +2,68 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import lowrank
 from .errors import PlanError
+from .finding import find_sites
 from .interpret import measure
-from .layout import ChannelLayout, ConvLayout, Layout, LinearLayout, SpatialLayout, layout_named
-from .net import Net
+from .layout import ChannelLayout, ConvLayout, Layout, layout_for, layout_named
+from .locate import Located, locate, meta_of
 from .ops import Op
+from .overrides import Override, checked_conv_layout, matches, override_of, ranks_by_policy
 from .plan import Plan, PlannedSite, checked
-from .ranks import Curve, RankPolicy
-from .sites import Located, Site, Skipped, find_sites, locate
+from .ranks import Curve, RankPolicy, checked_policy
+from .sites import Site, Skipped
+
+_NONE: Mapping[str, Override] = {}
 
 
 def make_plan(
-    net: Net,
+    net: nn.Module,
     rank: RankPolicy,
     example_inputs: Any = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    overrides: Mapping[str, Override] = _NONE,
     multiple_of: int = 1,
     conv_layout: ConvLayout = ChannelLayout,
     allow_unprofitable: bool = False,
 ) -> Plan:
     """Decide on data, before anything is rewritten: ranks for every site that may be factored and pays.
 
-    include, exclude: shell patterns on site names and aliases; all sites by default. multiple_of: ranks are rounded
+    include, exclude: shell patterns on site names and aliases; all sites by default. overrides: by such a pattern, what
+    is decided otherwise (see ``Override``); a later one wins. multiple_of: ranks are rounded
     up to it. A site is skipped where its factors would cost no less than the dense weight, in parameters or in FLOPs,
     unless allow_unprofitable. Raises PlanError for a pattern that matches nothing, a rank that no site can have, or
     non-finite weights.
     """
     if multiple_of < 1:
         raise PlanError(f"ranks cannot be multiples of {multiple_of}; give 1 or more")
-    if not hasattr(rank, "ranks"):
-        raise PlanError(f"{rank!r} is no rank policy: give Ratio(0.25), Fixed(16), Energy(0.95) or one of your own")
-    if conv_layout not in (ChannelLayout, SpatialLayout):
-        raise PlanError(f"{conv_layout!r} is no layout of convolutions: give ChannelLayout or SpatialLayout")
+    checked_policy(rank)
+    checked_conv_layout(conv_layout)
     include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
     measured = None if example_inputs is None else measure(net, example_inputs)
     sites, skipped = find_sites(net, measured.shapes if measured else None)
-    _check_patterns([*include, *exclude], [*sites, *skipped])
+    _check_patterns([*include, *exclude, *overrides], [*sites, *skipped])
+    said = {site.name: override_of(site, overrides) for site in sites}
     reasons: dict[str, str] = {}
     for site in sites:
         if include and not matches(site, include):
             reasons[site.name] = "not among the names to include"
         elif matches(site, exclude):
             reasons[site.name] = "excluded by name"
+        elif said[site.name].dense:
+            reasons[site.name] = "left alone by name"
     chosen = [site for site in sites if site.name not in reasons]
-    layouts = [_layout(site, conv_layout) for site in chosen]
+    layouts = [layout_for(site.uses[0].op, said[site.name].layout or conv_layout) for site in chosen]
     located = locate(net)
     _check_finite(chosen, located)
     curves = [
@@ -68,7 +75,8 @@ def make_plan(
         for site, layout in zip(chosen, layouts, strict=True)
     ]
     rows = []
-    for site, layout, r in zip(chosen, layouts, rank.ranks(curves), strict=True):
+    ranks = ranks_by_policy([said[site.name].rank or rank for site in chosen], curves)
+    for site, layout, r in zip(chosen, layouts, ranks, strict=True):
         row = PlannedSite(site, layout, -(-r // multiple_of) * multiple_of)
         why = _too_much(row, allow_unprofitable)
         if why:
@@ -79,11 +87,7 @@ def make_plan(
     order = {name: i for i, name in enumerate(located)}
     dense = sorted([*left, *skipped], key=lambda s: order[s.name])
     total = sum(p.numel() for p in net.parameters())
-    return Plan(tuple(rows), tuple(dense), total, measured.flops if measured else None)
-
-
-def _layout(site: Site, conv_layout: ConvLayout) -> Layout:
-    return LinearLayout() if site.kind == "linear" else conv_layout(site.groups)
+    return Plan(tuple(rows), tuple(dense), total, measured.flops if measured else None, meta_of(net).get("capture", ""))
 
 
 def _too_much(row: PlannedSite, allow_unprofitable: bool) -> str | None:
@@ -95,16 +99,10 @@ def _too_much(row: PlannedSite, allow_unprofitable: bool) -> str | None:
         return None
     costs = (("parameters", row.params, row.site.params), ("FLOPs", row.flops, row.site.flops))
     for what, low, dense in costs:
-        if low is not None and dense is not None and low >= dense:
+        # Reading rows costs no FLOPs: what an embedding saves is its table.
+        if low is not None and dense and low >= dense:
             return f"rank {row.rank} of {shape} would cost no fewer {what} than dense ({low:,} for {dense:,})"
     return None
-
-
-def matches(site: Site | Skipped, patterns: Iterable[str]) -> bool:
-    """Whether a pattern fits the site's name, an alias, or the module that holds it (``fc`` for ``fc.weight``)."""
-    names = [site.name, *site.aliases]
-    names += [name.removesuffix(".weight") for name in names]
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_patterns(patterns: Sequence[str], candidates: Sequence[Site | Skipped]) -> None:
@@ -139,7 +137,7 @@ def break_even_rank(site: Site, layout: Layout) -> tuple[int, int | None]:
     return by_params, by_flops
 
 
-def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
+def fit_plan(net: nn.Module, plan: Plan, example_inputs: Any = None) -> Plan:
     """A given plan for this net: its layouts and ranks, with the sites and costs as found here.
 
     A site the plan does not list stays dense, and says so. Raises PlanError where the plan names a weight that the net
@@ -162,7 +160,7 @@ def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
-        rows.append(checked(PlannedSite(here, layout_named(row.layout.name, here.groups), row.rank)))
+        rows.append(checked(PlannedSite(here, layout_named(row.layout.name, here.uses[0].op), row.rank)))
     flops = measured.flops if measured else None
     if measured is None and [_ops(row) for row in rows] == [_ops(row) for row in plan.sites]:
         # What was measured when the plan was made still holds.
@@ -179,7 +177,7 @@ def fit_plan(net: Net, plan: Plan, example_inputs: Any = None) -> Plan:
     rows.sort(key=lambda row: order[row.site.name])
     dense.sort(key=lambda s: order[s.name])
     total = sum(p.numel() for p in net.parameters())
-    return Plan(tuple(rows), tuple(dense), total, flops)
+    return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""))
 
 
 def _ops(row: PlannedSite) -> list[Op]:

@@ -31,6 +31,13 @@ class RankPolicy(Protocol):
     def ranks(self, curves: Sequence[Curve]) -> list[int]: ...
 
 
+def checked_policy(policy: RankPolicy) -> RankPolicy:
+    """The policy itself. Raises PlanError for what is none."""
+    if not hasattr(policy, "ranks"):
+        raise PlanError(f"{policy!r} is no rank policy: give Ratio(0.25), Fixed(16), Energy(0.95) or one of your own")
+    return policy
+
+
 @dataclass(frozen=True)
 class Fixed:
     """The same rank everywhere."""

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DynrankError, ExportError
+from .finding import find_sites
 from .interpret import measure
-from .layout import ChannelLayout, LinearLayout
+from .layout import layout_for
+from .locate import is_captured, locate, meta_of
 from .lowrank import effective_rank, energy_rank, singular_values, stable_rank
-from .net import Net
 from .phase import Phase
 from .planning import break_even_rank
-from .sites import find_sites, locate
 from .switched import switched_modules
 from .table import text_table
 
@@ -47,15 +47,15 @@ def _row(name: str, shape: tuple[int, ...], state: str, spectrum: Tensor, **more
     return MatrixRow(name, shape, state, tuple(values.tolist()), *known, **more)
 
 
-def inspect_net(net: Net, example_inputs: Any = None) -> tuple[MatrixRow, ...]:
+def inspect_net(net: nn.Module, example_inputs: Any = None) -> tuple[MatrixRow, ...]:
     """Every matrix of a net, transformed or not: sites as they stand, and what stays dense with its reason.
 
     Raises DynrankError for weights that are not finite, which have no spectrum.
     """
-    plan = net.meta.get("dynrank")
+    plan = meta_of(net).get("dynrank") if is_captured(net) else None
     if plan is None:
         sites, skipped = find_sites(net, measure(net, example_inputs).shapes if example_inputs is not None else None)
-        layouts = {site.name: LinearLayout() if site.kind == "linear" else ChannelLayout(site.groups) for site in sites}
+        layouts = {site.name: layout_for(site.uses[0].op) for site in sites}
     else:
         sites, skipped = tuple(row.site for row in plan.sites), plan.skipped
         layouts = {row.site.name: row.layout for row in plan.sites}

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import PlanError
+from .finding import why_not
+from .locate import Located, NodeUse, Reader, forget_meta, is_captured, locate, meta_of, regions
 from .net import Net, copy_graph, unwrap
 from .ops import Op
 from .plan import Plan, PlannedSite
-from .sites import Located, NodeUse, locate, module_op, why_not
+from .recognize import module_op
 from .switched import Switched, switched_modules
 
 
-def factorize(net: Net, plan: Plan) -> Net:
+def factorize(net: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the net with a Switched module, in phase FULL, at every site of the plan. One graph node per use.
 
     Raises PlanError where the plan does not fit the net.
@@ -25,7 +30,7 @@ def factorize(net: Net, plan: Plan) -> Net:
     return twin
 
 
-def factorize_(net: Net, plan: Plan) -> None:
+def factorize_(net: nn.Module, plan: Plan) -> None:
     """As ``factorize``, in the net itself. Nothing is changed where the plan does not fit."""
     located = locate(net)
     for row in plan.sites:
@@ -39,16 +44,18 @@ def factorize_(net: Net, plan: Plan) -> None:
             raise PlanError(f"the plan factors {row.site.name}, which must stay dense: {reason}")
     for row in plan.sites:
         _put_site(net, row, located[row.site.name])
-    for graph in dict.fromkeys(net.graphs.values()):
-        _drop_dead_reads(graph)
+    for region in regions(net):
+        for graph in dict.fromkeys(region.net.graphs.values()):
+            _drop_dead_reads(graph, {view for found in located.values() for use in found.uses for view in use.views})
+        region.net.refresh()
     set_plan(net, plan)
-    net.refresh()
     specialize_(net)
 
 
 def plan_of(net: nn.Module) -> Plan:
     """The plan a net was factored by. Raises PlanError for a module that ``factorize`` did not make."""
-    plan = getattr(unwrap(net), "meta", {}).get("dynrank")
+    root = unwrap(net)
+    plan = meta_of(root).get("dynrank") if is_captured(root) else None
     if plan is None:
         raise PlanError(f"{type(net).__name__} has no plan: it was not made by transform or factorize")
     return plan
@@ -56,34 +63,37 @@ def plan_of(net: nn.Module) -> Plan:
 
 def set_plan(net: nn.Module, plan: Plan) -> None:
     """Note the plan in the net's ``meta``, which survives ``deepcopy``."""
-    net.meta["dynrank"] = plan  # type: ignore[index,operator,assignment]
+    meta_of(net)["dynrank"] = plan
 
 
 def specialize_(root: nn.Module) -> None:
     """Run the code of the present setting in every Net of the tree: after phases or ranks have changed."""
-    for net in root.modules():
-        if isinstance(net, Net):
-            sites = switched_modules(net).values()
-            net.specialize(tuple((modules[0].phase, modules[0].rank) for modules in sites))
+    for region in regions(root):
+        sites = switched_modules(region.net).values()
+        region.net.specialize(tuple((modules[0].phase, modules[0].rank) for modules in sites))
 
 
-def _put_site(net: Net, row: PlannedSite, found: Located) -> None:
+def _put_site(net: nn.Module, row: PlannedSite, found: Located) -> None:
     """Every holder of the weight becomes a Switched over the same Parameter, and every use a call of its holder's."""
-    ops = {use.holder: use.op for use in found.uses}
-    any_op = found.uses[0].op
-    placed: dict[int, tuple[nn.Module, Switched]] = {}  # one module under two names stays one; the old one keeps its id
-    paths: dict[str, str] = {}
-    for name in found.names:
-        paths[name] = _replace_holder(net, row, name, ops, any_op, placed)
+    ops: dict[str, list[Op]] = {}
     for use in found.uses:
-        _call_site(use, paths[use.holder], net)
+        ops.setdefault(use.holder, []).append(use.op)
+    placed: dict[int, tuple[nn.Module, Switched]] = {}  # one module under two names stays one; the old one keeps its id
+    paths = {name: _replace_holder(net, row, name, ops, found.uses[0].op, placed) for name in found.names}
+    for use in found.uses:
+        if use.node is not None:
+            _call_site(use, paths[use.holder], net)
+    for reader in found.readers:
+        _read_site(reader, paths[reader.holder], "weight")
+    for reader in found.metadata:
+        _read_site(reader, paths[reader.holder], "outline")
 
 
 def _replace_holder(
-    net: Net,
+    net: nn.Module,
     row: PlannedSite,
     name: str,
-    ops: dict[str, Op],
+    ops: dict[str, list[Op]],
     any_op: Op,
     placed: dict[int, tuple[nn.Module, Switched]],
 ) -> str:
@@ -99,20 +109,20 @@ def _replace_holder(
         return name
     weight = holder._parameters[attr]
     assert weight is not None
-    op = ops.get(name) or module_op(holder) or any_op
+    own = module_op(holder)
+    kept = list(dict.fromkeys([*([own] if own else []), *ops.get(name, ())])) or [any_op]
     if path and _holds_only_this(holder, attr):
-        site = Switched(op, row.layout, row.rank, weight, holder._parameters.get("bias"), site=row.site.name)
-        for constant in getattr(
-            holder, "__constants__", ()
-        ):  # in_features, kernel_size, ...: what code reads of a layer
-            if hasattr(holder, constant):
-                setattr(site, constant, getattr(holder, constant))
+        bias = holder._parameters.get("bias")
+        site = Switched(kept, row.layout, row.rank, weight, bias, site=row.site.name)
+        for constant, value in vars(holder).items():  # in_features, kernel_size, ...: what code reads of a layer
+            if not constant.startswith("_") and constant not in vars(site):
+                setattr(site, constant, value)
         site.training = holder.training
         placed[id(holder)] = (holder, site)
         _set_submodule(net, path, site)
         return path
     del holder._parameters[attr]
-    holder._modules[attr] = Switched(op, row.layout, row.rank, weight, None, site=row.site.name, bare=True)
+    holder._modules[attr] = Switched(kept, row.layout, row.rank, weight, None, site=row.site.name, bare=True)
     return name
 
 
@@ -130,55 +140,96 @@ def _set_submodule(net: nn.Module, path: str, module: nn.Module) -> None:
     net.get_submodule(parent)._modules[name] = module
 
 
-def _call_site(use: NodeUse, path: str, net: Net) -> None:
-    graph, node = use.graph, use.node
+def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
+    graph, node, region = use.graph, use.node, use.region
+    assert graph is not None
+    assert node is not None
+    assert region is not None
     module = net.get_submodule(path)
-    own = module._parameters.get("bias")
-    args: tuple[Any, ...] = (use.x,)
-    if not use.own_bias and (use.bias is not None or own is not None):
-        args = (use.x, use.bias)
+    assert isinstance(module, Switched)
+    own, x, bias = module._parameters.get("bias"), use.x, None if use.own_bias else use.bias
+    args: tuple[Any, ...] = (x,) if use.own_bias or (bias is None and own is None) else (x, bias)
+    number = module.ops.index(use.op)
+    kwargs: dict[str, Any] = {"use": number} if number else {}
+    target = path.removeprefix(region.prefix)
     if node.op == "call_module":
-        node.target, node.args, node.kwargs = path, args, {}
+        node.target, node.args, node.kwargs = target, args, kwargs
         return
     with graph.inserting_before(node):
-        call = graph.create_node("call_module", path, args, name=node.name)
+        call = graph.create_node("call_module", target, args, kwargs, name=node.name)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
 
 
-def _drop_dead_reads(graph: fx.Graph) -> None:
-    """Reads of weights that no node uses any more. Not eliminate_dead_code: it would drop in-place updates."""
+def _read_site(reader: Reader, path: str, attr: str) -> None:
+    """What reads a weight by itself reads this property of the site instead, in every phase."""
+    if reader.weight not in reader.node.all_input_nodes:
+        return  # another reader has come this way
+    with reader.graph.inserting_before(reader.weight):
+        module = reader.graph.create_node("get_attr", path.removeprefix(reader.region.prefix))
+        value = reader.graph.call_function(getattr, (module, attr))
+    reader.node.replace_input_with(reader.weight, value)
+
+
+def _drop_dead_reads(graph: fx.Graph, views: set[fx.Node]) -> None:
+    """Reads of weights, and of parts of them, that no node uses any more. Not eliminate_dead_code: it would drop
+    in-place updates.
+    """
     for node in reversed(list(graph.nodes)):
-        if node.op == "get_attr" and not node.users:
+        if (node.op == "get_attr" or node in views) and not node.users:
             graph.erase_node(node)
 
 
-def inline(net: nn.Module) -> fx.GraphModule:
+def inline(net: nn.Module) -> nn.Module:
     """A copy of the net in its present setting and mode, with the factor operations of every site as ordinary FX nodes.
 
-    The result is a plain GraphModule over plain modules and parameters: nothing of this package is left in it. Tied
-    weights stay tied. A net with a training and an evaluation graph gives the graph of its present mode.
+    The result is a plain GraphModule over plain modules and parameters (where only parts of a model were captured, the
+    model's own class around them): nothing of this package is left in it. Tied weights stay tied. A net with a
+    training and an evaluation graph gives the graph of its present mode.
     """
     source = unwrap(net)
-    if not isinstance(source, Net):
+    if not holds_captured(source):
         raise PlanError(f"{type(net).__name__} cannot be inlined: it was not made by transform or factorize")
     twin = copy.deepcopy(source)
-    graph = copy_graph(twin.graphs[twin.training])
+    for name, part in reversed(list(twin.named_modules())):
+        if isinstance(part, Net):
+            plain = _inlined(part)
+            if not name:
+                return plain
+            _set_submodule(twin, name, plain)
+    _open_untraced_sites(twin)
+    forget_meta(twin)
+    return twin
+
+
+def holds_captured(module: nn.Module) -> bool:
+    """Whether the module, or a part of it, was made by this package."""
+    return any(isinstance(part, Net | Switched) for part in module.modules())
+
+
+def _inlined(net: Net) -> fx.GraphModule:
+    graph = copy_graph(net.graphs[net.training])
     for node in list(graph.nodes):
         if isinstance(node.type, str):  # an annotation left as text, which torch could not write out again
             node.type = None
-        module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Switched):
             _open_site(graph, node, module)
-    _drop_dead_reads(graph)
-    plain = fx.GraphModule(twin, graph, class_name=type(source).__name__)
+        elif node.op == "get_attr" and isinstance(_attribute(net, str(node.target)), Switched):
+            _open_reads(graph, node, net.get_submodule(str(node.target)))
+    _drop_dead_reads(graph, set())
+    plain = fx.GraphModule(net, graph, class_name=type(net).__name__)
     for name, _ in plain.named_buffers():
-        _keep_persistence(twin, plain, name)
+        _keep_persistence(net, plain, name)
     plain.meta = {}  # the plan is of this package
     plain.graph.lint()
-    plain.training = twin.training
+    plain.training = net.training
     return plain
+
+
+def _attribute(net: nn.Module, path: str) -> Any:
+    return operator.attrgetter(path)(net)
 
 
 def _keep_persistence(source: nn.Module, plain: nn.Module, name: str) -> None:
@@ -189,23 +240,77 @@ def _keep_persistence(source: nn.Module, plain: nn.Module, name: str) -> None:
 
 def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
     """The module's own forward, recorded with proxies in the node's place."""
-    path, tracer = str(node.target), fx.proxy.GraphAppendingTracer(graph)
+    path, tracer, use = str(node.target), fx.proxy.GraphAppendingTracer(graph), int(node.kwargs.get("use", 0))  # type: ignore[arg-type]
 
     def read(name: str) -> fx.Proxy:
-        return fx.Proxy(graph.create_node("get_attr", f"{path}.{name}"), tracer)
+        return fx.Proxy(graph.create_node("get_attr", f"{path}.{name}".lstrip(".")), tracer)
 
-    new = node.prev
+    before = node.prev
     with graph.inserting_before(node):
         x, *given = (fx.Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg for arg in node.args)
         bias = given[0] if given else read("bias") if module._parameters["bias"] is not None else None
         if module.parameter_names == ("weight",):
-            result = module.op(x, read("weight"), bias)
+            result = module.ops[use](x, read("weight"), bias)
         else:
-            *first, (op, name) = module.stages
+            *first, (op, name) = module.stages[use]
             for stage, factor in first:
                 x = stage(x, read(factor))
             result = op(x, read(name), bias)
-    while (new := new.next) is not node:
-        new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-    node.replace_all_uses_with(result.node)
+    _replace(graph, node, result.node, before)
+
+
+def _open_reads(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
+    """The reads of a site's ``weight`` or ``outline``, computed by ordinary nodes."""
+    assert isinstance(module, Switched)
+    for read in list(node.users):
+        with graph.inserting_before(read):
+            factors = [graph.create_node("get_attr", f"{node.target}.{name}") for name in module.parameter_names]
+            if read.args[1] == "outline":
+                empty = graph.call_method("new_empty", (factors[-1], ()))
+                result: Any = graph.call_method("expand", (empty, module.shape))
+            elif len(factors) == 1:
+                result = factors[0]
+            else:
+                result = _joined(graph, module, factors)
+        _replace(graph, read, result, read.prev)
     graph.erase_node(node)
+
+
+def _joined(graph: fx.Graph, module: Switched, factors: list[fx.Node]) -> fx.Node:
+    """The product of the factors, by the nodes that the layout's ``join`` consists of."""
+
+    def join(left: Tensor, right: Tensor) -> Tensor:
+        return module.layout.join((left, right))
+
+    with torch.no_grad():
+        traced = make_fx(join)(*(factor.detach() for factor in module.factors)).graph
+    inputs = [node for node in traced.nodes if node.op == "placeholder"]
+    result = graph.graph_copy(traced, dict(zip(inputs, factors, strict=True)))
+    assert isinstance(result, fx.Node)
+    return result
+
+
+def _replace(graph: fx.Graph, node: fx.Node, result: fx.Node, before: fx.Node) -> None:
+    """``result`` in the place of ``node``, the nodes made since ``before`` taking over where they come from."""
+    new = before
+    while (new := new.next) is not node:
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in node.meta:
+                new.meta[key] = node.meta[key]
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _open_untraced_sites(root: nn.Module) -> None:
+    """Sites that untraced code calls become graphs of their own, of the one op."""
+    for name, module in list(root.named_modules()):
+        if isinstance(module, Switched):
+            graph, holder = fx.Graph(), nn.Module()
+            node = graph.create_node("call_module", "", (graph.placeholder("x"),))
+            graph.output(node)
+            _open_site(graph, node, module)
+            for key in (*module.parameter_names, "bias"):
+                holder.register_parameter(key, module._parameters[key])
+            plain = fx.GraphModule(holder, graph)
+            plain.training = module.training
+            _set_submodule(root, name, plain)

@@ -5,6 +5,7 @@ Several modules may belong to one site: tied weights stay tied as in plain torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ _FULL, _LOW = int(Phase.FULL), int(Phase.LOW)
 
 
 class Switched(nn.Module):
-    """One linear or convolution that trains its dense weight (FULL) or two factors in its place (LOW).
+    """One weight that trains densely (FULL) or as two factors in its place (LOW), and the ops that it is used by.
 
-    site: the site's name. phase: a plain int, see Phase. rank: of the next deflate, or of the factors in LOW.
+    site: the site's name. ops: what the module can do with its weight; a call says which by ``use``, the first being
+    that of the module it replaced. phase: a plain int, see Phase. rank: of the next deflate, or of the factors in LOW.
     bare: the module stands where a bare parameter stood (``block.w``), whose name the dense weight keeps in
     ``state_dict``.
 
@@ -33,7 +35,7 @@ class Switched(nn.Module):
 
     def __init__(
         self,
-        op: Op,
+        ops: Sequence[Op],
         layout: Layout,
         rank: int,
         weight: nn.Parameter,
@@ -43,22 +45,25 @@ class Switched(nn.Module):
         bare: bool = False,
     ) -> None:
         super().__init__()
-        self.op, self.layout, self.rank, self.site, self.bare = op, layout, rank, site, bare
+        self.ops, self.layout, self.rank, self.site, self.bare = tuple(ops), layout, rank, site, bare
         self.phase = _FULL
         self.shape: Shape = tuple(weight.shape)
-        self.stages = tuple((stage, layout.factor_names[index]) for stage, index in layout.stages(op))
+        # Per op, the (op, name of its factor) to apply one after the other.
+        self.stages = tuple(
+            tuple((stage, layout.factor_names[index]) for stage, index in layout.stages(op)) for op in self.ops
+        )
         # Not register_parameter: `weight` is also a property, which it would take for a clash.
         self._parameters["weight"] = weight
         for name in layout.factor_names:
             self._parameters[name] = None
         self._parameters["bias"] = bias
 
-    def forward(self, x: Tensor, *bias: Tensor | None) -> Tensor:
-        """``x`` as the op takes it. A bias given here (None included) stands in for the module's own."""
+    def forward(self, x: Tensor, *bias: Tensor | None, use: int = 0) -> Tensor:
+        """``x`` as the op number ``use`` takes it. A bias given here (None included) stands in for the module's own."""
         b = bias[0] if bias else self._parameters["bias"]
         if self.phase == _FULL:
-            return self.op(x, self._parameters["weight"], b)
-        *first, (op, name) = self.stages
+            return self.ops[use](x, self._parameters["weight"], b)
+        *first, (op, name) = self.stages[use]
         for stage, factor in first:
             x = stage(x, self._parameters[factor])
         return op(x, self._parameters[name], b)
@@ -82,6 +87,11 @@ class Switched(nn.Module):
         dense = self._parameters["weight"]
         return dense if dense is not None else self.layout.join(self.factors)
 
+    @property
+    def outline(self) -> Tensor:
+        """A tensor of the shape, dtype and device of the dense weight, without memory: for code that asks for those."""
+        return self._parameters[self.parameter_names[-1]].new_empty(()).expand(self.shape)  # type: ignore[union-attr]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and self.phase != _FULL:
             raise TransitionError(
@@ -92,7 +102,7 @@ class Switched(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.site}, {self.op.kind} {'x'.join(map(str, self.shape))}, {self.layout.name} rank {self.rank}, "
+            f"{self.site}, {self.ops[0].kind} {'x'.join(map(str, self.shape))}, {self.layout.name} rank {self.rank}, "
             f"{Phase(self.phase).name}"
         )
 

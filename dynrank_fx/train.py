@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from .errors import DynrankError
 from .lowrank import effective_rank, stable_rank
-from .net import Net
 from .optim import Rewarm, rewarm_
 from .phase import Phase, Schedule, TrainState
 from .randomness import random_state, set_random_state
@@ -29,7 +28,7 @@ from .transition import Transition, enter_, phases_of
 class Run:
     """A training run and where it stands: ``step`` batches into ``epoch``. All of it goes into a checkpoint."""
 
-    net: Net
+    net: nn.Module
     optimizer: Optimizer
     schedule: Schedule
     lr_scheduler: Any = None
@@ -236,7 +235,7 @@ def phase_label(net: nn.Module) -> str:
     return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)
 
 
-def cost_of(net: Net) -> float:
+def cost_of(net: nn.Module) -> float:
     """What a step costs in the present setting, by FLOPs (parameters where those are unknown), with the dense model
     as 1.
     """

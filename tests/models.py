@@ -71,6 +71,58 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.mix(self.embed(tokens))))
 
 
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) * 0.3)
+
+
+class Products(nn.Module):
+    """Every way to multiply by a matrix of the model's own, in either order, transposed or in part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.added, self.turned, self.before = matrix(8, 6), matrix(6, 8), matrix(6, 8), matrix(5, 4)
+        self.packed, self.stack, self.bias = matrix(18, 6), matrix(3, 6, 4), matrix(8)
+        self.heads, self.merge = matrix(6, 2, 4), matrix(2, 4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x @ self.plain)
+        x = torch.addmm(self.bias, x.flatten(0, 1), self.added, alpha=0.5).view(x.shape[0], 4, 8)
+        x = torch.tanh(x @ self.turned.t())
+        q, k, v = self.projections(x)
+        x = x + torch.softmax(q @ k.mT, -1) @ v + F.linear(x, self.packed[4:10])
+        x = torch.tanh(torch.einsum("bln,nhk->bhlk", x, self.heads))
+        x = torch.tanh(torch.einsum("hkn,bhlk->bln", self.merge, x))
+        y = torch.matmul(self.before, torch.bmm(x.transpose(0, 1)[:3].tanh(), self.stack).mT)
+        return torch.cat([x.flatten(1).mean(1), y.flatten(), (x @ self.stack[1]).flatten()])
+
+    def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.packed.split(6)
+        return F.linear(x, q), F.linear(x, k), F.linear(x, v)
+
+
+class Conv1D(nn.Module):
+    """A weight [inputs, outputs], as GPT-2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(7, 9) * 0.3), nn.Parameter(torch.randn(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(x.size(0), x.size(1), 9)
+
+
+class Reads(nn.Module):
+    """Code that looks at the weights of its layers: their dtype and shape, and their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x.to(self.a.weight.dtype)))
+        return self.b(x) / self.b.weight.shape[1] + self.b.weight.norm()
+
+
 class Modal(nn.Module):
     """Dropout and batch norm: training and evaluation differ, and buffers change in forward."""
 
@@ -120,12 +172,31 @@ CASES: tuple[Case, ...] = (
         8,
     ),
     _layer("conv2d 1x1", lambda: nn.Conv2d(6, 10, 1), 2, 6, 5, 4),
+    _layer("conv transposed 1d", lambda: nn.ConvTranspose1d(6, 8, 3, stride=2, padding=1), 2, 6, 7),
+    _layer(
+        "conv transposed",
+        lambda: nn.ConvTranspose2d(6, 8, (3, 4), stride=(2, 1), output_padding=(1, 0), dilation=(1, 2)),
+        2,
+        6,
+        5,
+        4,
+    ),
+    _layer("conv transposed grouped", lambda: nn.ConvTranspose2d(6, 8, 3, padding=1, groups=2, bias=False), 2, 6, 5, 4),
+    _layer("conv transposed 3d", lambda: nn.ConvTranspose3d(4, 6, (3, 2, 3), stride=(1, 2, 2)), 2, 4, 3, 4, 2),
     _layer("conv3d", lambda: nn.Conv3d(4, 6, (3, 2, 3), padding=(1, 0, 1)), 2, 4, 5, 6, 7),
     _layer("conv3d grouped strided", lambda: nn.Conv3d(4, 8, 3, stride=(1, 2, 2), groups=2, bias=False), 2, 4, 5, 6, 7),
     Case("functional", Functional, lambda: torch.randn(2, 8, 9, 8), ("kernel", "w"), conv=True),
     Case("called three times", CalledTwice, lambda: torch.randn(5, 10), ("inner.weight",)),
     Case("shared linears", SharedLinears, lambda: torch.randn(5, 10), ("first.weight",)),
-    Case("tied embedding", Tied, lambda: torch.randint(20, (3, 7)), ("mix.weight",)),
+    Case("tied embedding", Tied, lambda: torch.randint(20, (3, 7)), ("embed.weight", "mix.weight")),
+    Case(
+        "products",
+        Products,
+        lambda: torch.randn(4, 4, 8),
+        ("plain", "added", "turned", "before", "packed", "stack", "heads", "merge"),
+    ),
+    Case("weight of inputs by outputs", lambda: OneLayer(Conv1D()), lambda: torch.randn(3, 4, 7)),
+    Case("weights that are read", Reads, lambda: torch.randn(5, 10), ("a.weight", "b.weight")),
     Case("dropout and batch norm", Modal, lambda: torch.randn(4, 4, 6, 6), ("conv.weight", "head.weight"), conv=True),
 )
 

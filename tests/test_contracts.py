@@ -136,15 +136,24 @@ class TestEveryOp:
 
 
 @pytest.mark.parametrize("how", CAPTURES, ids=lambda how: how.name)
-def test_a_tie_with_an_embedding_stays_dense_by_name_and_stays_tied(how):
+def test_an_embedding_and_its_head_factor_together_and_stay_tied(how):
+    torch.manual_seed(0)
     model, x = randomized(Tied()), torch.randint(20, (3, 7))
     net = dr.transform(model, (x,), rank=dr.Ratio(0.5), how=how, allow_unprofitable=True)
-    (skipped,) = dr.plan_of(net).skipped
-    assert skipped.name == "embed.weight"
-    assert "embedding" in skipped.reason
+    plan = dr.plan_of(net)
+    assert not plan.skipped
+    assert plan.sites[0].site.aliases == ("head.weight",)
     dr.enter_(net, dr.Phase.LOW)
-    names = {name: id(p) for name, p in net.named_parameters(remove_duplicate=False)}
-    assert names["embed.weight"] == names["head.weight"]
+    for factor in ("left", "right"):
+        assert net.get_parameter(f"embed.{factor}") is net.get_parameter(f"head.{factor}")
+    weight = net.get_submodule("embed").weight
+    table = torch.nn.functional.embedding(x, weight)
+    torch.testing.assert_close(net.get_submodule("embed")(x), table)
+    torch.testing.assert_close(net.get_submodule("head")(table), table @ weight.T)
+    small = dr.truncate(net)
+    names = {name: id(p) for name, p in small.named_parameters(remove_duplicate=False)}
+    assert names["embed.left"] == names["head.left"]
+    torch.testing.assert_close(small(x), net.eval()(x))
 
 
 @pytest.mark.parametrize("how", CAPTURES, ids=lambda how: how.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,8 +13,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
-from dynrank_fx.layout import ChannelLayout, Layout, LinearLayout, SpatialLayout, layout_named
-from dynrank_fx.ops import ConvOp, LinearOp, Op, op_from_json, op_to_json
+from dynrank_fx.layout import ChannelLayout, Layout, SpatialLayout, layout_for, layout_named
+from dynrank_fx.ops import (
+    ConvOp,
+    ConvTransposeOp,
+    EinsumOp,
+    LinearOp,
+    MatmulOp,
+    Op,
+    View,
+    op_from_json,
+    op_to_json,
+)
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -34,6 +44,12 @@ def conv(weight: tuple[int, ...], x: tuple[int, ...], **settings: object) -> Set
     return Setup(ConvOp(**every), weight, x)
 
 
+def transposed(weight: tuple[int, ...], x: tuple[int, ...], **settings: object) -> Setup:
+    dims = len(weight) - 2
+    every = {"stride": (1,) * dims, "padding": (0,) * dims, "output_padding": (0,) * dims, "dilation": (1,) * dims}
+    return Setup(ConvTransposeOp(**every | settings), weight, x)
+
+
 CONVS = {
     "conv1d": conv((8, 6, 3), (2, 6, 11), stride=(2,), padding=(1,)),
     "conv1d in groups": conv((12, 4, 3), (2, 8, 13), dilation=(2,), groups=2),
@@ -46,11 +62,39 @@ CONVS = {
     "conv3d": conv((6, 4, 3, 2, 3), (2, 4, 5, 6, 7), stride=(1, 2, 2), padding=(1, 0, 1)),
     "conv3d in groups": conv((8, 2, 3, 2, 2), (2, 4, 5, 6, 7), groups=2, dilation=(1, 2, 1)),
 }
-GRID = [pytest.param(LinearLayout(), Setup(LinearOp(), (9, 14), (3, 4, 14)), id="linear")] + [
+TRANSPOSED = {
+    "transposed 1d": transposed((6, 8, 3), (2, 6, 7), stride=(2,), padding=(1,), output_padding=(1,)),
+    "transposed 2d": transposed((6, 8, 3, 4), (2, 6, 5, 4), stride=(2, 1), dilation=(1, 2)),
+    "transposed 2d in groups": transposed((6, 4, 3, 2), (2, 6, 5, 4), padding=(1, 0), groups=2),
+    "transposed 3d": transposed((4, 6, 3, 2, 3), (2, 4, 3, 4, 2), stride=(1, 2, 2), output_padding=(0, 1, 0)),
+}
+PART = View(rows=(2, 8), columns=(1, 6))
+PRODUCTS = {
+    "linear": Setup(LinearOp(), (9, 14), (3, 4, 14)),
+    "linear by a part": Setup(LinearOp(PART), (9, 14), (3, 4, 5)),
+    "linear by a transposed part": Setup(LinearOp(replace(PART, transposed=True)), (9, 14), (3, 4, 6)),
+    "matmul": Setup(MatmulOp(), (9, 14), (3, 4, 9)),
+    "matmul with the weight first": Setup(MatmulOp(PART, weight_first=True), (9, 14), (3, 5, 4)),
+    "matmul of a vector": Setup(MatmulOp(), (9, 14), (9,)),
+    "matmul of a stack": Setup(MatmulOp(batched=True), (3, 9, 14), (2, 3, 4, 9)),
+    "matmul of one of a stack": Setup(MatmulOp(View(index=1, transposed=True)), (3, 9, 14), (4, 14)),
+    "einsum": Setup(EinsumOp("bld", "dhk", "blhk"), (6, 2, 5), (3, 4, 6)),
+    "einsum of a stack": Setup(EinsumOp("bhd", "ehd", "bhe"), (5, 2, 6), (3, 2, 6)),
+    "einsum with dots": Setup(EinsumOp("...hk", "khd", "...d", weight_first=True), (5, 2, 6), (3, 4, 2, 5)),
+}
+LAYOUTS = (ChannelLayout, SpatialLayout)
+GRID = [pytest.param(layout_for(setup.op), setup, id=name) for name, setup in PRODUCTS.items()] + [
     pytest.param(layout(setup.op.groups), setup, id=f"{name}-{layout.name}")
-    for name, setup in CONVS.items()
-    for layout in (ChannelLayout, SpatialLayout)
+    for name, setup in (CONVS | TRANSPOSED).items()
+    for layout in LAYOUTS
 ]
+
+
+def matrices(setup: Setup) -> int:
+    """How many matrices the weight is: one a group, one in each place of a stack."""
+    if isinstance(setup.op, EinsumOp):
+        return math.prod(setup.weight[axis] for axis in setup.op.axes[0])
+    return getattr(setup.op, "groups", math.prod(setup.weight[:-2]))
 
 
 def float64(shape: tuple[int, ...]) -> Tensor:
@@ -75,7 +119,7 @@ class TestEveryLayout:
         torch.manual_seed(0)
         W = float64(setup.weight)
         s = torch.linalg.svdvals(layout.to_matrix(W))
-        assert s.shape == (setup.op.groups, layout.max_rank(setup.weight))
+        assert s.shape == (matrices(setup), layout.max_rank(setup.weight))
         for rank in range(1, s.shape[-1] + 1):
             error = torch.linalg.vector_norm(layout.join(layout.split(W, rank)) - W)
             expected = torch.linalg.vector_norm(s[:, rank:])
@@ -85,9 +129,13 @@ class TestEveryLayout:
         torch.manual_seed(0)
         x = float64(setup.x)
         factors = layout.split(float64(setup.weight), 2)
-        bias = float64(setup.weight[:1])
+        out = setup.op.output_shape(setup.x, setup.weight)
+        channels = out[-1] if isinstance(setup.op, LinearOp) else out[1 - len(setup.weight)]
+        bias = float64((channels,))
         joined = layout.join(factors)
         torch.testing.assert_close(apply(layout, setup.op, x, factors), setup.op(x, joined))
+        if isinstance(setup.op, MatmulOp | EinsumOp):
+            return  # their bias broadcasts, or there is none
         *first, (last, index) = layout.stages(setup.op)
         for stage, i in first:
             x_low = stage(x, factors[i])
@@ -95,7 +143,7 @@ class TestEveryLayout:
 
     def test_matrix_views_are_inverse_both_ways(self, layout, setup):
         torch.manual_seed(0)
-        W, g = float64(setup.weight), setup.op.groups
+        W, g = float64(setup.weight), matrices(setup)
         matrix = layout.to_matrix(W)
         assert matrix.shape == (g, *layout.matrix_shape(setup.weight))
         assert torch.equal(layout.from_matrix(matrix, setup.weight), W)
@@ -115,7 +163,8 @@ class TestEveryLayout:
         with FlopCounterMode(display=False) as dense:
             setup.op(x, W)
         assert setup.op.flops(setup.x, setup.weight) == dense.get_total_flops()
-        for rank in (1, 2, layout.max_rank(setup.weight)):
+        # An einsum over an axis of size 1 is no product to the counter.
+        for rank in (2, layout.max_rank(setup.weight), *(() if isinstance(setup.op, EinsumOp) else (1,))):
             factors = layout.split(W, rank)
             with FlopCounterMode(display=False) as low:
                 apply(layout, setup.op, x, factors)
@@ -127,7 +176,7 @@ class TestEveryLayout:
         assert op == setup.op
         assert op.kind == setup.op.kind
         assert hash(op) == hash(setup.op)
-        assert layout_named(layout.name, setup.op.groups) == layout
+        assert layout_named(layout.name, setup.op) == layout
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -174,5 +223,5 @@ def test_a_weight_of_low_rank_is_reproduced_in_either_dtype_and_memory_format():
 
 
 def test_an_unknown_layout_is_refused_with_the_known_ones():
-    with pytest.raises(dr.PlanError, match="no layout 'tucker'; choose one of linear, channel, spatial"):
-        layout_named("tucker")
+    with pytest.raises(dr.PlanError, match="no layout 'tucker'; choose one of linear, einsum, channel, spatial"):
+        layout_named("tucker", LinearOp())

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
+from dynrank_fx.finding import find_sites
 from dynrank_fx.planning import break_even_rank, fit_plan
-from dynrank_fx.sites import find_sites
 
 
 class Several(nn.Module):
@@ -155,6 +155,40 @@ def test_ranks_are_rounded_up_to_a_multiple():
     assert "rank 8 is over the limit of 3" in reasons(several(multiple_of=8, rank=dr.Ratio(0.1)))["last.weight"]
     with pytest.raises(dr.PlanError, match="ranks cannot be multiples of 0; give 1 or more"):
         several(multiple_of=0)
+
+
+def test_overrides_decide_for_single_sites_by_name_or_pattern():
+    plan = several(
+        overrides={
+            "*": dr.Override(rank=dr.Ratio(0.5)),
+            "body.*": dr.Override(layout=dr.SpatialLayout, rank=dr.Fixed(3)),
+            "stem.weight": dr.Override(dense=True),
+            "body.0": dr.Override(rank=dr.Fixed(5)),
+        }
+    )
+    assert [(row.site.name, row.layout.name, row.rank) for row in plan.sites] == [
+        ("body.0.weight", "spatial", 5),
+        ("head.weight", "linear", 10),
+        ("last.weight", "linear", 1),
+    ]
+    assert reasons(plan)["stem.weight"] == "left alone by name"
+    assert several(overrides={"head": dr.Override()}) == several()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"nothing": dr.Override(dense=True)}, "the pattern 'nothing' matches no weight of the model"),
+        ({"head": dr.Fixed(3)}, r"the override of 'head' is Fixed\(rank=3\): give an Override"),
+    ],
+)
+def test_an_override_that_is_none_or_matches_nothing_is_refused(overrides, sentence):
+    with pytest.raises(dr.PlanError, match=sentence):
+        several(overrides=overrides)
+    with pytest.raises(dr.PlanError, match=r"0\.5 is no rank policy"):
+        dr.Override(rank=0.5)
+    with pytest.raises(dr.PlanError, match="'spatial' is no layout of convolutions"):
+        dr.Override(layout="spatial")
 
 
 def test_a_rank_over_every_limit_raises_and_a_plan_without_sites_is_refused_by_transform():

@@ -1,0 +1,68 @@
+"""What is decided for single sites, by name: another rank, another layout, or to stay dense."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .errors import PlanError
+from .layout import ChannelLayout, ConvLayout, SpatialLayout
+from .ranks import Curve, RankPolicy, checked_policy
+from .sites import Site, Skipped
+
+
+@dataclass(frozen=True)
+class Override:
+    """For the sites whose name fits a pattern. None keeps what holds for the others.
+
+    rank: a rank policy of their own. layout: of convolutions. dense: they are left alone.
+    """
+
+    rank: RankPolicy | None = None
+    layout: ConvLayout | None = None
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            checked_policy(self.rank)
+        if self.layout is not None:
+            checked_conv_layout(self.layout)
+
+
+def checked_conv_layout(layout: ConvLayout) -> ConvLayout:
+    """The layout itself. Raises PlanError for what is none of convolutions."""
+    if layout not in (ChannelLayout, SpatialLayout):
+        raise PlanError(f"{layout!r} is no layout of convolutions: give ChannelLayout or SpatialLayout")
+    return layout
+
+
+def matches(site: Site | Skipped, patterns: Iterable[str]) -> bool:
+    """Whether a pattern fits the site's name, an alias, or the module that holds it (``fc`` for ``fc.weight``)."""
+    names = [site.name, *site.aliases]
+    names += [name.removesuffix(".weight") for name in names]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
+    """All that the fitting patterns say of a site together; a later one wins."""
+    found = Override()
+    for pattern, override in overrides.items():
+        if not isinstance(override, Override):
+            raise PlanError(
+                f"the override of {pattern!r} is {override!r}: give an Override, such as Override(dense=True)"
+            )
+        if matches(site, [pattern]):
+            said = {key: value for key, value in vars(override).items() if value}
+            found = replace(found, **said)
+    return found
+
+
+def ranks_by_policy(policies: Sequence[RankPolicy], curves: Sequence[Curve]) -> list[int]:
+    """A rank per curve. Sites of one policy are decided together."""
+    ranks = [0] * len(curves)
+    for policy in dict.fromkeys(policies):
+        mine = [i for i, each in enumerate(policies) if each == policy]
+        for i, rank in zip(mine, policy.ranks([curves[i] for i in mine]), strict=True):
+            ranks[i] = rank
+    return ranks

@@ -1,0 +1,131 @@
+"""Capture module by module: a module that cannot be traced keeps its own code, with its parts captured inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CaptureError
+from .exported import export_both_modes
+from .inputs import fresh
+from .locate import untraced
+from .net import Net
+from .recognize import module_op
+from .sameness import difference, doubt, evaluated
+from .symbolic import closed_layers, trace_symbolically
+
+
+def capture_parts(root: nn.Module, example_inputs: Any, only: Sequence[str] = ()) -> list[str]:
+    """Put a Net in the place of every part of ``root`` that can be captured by itself; the names of those parts.
+
+    The largest parts that can be are taken; below one that cannot, its children. Layers of torch's own that hold one
+    weight stay as they are: they can be sites without a graph around them. A part is captured only if it gives the
+    same bits on what the model gave it for the example inputs, and the model with it still does what it did. only:
+    these parts, and no others.
+    """
+    calls, expected = _calls(root, example_inputs)
+    found: dict[nn.Module, nn.Module] = {}  # a module under several names stays one
+    names: list[str] = []
+    waiting = list(only) or [name for name, _ in root.named_children()]
+    while waiting:
+        name = waiting.pop(0)
+        part = root.get_submodule(name)
+        if isinstance(part, Net) or module_op(part) is not None or not _has_matrix(part):
+            continue
+        if part not in found and name in calls:
+            net = _captured(part, calls[name])
+            if net is not None and _serves(root, name, net, expected, example_inputs):
+                found[part] = net
+        if part in found:
+            root.set_submodule(name, found[part])
+            names.append(name)
+        elif not only:
+            waiting[:0] = [f"{name}.{child}" for child in dict(part.named_children())]
+    return names
+
+
+def layers_read(root: nn.Module, example_inputs: Any) -> list[str]:
+    """The single layers whose weight or bias untraced code reads by itself when it runs on the example inputs."""
+    layers = {name: module for name, module in untraced(root) if module_op(module) is not None}
+    read: dict[nn.Module, None] = {}
+    kinds = {module: type(module) for module in layers.values()}
+    try:
+        for module in kinds:
+            module.__class__ = _watched(type(module), read)
+        evaluated(root, example_inputs)
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
+    return [name for name, module in layers.items() if module in read]
+
+
+def _watched(kind: type[nn.Module], read: dict[nn.Module, None]) -> type[nn.Module]:
+    """The class with a note taken of every read of a parameter from outside of its own forward."""
+    inside: set[int] = set()
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside.add(id(self))
+        try:
+            return kind.forward(self, *args, **kwargs)
+        finally:
+            inside.discard(id(self))
+
+    def __getattr__(self: nn.Module, name: str) -> Any:
+        if name in vars(self)["_parameters"] and id(self) not in inside:
+            read[self] = None
+        return nn.Module.__getattr__(self, name)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__getattr__": __getattr__})
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Any]:
+    """The arguments of the first call of every module, as (args, kwargs), and the output, on the example inputs."""
+    calls: dict[str, Any] = {}
+    handles = []
+
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, fresh((args, kwargs)))
+
+        return note
+
+    for name, module in root.named_modules(remove_duplicate=False):
+        if name and not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(noting(name), with_kwargs=True))
+    try:
+        return calls, evaluated(root, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _captured(part: nn.Module, call: Any) -> Net | None:
+    """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
+    try:
+        net = trace_symbolically(part, part)
+        if not closed_layers(net) and doubt(net, part, call) is None:
+            return net
+    except CaptureError:
+        pass  # torch.export is next
+    try:
+        net = export_both_modes(part, part, call)
+    except CaptureError:
+        return None  # it keeps its own code, and its children are tried
+    return net if doubt(net, part, call) is None else None
+
+
+def _serves(root: nn.Module, name: str, net: Net, expected: Any, example_inputs: Any) -> bool:
+    """Whether the model does what it did with the net in the part's place: its code may want more than its forward."""
+    part = root.get_submodule(name)
+    root.set_submodule(name, net)
+    try:
+        return difference(root, expected, example_inputs) is None
+    finally:
+        root.set_submodule(name, part)

@@ -1,0 +1,68 @@
+"""Capture by torch.fx's symbolic tracing: the model's own code, run on proxies in both modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import CaptureError
+from .net import Net, finished
+from .origin import first_line, origin
+from .recognize import has_hooks
+from .scopes import in_mode
+
+
+def _surroundings() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+class _Tracer(fx.Tracer):
+    """Refuses what a graph of calls cannot hold: it would train where the model says ``no_grad``."""
+
+    proxy_buffer_attributes = True  # otherwise what forward does to a buffer would be done once, while tracing
+
+    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+        self.surroundings = _surroundings()
+        graph = super().trace(root, *args, **kwargs)
+        for name, buffer in root.named_buffers():
+            if isinstance(buffer, fx.Proxy):
+                raise RuntimeError(f"forward assigns the buffer {name}, which a symbolic graph cannot hold")
+        return graph
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self.surroundings:
+            raise RuntimeError("gradients or autocast are switched inside forward, which a symbolic graph cannot hold")
+        return super().create_node(*args, **kwargs)
+
+
+def trace_symbolically(root: nn.Module, model: nn.Module) -> Net:
+    """The Net over ``root``, a copy of ``model``. Raises CaptureError naming the line that cannot be traced."""
+    graphs = {}
+    if has_hooks(model):
+        raise CaptureError(f"{type(model).__name__} has hooks of its own, which a symbolic graph would leave out.")
+    for mode in (True, False):
+        try:
+            with in_mode(root, mode):
+                graphs[mode] = _Tracer().trace(root)
+            compile(graphs[mode].python_code("self").src, "graph", "exec")
+        except Exception as error:
+            where = origin(error, root)
+            raise CaptureError(f"{where} cannot be traced symbolically: {first_line(error)}.") from error
+    same = graphs[True].python_code("self").src == graphs[False].python_code("self").src
+    return finished(root, graphs[True], None if same else graphs[False], model)
+
+
+def closed_layers(net: Net) -> list[str]:
+    """The layers that symbolic tracing left whole although they hold matrices that torch.export can open."""
+    called = dict.fromkeys(str(n.target) for g in net.graphs.values() for n in g.nodes if n.op == "call_module")
+    return [name for name in called if _is_closed(net.get_submodule(name))]
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """A leaf of torch's own with matrices inside submodules or under other names than ``weight``."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | Net) or hasattr(module, "parametrizations"):
+        return False
+    return any(p.ndim >= 2 and name != "weight" for name, p in module.named_parameters())
