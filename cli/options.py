@@ -34,6 +34,9 @@ _PLAN_OPTIONS = (
     click.option("--multiple-of", type=int, default=1, metavar="N", help="Round ranks up to a multiple of N."),
     click.option("--layout", type=click.Choice(["channel", "spatial"]), default="channel", help="Of convolutions."),
     click.option(
+        "--share-inputs", is_flag=True, help="Linears that read the same input (query, key, value) share a factor."
+    ),
+    click.option(
         "--capture",
         "how",
         type=click.Choice(["symbolic", "export", "modules"]),
@@ -110,6 +113,7 @@ def transformed(
     override: tuple[str, ...],
     multiple_of: int,
     layout: str,
+    share_inputs: bool,
     how: str | None,
     plan_file: Path | None,
     allow_empty: bool = False,
@@ -131,6 +135,7 @@ def transformed(
         overrides=overrides_of(override),
         multiple_of=multiple_of,
         conv_layout=_conv_layout(layout),
+        share_inputs=share_inputs,
         how=None if how is None else Capture[how.upper()],
         plan=None if plan_file is None else read_plan(plan_file),
         allow_empty=allow_empty,

@@ -114,7 +114,7 @@ def restore_(
             factor: Parameter(
                 in_format_of(torch.empty(shape, dtype=old.dtype, device=old.device), [old]), old.requires_grad
             )
-            for factor, shape in zip(module.layout.factor_names, shapes, strict=True)
+            for factor, shape in zip(module.names_in(Phase(phase)), shapes, strict=False)
         }
         replace_parameters(sites[name], Phase(phase), new, optimizer, [{} for _ in new])
     specialize_(net)

@@ -146,7 +146,7 @@ def _site_times(dense: Path, small: Path, feed: dict[str, Any], plan: Plan, batc
     times = []
     for row in plan.sites:
         holder = row.site.name.removesuffix(".weight")
-        factors = [after.get(f"{holder}.{name}") for name in row.layout.factor_names]
+        factors = [after.get(f"{holder}.{name}") for name in row.factor_names]
         if row.site.name in before and all(factor is not None for factor in factors):
             times.append(SiteTime(row, before[row.site.name], sum(f for f in factors if f is not None), batch))
     return tuple(times)

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from .calls import Call, call_of
 from .net import Net
-from .ops import Op, View
+from .ops import LinearOp, Op, View
 from .products import WHOLE
 from .recognize import module_op
 from .weightviews import parts_of, reads_metadata
@@ -160,6 +160,17 @@ def untraced(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
     yield path, root
     for name, child in root.named_children():
         yield from untraced(child, f"{path}.{name}".lstrip("."))
+
+
+def input_of(found: Located) -> tuple[fx.Node, ...] | None:
+    """What a plain linear with this weight reads, in each graph; None for a weight that could not share its input's
+    factor with others: one with other names, other ops, or more than one use a graph.
+    """
+    graphs = [use.graph for use in found.uses]
+    if len(found.names) > 1 or found.readers or None in graphs or len(set(graphs)) < len(graphs):
+        return None
+    inputs = tuple(use.x for use in found.uses if use.op == LinearOp() and use.x is not None)
+    return inputs if len(inputs) == len(graphs) else None
 
 
 def attribute(net: nn.Module, path: str) -> Any:

@@ -60,13 +60,15 @@ def group_of(optimizer: Optimizer, parameter: Parameter) -> dict[str, Any] | Non
     return None if place is None else optimizer.param_groups[place[0]]
 
 
-def moved_to_factors(optimizer: Optimizer, weight: Parameter, factors: Factors, layout: Layout) -> list[State]:
-    """States for (left, right) from the state of the dense weight; empty ones where it has none yet."""
-    state, group = optimizer.state.get(weight), group_of(optimizer, weight)
+def moved_to_factors(
+    optimizer: Optimizer, weights: Sequence[Parameter], factors: Factors, layout: Layout
+) -> list[State]:
+    """States for (left, right) from that of the dense weight, or of several stacked; empty ones where there is none."""
+    state, group = stacked_state([optimizer.state.get(w, {}) for w in weights]), group_of(optimizer, weights[0])
     if not state or group is None:
         return [{}, {}]
     B, A = (t.float() if t.dtype.itemsize < 4 else t for t in layout.to_matrices(factors))
-    shape: Shape = tuple(weight.shape)
+    shape: Shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
 
     def first(M: Tensor) -> tuple[Tensor, ...]:
         return lowrank.moments_to_factors(layout.to_matrix(M).to(B.dtype), B, A)
@@ -80,13 +82,18 @@ def moved_to_factors(optimizer: Optimizer, weight: Parameter, factors: Factors, 
     return _moved(group, [state], first=lambda M: first(M[0]), second=lambda V: second(V[0]), fold=fold, like=factors)
 
 
-def moved_to_dense(optimizer: Optimizer, factors: Factors, weight: Tensor, layout: Layout) -> list[State]:
-    """The state for the dense weight from those of (left, right); an empty one where a factor has none yet."""
-    left, right = factors
-    states = [optimizer.state.get(left), optimizer.state.get(right)]
-    group = group_of(optimizer, left)  # type: ignore[arg-type]
+def moved_to_dense(
+    optimizer: Optimizer, lefts: Sequence[Parameter], right: Parameter, weight: Tensor, layout: Layout
+) -> list[State]:
+    """The state for the dense weight from those of (left, right); an empty one where a factor has none yet.
+
+    lefts: the one, or those of several weights that are stacked in ``weight``.
+    """
+    states = [stacked_state([optimizer.state.get(left, {}) for left in lefts]), optimizer.state.get(right)]
+    group = group_of(optimizer, lefts[0])
     if group is None or not all(states):
         return [{}]
+    factors = (torch.cat([*lefts]) if len(lefts) > 1 else lefts[0], right)
     B, A = (t.detach().float() if t.dtype.itemsize < 4 else t.detach() for t in layout.to_matrices(factors))
 
     def matrices(pair: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -101,6 +108,30 @@ def moved_to_dense(optimizer: Optimizer, factors: Factors, weight: Tensor, layou
         fold=lambda one: (layout.from_matrix(one[0], tuple(weight.shape)),),
         like=(weight,),
     )
+
+
+def stacked_state(states: Sequence[State]) -> State:
+    """The state of parameters stacked along their first axis; empty where one has none."""
+    if len(states) == 1 or not all(states):
+        return states[0] if all(states) else {}
+
+    def stacked(values: list[Any]) -> Any:
+        tensors = all(isinstance(value, Tensor) and value.ndim for value in values)
+        return torch.cat(values) if tensors else values[0]
+
+    return {key: stacked([state[key] for state in states]) for key in states[0]}
+
+
+def unstacked_state(state: State, sizes: Sequence[int]) -> list[State]:
+    """The states of the parts, of these sizes along the first axis, of a stacked parameter."""
+    if len(sizes) == 1:
+        return [state]
+    parts: list[State] = [{} for _ in sizes]
+    for key, value in state.items():
+        rows = isinstance(value, Tensor) and value.ndim and value.shape[0] == sum(sizes)
+        for part, piece in zip(parts, value.split(list(sizes)) if rows else [value] * len(sizes), strict=True):
+            part[key] = _clone(piece)
+    return parts
 
 
 _Map: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]

@@ -111,7 +111,7 @@ class Journal:
             old.append(Parameter(value, requires_grad=grad) if alive is None else alive)
         for module in entry.modules:
             module.rank = entry.rank
-        names = ("weight",) if entry.phase == int(Phase.FULL) else entry.modules[0].layout.factor_names
+        names = entry.modules[0].names_in(Phase(entry.phase))
         replace_parameters(
             entry.modules, Phase(entry.phase), dict(zip(names, old, strict=True)), self.optimizer, record["states"]
         )

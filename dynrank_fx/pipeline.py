@@ -31,6 +31,7 @@ def transform(
     overrides: Mapping[str, Override] = _NONE,
     multiple_of: int = 1,
     conv_layout: ConvLayout = ChannelLayout,
+    share_inputs: bool = False,
     allow_unprofitable: bool = False,
     allow_empty: bool = False,
     plan: Plan | None = None,
@@ -40,8 +41,8 @@ def transform(
     """A copy of the model with a switchable site, in phase FULL, wherever factoring pays; see ``plan_of(net)``.
 
     model: an ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
-    ExportedProgram. plan: a given plan in place of rank, include, exclude, overrides, multiple_of, conv_layout and
-    allow_unprofitable, which ``make_plan`` explains; how and dynamic_shapes: see ``capture``.
+    ExportedProgram. plan: a given plan in place of rank, include, exclude, overrides, multiple_of, conv_layout,
+    share_inputs and allow_unprofitable, which ``make_plan`` explains; how and dynamic_shapes: see ``capture``.
 
     Raises CaptureError, PlanError; a plan without any site is a PlanError unless allow_empty.
     """
@@ -56,6 +57,7 @@ def transform(
             overrides=overrides,
             multiple_of=multiple_of,
             conv_layout=conv_layout,
+            share_inputs=share_inputs,
             allow_unprofitable=allow_unprofitable,
         )
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
@@ -17,24 +19,36 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One row: the site, how it is factored, and to which rank."""
+    """One row: the site, how it is factored, and to which rank.
+
+    pack: the names of the sites that read the same input and share one ``right``, the owner of it first; empty for a
+    site with two factors of its own.
+    """
 
     site: Site
     layout: Layout
     rank: int
+    pack: tuple[str, ...] = ()
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The factors that are this site's own."""
+        return self.layout.factor_names if self.pack[:1] in ((), (self.site.name,)) else self.layout.factor_names[:1]
 
     @property
     def params(self) -> int:
-        """Parameters of the factors."""
-        return self.layout.params(self.site.shape, self.rank)
+        """Parameters of the site's own factors."""
+        shapes = self.layout.factor_shapes(self.site.shape, self.rank)
+        return sum(math.prod(shape) for shape in shapes[: len(self.factor_names)])
 
     @property
     def flops(self) -> int | None:
         """FLOPs of the factors over all uses on the example inputs; None where no example was given."""
         if self.site.flops is None:
             return None
+        own = len(self.factor_names) == 2
         return sum(
-            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank)
+            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank, last_only=not own)
             for use in self.site.uses
             if use.input_shape is not None
         )
@@ -42,7 +56,8 @@ class PlannedSite:
     def to_json(self) -> dict[str, Any]:
         # The costs are there to be read; reading a plan counts them anew.
         cost = {"params": [self.site.params, self.params], "flops": [self.site.flops, self.flops]}
-        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank, **cost}
+        pack = {"pack": self.pack} if self.pack else {}
+        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank, **pack, **cost}
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,8 @@ class Plan:
         unknown = set(ranks) - {row.site.name for row in self.sites}
         if unknown:
             raise PlanError(f"the plan has no site {sorted(unknown)[0]!r} to give a rank to")
-        return replace(self, sites=tuple(checked(replace(r, rank=ranks.get(r.site.name, r.rank))) for r in self.sites))
+        rows = [replace(row, rank=ranks.get(row.site.name, row.rank)) for row in self.sites]
+        return replace(self, sites=checked_rows(rows))
 
     def to_json(self) -> str:
         """Versioned JSON, to be read, edited and given back."""
@@ -108,7 +124,7 @@ class Plan:
                 "upgrade dynrank-fx, or make the plan again"
             )
         try:
-            sites = tuple(_row_from_json(row) for row in data["sites"])
+            sites = checked_rows([_row_from_json(row) for row in data["sites"]])
             skipped = tuple(Skipped.from_json(row) for row in data["skipped"])
             flops = data["total_flops"]
             total = None if flops is None else index(flops)
@@ -137,6 +153,8 @@ def _table_row(row: PlannedSite) -> tuple[str, ...]:
     flops = "" if row.flops is None or site.flops is None else f"{site.flops / 1e6:.4g} -> {row.flops / 1e6:.4g}"
     name = " = ".join((site.name, *site.aliases))
     calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
+    if len(row.factor_names) == 1:
+        calls = f"right of {row.pack[0]}"
     return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, calls, "")
 
 
@@ -159,14 +177,36 @@ def _change(before: int, after: int) -> str:
 
 def _row_from_json(data: dict[str, Any]) -> PlannedSite:
     site = Site.from_json(data["site"])
-    return checked(PlannedSite(site, layout_named(data["layout"], site.uses[0].op), data["rank"]))
+    pack = tuple(map(str, data.get("pack", ())))
+    return PlannedSite(site, layout_named(data["layout"], site.uses[0].op), data["rank"], pack)
 
 
-def checked(row: PlannedSite) -> PlannedSite:
-    """The row itself. Raises PlanError for a layout that does not serve its op, or a rank it cannot have."""
+def checked_rows(rows: Iterable[PlannedSite]) -> tuple[PlannedSite, ...]:
+    """The rows themselves. Raises PlanError for a layout that does not serve its op, or a rank it cannot have; in a
+    pack, for ranks that differ and for sites that cannot share a factor.
+    """
+    by_name = {row.site.name: row for row in rows}
+    for row in rows:
+        pack = [by_name.get(name) for name in row.pack]
+        members = [member for member in pack if member is not None and member.pack == row.pack]
+        _check_layout(row)
+        if not row.pack:
+            _check_rank(row, row.layout.max_rank(row.site.shape))
+            continue
+        names = ", ".join(row.pack)
+        if row.site.name not in row.pack or len(members) < len(row.pack) or len(pack) < 2:
+            raise PlanError(f"the plan has not every row of the pack {names}: put it back, or empty each row's pack")
+        if len({(member.rank, member.site.shape[1:], member.site.kind) for member in members}) > 1:
+            raise PlanError(f"{names} share a factor: give them one rank, and only linear sites of the same input")
+        _check_rank(row, min(sum(member.site.shape[0] for member in members), row.site.shape[1]))
+    return tuple(rows)
+
+
+def _check_layout(row: PlannedSite) -> None:
     if not all(row.layout.serves(use.op) for use in row.site.uses):
         raise PlanError(f"{row.site.name} is a {row.site.kind}, which the layout {row.layout.name!r} does not serve")
-    limit = row.layout.max_rank(row.site.shape)
+
+
+def _check_rank(row: PlannedSite, limit: int) -> None:
     if isinstance(row.rank, bool) or not isinstance(row.rank, int) or not 1 <= row.rank <= limit:
         raise PlanError(f"{row.site.name} cannot have rank {row.rank}: give a whole number from 1 to {limit}")
-    return row

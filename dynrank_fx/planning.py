@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import lowrank
 from .errors import PlanError
 from .finding import find_sites
 from .interpret import measure
@@ -18,8 +16,9 @@ from .layout import ChannelLayout, ConvLayout, Layout, layout_for, layout_named
 from .locate import Located, locate, meta_of
 from .ops import Op
 from .overrides import Override, checked_conv_layout, matches, override_of, ranks_by_policy
-from .plan import Plan, PlannedSite, checked
-from .ranks import Curve, RankPolicy, checked_policy
+from .packs import curve_of, packs_of
+from .plan import Plan, PlannedSite, checked_rows
+from .ranks import RankPolicy, checked_policy
 from .sites import Site, Skipped
 
 _NONE: Mapping[str, Override] = {}
@@ -35,15 +34,18 @@ def make_plan(
     overrides: Mapping[str, Override] = _NONE,
     multiple_of: int = 1,
     conv_layout: ConvLayout = ChannelLayout,
+    share_inputs: bool = False,
     allow_unprofitable: bool = False,
 ) -> Plan:
     """Decide on data, before anything is rewritten: ranks for every site that may be factored and pays.
 
     include, exclude: shell patterns on site names and aliases; all sites by default. overrides: by such a pattern, what
-    is decided otherwise (see ``Override``); a later one wins. multiple_of: ranks are rounded
-    up to it. A site is skipped where its factors would cost no less than the dense weight, in parameters or in FLOPs,
-    unless allow_unprofitable. Raises PlanError for a pattern that matches nothing, a rank that no site can have, or
-    non-finite weights.
+    is decided otherwise (see ``Override``); a later one wins. multiple_of: ranks are rounded up to it. share_inputs:
+    linears that read the same input (query, key and value; gate and up) share their right factor, at a rank decided for
+    all of them together. A site is skipped where its factors would cost no less than the dense weight, in parameters or
+    in FLOPs, unless allow_unprofitable.
+
+    Raises PlanError for a pattern that matches nothing, a rank that no site can have, or non-finite weights.
     """
     if multiple_of < 1:
         raise PlanError(f"ranks cannot be multiples of {multiple_of}; give 1 or more")
@@ -63,45 +65,45 @@ def make_plan(
         elif said[site.name].dense:
             reasons[site.name] = "left alone by name"
     chosen = [site for site in sites if site.name not in reasons]
-    layouts = [layout_for(site.uses[0].op, said[site.name].layout or conv_layout) for site in chosen]
     located = locate(net)
     _check_finite(chosen, located)
-    curves = [
-        Curve(
-            site.name,
-            layout.max_rank(site.shape),
-            partial(lowrank.singular_values, layout.to_matrix(located[site.name].parameter.detach())),
-        )
-        for site, layout in zip(chosen, layouts, strict=True)
-    ]
-    rows = []
-    ranks = ranks_by_policy([said[site.name].rank or rank for site in chosen], curves)
-    for site, layout, r in zip(chosen, layouts, ranks, strict=True):
-        row = PlannedSite(site, layout, -(-r // multiple_of) * multiple_of)
-        why = _too_much(row, allow_unprofitable)
+    packs = packs_of(chosen, located, said) if share_inputs else [[site] for site in chosen]
+    layouts = [layout_for(pack[0].uses[0].op, said[pack[0].name].layout or conv_layout) for pack in packs]
+    curves = [curve_of(pack, layout, located) for pack, layout in zip(packs, layouts, strict=True)]
+    rows: list[PlannedSite] = []
+    ranks = ranks_by_policy([said[pack[0].name].rank or rank for pack in packs], curves)
+    for pack, layout, curve, r in zip(packs, layouts, curves, ranks, strict=True):
+        names = tuple(site.name for site in pack) if len(pack) > 1 else ()
+        pack_rows = [PlannedSite(site, layout, -(-r // multiple_of) * multiple_of, names) for site in pack]
+        why = _too_much(pack_rows, curve.max_rank, allow_unprofitable)
         if why:
-            reasons[site.name] = why
+            reasons.update(dict.fromkeys((site.name for site in pack), why))
         else:
-            rows.append(row)
-    left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
+            rows += pack_rows
     order = {name: i for i, name in enumerate(located)}
+    rows.sort(key=lambda row: order[row.site.name])
+    left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
     dense = sorted([*left, *skipped], key=lambda s: order[s.name])
     total = sum(p.numel() for p in net.parameters())
     return Plan(tuple(rows), tuple(dense), total, measured.flops if measured else None, meta_of(net).get("capture", ""))
 
 
-def _too_much(row: PlannedSite, allow_unprofitable: bool) -> str | None:
-    shape = "x".join(map(str, row.site.shape))
-    limit = row.layout.max_rank(row.site.shape)
-    if row.rank > limit:
-        return f"rank {row.rank} is over the limit of {limit} for {shape}"
+def _too_much(rows: Sequence[PlannedSite], limit: int, allow_unprofitable: bool) -> str | None:
+    """Why the site, or the pack of sites, should stay dense: its rank is too high, or its factors do not pay."""
+    rank, shape = rows[0].rank, "x".join(map(str, rows[0].site.shape))
+    if len(rows) > 1:
+        shape = f"{len(rows)} weights ({shape}, ...) with one input"
+    if rank > limit:
+        return f"rank {rank} is over the limit of {limit} for {shape}"
     if allow_unprofitable:
         return None
-    costs = (("parameters", row.params, row.site.params), ("FLOPs", row.flops, row.site.flops))
+    costs = [("parameters", sum(row.params for row in rows), sum(row.site.params for row in rows))]
+    if all(row.flops is not None for row in rows):
+        costs.append(("FLOPs", sum(row.flops or 0 for row in rows), sum(row.site.flops or 0 for row in rows)))
     for what, low, dense in costs:
         # Reading rows costs no FLOPs: what an embedding saves is its table.
-        if low is not None and dense and low >= dense:
-            return f"rank {row.rank} of {shape} would cost no fewer {what} than dense ({low:,} for {dense:,})"
+        if dense and low >= dense:
+            return f"rank {rank} of {shape} would cost no fewer {what} than dense ({low:,} for {dense:,})"
     return None
 
 
@@ -160,7 +162,8 @@ def fit_plan(net: nn.Module, plan: Plan, example_inputs: Any = None) -> Plan:
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
-        rows.append(checked(PlannedSite(here, layout_named(row.layout.name, here.uses[0].op), row.rank)))
+        rows.append(PlannedSite(here, layout_named(row.layout.name, here.uses[0].op), row.rank, row.pack))
+    checked_rows(rows)
     flops = measured.flops if measured else None
     if measured is None and [_ops(row) for row in rows] == [_ops(row) for row in plan.sites]:
         # What was measured when the plan was made still holds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import PlanError
 from .finding import why_not
-from .locate import Located, NodeUse, Reader, forget_meta, is_captured, locate, meta_of, regions
+from .locate import Located, NodeUse, Reader, forget_meta, input_of, is_captured, locate, meta_of, regions
 from .net import Net, copy_graph, unwrap
 from .ops import Op
+from .phase import Phase
 from .plan import Plan, PlannedSite
 from .recognize import module_op
-from .switched import Switched, switched_modules
+from .switched import STEM, Switched, switched_modules
 
 
 def factorize(net: nn.Module, plan: Plan) -> nn.Module:
@@ -42,8 +44,12 @@ def factorize_(net: nn.Module, plan: Plan) -> None:
         reason = why_not(found)
         if reason:
             raise PlanError(f"the plan factors {row.site.name}, which must stay dense: {reason}")
+        if row.pack and input_of(found) != input_of(located[row.pack[0]]):
+            raise PlanError(f"{row.site.name} does not read the input of {row.pack[0]} and cannot share its factor")
     for row in plan.sites:
         _put_site(net, row, located[row.site.name])
+    for pack in dict.fromkeys(row.pack for row in plan.sites if row.pack):
+        _share_input(net, pack, [located[name] for name in pack])
     for region in regions(net):
         for graph in dict.fromkeys(region.net.graphs.values()):
             _drop_dead_reads(graph, {view for found in located.values() for use in found.uses for view in use.views})
@@ -162,6 +168,25 @@ def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
     graph.erase_node(node)
 
 
+def _share_input(net: nn.Module, pack: tuple[str, ...], members: Sequence[Located]) -> None:
+    """The sites of a pack take the output of the shared factor, which is computed once in each graph."""
+    modules = [module for module in net.modules() if isinstance(module, Switched) and module.site in pack]
+    owner = next(module for module in modules if module.site == pack[0])
+    for module in modules:
+        module.join_pack(pack, owner)
+    for region in regions(net):
+        paths = {name: module for name, module in region.net.named_modules() if module in modules}
+        for graph in dict.fromkeys(region.net.graphs.values()):
+            calls = [node for node in graph.nodes if node.op == "call_module" and node.target in paths]
+            if not calls:
+                continue
+            target = next(name for name, module in paths.items() if module is owner)
+            with graph.inserting_before(calls[0]):
+                stem = graph.call_module(target, (calls[0].args[0],), {"use": STEM})
+            for node in calls:
+                node.args = (stem, *node.args[1:])
+
+
 def _read_site(reader: Reader, path: str, attr: str) -> None:
     """What reads a weight by itself reads this property of the site instead, in every phase."""
     if reader.weight not in reader.node.all_input_nodes:
@@ -217,7 +242,7 @@ def _inlined(net: Net) -> fx.GraphModule:
         if isinstance(module, Switched):
             _open_site(graph, node, module)
         elif node.op == "get_attr" and isinstance(_attribute(net, str(node.target)), Switched):
-            _open_reads(graph, node, net.get_submodule(str(node.target)))
+            _open_reads(net, graph, node)
     _drop_dead_reads(graph, set())
     plain = fx.GraphModule(net, graph, class_name=type(net).__name__)
     for name, _ in plain.named_buffers():
@@ -248,23 +273,39 @@ def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
     before = node.prev
     with graph.inserting_before(node):
         x, *given = (fx.Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg for arg in node.args)
-        bias = given[0] if given else read("bias") if module._parameters["bias"] is not None else None
-        if module.parameter_names == ("weight",):
+        dense = module.parameter_names == ("weight",)
+        result: Any
+        own = module._parameters["bias"] is not None and not given and use != STEM
+        bias = given[0] if given else read("bias") if own else None
+        *first, (op, name) = module.stages[max(use, 0)]
+        if use == STEM:
+            stage, factor = first[0]
+            result = x if dense else stage(x, read(factor))
+        elif dense:
             result = module.ops[use](x, read("weight"), bias)
         else:
-            *first, (op, name) = module.stages[use]
-            for stage, factor in first:
+            for stage, factor in () if module.pack else first:
                 x = stage(x, read(factor))
             result = op(x, read(name), bias)
     _replace(graph, node, result.node, before)
 
 
-def _open_reads(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
+def _parameter_nodes(net: nn.Module, graph: fx.Graph, path: str, module: Switched) -> list[fx.Node]:
+    """Reads of the dense weight, or of both factors, one of which may be another site's."""
+    paths = [f"{path}.{name}" for name in module.parameter_names]
+    if module.owner and len(paths) == 1 and module.phase != int(Phase.FULL):
+        owner = next(name for name, each in net.named_modules() if each is module.owner[0])
+        paths.append(f"{owner}.{module.layout.factor_names[1]}")
+    return [graph.create_node("get_attr", each) for each in paths]
+
+
+def _open_reads(net: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     """The reads of a site's ``weight`` or ``outline``, computed by ordinary nodes."""
+    module = net.get_submodule(str(node.target))
     assert isinstance(module, Switched)
     for read in list(node.users):
         with graph.inserting_before(read):
-            factors = [graph.create_node("get_attr", f"{node.target}.{name}") for name in module.parameter_names]
+            factors = _parameter_nodes(net, graph, str(node.target), module)
             if read.args[1] == "outline":
                 empty = graph.call_method("new_empty", (factors[-1], ()))
                 result: Any = graph.call_method("expand", (empty, module.shape))

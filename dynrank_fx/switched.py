@@ -17,6 +17,7 @@ from .ops import Op, Shape
 from .phase import Phase
 
 _FULL, _LOW = int(Phase.FULL), int(Phase.LOW)
+STEM = -1  # the call of a pack's owner that applies the shared factor
 
 
 class Switched(nn.Module):
@@ -26,6 +27,10 @@ class Switched(nn.Module):
     that of the module it replaced. phase: a plain int, see Phase. rank: of the next deflate, or of the factors in LOW.
     bare: the module stands where a bare parameter stood (``block.w``), whose name the dense weight keeps in
     ``state_dict``.
+
+    In a pack (sites that read the same input and share one ``right``) the first site owns ``right``, and its module
+    applies it for all: a call with ``use=STEM`` gives x in FULL and ``right`` of x in LOW, which the sites then take in
+    place of x.
 
     Exactly one of ``weight`` and (``left``, ``right``) is registered at a time; the other names hold None, so that the
     parameter dictionary keeps its keys and torch.compile sees one setting per flag.
@@ -47,6 +52,8 @@ class Switched(nn.Module):
         super().__init__()
         self.ops, self.layout, self.rank, self.site, self.bare = tuple(ops), layout, rank, site, bare
         self.phase = _FULL
+        self.pack: tuple[str, ...] = ()
+        self.owner: tuple[Switched, ...] = ()  # in a tuple, so that it is no submodule
         self.shape: Shape = tuple(weight.shape)
         # Per op, the (op, name of its factor) to apply one after the other.
         self.stages = tuple(
@@ -60,23 +67,39 @@ class Switched(nn.Module):
 
     def forward(self, x: Tensor, *bias: Tensor | None, use: int = 0) -> Tensor:
         """``x`` as the op number ``use`` takes it. A bias given here (None included) stands in for the module's own."""
+        if use == STEM:
+            return x if self.phase == _FULL else self.apply_right(x)
         b = bias[0] if bias else self._parameters["bias"]
         if self.phase == _FULL:
             return self.ops[use](x, self._parameters["weight"], b)
         *first, (op, name) = self.stages[use]
-        for stage, factor in first:
+        for stage, factor in () if self.pack else first:
             x = stage(x, self._parameters[factor])
         return op(x, self._parameters[name], b)
+
+    def apply_right(self, x: Any) -> Any:
+        """The first stage alone."""
+        stage, factor = self.stages[0][0]
+        return stage(x, self._parameters[factor])
+
+    def join_pack(self, names: tuple[str, ...], owner: Switched) -> None:
+        """Become one of the sites that share the owner's ``right``."""
+        self.pack, self.owner = names, () if owner is self else (owner,)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """The names that hold this phase's parameters, the bias apart."""
-        return ("weight",) if self.phase == _FULL else self.layout.factor_names
+        return self.names_in(Phase(self.phase))
+
+    def names_in(self, phase: Phase) -> tuple[str, ...]:
+        """The names that hold the parameters of a phase, the bias apart."""
+        return ("weight",) if phase is Phase.FULL else self.layout.factor_names[: 1 if self.owner else 2]
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """(left, right) in LOW. Raises TransitionError in FULL, where there are none."""
-        left, right = (self._parameters[name] for name in self.layout.factor_names)
+        left_name, right_name = self.layout.factor_names
+        left, right = self._parameters[left_name], (*self.owner, self)[0]._parameters[right_name]
         if left is None or right is None:
             raise TransitionError(f"{self.site} is in FULL: it has no factors; enter LOW first")
         return left, right

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from . import optim
 from .errors import PlanError, TransitionError
 from .lowrank import full_precision
 from .net import unwrap
-from .optim import Carry
+from .optim import Carry, State
 from .parameters import Journal, parameters_of, refuse_parameter, replace_parameters
 from .phase import Phase, Setting
 from .plan import Plan
@@ -70,7 +71,12 @@ def enter_(
         return Transition(())
     if any(targets[name] is Phase.ADAPTOR for name in changing):
         raise TransitionError("the phase ADAPTOR is not built yet; use FULL or LOW")
-    moves = [_Move(modules, targets[name], modules[0].rank) for name, modules in changing.items()]
+    units = _units(sites, changing)
+    for unit in units:
+        together = [modules[0].site for modules in unit]
+        if len({targets.get(name, Phase(sites[name][0].phase)) for name in together}) > 1:
+            raise TransitionError(f"{', '.join(together)} share a factor: give them one phase")
+    moves = [_Move(unit, targets[unit[0][0].site], unit[0][0].rank) for unit in units]
     return _switch(root, moves, optimizer, carry)
 
 
@@ -83,13 +89,17 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
     root = unwrap(net)
     _refuse_wrapped(root)
     old, sites = plan_of(root), switched_modules(root)
-    if [(r.site.name, r.layout) for r in plan.sites] != [(r.site.name, r.layout) for r in old.sites]:
-        raise PlanError("the new plan has other sites or layouts than the net; only ranks can change")
-    moves = []
-    for row in plan.sites:
-        modules = sites[row.site.name]
-        if modules[0].rank != row.rank and modules[0].phase == int(Phase.LOW):
-            moves += [_Move(modules, phase, row.rank) for phase in (Phase.FULL, Phase.LOW)]
+    same = [[(row.site.name, row.layout, row.pack) for row in each.sites] for each in (plan, old)]
+    if same[0] != same[1]:
+        raise PlanError("the new plan has other sites, layouts or packs than the net; only ranks can change")
+    ranks = {row.site.name: row.rank for row in plan.sites}
+    changed = [name for name, modules in sites.items() if modules[0].rank != ranks[name]]
+    moves = [
+        _Move(unit, phase, ranks[unit[0][0].site])
+        for unit in _units(sites, changed)
+        if unit[0][0].phase == int(Phase.LOW)
+        for phase in (Phase.FULL, Phase.LOW)
+    ]
     transition = _switch(root, moves, optimizer, carry) if moves else Transition(())
     for row in plan.sites:
         for module in sites[row.site.name]:
@@ -164,16 +174,22 @@ def _check(sites: Mapping[str, list[Switched]], optimizer: Optimizer | None) -> 
 
 @dataclass(frozen=True)
 class _Move:
-    """One site, all its modules, to be brought into a phase, with a rank from then on."""
+    """One site, or a pack of them, each with all its modules, to be brought into a phase, with a rank from then on."""
 
-    modules: list[Switched]
+    sites: list[list[Switched]]
     phase: Phase
     rank: int
 
 
+def _units(sites: Mapping[str, list[Switched]], changing: Iterable[str]) -> list[list[list[Switched]]]:
+    """The sites that change, those of a pack together, the owner of the shared factor first."""
+    units = dict.fromkeys(sites[name][0].pack or (name,) for name in changing)
+    return [[sites[name] for name in unit] for unit in units]
+
+
 def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None, carry: Carry) -> Transition:
     """All moves, in order, or none of them."""
-    _check({move.modules[0].site: move.modules for move in moves}, optimizer)
+    _check({modules[0].site: modules for move in moves for modules in move.sites}, optimizer)
     if optimizer is not None and carry is Carry.MOVE and not optim.can_move(optimizer):
         carry = Carry.RESET
         optim.warn_reset(optimizer)
@@ -182,10 +198,10 @@ def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None
         for move in moves:
             try:
                 with full_precision():
-                    changes.append(_change_site(move, optimizer, carry, journal))
+                    changes += _change_sites(move, optimizer, carry, journal)
             except OSError as error:
                 raise TransitionError(
-                    f"no room to keep {move.modules[0].site} safe during its switch ({error}); "
+                    f"no room to keep {move.sites[0][0].site} safe during its switch ({error}); "
                     "net and optimizer are as before"
                 ) from error
     specialize_(root)
@@ -193,31 +209,64 @@ def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None
 
 
 @torch.no_grad()
-def _change_site(move: _Move, optimizer: Optimizer | None, carry: Carry, journal: Journal) -> SiteChange:
-    modules, module, phase = move.modules, move.modules[0], move.phase
-    name, before, carrying = module.site, Phase(module.phase), optimizer if carry is Carry.MOVE else None
-    layout, old = module.layout, parameters_of(module)
-    old_weight = module.weight.detach()
+def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journal: Journal) -> list[SiteChange]:
+    firsts, phase = [modules[0] for modules in move.sites], move.phase
+    name, layout, carrying = firsts[0].site, firsts[0].layout, optimizer if carry is Carry.MOVE else None
+    old_weights = [module.weight.detach() for module in firsts]
     if phase is Phase.LOW:
-        values: tuple[Tensor, ...] = layout.split(old_weight, move.rank)
-        states = optim.moved_to_factors(carrying, old[0], (values[0], values[1]), layout) if carrying else [{}, {}]
-        new_weight = layout.join((values[0], values[1]))
-        names: tuple[str, ...] = layout.factor_names
+        new = _factors(firsts, old_weights, move.rank, carrying)
+        right = new[0][1][0]
+        new_weights = [layout.join((values[0][0], right)) for values in new]
     else:
-        values = (old_weight,)
-        states = optim.moved_to_dense(carrying, module.factors, old_weight, layout) if carrying else [{}]
-        new_weight, names = old_weight, ("weight",)
-    if not all(bool(torch.isfinite(value).all()) for value in values):
+        new = _dense(firsts, old_weights, carrying)
+        new_weights = old_weights
+    if not all(bool(torch.isfinite(value).all()) for values in new for value, _ in values):
         raise TransitionError(f"{name} could not be split into finite factors; net and optimizer are as before")
-    lost = torch.linalg.vector_norm((new_weight - old_weight).float())
-    error = float(lost / torch.linalg.vector_norm(old_weight.float()).clamp_min(1e-30))
-    new = tuple(Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value in values)
-    replaced = module.parameter_names
-    journal.keep(modules, old)
-    for each in modules:
-        each.rank = move.rank
-    replace_parameters(modules, phase, dict(zip(names, new, strict=True)), optimizer, states)
-    return SiteChange(name, before, phase, replaced, names, error)
+    changes = []
+    for modules, values, old_weight, new_weight in zip(move.sites, new, old_weights, new_weights, strict=True):
+        module, before, replaced = modules[0], Phase(modules[0].phase), modules[0].parameter_names
+        lost = torch.linalg.vector_norm((new_weight - old_weight).float())
+        error = float(lost / torch.linalg.vector_norm(old_weight.float()).clamp_min(1e-30))
+        old, names = parameters_of(module), module.names_in(phase)
+        parameters = [Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value, _ in values]
+        journal.keep(modules, old)
+        for each in modules:
+            each.rank = move.rank
+        new_parameters = dict(zip(names, parameters, strict=True))
+        replace_parameters(modules, phase, new_parameters, optimizer, [state for _, state in values])
+        changes.append(SiteChange(module.site, before, phase, replaced, names, error))
+    return changes
+
+
+_Value: TypeAlias = tuple[Tensor, State]
+
+
+def _factors(
+    firsts: list[Switched], weights: list[Tensor], rank: int, optimizer: Optimizer | None
+) -> list[list[_Value]]:
+    """Per site the values of its new parameters with their optimizer states: (left, right), and (left,) of those that
+    share the first one's right.
+    """
+    layout, sizes = firsts[0].layout, [weight.shape[0] for weight in weights]
+    left, right = layout.split(torch.cat(weights) if len(weights) > 1 else weights[0], rank)
+    states: list[State] = [{}, {}]
+    if optimizer is not None:
+        states = optim.moved_to_factors(optimizer, [parameters_of(m)[0] for m in firsts], (left, right), layout)
+    lefts = left.split(sizes) if len(sizes) > 1 else [left]
+    new = [[value] for value in zip(lefts, optim.unstacked_state(states[0], sizes), strict=True)]
+    new[0].append((right, states[1]))
+    return new
+
+
+def _dense(firsts: list[Switched], weights: list[Tensor], optimizer: Optimizer | None) -> list[list[_Value]]:
+    """Per site the value of its dense weight with its optimizer state."""
+    sizes, states = [weight.shape[0] for weight in weights], [State() for _ in weights]
+    if optimizer is not None:
+        lefts, right = [module.factors[0] for module in firsts], firsts[0].factors[1]
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        (state,) = optim.moved_to_dense(optimizer, lefts, right, stacked, firsts[0].layout)
+        states = optim.unstacked_state(state, sizes)
+    return [[value] for value in zip(weights, states, strict=True)]
 
 
 def in_format_of(value: Tensor, old: Sequence[Parameter]) -> Tensor:

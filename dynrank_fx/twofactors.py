@@ -81,10 +81,10 @@ class TwoFactors:
         """How many numbers the factors hold."""
         return sum(math.prod(shape) for shape in self.factor_shapes(weight, rank))
 
-    def flops(self, op: Op, x: Shape, weight: Shape, rank: int) -> int:
-        """FLOPs of all stages for one input of shape ``x``."""
-        shapes, total = self.factor_shapes(weight, rank), 0
+    def flops(self, op: Op, x: Shape, weight: Shape, rank: int, *, last_only: bool = False) -> int:
+        """FLOPs of all stages for one input of shape ``x``; of the last alone where another site does the first."""
+        shapes, counts = self.factor_shapes(weight, rank), []
         for stage, index in self.stages(op):
-            total += stage.flops(x, shapes[index])
+            counts.append(stage.flops(x, shapes[index]))
             x = stage.output_shape(x, shapes[index])
-        return total
+        return counts[-1] if last_only else sum(counts)
