@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-gpu bench lint wheel clean
+.PHONY: demo test test-gpu fuzz bench lint wheel clean
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ test: $(INSTALLED)          ## the everyday tests; one thread each, so that JOBS
 
 test-gpu: $(INSTALLED)      ## what needs a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz -n $(JOBS)
 
 bench: $(INSTALLED)         ## the README's figures, measured here
 	$(BIN)/python samples/measure.py
