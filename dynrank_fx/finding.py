@@ -28,7 +28,8 @@ def find_sites(
         if reason:
             skipped.append(Skipped(name, shape, reason, tuple(others)))
         else:
-            sites.append(Site(name, shape, _uses(net, found, shapes or {}), tuple(others)))
+            reads = len({reader.weight for reader in found.readers if reader.graph is reader.region.net.graphs[False]})
+            sites.append(Site(name, shape, _uses(net, found, shapes or {}), tuple(others), reads))
     return tuple(sites), tuple(skipped)
 
 

@@ -1,20 +1,14 @@
-"""One run of a net's evaluation graph on fake tensors: shapes and FLOPs without memory or side effects."""
+"""One run of a net's evaluation graph on the example inputs: shapes and FLOPs, without side effects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,47 +70,32 @@ def measure(net: nn.Module, example_inputs: Any) -> Measured:
     if isinstance(net, Net):
         _placeholders(net.graphs[False], args, kwargs)
     modes = {module: module.training for module in net.modules()}
+    measured, counter = Measured(), FlopCounterMode(display=False)
     try:
         for module in modes:
             module.training = False
-        if isinstance(net, Net):
-            with suppress(DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-                return _run(net, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
-        # Shapes that depend on data need the data, and so may code that could not be traced.
-        with same_randomness(), same_buffers(net):
-            return _run(net, args, kwargs, None)
+        # Real tensors, not fake ones: those take a hundred times as long per operation, and cannot branch on data.
+        attention = (slow_attention(), sdpa_kernel(SDPBackend.MATH))  # whose products are counted
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), same_randomness(), same_buffers(net), *attention, counter):
+                stack.enter_context(context)
+            stack.enter_context(_watched(net, measured))
+            if isinstance(net, Net):
+                _record(net, args, kwargs, measured)
+            else:
+                net(*args, **kwargs)
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _run(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None) -> Measured:
-    measured = Measured()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), slow_attention(), sdpa_kernel(SDPBackend.MATH), counter:
-        if mode is None:
-            _call(net, args, kwargs, measured)
-        else:
-            args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-            with mode:
-                _call(net, args, kwargs, measured)
     measured.flops = counter.get_total_flops()
     return measured
-
-
-def _call(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], measured: Measured) -> None:
-    if isinstance(net, Net):
-        _record(net, args, kwargs, measured)
-        return
-    with _watched(net, measured):
-        net(*args, **kwargs)
 
 
 @contextmanager
 def _watched(root: nn.Module, measured: Measured) -> Iterator[None]:
     """Untraced code runs as it is: its captured parts are recorded, and the inputs of its layers noted."""
     handles: list[Any] = []
-    parts = [module for module in root.modules() if isinstance(module, Net)]
+    parts = [] if isinstance(root, Net) else [module for module in root.modules() if isinstance(module, Net)]
 
     def recorded(net: Net) -> Any:
         return lambda *args, **kwargs: _record(net, args, kwargs, measured)

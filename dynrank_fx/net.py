@@ -90,7 +90,7 @@ class Net(fx.GraphModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A site that replaced a bare parameter keeps that parameter's name.
-        for name, module in self.named_modules():
+        for name, module in self.named_modules(remove_duplicate=False):
             if getattr(module, "bare", False) and prefix + name in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)

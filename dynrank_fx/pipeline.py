@@ -14,7 +14,8 @@ from .overrides import Override
 from .plan import Plan
 from .planning import fit_plan, make_plan
 from .ranks import RankPolicy, Ratio
-from .rewrite import factorize_
+from .rewrite import factorize_, holds_captured
+from .switched import switched_modules
 from .tracing import Capture, capture
 
 _QUARTER = Ratio(0.25)
@@ -46,6 +47,11 @@ def transform(
 
     Raises CaptureError, PlanError; a plan without any site is a PlanError unless allow_empty.
     """
+    if isinstance(model, nn.Module) and holds_captured(model) and switched_modules(model):
+        raise PlanError(
+            f"{type(model).__name__} has been transformed already: change its ranks by replan_, or transform the "
+            f"original model, or what truncate makes of it"
+        )
     net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=how)
     if plan is None:
         plan = make_plan(

@@ -43,11 +43,14 @@ class PlannedSite:
 
     @property
     def flops(self) -> int | None:
-        """FLOPs of the factors over all uses on the example inputs; None where no example was given."""
+        """FLOPs of the factors on the example inputs, over all uses and reads of the dense matrix; None without an
+        example.
+        """
         if self.site.flops is None:
             return None
         own = len(self.factor_names) == 2
-        return sum(
+        joins = self.site.reads * self.layout.join_flops(self.site.shape, self.rank)
+        return joins + sum(
             self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank, last_only=not own)
             for use in self.site.uses
             if use.input_shape is not None
@@ -140,7 +143,9 @@ class Plan:
         head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "", "why dense")
         lines = [text_table(head, rows, right=(3,)), ""]
         sites, matrices = _amount(len(self.sites), "site", "sites"), _amount(len(self.skipped), "matrix", "matrices")
-        lines.append(f"{sites} factored, {matrices} left dense" + (f"; captured {self.capture}" * bool(self.capture)))
+        lines.append(f"{sites} factored, {matrices} left dense")
+        if self.capture:
+            lines.append(f"captured    {self.capture}")
         lines.append(f"parameters  {_change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
             lines.append(f"FLOPs       {_change(self.total_flops, self.low_flops)} on the example inputs")
@@ -178,7 +183,15 @@ def _change(before: int, after: int) -> str:
 def _row_from_json(data: dict[str, Any]) -> PlannedSite:
     site = Site.from_json(data["site"])
     pack = tuple(map(str, data.get("pack", ())))
-    return PlannedSite(site, layout_named(data["layout"], site.uses[0].op), data["rank"], pack)
+    return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], pack)
+
+
+def layout_of(site: Site, name: str) -> Layout:
+    """The layout of this name for the site. Raises PlanError where there is none."""
+    try:
+        return layout_named(name, site.uses[0].op)
+    except PlanError as error:
+        raise PlanError(f"{site.name} cannot be factored as planned: {error}") from error
 
 
 def checked_rows(rows: Iterable[PlannedSite]) -> tuple[PlannedSite, ...]:

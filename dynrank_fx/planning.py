@@ -12,12 +12,12 @@ from torch import nn
 from .errors import PlanError
 from .finding import find_sites
 from .interpret import measure
-from .layout import ChannelLayout, ConvLayout, Layout, layout_for, layout_named
+from .layout import ChannelLayout, ConvLayout, Layout, layout_for
 from .locate import Located, locate, meta_of
 from .ops import Op
 from .overrides import Override, checked_conv_layout, matches, override_of, ranks_by_policy
 from .packs import curve_of, packs_of
-from .plan import Plan, PlannedSite, checked_rows
+from .plan import Plan, PlannedSite, checked_rows, layout_of
 from .ranks import RankPolicy, checked_policy
 from .sites import Site, Skipped
 
@@ -162,7 +162,7 @@ def fit_plan(net: nn.Module, plan: Plan, example_inputs: Any = None) -> Plan:
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
-        rows.append(PlannedSite(here, layout_named(row.layout.name, here.uses[0].op), row.rank, row.pack))
+        rows.append(PlannedSite(here, layout_of(here, row.layout.name), row.rank, row.pack))
     checked_rows(rows)
     flops = measured.flops if measured else None
     if measured is None and [_ops(row) for row in rows] == [_ops(row) for row in plan.sites]:

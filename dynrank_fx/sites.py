@@ -22,13 +22,15 @@ class Use:
 class Site:
     """One weight that could be factored, and every use of it. Names only: no node and no parameter.
 
-    name: the first qualified name of the weight in the original model; aliases: its other names.
+    name: the first qualified name of the weight in the original model; aliases: its other names. reads: how often
+    the model's code reads the dense matrix besides, which then has to be computed from the factors.
     """
 
     name: str
     shape: Shape
     uses: tuple[Use, ...]
     aliases: tuple[str, ...] = ()
+    reads: int = 0
 
     @property
     def kind(self) -> str:
@@ -51,7 +53,8 @@ class Site:
 
     def to_json(self) -> dict[str, Any]:
         uses = [{**op_to_json(use.op), "input_shape": use.input_shape} for use in self.uses]
-        return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "uses": uses}
+        reads = {"reads": self.reads} if self.reads else {}
+        return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "uses": uses, **reads}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Site:
@@ -60,7 +63,10 @@ class Site:
             shape = use["input_shape"]
             op = op_from_json({k: v for k, v in use.items() if k != "input_shape"})
             uses.append(Use(op, None if shape is None else _shape(shape)))
-        return cls(_text(data["name"]), _shape(data["shape"]), tuple(uses), tuple(map(_text, data["aliases"])))
+        aliases = tuple(map(_text, data["aliases"]))
+        return cls(
+            _text(data["name"]), _shape(data["shape"]), tuple(uses), aliases, operator.index(data.get("reads", 0))
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from .locate import is_captured
 from .net import unwrap
 from .phase import Phase
 from .rewrite import inline
+from .switched import switched_modules
 from .transition import enter_
 
 
@@ -25,7 +26,8 @@ def truncate(net: nn.Module) -> nn.Module:
         raise PlanError(f"{type(net).__name__} cannot be truncated: it was not made by transform or factorize")
     twin = copy.deepcopy(source)
     twin.zero_grad()  # the copy brings pending gradients along, which a switch refuses to lose
-    enter_(twin, Phase.LOW)
+    if switched_modules(twin):
+        enter_(twin, Phase.LOW)
     if not getattr(twin, "fixed_mode", False):
         twin.eval()
     return inline(twin)

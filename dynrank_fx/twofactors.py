@@ -81,6 +81,10 @@ class TwoFactors:
         """How many numbers the factors hold."""
         return sum(math.prod(shape) for shape in self.factor_shapes(weight, rank))
 
+    def join_flops(self, weight: Shape, rank: int) -> int:
+        """FLOPs of computing the weight from its factors."""
+        return 2 * math.prod(weight) * rank
+
     def flops(self, op: Op, x: Shape, weight: Shape, rank: int, *, last_only: bool = False) -> int:
         """FLOPs of all stages for one input of shape ``x``; of the last alone where another site does the first."""
         shapes, counts = self.factor_shapes(weight, rank), []

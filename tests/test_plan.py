@@ -283,6 +283,7 @@ deep.weight    16x1x3x3   dense          144                                 dep
 head.weight    20x24      dense          480                                 excluded by name
 
 3 sites factored, 2 matrices left dense
+captured    by symbolic tracing
 parameters  5,371 -> 2,086 (38.8% of dense)
 FLOPs       541,296 -> 193,244 (35.7% of dense) on the example inputs"""
 
@@ -292,6 +293,7 @@ weight                        shape  layout  rank  params
 first.weight = second.weight  10x10  linear     2  100 -> 40  2 uses
 
 1 site factored, 0 matrices left dense
+captured    by symbolic tracing
 parameters  120 -> 60 (50.0% of dense)"""
 
 

@@ -134,7 +134,14 @@ def test_an_exported_graph_is_rewritten_alike():
     assert ("get_attr", "fc.weight") in calls(net)
     factored = dr.factorize(net, plan)
     relu, mean = ("call_function", "aten.relu.default"), ("call_function", "aten.mean.dim")
-    assert calls(factored) == [("call_module", "conv"), relu, mean, ("call_module", "fc"), ("call_module", "w")]
+    checks = {"aten.sym_size.int", "eq", "_assert"}  # of the sizes that the graph was exported for
+    assert [call for call in calls(factored) if call[1] not in checks] == [
+        ("call_module", "conv"),
+        relu,
+        mean,
+        ("call_module", "fc"),
+        ("call_module", "w"),
+    ]
     dr.enter_(factored, dr.Phase.LOW)
     reads = [target for op, target in calls(dr.inline(factored)) if op == "get_attr"]
     assert sorted(reads) == sorted(name for name, _ in factored.named_parameters())
@@ -232,14 +239,14 @@ def test_a_plan_with_a_site_that_must_stay_dense_raises_with_the_reason():
             self.fc = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x) + self.fc.weight.sum()
+            return self.fc(x), self.fc.weight
 
     class Plain(Read):
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x)
 
     plan = dr.make_plan(dr.capture(Plain()), dr.Fixed(2))
-    with pytest.raises(dr.PlanError, match=r"factors fc\.weight, which must stay dense: read by `sum` too"):
+    with pytest.raises(dr.PlanError, match=r"factors fc\.weight, which must stay dense: the output needs"):
         dr.factorize(dr.capture(Read()), plan)
 
 
