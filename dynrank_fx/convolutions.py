@@ -32,7 +32,7 @@ class ConvOp:
 
     spreads = False
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None) -> Any:
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)
         convolve = _CONV[len(self.stride)]
@@ -96,7 +96,7 @@ class ConvTransposeOp:
 
     spreads = True
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None) -> Any:
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
         convolve = _TRANSPOSED[len(self.stride)]
         return convolve(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 

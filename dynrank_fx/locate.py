@@ -18,7 +18,7 @@ from .net import Net
 from .ops import LinearOp, Op, View
 from .products import WHOLE
 from .recognize import module_op
-from .weightviews import parts_of, reads_metadata
+from .weightviews import gather_index, parts_of, reads_metadata
 
 _META = "dynrank_meta"  # the attribute that stands in for GraphModule.meta where the model keeps its own class
 
@@ -68,6 +68,12 @@ class NodeUse:
         """The bias that is given in the call: a node, or None for none."""
         call = self._call()
         return None if call is None else call.bias
+
+    @property
+    def at(self) -> fx.Node | None:
+        """The node that says which matrices of a stack are gathered, where some are."""
+        indices = (gather_index(view) for view in self.views)
+        return next((index for index in indices if index is not None), None)
 
     def _call(self) -> Call | None:
         if self.node is None or self.weight is None:

@@ -1,7 +1,8 @@
 """The operations a site can be: pure values that apply, and count.
 
-An op takes (input, weight, bias) and holds everything else (stride, padding, which part of the weight, ...), so that
-the same value runs the dense weight, each factor, and an fx.Proxy when a graph is inlined.
+An op takes (input, weight, bias, and which matrices of a stack to gather) and holds everything else (stride, padding,
+which part of the weight, ...), so that the same value runs the dense weight, each factor, and an fx.Proxy when a graph
+is inlined.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .inputs import fresh
 from .locate import untraced
 from .net import Net
 from .recognize import module_op
-from .sameness import difference, doubt, evaluated
+from .sameness import ROUNDING, difference, difference_from, output, own_backwards
 from .symbolic import closed_layers, trace_symbolically
 
 
@@ -55,7 +55,7 @@ def layers_read(root: nn.Module, example_inputs: Any) -> list[str]:
     try:
         for module in kinds:
             module.__class__ = _watched(type(module), read)
-        evaluated(root, example_inputs)
+        output(root, example_inputs, mode=False)
     finally:
         for module, kind in kinds.items():
             module.__class__ = kind
@@ -100,7 +100,7 @@ def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Any]:
         if name and not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(noting(name), with_kwargs=True))
     try:
-        return calls, evaluated(root, example_inputs)
+        return calls, output(root, example_inputs, mode=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -110,15 +110,17 @@ def _captured(part: nn.Module, call: Any) -> Net | None:
     """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
     try:
         net = trace_symbolically(part, part)
-        if not closed_layers(net) and doubt(net, part, call) is None:
+        if not closed_layers(net) and difference(net, part, call).size == 0:
             return net
     except CaptureError:
         pass  # torch.export is next
+    if own_backwards(part, call):
+        return None
     try:
         net = export_both_modes(part, part, call)
     except CaptureError:
         return None  # it keeps its own code, and its children are tried
-    return net if doubt(net, part, call) is None else None
+    return net if difference(net, part, call).size <= ROUNDING else None
 
 
 def _serves(root: nn.Module, name: str, net: Net, expected: Any, example_inputs: Any) -> bool:
@@ -126,6 +128,6 @@ def _serves(root: nn.Module, name: str, net: Net, expected: Any, example_inputs:
     part = root.get_submodule(name)
     root.set_submodule(name, net)
     try:
-        return difference(root, expected, example_inputs) is None
+        return difference_from(root, expected, example_inputs, mode=False).size == 0
     finally:
         root.set_submodule(name, part)

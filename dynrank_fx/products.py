@@ -16,24 +16,31 @@ Shape: TypeAlias = tuple[int, ...]
 class View:
     """The part of a weight [..., m, n] that the model's code takes: ``W[index][rows, columns]``, transposed or not.
 
-    rows, columns: half-open ranges; None for all. index: of the first axis of a weight of three axes.
+    rows, columns: half-open ranges; None for all. index: of the first axis of a weight of three axes. gathered: the
+    first axis is indexed by a tensor, given as ``at`` (each example's own matrix, as in a mixture of experts). dtype:
+    the type it is cast to.
     """
 
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
     transposed: bool = False
     index: int | None = None
+    gathered: bool = False
+    dtype: str | None = None
 
-    def __call__(self, weight: Any) -> Any:
+    def __call__(self, weight: Any, at: Any = None) -> Any:
         if self.index is not None:
             weight = weight[self.index]
+        if self.gathered:
+            weight = weight[at]
         for axis, part in ((-2, self.rows), (-1, self.columns)):
             if part is not None:
                 weight = weight.narrow(axis, part[0], part[1] - part[0])
-        return weight.mT if self.transposed else weight
+        weight = weight.mT if self.transposed else weight
+        return weight if self.dtype is None else weight.to(getattr(torch, self.dtype))
 
     def shape(self, weight: Shape) -> Shape:
-        """The shape of what is taken."""
+        """The shape of what is taken; where it is gathered, the first axis is as long as the input says."""
         *batch, m, n = weight if self.index is None else weight[1:]
         m, n = (size if part is None else part[1] - part[0] for size, part in ((m, self.rows), (n, self.columns)))
         return (*batch, n, m) if self.transposed else (*batch, m, n)
@@ -59,8 +66,8 @@ class LinearOp:
     kind = "linear"
     contracts_rows = False
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        return F.linear(x, self.view(weight), bias)
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        return F.linear(x, self.view(weight, at), bias)
 
     @property
     def first(self) -> LinearOp:
@@ -94,8 +101,8 @@ class MatmulOp:
 
     kind = "matmul"
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        W = self.view(weight)
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        W = self.view(weight, at)
         a, b = (W, x) if self.weight_first else (x, W)
         if bias is None:
             return torch.matmul(a, b)
@@ -115,7 +122,9 @@ class MatmulOp:
         return replace(self, view=WHOLE)
 
     def output_shape(self, x: Shape, weight: Shape) -> Shape:
-        a, b = (self.view.shape(weight), x) if self.weight_first else (x, self.view.shape(weight))
+        W = self.view.shape(weight)
+        W = (*x[:-2], *W[-2:]) if self.view.gathered else W
+        a, b = (W, x) if self.weight_first else (x, W)
         batch = torch.broadcast_shapes(a[:-2], b[:-2])
         return (*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
 
@@ -136,9 +145,9 @@ class EmbeddingOp:
     kind = "embedding"
     contracts_rows = True
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None) -> Any:
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
         settings = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
-        return F.embedding(x, self.view(weight), self.padding_idx, **settings)  # type: ignore[arg-type]
+        return F.embedding(x, self.view(weight, at), self.padding_idx, **settings)  # type: ignore[arg-type]
 
     @property
     def first(self) -> EmbeddingOp:
@@ -171,7 +180,7 @@ class EinsumOp:
 
     kind = "einsum"
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None) -> Any:
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
         first, second = (self.weight, self.x) if self.weight_first else (self.x, self.weight)
         operands = (weight, x) if self.weight_first else (x, weight)
         return torch.einsum(f"{first},{second}->{self.out}", *operands)

@@ -157,6 +157,8 @@ def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
     args: tuple[Any, ...] = (x,) if use.own_bias or (bias is None and own is None) else (x, bias)
     number = module.ops.index(use.op)
     kwargs: dict[str, Any] = {"use": number} if number else {}
+    if use.at is not None:
+        kwargs["at"] = use.at
     target = path.removeprefix(region.prefix)
     if node.op == "call_module":
         node.target, node.args, node.kwargs = target, args, kwargs
@@ -273,6 +275,7 @@ def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
     before = node.prev
     with graph.inserting_before(node):
         x, *given = (fx.Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg for arg in node.args)
+        at = fx.Proxy(node.kwargs["at"], tracer) if "at" in node.kwargs else None  # type: ignore[arg-type]
         dense = module.parameter_names == ("weight",)
         result: Any
         own = module._parameters["bias"] is not None and not given and use != STEM
@@ -282,11 +285,11 @@ def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
             stage, factor = first[0]
             result = x if dense else stage(x, read(factor))
         elif dense:
-            result = module.ops[use](x, read("weight"), bias)
+            result = module.ops[use](x, read("weight"), bias, at)
         else:
             for stage, factor in () if module.pack else first:
-                x = stage(x, read(factor))
-            result = op(x, read(name), bias)
+                x = stage(x, read(factor), None, at)
+            result = op(x, read(name), bias, at)
     _replace(graph, node, result.node, before)
 
 

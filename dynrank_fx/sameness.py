@@ -1,13 +1,16 @@
-"""Whether a captured net computes what its model computes, on the example inputs."""
+"""Whether a captured net computes what its model computes, on the example inputs and in both modes."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from .inputs import fresh, split_inputs
@@ -16,36 +19,68 @@ from .origin import first_line
 from .scopes import same_buffers, same_randomness, slow_attention
 
 
-def doubt(net: nn.Module, model: nn.Module, example_inputs: Any) -> str | None:
-    """Why the net should not be relied on, as a sentence; None where it gives the same bits, or without an example."""
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far two outputs are apart: as a share of the largest value (infinite where they cannot be compared), and in
+    words.
+    """
+
+    size: float
+    words: str
+
+
+_NONE = Difference(0.0, "")
+# What torch.export may be off by: models choose other, equal ways of computing (masks, say) while they are traced.
+ROUNDING = 1e-5
+
+
+def difference(net: nn.Module, model: nn.Module, example_inputs: Any) -> Difference:
+    """Of the outputs of the net and its model, in the worse of both modes; none without an example.
+
+    Training is compared under the same random numbers, and only where the model trains on the example at all.
+    """
     if example_inputs is None:
-        return None
-    expected = evaluated(copy.deepcopy(model), example_inputs)
-    return difference(copy.deepcopy(net), expected, example_inputs)
-
-
-def difference(net: nn.Module, expected: Any, example_inputs: Any) -> str | None:
-    """How the output of the net in evaluation mode differs from the expected one; None where it has the same bits."""
+        return _NONE
+    twin, reference = copy.deepcopy(net), copy.deepcopy(model)
+    found = [difference_from(twin, output(reference, example_inputs, mode=False), example_inputs, mode=False)]
     try:
-        got = evaluated(net, example_inputs)
+        expected = output(reference, example_inputs, mode=True)
+    except Exception:  # a batch norm over one row, say: no business of the net
+        return found[0]
+    found.append(difference_from(twin, expected, example_inputs, mode=True))
+    return max(found, key=lambda each: each.size)
+
+
+def difference_from(net: nn.Module, expected: Any, example_inputs: Any, *, mode: bool) -> Difference:
+    """Of the net's output in one mode from the expected one."""
+    where = "in training " if mode else ""
+    try:
+        got = output(net, example_inputs, mode=mode)
     except Exception as error:
-        return f"its graph fails on the example inputs: {first_line(error)}."
-    return None if equal(expected, got) else "its graph computes something else on the example inputs."
+        return Difference(float("inf"), f"its graph fails {where}on the example inputs: {first_line(error)}.")
+    size = apart(expected, got)
+    return Difference(size, f"its graph computes something else {where}on the example inputs." if size else "")
 
 
-def evaluated(model: nn.Module, example_inputs: Any) -> Any:
-    """The output in evaluation mode; modes and buffers are as before afterwards."""
+def output(model: nn.Module, example_inputs: Any, *, mode: bool) -> Any:
+    """The output in evaluation (False) or training mode; modes and buffers are as before afterwards."""
+    with torch.no_grad(), slow_attention(), same_buffers(model), _in_mode(model, mode):
+        return run(model, example_inputs)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    with torch.no_grad(), slow_attention(), same_buffers(model):
-        try:
-            model.eval()
-            return run(model, example_inputs)
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            for module in modes:
-                if isinstance(module, Net):
-                    module.specialize(module.setting)
+    try:
+        if not getattr(model, "fixed_mode", False):
+            model.train(mode)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for module in modes:
+            if isinstance(module, Net):
+                module.specialize(module.setting)
 
 
 def run(model: nn.Module, example_inputs: Any) -> Any:
@@ -55,15 +90,51 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
         return model(*args, **kwargs)
 
 
-def equal(a: Any, b: Any) -> bool:
-    """The same bits in every tensor of two outputs, NaN being equal to NaN."""
+def apart(a: Any, b: Any) -> float:
+    """The largest difference as a share of the largest value: 0 for the same bits (NaN being NaN), infinite where the
+    outputs have other parts, shapes or dtypes.
+    """
     leaves_a, leaves_b = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    return len(leaves_a) == len(leaves_b) and all(map(_same_leaf, leaves_a, leaves_b))
+    if len(leaves_a) != len(leaves_b):
+        return float("inf")
+    return max(map(_leaves_apart, leaves_a, leaves_b), default=0.0)
 
 
-def _same_leaf(x: Any, y: Any) -> bool:
+def _leaves_apart(x: Any, y: Any) -> float:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return float("inf")
+        if bool(((x == y) | (x.isnan() & y.isnan())).all()):
+            return 0.0
+        if not x.is_floating_point() or not bool((x.isfinite() == y.isfinite()).all()):
+            return float("inf")
+        sound = x.isfinite() & y.isfinite()
+        return float((x - y)[sound].abs().max() / x[sound].abs().max().clamp_min(torch.finfo(x.dtype).tiny))
     if dataclasses.is_dataclass(x) and type(x) is type(y):
-        return equal(vars(x), vars(y))
-    return bool(x == y)
+        return apart(vars(x), vars(y))
+    return 0.0 if bool(x == y) else float("inf")
+
+
+def own_backwards(model: nn.Module, example_inputs: Any) -> list[str]:
+    """The autograd functions with a backward of their own that a training step goes through: torch.export would trace
+    their forward only, and autograd would find another gradient.
+    """
+    twin = copy.deepcopy(model)
+    if not getattr(twin, "fixed_mode", False):
+        twin.train()
+    try:
+        with torch.enable_grad(), slow_attention():
+            leaves = pytree.tree_leaves(run(twin, example_inputs))
+    except Exception:  # what cannot train has no gradient to lose
+        return []
+    waiting = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    seen = set(waiting)
+    found: dict[str, None] = {}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, BackwardCFunction):
+            found[type(node).__name__.removesuffix("Backward")] = None
+        more = [following for following, _ in node.next_functions if following is not None and following not in seen]
+        seen.update(more)
+        waiting += more
+    return list(found)

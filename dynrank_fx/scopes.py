@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from .randomness import random_state, set_random_state
 
+_KEPT = ("_parameters", "_modules")
 _CONSTANT = "_tensor_constant"  # torch.fx's name for a tensor that forward makes
 
 
@@ -55,7 +57,7 @@ def in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
     tracer's own constants are added.
     """
     open_ = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in open_]
+    before = [(module, dict(vars(module)), _dictionaries(module)) for module in open_]
     apart = [module for module in root.modules() if module.training != mode] if mode == root.training else []
     with same_randomness(), same_buffers(root):
         try:
@@ -64,9 +66,26 @@ def in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
                 module.training = not mode
             yield
         finally:
-            for module, attributes, buffers in before:
+            for module, attributes, dictionaries in before:
                 constants = {name: value for name, value in vars(module).items() if name.startswith(_CONSTANT)}
                 vars(module).clear()
                 vars(module).update(attributes | constants)
-                module._buffers.clear()
-                module._buffers.update(buffers)
+                for name, content in dictionaries.items():
+                    vars(module)[name].clear()
+                    vars(module)[name].update(content)
+
+
+def _dictionaries(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """The content of the dictionaries that forward may change in place: buffers, and hooks that it may register."""
+    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict) and name not in _KEPT}
+
+
+@contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """torch.distributions without the checks of its arguments, which branch on data. Put back afterwards."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)

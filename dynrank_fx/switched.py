@@ -65,17 +65,20 @@ class Switched(nn.Module):
             self._parameters[name] = None
         self._parameters["bias"] = bias
 
-    def forward(self, x: Tensor, *bias: Tensor | None, use: int = 0) -> Tensor:
-        """``x`` as the op number ``use`` takes it. A bias given here (None included) stands in for the module's own."""
+    def forward(self, x: Tensor, *bias: Tensor | None, use: int = 0, at: Tensor | None = None) -> Tensor:
+        """``x`` as the op number ``use`` takes it. A bias given here (None included) stands in for the module's own.
+
+        at: which matrices of a stack the op gathers.
+        """
         if use == STEM:
             return x if self.phase == _FULL else self.apply_right(x)
         b = bias[0] if bias else self._parameters["bias"]
         if self.phase == _FULL:
-            return self.ops[use](x, self._parameters["weight"], b)
+            return self.ops[use](x, self._parameters["weight"], b, at)
         *first, (op, name) = self.stages[use]
         for stage, factor in () if self.pack else first:
-            x = stage(x, self._parameters[factor])
-        return op(x, self._parameters[name], b)
+            x = stage(x, self._parameters[factor], None, at)
+        return op(x, self._parameters[name], b, at)
 
     def apply_right(self, x: Any) -> Any:
         """The first stage alone."""

@@ -18,7 +18,7 @@ from .net import Net, copy_graph, copy_tree, finished, unwrap
 from .origin import describe, first_line
 from .piecewise import capture_parts, layers_read
 from .recognize import module_op
-from .sameness import doubt, run
+from .sameness import ROUNDING, difference, own_backwards, run
 from .symbolic import closed_layers, trace_symbolically
 
 _RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_codes", "_graph"}
@@ -75,7 +75,8 @@ def capture(
     if how is Capture.SYMBOLIC:
         return _noted(trace_symbolically(twin, model), "by symbolic tracing, as asked")
     if how is Capture.EXPORT:
-        return _noted(export_both_modes(twin, model, example_inputs, dynamic_shapes), "by torch.export, as asked")
+        net, rounding = _exported(model, example_inputs, dynamic_shapes)
+        return _noted(net, f"by torch.export, as asked{rounding}")
     if how is Capture.MODULES:
         return _parts(twin, model, example_inputs, "as asked")
     return _best(model, twin, example_inputs, dynamic_shapes)
@@ -84,10 +85,11 @@ def capture(
 def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> nn.Module:
     """Symbolic tracing if it is faithful and opens everything, else torch.export, else what can be had in parts."""
     net: Net | None = None
+    closed: list[str] = []
     try:
         net = trace_symbolically(twin, model)
-        why = doubt(net, twin, example_inputs)
-        faithful = why is None
+        why = difference(net, twin, example_inputs).words
+        faithful = not why
         closed = closed_layers(net) if faithful and example_inputs is not None else []
         if closed:
             why = f"{closed[0]} stays closed to symbolic tracing."
@@ -95,11 +97,11 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
         why, faithful = str(error), False
         if example_inputs is None:
             raise
-    if net is not None and why is None:
+    if net is not None and not why:
         return _noted(net, "by symbolic tracing")
-    assert why is not None
     try:
-        return _noted(export_both_modes(_copy(model), model, example_inputs, dynamic_shapes), f"by torch.export: {why}")
+        exported, rounding = _exported(model, example_inputs, dynamic_shapes)
+        return _noted(exported, f"by torch.export{rounding}: {why}")
     except CaptureError as error:
         reasons = f"{error} Symbolic tracing before it: {why}"
     if net is not None and faithful:  # sound, with closed layers: those that can be are opened by themselves
@@ -112,6 +114,24 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
         raise CaptureError(f"{reasons} Module by module after it: {error}") from error
 
 
+def _exported(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[Net, str]:
+    """The net, and in words how it differs by rounding, if it does.
+
+    Raises CaptureError where the graph would differ by more, or train with other gradients.
+    """
+    twin, kind = _copy(model), type(model).__name__
+    functions = own_backwards(twin, example_inputs)
+    if functions:
+        raise CaptureError(
+            f"{kind} cannot be exported: {functions[0]} has a backward of its own, which torch.export leaves out."
+        )
+    net = export_both_modes(twin, model, example_inputs, dynamic_shapes)
+    found = difference(net, model, example_inputs)
+    if found.size > ROUNDING:
+        raise CaptureError(f"{kind} as torch.export has it is not the same: {found.words}")
+    return net, f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
+
+
 def _parts(twin: nn.Module, model: nn.Module, example_inputs: Any, why: str) -> nn.Module:
     """The copy of the model with its parts captured one by one, its own code running around them."""
     if example_inputs is None:
@@ -120,9 +140,9 @@ def _parts(twin: nn.Module, model: nn.Module, example_inputs: Any, why: str) -> 
     layers = [module for _, module in untraced(twin) if module_op(module) is not None]
     if not parts and not layers:
         raise CaptureError(f"no part of {type(model).__name__} with a matrix in it can be traced by itself.")
-    difference = doubt(twin, model, example_inputs)
-    if difference:
-        raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {difference}")
+    found = difference(twin, model, example_inputs)
+    if found.size > ROUNDING:
+        raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {found.words}")
     meta_of(twin)["read"] = layers_read(twin, example_inputs)
     return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
 

@@ -18,6 +18,7 @@ _TRANSPOSES = {torch.transpose, "transpose", torch.swapaxes, "swapaxes", _aten.t
 _PERMUTES = {torch.permute, "permute", _aten.permute.default}
 _SPLITS = {torch.split, "split", _aten.split.Tensor, _aten.split_with_sizes.default, _aten.split.sizes}
 _CHUNKS = {torch.chunk, "chunk", _aten.chunk.default}
+_CASTS = {"to", _aten.to.dtype}
 _NARROWS = {torch.narrow, "narrow", _aten.narrow.default}
 _SELECTS = {torch.select, "select", _aten.select.int}
 # What asks only how the weight looks, or checks that.
@@ -32,7 +33,9 @@ def reads_metadata(user: fx.Node) -> bool:
     """Whether the node reads only the dtype, device or shape of the weight."""
     if user.target is getattr:
         return user.args[1] in _METADATA
-    return user.op in ("call_function", "call_method") and user.target in _METADATA_CALLS and len(user.args) < 3
+    if user.target == "type":
+        return len(user.args) == 1
+    return user.op in ("call_function", "call_method") and user.target in _METADATA_CALLS
 
 
 def parts_of(user: fx.Node, view: View, weight: Shape) -> list[tuple[fx.Node, View]] | None:
@@ -45,6 +48,11 @@ def parts_of(user: fx.Node, view: View, weight: Shape) -> list[tuple[fx.Node, Vi
         return None
     if user.target is _aten.alias.default:
         return [(user, view)]
+    if gather_index(user) is not None and len(view.shape(weight)) == 3 and not view.gathered and view.index is None:
+        return [(user, replace(view, gathered=True))]
+    if user.target in _CASTS and len(user.args) == 2 and isinstance(user.args[1], torch.dtype) and not user.kwargs:
+        name = str(user.args[1]).removeprefix("torch.")
+        return [(user, replace(view, dtype=name))] if user.args[1].is_floating_point and view.dtype is None else None
     shape = view.shape(weight)
     if _swaps(user, len(shape)):
         return [(user, replace(view, transposed=not view.transposed))]
@@ -58,6 +66,17 @@ def parts_of(user: fx.Node, view: View, weight: Shape) -> list[tuple[fx.Node, Vi
     else:
         return None
     return None if parts is None else [(user, parts)]
+
+
+def gather_index(user: fx.Node) -> fx.Node | None:
+    """The node by which ``user`` indexes the first axis of what it reads; None where it does something else."""
+    if user.target is operator.getitem:
+        index = user.args[1]
+    elif user.target is _aten.index.Tensor and isinstance(user.args[1], list | tuple) and len(user.args[1]) == 1:
+        index = user.args[1][0]
+    else:
+        return None
+    return index if isinstance(index, fx.Node) else None
 
 
 def _swaps(user: fx.Node, ndim: int) -> bool:

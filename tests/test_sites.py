@@ -210,6 +210,23 @@ FOUND |= {
         X,
         {"w": 3},
     ),
+    "matrices gathered by an index": (
+        made(
+            lambda s, x: (
+                torch.bmm(s.w[(x[:, 0] > 0).long()], x.unsqueeze(-1)).squeeze(-1)
+                + torch.bmm(x.unsqueeze(1), s.v[(x[:, 1] > 0).long()].transpose(1, 2)[:, :, :6])[:, 0]
+            ),
+            w=matrix(2, 6, 8),
+            v=matrix(2, 7, 8),
+        ),
+        X,
+        {"w": 1, "v": 1},
+    ),
+    "a weight cast to another type": (
+        made(lambda s, x: F.linear(x.double(), s.w.to(torch.float64)[2:]).float(), w=matrix(8, 8)),
+        X,
+        {"w": 1},
+    ),
     "einsum with a shared axis": (
         made(lambda s, x: torch.einsum("bhd,hde->bhe", x.unflatten(1, (2, 4)), s.w), w=matrix(2, 4, 5)),
         X,

@@ -859,3 +859,150 @@ def test_a_parameter_as_the_input_of_a_layer_is_measured_too(how):
         "fc.weight": 2 * 3 * 64,
         "head.weight": 2 * (3 + 6) * 32,
     }
+
+
+# What torch.export would get wrong by itself
+
+
+class Attending(nn.Module):
+    """Attention over a sequence of any length, with positions; symbolic tracing cannot unpack its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(20, 8), nn.Embedding(32, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, length = tokens.shape
+        x = self.embed(tokens) + self.positions(torch.arange(length, device=tokens.device))
+        return self.layer(x, src_key_padding_mask=mask).reshape(batch * length, 8)
+
+
+def test_batch_and_sequence_length_stay_free_and_what_the_model_fixes_is_refused():
+    torch.manual_seed(0)
+    model = randomized(Attending())
+    net = dr.capture(model, (torch.randint(20, (2, 6)), torch.zeros(2, 6, dtype=torch.bool)))
+    for batch, length in ((2, 6), (3, 11), (1, 4)):
+        mask = torch.arange(length) >= torch.tensor([[length - 1]] * batch)
+        assert_alike(net, model, torch.randint(20, (batch, length)), mask)
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.zeros_like(x[:, 0])
+            for t in range(int(x.shape[1])):
+                h = torch.tanh(self.cell(h + x[:, t]))
+            return h
+
+    unrolled, x = Unrolled(), torch.randn(2, 5, 8)
+    net = dr.capture(unrolled, (x,), how=dr.Capture.EXPORT)
+    assert_alike(net, unrolled, torch.randn(4, 5, 8))
+    with pytest.raises(AssertionError, match="exported for 5 numbers in dimension 1 of x, and serves no other"):
+        net(torch.randn(4, 6, 8))
+
+
+SEEN: list[Tensor] = []
+
+
+class Watching(nn.Module):
+    """Hooks that the first forward registers, as libraries do to collect hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.hooked = nn.Linear(8, 8), nn.Linear(8, 8), False
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        if not self.hooked:
+            self.hooked = True
+            for layer in (self.a, self.b):
+                layer.register_forward_hook(lambda module, args, output: SEEN.append(output))
+        SEEN.clear()
+        x = self.b(torch.tanh(self.a(x.reshape(int(x.shape[0]), 8))))
+        return {"out": x, "hidden": tuple(SEEN)}
+
+
+def test_hooks_that_forward_registers_are_not_registered_twice():
+    model, x = Watching(), torch.randn(4, 8)
+    net = dr.capture(model, (x,))
+    expected = copy.deepcopy(model)(x)
+    assert len(expected["hidden"]) == 2
+    assert same(net.eval()(x), expected)
+    assert same(net.train()(x), expected)
+    assert not model.hooked, "the model given is as it was"
+
+
+class Rounded(torch.autograd.Function):
+    """Rounding whose gradient passes straight through: torch.export would see a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class StraightThrough(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = linears(), linears()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(Rounded.apply(self.before(x)))
+
+
+def test_a_function_with_a_backward_of_its_own_keeps_it():
+    model, x = StraightThrough(), torch.randn(4, 8)
+    with pytest.raises(dr.CaptureError, match=r"cannot be exported: Rounded has a backward of its own"):
+        dr.capture(model, (x,), how=dr.Capture.EXPORT)
+    net = dr.transform(model, (x,), rank=dr.Fixed(2))
+    assert dr.plan_of(net).capture.startswith("module by module (2 parts")
+    assert len(dr.plan_of(net).sites) == 4
+    assert_alike(net, model, x)
+    assert float(net.get_parameter("before.0.weight").detach().abs().sum()) > 0
+
+
+class Sampling(nn.Module):
+    """torch.distributions checks its arguments by their values, which no tracer can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.spread = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.distributions.Normal(self.mean(x), self.spread(x).exp()).rsample()
+
+
+def test_distributions_can_be_exported_and_are_checked_as_before_afterwards():
+    model, x = Sampling(), torch.randn(4, 8)
+    net = dr.capture(model, (x,), how=dr.Capture.EXPORT)
+    assert_alike(net, model, torch.randn(5, 8))
+    with pytest.raises(ValueError, match="constraint"):
+        torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
+
+
+class Traced(nn.Module):
+    """Computes otherwise, by more than rounding, when it is traced."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self.a, self.off = linears(), off
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x.reshape(int(x.shape[0]), 8))
+        return x * (1 + self.off) if torch.compiler.is_exporting() else x
+
+
+def test_an_export_that_computes_something_else_is_not_taken_and_rounding_is_said():
+    x = torch.randn(4, 8)
+    net = dr.capture(Traced(1e-2), (x,))
+    assert dr.make_plan(net, dr.Fixed(2), (x,)).capture.startswith("module by module (1 parts")
+    assert_alike(net, Traced(1e-2), x)
+    with pytest.raises(dr.CaptureError, match=r"as torch.export has it is not the same: its graph computes something"):
+        dr.capture(Traced(1e-2), (x,), how=dr.Capture.EXPORT)
+    close = dr.capture(Traced(1e-6), (x,))
+    assert "by torch.export (off by rounding: " in dr.make_plan(close, dr.Fixed(2), (x,)).capture
