@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-gpu fuzz bench lint wheel clean
+.PHONY: demo test test-gpu fuzz zoo bench lint wheel clean
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ test-gpu: $(INSTALLED)      ## what needs a CUDA device
 
 fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz -n $(JOBS)
+
+zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py
 
 bench: $(INSTALLED)         ## the README's figures, measured here
 	$(BIN)/python samples/measure.py

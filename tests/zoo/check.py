@@ -61,7 +61,8 @@ def run_case(case: ZooCase, steps: Iterable[str] = STEPS, note: Callable[[Row], 
     """Every check on one model, as a row that JSON can hold. A failure is in the row: none is raised."""
     run, steps, start = Run(case, note), set(steps), time.perf_counter()
     row = run.row
-    row |= {"name": case.name, "source": case.source, "family": case.family, "failures": [], "times": {}}
+    row |= {"name": case.name, "source": case.source, "family": case.family}
+    row |= {"steps": sorted(steps), "failures": [], "times": {}}
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it differs from the ordinary path by rounding
     try:
@@ -108,8 +109,7 @@ def _transform(net: nn.Module, inputs: Any, ratio: float) -> nn.Module:
 
 
 def _model(case: ZooCase, row: Row) -> tuple[nn.Module, Any]:
-    torch.manual_seed(1)
-    model, inputs = perturbed(case.make()), case.inputs()
+    model, inputs = _made(case)
     row["params"] = sum(p.numel() for p in model.parameters())
     output = call(model.eval(), inputs)
     if not floats(output):
@@ -120,6 +120,30 @@ def _model(case: ZooCase, row: Row) -> tuple[nn.Module, Any]:
     other = with_batch(split_inputs(inputs), 2, seed=3)
     row["reads_input"] = relative(call(model, other), output) > 1e-6
     return model.train(), inputs
+
+
+def _made(case: ZooCase) -> tuple[nn.Module, Any]:
+    torch.manual_seed(1)
+    model, inputs = case.make(), case.inputs()
+    calibrate(model, inputs)
+    return perturbed(model), inputs
+
+
+def calibrate(model: nn.Module, inputs: Any) -> None:
+    """Batch norms with the statistics of their inputs: with those of a fresh network, activations vanish on the way.
+
+    The variance is kept away from 0, to which that of a batch of two small images can come.
+    """
+    norms = [m for m in model.modules() if getattr(m, "running_var", None) is not None and hasattr(m, "momentum")]
+    if not norms:
+        return
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    call(model.train(), inputs)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()) + 1e-4)
 
 
 def perturbed(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -288,8 +312,8 @@ def _in_float64(run: Run, steps: set[str]) -> None:
 
 
 def _double(case: ZooCase) -> tuple[nn.Module, Any, Any]:
-    torch.manual_seed(1)
-    model, inputs = perturbed(case.make()).double().eval(), case.inputs()
+    model, inputs = _made(case)
+    model.double().eval()
     inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     return model, inputs, call(model, inputs)
 
@@ -351,7 +375,12 @@ def _why_no_onnx(model: nn.Module, inputs: Any) -> str:
     try:
         with quiet(), torch.no_grad():
             torch.onnx.export(
-                model, args, kwargs=kwargs, dynamo=True, verbose=False, dynamic_shapes=free_first_dimension(args, kwargs)
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=free_first_dimension(args, kwargs),
             )
     except Exception as error:
         return f"torch.onnx fails on the original model too: {line_of(error)}"

@@ -18,9 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from cases import SOURCES, ZooCase, cases_of
 from check import STEPS, Row, run_case
 from results import write_results
+from torch import nn
+
+import dynrank_fx as dr
 
 HERE = Path(__file__).parent
 ROWS = HERE.parents[1] / "build" / "zoo" / "rows.jsonl"
@@ -87,12 +91,21 @@ def run_all(cases: list[ZooCase], steps: tuple[str, ...], jobs: int, timeout: fl
                     yield row
 
 
+def _load() -> None:
+    """Have every process that is forked later find what torch.export and torch.onnx import and register when used."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dr.capture(nn.Linear(2, 2), (torch.ones(2, 2),), how=dr.Capture.EXPORT)
+        dr.export_onnx(nn.Linear(2, 2), (torch.ones(2, 2),), Path(folder, "linear.onnx"))
+
+
 def _empty(case: ZooCase) -> Row:
     return {
         "name": case.name,
         "source": case.source,
         "family": case.family,
         "stage": "start",
+        "steps": [],
         "failures": [],
         "times": {},
     }
@@ -106,6 +119,17 @@ def kept_rows() -> dict[tuple[str, str], Row]:
     return {(row["source"], row["name"]): row for row in rows}
 
 
+def merged(old: Row | None, new: Row) -> Row:
+    """A row of some of the steps, with what an older row says of the others."""
+    if old is None or set(old["steps"]) <= set(new["steps"]):
+        return new
+    kept = [failure for failure in old["failures"] if failure["stage"] in set(old["steps"]) - set(new["steps"])]
+    row = {**old, **new, "failures": [*kept, *new["failures"]], "times": {**old["times"], **new["times"]}}
+    row["steps"] = sorted({*old["steps"], *new["steps"]})
+    row["seconds"] = round(sum(row["times"].values()), 1)
+    return row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*", help="shell pattern of names")
@@ -114,7 +138,7 @@ def main() -> int:
     parser.add_argument("--new", action="store_true", help="leave out what has failed too")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for one case")
-    parser.add_argument("--steps", default=",".join(STEPS), help="some of them: their rows are printed, not kept")
+    parser.add_argument("--steps", default=",".join(STEPS), help="some of them; rows keep the others")
     options = parser.parse_args()
     steps = tuple(options.steps.split(","))
     if unknown := set(steps) - set(STEPS):
@@ -125,21 +149,20 @@ def main() -> int:
     cases = []
     for case in every:
         row = None if options.fresh else rows.get((case.source, case.name))
-        done = row is not None and (options.new or not row["failures"])
+        done = row is not None and set(steps) <= set(row["steps"]) and (options.new or not row["failures"])
         if fnmatch.fnmatchcase(case.name, options.only) and not done:
             cases.append(case)
     ROWS.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
+    if cases:
+        _load()
     for i, row in enumerate(run_all(cases, steps, options.jobs, options.timeout)):
         failed += bool(row["failures"])
         causes = "; ".join(f"{f['stage']}: {f['error']}" for f in row["failures"])
         print(f"{i + 1}/{len(cases)} {row['source']} {row['name']} {row['seconds']:.0f} s  {causes[:300]}", flush=True)
-        if set(steps) == set(STEPS):
-            rows[row["source"], row["name"]] = row
-            with ROWS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        else:
-            print(json.dumps(row))
+        row = rows[row["source"], row["name"]] = merged(rows.get((row["source"], row["name"])), row)
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
     if options.source is None:
         known = {(case.source, case.name) for case in every}
         rows = {key: row for key, row in rows.items() if key in known}

@@ -27,7 +27,7 @@ _IMAGES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("googlenet", "googlenet", 64, {"init_weights": False, "aux_logits": False}),
     ("googlenet", "googlenet", 64, {"init_weights": False, "aux_logits": True}),
     ("inception", "inception_v3", 75, {"init_weights": False, "aux_logits": False}),
-    ("inception", "inception_v3", 96, {"init_weights": False, "aux_logits": True}),
+    ("inception", "inception_v3", 139, {"init_weights": False, "aux_logits": True}),
     ("mnasnet", "mnasnet0_5", 32, {}),
     ("mnasnet", "mnasnet1_0", 32, {}),
     ("mobilenet", "mobilenet_v2", 32, {}),
@@ -268,7 +268,12 @@ def cases() -> list[ZooCase]:
     add("convnext", "convnext", _convnext, partial(_image, 32))
     add("swin", "swin", _swin, partial(_image, 64))
     add("swin on a size to be padded", "swin", _swin, partial(_image, 54))
-    add("swin_v2", "swin_v2", partial(_swin, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2), partial(_image, 64))
+    add(
+        "swin_v2",
+        "swin_v2",
+        partial(_swin, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
+        partial(_image, 64),
+    )
     add("vit", "vit", _vit, partial(_image, 32))
     add("vit with conv stem", "vit", _conv_stem_vit, partial(_image, 32))
     add("maxvit", "maxvit", _maxvit, partial(_image, 64))
