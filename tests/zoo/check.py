@@ -90,7 +90,6 @@ def _all_steps(run: Run, steps: set[str]) -> None:
     _describe(dr.plan_of(full), run.row)
     if "parity" in steps:
         run.step("parity", lambda: _parity(model, full, inputs, run.row))
-    del full
     if steps & {"low", "truncate"}:
         _in_float64(run, steps)
     if "onnx" in steps:

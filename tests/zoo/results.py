@@ -26,7 +26,7 @@ def _head(rows: list[Row]) -> str:
     return (
         "# The zoo\n\n"
         "Written by `make zoo` (`python tests/zoo/run.py`): real architectures, weights random and perturbed, small "
-        f"inputs; torch {torch.__version__}, {seconds / 60:.0f} minutes in all. Coverage is the share of the parameters "
+        f"inputs; torch {torch.__version__}, {seconds / 60:.0f} minutes in all. Coverage is the share of parameters "
         "of all matrices that are in sites. FULL is compared bit for bit; LOW at full rank, in float64, with the "
         "original; the truncated model at half the rank, in float64, with the net in LOW, on another batch; the ONNX "
         "file, of the truncated model in float32, with onnxruntime on batches of 1, 2 and 5."
@@ -52,7 +52,9 @@ def _summary(rows: list[Row]) -> str:
         counts = [sum(bool(holds(row)) for row in rows if row["source"] == source) for source in sources]
         lines.append([what, *counts, sum(counts)])
     covered = [[row for row in rows if row["source"] == source and "sites" in row] for source in sources]
-    lines.append(["coverage, all matrices", *map(_coverage, covered), _coverage(sum(covered, []))])
+    lines.append(
+        ["coverage, all matrices", *map(_coverage, covered), _coverage(row for some in covered for row in some)]
+    )
     return "## Summary\n\n" + _table(["", *sources, "all"], lines)
 
 
@@ -92,8 +94,8 @@ def _models(rows: list[Row]) -> str:
             ]
         )
     text = (
-        "FULL: outputs in eval mode, in train mode, gradients and buffers. LOW, truncated, ONNX: the largest error over "
-        "the largest value. Inert: matrices that the output does not depend on, of which the figures say nothing."
+        "FULL: outputs in eval mode, in train mode, gradients and buffers. LOW, truncated, ONNX: the largest error "
+        "over the largest value. Inert: matrices that the output does not depend on, of which the figures say nothing."
     )
     return f"## Models\n\n{text}\n\n{_table(head, lines)}"
 
@@ -103,7 +105,7 @@ def _reasons(rows: list[Row]) -> str:
     params: Counter[str] = Counter()
     models: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        for name, size, reason in row.get("skipped", ()):
+        for _name, size, reason in row.get("skipped", ()):
             key = normalised(reason)
             matrices[key] += 1
             params[key] += size

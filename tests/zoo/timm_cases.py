@@ -218,7 +218,7 @@ _CLASSES: tuple[tuple[str, str, int, type[nn.Module], dict[str, Any]], ...] = (
         "gcvit_xxtiny",
         64,
         timm.models.gcvit.GlobalContextVit,
-        {"img_size": (64, 64), "window_ratio": (8, 8, 4, 8), "depths": (1, 1, 2, 1), "embed_dim": 32},
+        {"img_size": (64, 64), "depths": (1, 1, 2, 1), "embed_dim": 32},
     ),
     ("metaformer", "poolformer_s12", 64, MetaFormer, _META | _POOLFORMER),
     ("metaformer", "poolformerv2_s12", 64, MetaFormer, {**_META, "norm_layers": GroupNorm1NoBias}),

@@ -27,7 +27,7 @@ _IMAGES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("googlenet", "googlenet", 64, {"init_weights": False, "aux_logits": False}),
     ("googlenet", "googlenet", 64, {"init_weights": False, "aux_logits": True}),
     ("inception", "inception_v3", 75, {"init_weights": False, "aux_logits": False}),
-    ("inception", "inception_v3", 139, {"init_weights": False, "aux_logits": True}),
+    ("inception", "inception_v3", 299, {"init_weights": False, "aux_logits": True}),
     ("mnasnet", "mnasnet0_5", 32, {}),
     ("mnasnet", "mnasnet1_0", 32, {}),
     ("mobilenet", "mobilenet_v2", 32, {}),
@@ -88,7 +88,7 @@ def _segmenter(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _slim_vgg(name: str) -> nn.Module:
-    """A VGG of the true layers in 32x32 pixels' size: its classifier's first matrix alone would have 103 M parameters."""
+    """A VGG with a small classifier: the first matrix of its own has 103 M parameters."""
     model = models.get_model(name, weights=None, num_classes=10)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier[0], model.classifier[3] = nn.Linear(512, 128), nn.Linear(128, 128)
