@@ -46,6 +46,13 @@ _PLAN_OPTIONS = (
 )
 
 
+# The names under which a command gets them, in the order of `transformed`.
+PLAN_OPTIONS = (
+    *("rank", "energy", "include", "exclude", "override", "multiple_of"),
+    *("layout", "share_inputs", "how", "plan_file"),
+)
+
+
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide what is factored."""
     for option in reversed(_PLAN_OPTIONS):

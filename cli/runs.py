@@ -55,7 +55,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 
 def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     """The net in a folder of ``train`` or ``transform``. Raises StoreError, ModelFileError and what loading raises."""
-    from dynrank_fx.checkpoint import load, rebuilt, restore_
+    from dynrank_fx.checkpoint import how_in, load, rebuilt, restore_
     from dynrank_fx.runfile import CHECKPOINT, plan_in, read_run, weights_in
 
     from .modelfile import load_model_file
@@ -73,6 +73,6 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
         return Opened(load(folder, file.model(), file.example_inputs()), file, [])
     tensors, info = read_run(folder)
     file = load_model_file(model_file or Path(read_run_file(folder)["model_file"]))
-    net = rebuilt(file.model(), plan_in(info), file.example_inputs())
+    net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
     restore_(net, weights_in(tensors), info)
     return Opened(net, file, info["history"])

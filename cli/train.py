@@ -15,7 +15,7 @@ import click
 
 from dynrank_fx.errors import ModelFileError, ScheduleError, StoreError
 
-from .options import plan_options, refuse_beside, transformed
+from .options import PLAN_OPTIONS, plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     elif (folder / RUN_FILE).exists():
         raise StoreError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
 
-    from dynrank_fx.checkpoint import rebuilt
+    from dynrank_fx.checkpoint import how_in, rebuilt
     from dynrank_fx.randomness import seed_all
     from dynrank_fx.runfile import plan_in, read_run, restore_run_, save_run
     from dynrank_fx.train import fit
@@ -81,7 +81,7 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     if resume:
         tensors, info = read_run(folder)
         # As it was planned then, whatever the plan's file or the model's first weights have become.
-        net = rebuilt(file.model(), plan_in(info), file.example_inputs())
+        net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
         run, task, settings = _set_up(file, options, net)
         restore_run_(run, tensors, info)
     else:
@@ -172,9 +172,7 @@ def _net(file: ModelFile, options: dict[str, Any]) -> nn.Module:
 
         refuse_beside("--from", options)
         return load(options["start"], file.model(), file.example_inputs())
-    names = ("rank", "energy", "include", "exclude", "multiple_of", "layout", "plan_file")
-    chosen = {name: options[name] for name in names}
-    return transformed(file, **chosen)
+    return transformed(file, **{name: options[name] for name in PLAN_OPTIONS})
 
 
 def _check_device(device: str) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import store
 from .errors import PlanError, StoreError
-from .locate import is_captured
+from .locate import is_captured, meta_of
 from .net import unwrap
 from .parameters import parameters_of, replace_parameters
 from .phase import Phase
@@ -21,7 +21,7 @@ from .plan import Plan
 from .planning import fit_plan
 from .rewrite import factorize_, inline, plan_of, specialize_
 from .switched import switched_modules
-from .tracing import capture
+from .tracing import Capture, capture
 from .transition import in_format_of
 
 _FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
@@ -49,7 +49,7 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn
     """
     folder = Path(folder)
     tensors, info = store.read(folder / "weights.safetensors")
-    net = rebuilt(model, read_plan(folder / "plan.json"), example_inputs)
+    net = rebuilt(model, read_plan(folder / "plan.json"), example_inputs, how_in(info))
     restore_(net, tensors, info)
     return net
 
@@ -64,9 +64,14 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from error
 
 
-def rebuilt(model: nn.Module, plan: Plan, example_inputs: Any = None) -> nn.Module:
+def how_in(info: Mapping[str, Any]) -> Capture | None:
+    """The capture that was asked for when the net was made, if one was."""
+    return Capture[info["how"]] if info.get("how") else None
+
+
+def rebuilt(model: nn.Module, plan: Plan, example_inputs: Any = None, how: Capture | None = None) -> nn.Module:
     """The model captured and factored by a plan that was made before; every site FULL."""
-    net = capture(model, example_inputs)
+    net = capture(model, example_inputs, how=how)
     factorize_(net, fit_plan(net, plan, example_inputs))
     return net
 
@@ -83,6 +88,7 @@ def info_of(net: nn.Module) -> dict[str, Any]:
         "phases": {name: modules[0].phase for name, modules in sites.items()},
         "ranks": {name: modules[0].rank for name, modules in sites.items()},
         "plan": plan_of(net).to_json(),
+        "how": meta_of(net).get("how", ""),
     }
 
 

@@ -48,10 +48,23 @@ class _Recorder(fx.Interpreter):
         part = self.module.get_submodule(target)
         return _record(part, args, kwargs, self.measured) if isinstance(part, Net) else part(*args, **kwargs)
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _own_lists((args, kwargs))
+        return target(*args, **kwargs)
+
     def fetch_attr(self, target: str) -> Any:
         # The flop counter hooks into modules, and fails there on a parameter as input where gradients are off.
         value = super().fetch_attr(target)
         return value.detach() if isinstance(value, Tensor) else value
+
+
+def _own_lists(value: Any) -> Any:
+    """With new lists, as in generated code: functions may write to theirs."""
+    if isinstance(value, list):
+        return [_own_lists(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_own_lists(item) for item in value)
+    return {key: _own_lists(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _record(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any], measured: Measured) -> Any:

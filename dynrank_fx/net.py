@@ -76,6 +76,9 @@ class Net(fx.GraphModule):
             self._codes[key] = type(self).forward
         type(self).forward = self._codes[key]  # type: ignore[method-assign]
         self._graph = self.graphs[self.training]
+        codegen = self._graph._codegen
+        if isinstance(codegen, fx.graph._PyTreeCodeGen):  # the code reads these; the other graph's may differ
+            self._in_spec, self._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
 
     def train(self, mode: bool = True) -> Net:
         """As in torch, and the graph of that mode runs. Raises CaptureError for a graph exported in one mode."""

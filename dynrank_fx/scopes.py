@@ -29,9 +29,12 @@ def same_randomness() -> Iterator[None]:
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """What forward does to the buffers inside is undone."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    held = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
+        for module, buffers in held:  # forward may have put others in their places
+            module._buffers.update(buffers)
         for buffer, value in before:
             buffer.copy_(value)
 

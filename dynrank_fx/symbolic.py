@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -59,6 +60,17 @@ def closed_layers(net: Net) -> list[str]:
     """The layers that symbolic tracing left whole although they hold matrices that torch.export can open."""
     called = dict.fromkeys(str(n.target) for g in net.graphs.values() for n in g.nodes if n.op == "call_module")
     return [name for name in called if _is_closed(net.get_submodule(name))]
+
+
+def closed_functions(net: Net) -> list[str]:
+    """The functions that torch.fx was told not to trace although they are given a matrix of the model's."""
+    matrices = {name for name, p in net.named_parameters(remove_duplicate=False) if p.ndim >= 2}
+    found = []
+    for node in (node for graph in net.graphs.values() for node in graph.nodes if node.op == "call_function"):
+        given = any(each.op == "get_attr" and each.target in matrices for each in node.all_input_nodes)
+        if given and isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch."):
+            found.append(node.target.__name__)
+    return found
 
 
 def _is_closed(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from .origin import describe, first_line
 from .piecewise import capture_parts, layers_read
 from .recognize import module_op
 from .sameness import ROUNDING, difference, own_backwards, run
-from .symbolic import closed_layers, trace_symbolically
+from .symbolic import closed_functions, closed_layers, trace_symbolically
 
 _RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_codes", "_graph"}
 
@@ -72,14 +72,17 @@ def capture(
     _refuse(model)
     twin = _copy(model)
     _check_inputs(twin, example_inputs)
+    if how is None:
+        return _best(model, twin, example_inputs, dynamic_shapes)
     if how is Capture.SYMBOLIC:
-        return _noted(trace_symbolically(twin, model), "by symbolic tracing, as asked")
-    if how is Capture.EXPORT:
-        net, rounding = _exported(model, example_inputs, dynamic_shapes)
-        return _noted(net, f"by torch.export, as asked{rounding}")
-    if how is Capture.MODULES:
-        return _parts(twin, model, example_inputs, "as asked")
-    return _best(model, twin, example_inputs, dynamic_shapes)
+        net: nn.Module = _noted(trace_symbolically(twin, model), "by symbolic tracing, as asked")
+    elif how is Capture.EXPORT:
+        exported, rounding = _exported(model, example_inputs, dynamic_shapes)
+        net = _noted(exported, f"by torch.export, as asked{rounding}")
+    else:
+        net = _parts(twin, model, example_inputs, "as asked")
+    meta_of(net)["how"] = how.name
+    return net
 
 
 def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> nn.Module:
@@ -91,8 +94,9 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
         why = difference(net, twin, example_inputs).words
         faithful = not why
         closed = closed_layers(net) if faithful and example_inputs is not None else []
-        if closed:
-            why = f"{closed[0]} stays closed to symbolic tracing."
+        stays = [*closed, *closed_functions(net)] if faithful and example_inputs is not None else []
+        if stays:
+            why = f"{stays[0]} stays closed to symbolic tracing."
     except CaptureError as error:
         why, faithful = str(error), False
         if example_inputs is None:

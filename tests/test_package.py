@@ -26,6 +26,7 @@ PUBLIC = [
     "ExportReport",
     "Fixed",
     "ModelFileError",
+    "Override",
     "Phase",
     "Plan",
     "PlanError",

@@ -134,14 +134,9 @@ def test_an_exported_graph_is_rewritten_alike():
     assert ("get_attr", "fc.weight") in calls(net)
     factored = dr.factorize(net, plan)
     relu, mean = ("call_function", "aten.relu.default"), ("call_function", "aten.mean.dim")
-    checks = {"aten.sym_size.int", "eq", "_assert"}  # of the sizes that the graph was exported for
-    assert [call for call in calls(factored) if call[1] not in checks] == [
-        ("call_module", "conv"),
-        relu,
-        mean,
-        ("call_module", "fc"),
-        ("call_module", "w"),
-    ]
+    checks = ("aten.sym_size.int", "<built-in function eq>", "<function _assert ")  # of sizes it was exported for
+    left = [call for call in calls(factored) if not call[1].startswith(checks)]
+    assert left == [("call_module", "conv"), relu, mean, ("call_module", "fc"), ("call_module", "w")]
     dr.enter_(factored, dr.Phase.LOW)
     reads = [target for op, target in calls(dr.inline(factored)) if op == "get_attr"]
     assert sorted(reads) == sorted(name for name, _ in factored.named_parameters())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import dynrank_fx as dr
-from dynrank_fx.inputs import double_batch_of_one, free_first_dimension, fresh, split_inputs, with_batch
+from dynrank_fx.inputs import double_batch_of_one, free_dimensions, fresh, split_inputs, with_batch
 from dynrank_fx.onnxconvert import quiet
 from dynrank_fx.onnxconvert import reason as line_of
 from dynrank_fx.switched import switched_modules
@@ -361,7 +361,9 @@ def _why_not_exported(model: nn.Module, inputs: Any) -> str:
     args, kwargs = double_batch_of_one(*split_inputs(fresh(inputs)))
     try:
         with quiet():
-            torch.export.export(model.eval(), args, kwargs, dynamic_shapes=free_first_dimension(args, kwargs))
+            torch.export.export(
+                model.eval(), args, kwargs, dynamic_shapes=free_dimensions(args, kwargs, only_first=True)
+            )
     except Exception as error:
         return f"torch.export fails on the original model too: {line_of(error)}"
     return "torch.export exports the original model"
@@ -379,7 +381,7 @@ def _why_no_onnx(model: nn.Module, inputs: Any) -> str:
                 kwargs=kwargs,
                 dynamo=True,
                 verbose=False,
-                dynamic_shapes=free_first_dimension(args, kwargs),
+                dynamic_shapes=free_dimensions(args, kwargs, only_first=True),
             )
     except Exception as error:
         return f"torch.onnx fails on the original model too: {line_of(error)}"
