@@ -13,7 +13,7 @@ from .errors import CaptureError
 from .inputs import double_batch_of_one, free_dimensions, fresh, split_inputs
 from .net import Net, finished
 from .origin import first_line, origin
-from .scopes import in_mode, slow_attention, unchecked_distributions
+from .scopes import assignments_in_place, in_mode, slow_attention, unchecked_distributions
 
 
 def export_both_modes(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Net:
@@ -38,7 +38,7 @@ def _graphs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shap
     graphs = {}
     for mode in (True, False):
         try:
-            with slow_attention(), unchecked_distributions(), in_mode(root, mode):
+            with slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)
             graphs[mode] = program.module(check_guards=False)
         except Exception as error:

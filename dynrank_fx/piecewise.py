@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from .inputs import fresh
 from .locate import untraced
 from .net import Net
 from .recognize import module_op
-from .sameness import ROUNDING, difference, difference_from, output, own_backwards
+from .sameness import ROUNDING, Effect, difference, difference_from, effect, own_backwards
 from .symbolic import closed_layers, trace_symbolically
 
 
@@ -55,7 +56,7 @@ def layers_read(root: nn.Module, example_inputs: Any) -> list[str]:
     try:
         for module in kinds:
             module.__class__ = _watched(type(module), read)
-        output(root, example_inputs, mode=False)
+        effect(root, example_inputs, mode=False)
     finally:
         for module, kind in kinds.items():
             module.__class__ = kind
@@ -85,8 +86,8 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim >= 2 for parameter in module.parameters())
 
 
-def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Any]:
-    """The arguments of the first call of every module, as (args, kwargs), and the output, on the example inputs."""
+def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Effect]:
+    """The arguments of the first call of every module, as (args, kwargs), and its effect, on the example inputs."""
     calls: dict[str, Any] = {}
     handles = []
 
@@ -100,7 +101,7 @@ def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Any]:
         if name and not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(noting(name), with_kwargs=True))
     try:
-        return calls, output(root, example_inputs, mode=False)
+        return calls, effect(root, example_inputs, mode=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -109,7 +110,7 @@ def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Any]:
 def _captured(part: nn.Module, call: Any) -> Net | None:
     """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
     try:
-        net = trace_symbolically(part, part)
+        net = trace_symbolically(_shell(part), part)
         if not closed_layers(net) and difference(net, part, call).size == 0:
             return net
     except CaptureError:
@@ -117,13 +118,21 @@ def _captured(part: nn.Module, call: Any) -> Net | None:
     if own_backwards(part, call):
         return None
     try:
-        net = export_both_modes(part, part, call)
+        net = export_both_modes(_shell(part), part, call)
     except CaptureError:
         return None  # it keeps its own code, and its children are tried
     return net if difference(net, part, call).size <= ROUNDING else None
 
 
-def _serves(root: nn.Module, name: str, net: Net, expected: Any, example_inputs: Any) -> bool:
+def _shell(part: nn.Module) -> nn.Module:
+    """The same parameters and submodules in a module of their own: a graph adds what it reads, the part stays."""
+    shell = copy.copy(part)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        vars(shell)[name] = copy.copy(vars(part)[name])
+    return shell
+
+
+def _serves(root: nn.Module, name: str, net: Net, expected: Effect, example_inputs: Any) -> bool:
     """Whether the model does what it did with the net in the part's place: its code may want more than its forward."""
     part = root.get_submodule(name)
     root.set_submodule(name, net)

@@ -21,7 +21,7 @@ from .scopes import same_buffers, same_randomness, slow_attention
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far two outputs are apart: as a share of the largest value (infinite where they cannot be compared), and in
+    """How far apart two calls are: as a share of the largest value (infinite where they cannot be compared), and in
     words.
     """
 
@@ -35,37 +35,58 @@ ROUNDING = 1e-5
 
 
 def difference(net: nn.Module, model: nn.Module, example_inputs: Any) -> Difference:
-    """Of the outputs of the net and its model, in the worse of both modes; none without an example.
+    """Of what the net and its model give, and do to their buffers, in the worse of both modes; none without an example.
 
     Training is compared under the same random numbers, and only where the model trains on the example at all.
     """
     if example_inputs is None:
         return _NONE
     twin, reference = copy.deepcopy(net), copy.deepcopy(model)
-    found = [difference_from(twin, output(reference, example_inputs, mode=False), example_inputs, mode=False)]
+    found = [difference_from(twin, effect(reference, example_inputs, mode=False), example_inputs, mode=False)]
     try:
-        expected = output(reference, example_inputs, mode=True)
+        expected = effect(reference, example_inputs, mode=True)
     except Exception:  # a batch norm over one row, say: no business of the net
         return found[0]
     found.append(difference_from(twin, expected, example_inputs, mode=True))
     return max(found, key=lambda each: each.size)
 
 
-def difference_from(net: nn.Module, expected: Any, example_inputs: Any, *, mode: bool) -> Difference:
-    """Of the net's output in one mode from the expected one."""
+def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mode: bool) -> Difference:
+    """Of what the net does in one mode from what is expected."""
     where = "in training " if mode else ""
     try:
-        got = output(net, example_inputs, mode=mode)
+        got = effect(net, example_inputs, mode=mode)
     except Exception as error:
         return Difference(float("inf"), f"its graph fails {where}on the example inputs: {first_line(error)}.")
-    size = apart(expected, got)
-    return Difference(size, f"its graph computes something else {where}on the example inputs." if size else "")
+    size = apart(expected.output, got.output)
+    if size > ROUNDING:
+        return Difference(size, f"its graph computes something else {where}on the example inputs.")
+    for name in sorted(expected.buffers.keys() | got.buffers.keys()):
+        lost = apart(expected.buffers.get(name), got.buffers.get(name))
+        if lost > ROUNDING:
+            return Difference(lost, f"its graph changes the buffer {name} otherwise {where}on the example inputs.")
+        size = max(size, lost)
+    return Difference(size, f"its graph rounds otherwise {where}on the example inputs." if size else "")
 
 
-def output(model: nn.Module, example_inputs: Any, *, mode: bool) -> Any:
-    """The output in evaluation (False) or training mode; modes and buffers are as before afterwards."""
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What a call gives, and the buffers that it changes, by name, as it leaves them."""
+
+    output: Any
+    buffers: dict[str, Tensor]
+
+
+def effect(model: nn.Module, example_inputs: Any, *, mode: bool) -> Effect:
+    """Of a call in evaluation (False) or training mode; modes and buffers are as before afterwards."""
     with torch.no_grad(), slow_attention(), same_buffers(model), _in_mode(model, mode):
-        return run(model, example_inputs)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        given = run(model, example_inputs)
+        after = dict(model.named_buffers())
+        changed = {
+            name: after[name].clone() for name in before.keys() & after.keys() if apart(before[name], after[name])
+        }
+    return Effect(given, changed)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .randomness import random_state, set_random_state
 
@@ -37,6 +37,25 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         for buffer, value in before:
             buffer.copy_(value)
+
+
+@contextmanager
+def assignments_in_place(root: nn.Module) -> Iterator[None]:
+    """What forward assigns to a buffer inside is copied into it, but for the buffers of the root itself: torch.export
+    keeps those assignments and forgets the others.
+    """
+
+    def copy_into(module: nn.Module, name: str, value: Any) -> Any:
+        before = module._buffers.get(name)
+        if module._buffers is root._buffers or not isinstance(before, Tensor) or not isinstance(value, Tensor):
+            return value
+        return before.copy_(value) if (before.shape, before.dtype) == (value.shape, value.dtype) else value
+
+    hook = torch.nn.modules.module.register_module_buffer_registration_hook(copy_into)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

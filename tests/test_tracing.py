@@ -363,6 +363,38 @@ def test_buffers_that_are_assigned_are_captured_by_export():
     assert float(net.calls) == float(model.calls) == 2
 
 
+def test_buffers_that_a_part_assigns_are_captured_too():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), Assigning()), torch.randn(4, 8)
+    net = dr.transform(model, (x,), rank=dr.Fixed(2), how=dr.Capture.EXPORT)
+    assert_alike(net, model, x)
+    assert float(net.get_buffer("1.calls")) == float(model[1].calls) == 2
+
+
+class Growing(nn.Module):
+    """A part whose state has the shape of what it last saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("last", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x) + self.last
+        self.last = y.detach().mean(0)
+        return y
+
+
+def test_a_graph_that_loses_a_change_of_a_buffer_is_not_taken():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), Growing()), torch.randn(4, 8)
+    with pytest.raises(dr.CaptureError, match=r"its graph changes the buffer 1.last otherwise on the example inputs"):
+        dr.capture(model, (x,), how=dr.Capture.EXPORT)
+    net = dr.capture(copy.deepcopy(model), (x,))
+    for _ in range(2):
+        assert torch.equal(net(x), model(x))
+
+
 @both_captures
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_and_the_parts_set_apart_are_kept(training, how):

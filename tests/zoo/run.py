@@ -132,7 +132,7 @@ def merged(old: Row | None, new: Row) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="*", help="shell pattern of names")
+    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="shell patterns of names")
     parser.add_argument("--source", choices=SOURCES)
     parser.add_argument("--fresh", action="store_true", help="run what has passed too")
     parser.add_argument("--new", action="store_true", help="leave out what has failed too")
@@ -150,7 +150,7 @@ def main() -> int:
     for case in every:
         row = None if options.fresh else rows.get((case.source, case.name))
         done = row is not None and set(steps) <= set(row["steps"]) and (options.new or not row["failures"])
-        if fnmatch.fnmatchcase(case.name, options.only) and not done:
+        if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in options.only) and not done:
             cases.append(case)
     ROWS.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
