@@ -23,8 +23,9 @@ from .errors import CaptureError, ExportError
 from .inputs import batch_size, split_inputs
 from .net import unwrap
 from .onnxcheck import Agreement, Provider, check_batch_sizes, compare, onnx_inputs, runtime, session
-from .onnxconvert import converted, quiet, reason
+from .onnxconvert import converted, reason
 from .rewrite import holds_captured, inline
+from .scopes import quiet
 
 __all__ = ["Agreement", "ExportReport", "Provider", "export_onnx", "onnx_inputs", "session", "verify_onnx"]
 

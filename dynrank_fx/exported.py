@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import CaptureError
-from .inputs import double_batch_of_one, free_dimensions, fresh, split_inputs
+from .inputs import batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
 from .net import Net, finished
 from .origin import first_line, origin
-from .scopes import assignments_in_place, in_mode, slow_attention, unchecked_distributions
+from .scopes import assignments_in_place, in_mode, quiet, slow_attention, unchecked_distributions
 
 
 def export_both_modes(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Net:
@@ -28,17 +29,36 @@ def export_both_modes(root: nn.Module, model: nn.Module, example_inputs: Any, dy
     if dynamic_shapes is not None:
         return _net(root, model, _graphs(root, args, kwargs, dynamic_shapes))
     try:
-        graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs))
+        with _ShortFormulas():
+            graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs))
     except CaptureError:  # some models are exported with a free batch only
         graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs, only_first=True))
     return _net(root, model, graphs)
+
+
+class _ShortFormulas(TorchFunctionMode):
+    """Raises where a size becomes a long formula of the inputs' sizes.
+
+    Windows that are padded, shifted and merged make such of a free height: torch.export then takes minutes, or does not
+    end. Sizes of models for which all goes well have at most about a dozen operations.
+    """
+
+    LIMIT = 24
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in result if isinstance(result, list | tuple) else (result,):
+            for size in leaf.shape if isinstance(leaf, Tensor) else ():
+                if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > self.LIMIT:
+                    raise ValueError("the sizes become too long formulas of the inputs' sizes")
+        return result
 
 
 def _graphs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> dict[bool, fx.GraphModule]:
     graphs = {}
     for mode in (True, False):
         try:
-            with slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
+            with quiet(), slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)
             graphs[mode] = program.module(check_guards=False)
         except Exception as error:
@@ -115,12 +135,43 @@ def _bindings(graph: fx.Graph, node: fx.Node, value: Any) -> Iterator[tuple[Any,
 
 
 def _bounds(size: int | torch.SymInt) -> tuple[int | None, int | None]:
-    """What torch.export found a size to be at least and at most; that it is 2 or more is its habit, not the model's."""
+    """What torch.export found a size to be at least and at most; that an input's is 2 or more is its habit, not the
+    model's.
+    """
     if isinstance(size, int):
         return size, size
-    found = size.node.shape_env.bound_sympy(size.node.expr)
+    environment = size.node.shape_env
+    found = environment.bound_sympy(size.node.expr)
     low, high = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
-    return None if low is not None and low <= 2 and low != high else low, high
+    habit = all(environment.var_to_range[symbol].lower <= 2 for symbol in size.node.expr.free_symbols)
+    return None if habit and low != high else low, high
+
+
+# Blocks in which forward switches gradients or autocast. They can be left to the model's own code; branches cannot.
+_SWITCHES = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+
+
+def shortcoming(net: Net, example_inputs: Any) -> str:
+    """What the graph leaves to be desired, in words: it keeps matrices in blocks that stay closed, or serves the
+    example's batch size only. Empty if nothing.
+    """
+    batch = batch_size(double_batch_of_one(*split_inputs(example_inputs)))
+    for node in (node for graph in net.graphs.values() for node in graph.nodes if node.op == "call_function"):
+        if node.target in _SWITCHES:
+            read = [operator.attrgetter(str(arg.target))(net) for arg in node.all_input_nodes if arg.op == "get_attr"]
+            if any(isinstance(value, nn.Parameter) and value.ndim >= 2 for value in read):
+                return f"leaves a block closed that holds matrices (`{node.target.name()}`)"
+        elif node.target is operator.eq and _is_batch(node.args[0]) and node.args[1] == batch:
+            return "serves no other batch size than the example's"
+    return ""
+
+
+def _is_batch(size: Any) -> bool:
+    """Whether the node is the first dimension of an input."""
+    if not isinstance(size, fx.Node) or size.target is not torch.ops.aten.sym_size.int:
+        return False
+    tensor, axis = size.args
+    return isinstance(tensor, fx.Node) and tensor.op == "placeholder" and bool(axis == 0)
 
 
 def alike(train: fx.Graph, other: fx.Graph, root: nn.Module) -> bool:

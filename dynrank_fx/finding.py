@@ -66,10 +66,10 @@ def why_not(found: Located) -> str | None:
             return f"shared with an {reason}" if found.uses else reason
     for path, module in found.closed:
         return f"inside the {type(module).__name__} {path or 'itself'}: {_why_closed(module)}"
-    if not found.uses:
-        return _why_unused(found, readers)
     if found.read_outside:
         return "read by code that could not be traced, which its factors alone could not serve once truncated"
+    if not found.uses:
+        return _why_unused(readers)
     for reader in found.readers:
         if reader.writes:
             return f"{reader.words} needs the parameter itself, which does not exist while its factors train"
@@ -78,7 +78,12 @@ def why_not(found: Located) -> str | None:
     return _why_mixed(found)
 
 
-def _why_unused(found: Located, readers: list[str]) -> str:
+def _why_unused(readers: list[str]) -> str:
+    if any(words.startswith("`wrap_with_") for words in readers):
+        return (
+            "inside a block that switches gradients or autocast, which torch.export keeps closed: captured module by "
+            "module (Capture.MODULES), the model's own code would run it"
+        )
     if readers:
         return f"not multiplied by an input as it is: it is used by {readers[0]}"
     return "no operation of the graph uses it"

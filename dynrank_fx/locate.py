@@ -153,9 +153,11 @@ def locate(root: nn.Module) -> dict[str, Located]:
             found = by_id.get(id(parameter))
             if found is not None and op is not None and name == "weight":
                 found.uses.append(NodeUse(op, f"{path}.{name}" if path else name, own_bias=True))
-                found.read_outside |= path in meta_of(root).get("read", ())
             elif found is not None:
                 found.closed.append((path, module))
+    read = set(meta_of(root).get("read", ()))
+    for found in by_id.values():
+        found.read_outside = any(name.rpartition(".")[0] in read for name in found.names)
     return {found.names[0]: found for found in by_id.values()}
 
 

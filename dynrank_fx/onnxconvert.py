@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -20,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .errors import ExportError
 from .inputs import Inputs, batch_size, double_batch_of_one, free_dimensions
 from .origin import origin
-from .scopes import slow_attention
+from .scopes import quiet, slow_attention
 
 _FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a shape; onnxruntime folds the rest itself
 
@@ -112,33 +109,17 @@ def _batch_is_free(model: Any, inputs: Inputs) -> bool:
 
 
 def refuse_inflated(model: Any, stored: Sequence[Any]) -> None:
-    """Constants above the folding limit can only be what the module stores."""
+    """Constants above the folding limit are what the module stores, or a table that forward makes, such as positions:
+    a twentieth is left for those.
+    """
     of_module = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors(stored)}.values())
     sizes = [math.prod(initializer.dims) for initializer in model.graph.initializer]
     in_file = sum(size for size in sizes if size > _FOLD_LIMIT)
-    if in_file > of_module:
+    if in_file > 1.05 * of_module:
         raise ExportError(
             f"the ONNX graph would hold {in_file:,} weights where the module has {of_module:,}, as if a product of "
             "factors had been multiplied out or a weight stored twice: give another opset"
         )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """torch and the converters warn of their own deprecations, log what is not installed, and log or print what they
-    raise anyway: nothing of that is for the caller.
-    """
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def joined(path: Sequence[Any]) -> str:

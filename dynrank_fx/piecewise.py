@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .inputs import fresh
 from .locate import untraced
 from .net import Net
 from .recognize import module_op
-from .sameness import ROUNDING, Effect, difference, difference_from, effect, own_backwards
+from .sameness import ROUNDING, Effect, difference, difference_from, effect, lost_in_a_graph
 from .symbolic import closed_layers, trace_symbolically
 
 
@@ -48,38 +49,42 @@ def capture_parts(root: nn.Module, example_inputs: Any, only: Sequence[str] = ()
     return names
 
 
-def layers_read(root: nn.Module, example_inputs: Any) -> list[str]:
-    """The single layers whose weight or bias untraced code reads by itself when it runs on the example inputs."""
-    layers = {name: module for name, module in untraced(root) if module_op(module) is not None}
+def modules_read(root: nn.Module, example_inputs: Any) -> list[str]:
+    """The modules, inside captured parts or single layers, whose parameters untraced code reads by itself when it runs
+    on the example inputs.
+    """
+    nets = [module for module in root.modules() if isinstance(module, Net)]
+    layers = [module for _, module in untraced(root) if module_op(module) is not None]
+    holders = [*layers, *(module for net in nets for module in net.modules() if module._parameters)]
     read: dict[nn.Module, None] = {}
-    kinds = {module: type(module) for module in layers.values()}
-    try:
-        for module in kinds:
-            module.__class__ = _watched(type(module), read)
-        effect(root, example_inputs, mode=False)
-    finally:
-        for module, kind in kinds.items():
-            module.__class__ = kind
-    return [name for name, module in layers.items() if module in read]
-
-
-def _watched(kind: type[nn.Module], read: dict[nn.Module, None]) -> type[nn.Module]:
-    """The class with a note taken of every read of a parameter from outside of its own forward."""
-    inside: set[int] = set()
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inside.add(id(self))
-        try:
-            return kind.forward(self, *args, **kwargs)
-        finally:
-            inside.discard(id(self))
+    running: list[nn.Module] = []
+    kinds = {module: type(module) for module in holders if not isinstance(module, Net)}
 
     def __getattr__(self: nn.Module, name: str) -> Any:
-        if name in vars(self)["_parameters"] and id(self) not in inside:
+        if not torch.compiler.is_compiling() and not running and name in vars(self)["_parameters"]:
             read[self] = None
         return nn.Module.__getattr__(self, name)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__getattr__": __getattr__})
+    def enter(module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():  # as it is by torch.cond, which allows no such notes
+            running.append(module)
+
+    def leave(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            running.pop()
+
+    with ExitStack() as stack:
+        for module in (*nets, *layers):
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        for module, kind in kinds.items():
+            module.__class__ = type(kind.__name__, (kind,), {"__getattr__": __getattr__})
+            stack.callback(setattr, module, "__class__", kind)
+        for net in nets:  # each has a class of its own, to which it writes its code
+            type(net).__getattr__ = __getattr__  # type: ignore[method-assign]
+            stack.callback(delattr, type(net), "__getattr__")
+        effect(root, example_inputs, mode=False)
+    return [name for name, module in root.named_modules(remove_duplicate=False) if module in read]
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -109,14 +114,14 @@ def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Effect
 
 def _captured(part: nn.Module, call: Any) -> Net | None:
     """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
+    if lost_in_a_graph(part, call):
+        return None
     try:
         net = trace_symbolically(_shell(part), part)
         if not closed_layers(net) and difference(net, part, call).size == 0:
             return net
     except CaptureError:
         pass  # torch.export is next
-    if own_backwards(part, call):
-        return None
     try:
         net = export_both_modes(_shell(part), part, call)
     except CaptureError:
@@ -126,7 +131,8 @@ def _captured(part: nn.Module, call: Any) -> Net | None:
 
 def _shell(part: nn.Module) -> nn.Module:
     """The same parameters and submodules in a module of their own: a graph adds what it reads, the part stays."""
-    shell = copy.copy(part)
+    shell = type(part).__new__(type(part))  # not copy.copy, which parametrized modules refuse
+    vars(shell).update(vars(part))
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         vars(shell)[name] = copy.copy(vars(part)[name])
     return shell

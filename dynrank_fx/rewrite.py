@@ -117,7 +117,7 @@ def _replace_holder(
     assert weight is not None
     own = module_op(holder)
     kept = list(dict.fromkeys([*([own] if own else []), *ops.get(name, ())])) or [any_op]
-    if path and _holds_only_this(holder, attr):
+    if path and not isinstance(holder, Net) and _holds_only_this(holder, attr):
         bias = holder._parameters.get("bias")
         site = Switched(kept, row.layout, row.rank, weight, bias, site=row.site.name)
         for constant, value in vars(holder).items():  # in_features, kernel_size, ...: what code reads of a layer
@@ -224,6 +224,7 @@ def inline(net: nn.Module) -> nn.Module:
             plain = _inlined(part)
             if not name:
                 return plain
+            _keep_unread(part, plain)
             _set_submodule(twin, name, plain)
     _open_untraced_sites(twin)
     forget_meta(twin)
@@ -253,6 +254,19 @@ def _inlined(net: Net) -> fx.GraphModule:
     plain.graph.lint()
     plain.training = net.training
     return plain
+
+
+def _keep_unread(part: nn.Module, plain: nn.Module) -> None:
+    """The parameters that the part's graph does not read: the code around it may."""
+    for path, module in part.named_modules(remove_duplicate=False):
+        if isinstance(module, Switched) or not module._parameters:
+            continue
+        holder = plain
+        for name in path.split(".") if path else ():
+            holder = holder._modules.setdefault(name, nn.Module())  # type: ignore[assignment]
+        for name, parameter in module._parameters.items():
+            if not hasattr(holder, name):
+                holder.register_parameter(name, parameter)
 
 
 def _attribute(net: nn.Module, path: str) -> Any:

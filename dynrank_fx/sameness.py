@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
 from .inputs import fresh, split_inputs
 from .net import Net
@@ -108,11 +109,17 @@ def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
                 module.specialize(module.setting)
 
 
-def run(model: nn.Module, example_inputs: Any) -> Any:
-    """The output, with inputs and random generators left as they are."""
+def run(model: nn.Module, example_inputs: Any, *, grad: bool = False) -> Any:
+    """The output, with inputs and random generators left as they are. grad: as from a layer that trains before."""
     args, kwargs = split_inputs(fresh(example_inputs))
+    if grad:
+        args, kwargs = pytree.tree_map_only(Tensor, _with_grad, (args, kwargs))
     with same_randomness():
         return model(*args, **kwargs)
+
+
+def _with_grad(tensor: Tensor) -> Tensor:
+    return tensor.requires_grad_() * 1 if tensor.is_floating_point() else tensor  # no leaf: it may be written to
 
 
 def apart(a: Any, b: Any) -> float:
@@ -140,26 +147,51 @@ def _leaves_apart(x: Any, y: Any) -> float:
     return 0.0 if bool(x == y) else float("inf")
 
 
-def own_backwards(model: nn.Module, example_inputs: Any) -> list[str]:
-    """The autograd functions with a backward of their own that a training step goes through: torch.export would trace
-    their forward only, and autograd would find another gradient.
+def lost_in_a_graph(model: nn.Module, example_inputs: Any) -> str:
+    """What of a training step a graph of its forward would leave out, as a sentence: an autograd function with a
+    backward of its own, whose forward alone is traced, or activation checkpointing. Empty if nothing is.
     """
     twin = copy.deepcopy(model)
     if not getattr(twin, "fixed_mode", False):
         twin.train()
     try:
-        with torch.enable_grad(), slow_attention():
-            leaves = pytree.tree_leaves(run(twin, example_inputs))
-    except Exception:  # what cannot train has no gradient to lose
-        return []
+        with torch.enable_grad(), slow_attention(), _noting_checkpoints() as checkpoints:
+            leaves = pytree.tree_leaves(run(twin, example_inputs, grad=True))
+    except Exception:  # what cannot train has no step to lose
+        return ""
+    if checkpoints:
+        return _CHECKPOINTS
     waiting = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
     seen = set(waiting)
-    found: dict[str, None] = {}
     while waiting:
         node = waiting.pop()
-        if isinstance(node, BackwardCFunction) and not type(node)._forward_cls.__module__.startswith("torch."):  # type: ignore[attr-defined]
-            found[type(node).__name__.removesuffix("Backward")] = None
+        if isinstance(node, BackwardCFunction):
+            function = type(node)._forward_cls  # type: ignore[attr-defined]
+            if function is checkpoint.CheckpointFunction:
+                return _CHECKPOINTS
+            if not function.__module__.startswith("torch."):
+                return f"{function.__name__} has a backward of its own, which a graph leaves out"
         more = [following for following, _ in node.next_functions if following is not None and following not in seen]
         seen.update(more)
         waiting += more
-    return list(found)
+    return ""
+
+
+_CHECKPOINTS = "torch.utils.checkpoint computes parts of it again in backward, which a graph leaves out"
+
+
+@contextmanager
+def _noting_checkpoints() -> Iterator[list[Any]]:
+    """The functions that run under checkpoints inside; those of the reentrant kind show in autograd's graph."""
+    noted: list[Any] = []
+    generator = checkpoint._checkpoint_without_reentrant_generator
+
+    def note(function: Any, *args: Any, **kwargs: Any) -> Any:
+        noted.append(function)
+        return generator(function, *args, **kwargs)
+
+    checkpoint._checkpoint_without_reentrant_generator = note  # type: ignore[assignment]
+    try:
+        yield noted
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = generator

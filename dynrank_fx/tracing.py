@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .errors import CaptureError
-from .exported import export_both_modes, mode_of, pin_inputs
+from .exported import export_both_modes, mode_of, pin_inputs, shortcoming
 from .inputs import split_inputs
 from .locate import is_captured, meta_of, untraced
 from .net import Net, copy_graph, copy_tree, finished, unwrap
 from .origin import describe, first_line
-from .piecewise import capture_parts, layers_read
+from .piecewise import capture_parts, modules_read
 from .recognize import module_op
-from .sameness import ROUNDING, difference, own_backwards, run
+from .sameness import ROUNDING, difference, lost_in_a_graph, run
 from .symbolic import closed_functions, closed_layers, trace_symbolically
 
 _RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_codes", "_graph"}
@@ -75,6 +75,7 @@ def capture(
     if how is None:
         return _best(model, twin, example_inputs, dynamic_shapes)
     if how is Capture.SYMBOLIC:
+        _refuse_losses(twin, example_inputs)
         net: nn.Module = _noted(trace_symbolically(twin, model), "by symbolic tracing, as asked")
     elif how is Capture.EXPORT:
         exported, rounding = _exported(model, example_inputs, dynamic_shapes)
@@ -89,6 +90,10 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
     """Symbolic tracing if it is faithful and opens everything, else torch.export, else what can be had in parts."""
     net: Net | None = None
     closed: list[str] = []
+    try:
+        _refuse_losses(twin, example_inputs)
+    except CaptureError as error:
+        return _parts(twin, model, example_inputs, str(error))
     try:
         net = trace_symbolically(twin, model)
         why = difference(net, twin, example_inputs).words
@@ -105,7 +110,10 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
         return _noted(net, "by symbolic tracing")
     try:
         exported, rounding = _exported(model, example_inputs, dynamic_shapes)
-        return _noted(exported, f"by torch.export{rounding}: {why}")
+        short = shortcoming(exported, example_inputs) if dynamic_shapes is None else ""
+        return (short and _freer(model, example_inputs, f"torch.export alone {short}.")) or _noted(
+            exported, f"by torch.export{rounding}: {f'It {short}. ' if short else ''}{why}"
+        )
     except CaptureError as error:
         reasons = f"{error} Symbolic tracing before it: {why}"
     if net is not None and faithful:  # sound, with closed layers: those that can be are opened by themselves
@@ -118,22 +126,35 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
         raise CaptureError(f"{reasons} Module by module after it: {error}") from error
 
 
+def _freer(model: nn.Module, example_inputs: Any, why: str) -> nn.Module | None:
+    """The model captured module by module, where no part has the shortcomings of the exported whole."""
+    try:
+        net = _parts(_copy(model), model, example_inputs, why)
+    except CaptureError:
+        return None
+    nets = [module for module in net.modules() if isinstance(module, Net)]
+    return None if any(shortcoming(part, example_inputs) for part in nets) else net
+
+
 def _exported(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[Net, str]:
     """The net, and in words how it differs by rounding, if it does.
 
     Raises CaptureError where the graph would differ by more, or train with other gradients.
     """
     twin, kind = _copy(model), type(model).__name__
-    functions = own_backwards(twin, example_inputs)
-    if functions:
-        raise CaptureError(
-            f"{kind} cannot be exported: {functions[0]} has a backward of its own, which torch.export leaves out."
-        )
+    _refuse_losses(twin, example_inputs)
     net = export_both_modes(twin, model, example_inputs, dynamic_shapes)
     found = difference(net, model, example_inputs)
     if found.size > ROUNDING:
         raise CaptureError(f"{kind} as torch.export has it is not the same: {found.words}")
     return net, f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
+
+
+def _refuse_losses(model: nn.Module, example_inputs: Any) -> None:
+    """Raises CaptureError where a graph of the whole model would train otherwise than it does."""
+    lost = lost_in_a_graph(model, example_inputs) if example_inputs is not None else ""
+    if lost:
+        raise CaptureError(f"{type(model).__name__} cannot be captured whole: {lost}.")
 
 
 def _parts(twin: nn.Module, model: nn.Module, example_inputs: Any, why: str) -> nn.Module:
@@ -147,7 +168,7 @@ def _parts(twin: nn.Module, model: nn.Module, example_inputs: Any, why: str) -> 
     found = difference(twin, model, example_inputs)
     if found.size > ROUNDING:
         raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {found.words}")
-    meta_of(twin)["read"] = layers_read(twin, example_inputs)
+    meta_of(twin)["read"] = modules_read(twin, example_inputs)
     return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import gradients, randomized
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dynrank_fx as dr
 from dynrank_fx.net import Net
@@ -158,3 +159,118 @@ def test_it_can_be_asked_for_and_says_what_it_needs():
         dr.capture(model, how=dr.Capture.MODULES)
     with pytest.raises(dr.CaptureError, match="no part of Bilinear with a matrix in it can be traced by itself"):
         dr.capture(nn.Bilinear(3, 3, 3), (torch.ones(2, 3), torch.ones(2, 3)), how=dr.Capture.MODULES)
+
+
+class Doubling(nn.Linear):
+    """A layer with one weight and a forward of its own."""
+
+    def forward(self, rows: int, x: Tensor) -> Tensor:
+        return 2 * super().forward(x[:rows])
+
+
+class Table(nn.Module):
+    """A part that multiplies by what it is given, and whose parameters others read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.inner(x @ w @ self.two)
+
+
+class Prying(nn.Module):
+    """Code that cannot be traced, and that reads the parameters of the parts that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubling, self.table = Doubling(8, 8), Table()
+        self.fc = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e6:
+            return x
+        x = self.doubling(len(x), x).to(self.fc[0].weight.dtype)
+        return self.table(x, self.table.one) + self.fc(x)
+
+
+def test_parts_that_untraced_code_reads_from_stay_whole():
+    torch.manual_seed(0)
+    model, x = Prying(), torch.randn(4, 8)
+    net = dr.transform(model, (x,), rank=dr.Fixed(2))
+    plan = dr.plan_of(net)
+    assert "module by module" in plan.capture
+    assert {row.site.name for row in plan.sites} == {"doubling.weight", "table.inner.weight"}
+    read = "read by code that could not be traced, which its factors alone could not serve once truncated"
+    assert {row.name: row.reason for row in plan.skipped}["fc.0.weight"] == read
+    assert torch.equal(net(x), model(x))
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net.eval())
+    torch.testing.assert_close(small(x), net(x))
+    assert {"table.one", "table.two", "fc.0.weight"} <= set(small.state_dict())
+
+
+class Checkpointed(nn.Module):
+    """Computes its block again in backward, which updates the statistics twice."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.stem, self.block, self.reentrant = nn.Linear(8, 8), Block(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return checkpoint(self.block, x, use_reentrant=self.reentrant) if self.training else self.block(x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_stay(reentrant):
+    torch.manual_seed(0)
+    model, x = randomized(Checkpointed(reentrant)), torch.randn(4, 8)
+    for how in (dr.Capture.SYMBOLIC, dr.Capture.EXPORT):
+        with pytest.raises(dr.CaptureError, match=r"cannot be captured whole: torch.utils.checkpoint computes parts"):
+            dr.capture(model, (x,), how=how)
+    net = dr.transform(model, (x,), rank=dr.Fixed(2))
+    assert {row.site.name for row in dr.plan_of(net).sites} == {"stem.weight", "block.a.weight", "block.w"}
+    torch.manual_seed(1)
+    expected = gradients(model.train(), x)
+    torch.manual_seed(1)
+    found = gradients(net.train(), x)
+    found["block.w"] = found.pop("block.w.weight")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert int(net.get_buffer("block.norm.num_batches_tracked")) == int(model.block.norm.num_batches_tracked) == 2
+
+
+class Featured(nn.Module):
+    """A backbone that never trains, under no_grad, and a branch on the number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.backbone(x)
+        return self.head(x)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) / (1.0 if len(x) > 100 else 2.0)
+
+
+@pytest.mark.parametrize("kind", [Featured, Counting])
+def test_parts_are_preferred_to_a_graph_that_is_closed_or_serves_one_batch(kind):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(4, 8)
+    net = dr.transform(model, (x,), rank=dr.Fixed(2))
+    plan = dr.plan_of(net)
+    assert "torch.export alone" in plan.capture
+    assert not plan.skipped
+    for x in (torch.randn(4, 8), torch.randn(7, 8)):
+        assert torch.equal(net(x), model(x))

@@ -534,9 +534,10 @@ def test_gradients_or_autocast_switched_inside_forward_are_not_lost(make):
     model, x = make(), torch.randn(4, 8)
     with pytest.raises(dr.CaptureError, match=r"the model .*`x = self\.a\(x\)`.* gradients or autocast are switched"):
         dr.capture(model, (x,), how=dr.Capture.SYMBOLIC)
-    net = dr.transform(model, (x,), rank=dr.Fixed(2))
-    assert_alike(net, model, x)
-    assert [row.site.name for row in dr.plan_of(net).sites] == ["b.weight"]
+    for how, sites in ((dr.Capture.EXPORT, ["b.weight"]), (None, ["a.weight", "b.weight"])):
+        net = dr.transform(model, (x,), rank=dr.Fixed(2), how=how)
+        assert_alike(net, model, x)
+        assert [row.site.name for row in dr.plan_of(net).sites] == sites
 
 
 class DataDependent(nn.Module):
@@ -989,7 +990,7 @@ class StraightThrough(nn.Module):
 
 def test_a_function_with_a_backward_of_its_own_keeps_it():
     model, x = StraightThrough(), torch.randn(4, 8)
-    with pytest.raises(dr.CaptureError, match=r"cannot be exported: Rounded has a backward of its own"):
+    with pytest.raises(dr.CaptureError, match=r"cannot be captured whole: Rounded has a backward of its own"):
         dr.capture(model, (x,), how=dr.Capture.EXPORT)
     net = dr.transform(model, (x,), rank=dr.Fixed(2))
     assert dr.plan_of(net).capture.startswith("module by module (2 parts")
@@ -1026,7 +1027,9 @@ class Traced(nn.Module):
         self.a, self.off = linears(), off
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x.reshape(int(x.shape[0]), 8))
+        if x.shape[-1] != 8:
+            raise ValueError
+        x = self.a(x)
         return x * (1 + self.off) if torch.compiler.is_exporting() else x
 
 
@@ -1039,3 +1042,29 @@ def test_an_export_that_computes_something_else_is_not_taken_and_rounding_is_sai
         dr.capture(Traced(1e-2), (x,), how=dr.Capture.EXPORT)
     close = dr.capture(Traced(1e-6), (x,))
     assert "by torch.export (off by rounding: " in dr.make_plan(close, dr.Fixed(2), (x,)).capture
+
+
+class Windows(nn.Module):
+    """Pads to windows and merges them, again and again: the sizes become ever longer formulas of the input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = linears()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 8:
+            raise ValueError
+        x = self.fc(x)
+        for _ in range(12):
+            x = nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 3))
+            x = x.reshape(x.shape[0], -1, 3, x.shape[2]).sum(2).repeat_interleave(2, 1)
+        return x
+
+
+def test_sizes_that_grow_into_long_formulas_are_fixed_but_for_the_batch():
+    torch.manual_seed(0)
+    model, x = Windows(), torch.randn(2, 10, 8)
+    net = dr.capture(model, (x,), how=dr.Capture.EXPORT)
+    assert_alike(net, model, torch.randn(5, 10, 8))
+    with pytest.raises(AssertionError, match="exported for 10 numbers in dimension 1 of x, and serves no other"):
+        net(torch.randn(2, 12, 8))

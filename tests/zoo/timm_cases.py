@@ -93,7 +93,6 @@ _MODELS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("maxxvit", "test_maxvit", 0, {"img_size": 64}),
     ("mobilenetv3", "mobilenetv3_small_050", 32, {}),
     ("mobilenetv3", "mobilenetv4_conv_small_035", 32, {}),
-    ("mobilenetv3", "mobilenetv4_hybrid_medium_075", 64, {}),
     ("mobilenetv3", "lcnet_035", 32, {}),
     ("mobilenetv5", "mobilenetv5_base", 64, {"channel_multiplier": 0.25}),
     ("mobilevit", "mobilevit_xxs", 64, {}),
