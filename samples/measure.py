@@ -1,7 +1,7 @@
 """The figures of the README, measured: `python samples/measure.py` for all, or name parts of it.
 
-Parts: steps, switch, memory, peak, truncation, startup, claim. Each prints a Markdown table. Both sides of a ratio
-are timed in turn in one run; ratios are medians. `--quick` does less of everything, to see that it runs.
+Parts: steps, switch, memory, peak, truncation, startup, scale, shared, claim. Each prints a Markdown table. Both sides
+of a ratio are timed in turn in one run; ratios are medians. `--quick` does less of everything, to see that it runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import chars
 import digits
+import measure_passes
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from dynrank_fx.train import Run, Settings, Task, evaluate, fit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLES: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
     ("digits", digits, ("stem*", "*shortcut*", "head")),
-    ("chars", chars, ()),
+    ("chars", chars, ("embed",)),
 )
 
 
@@ -45,6 +46,8 @@ def main(parts: Sequence[str], *, quick: bool = False) -> None:
         "peak": peak,
         "truncation": truncation,
         "startup": startup,
+        "scale": partial(passes, measure_passes.scale),
+        "shared": partial(passes, measure_passes.shared),
         "claim": claim,
     }
     print(f"{machine()}\n")
@@ -58,6 +61,12 @@ def main(parts: Sequence[str], *, quick: bool = False) -> None:
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for line in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(map(str, line)) + " |")
+
+
+def passes(part: Callable[[bool, str], measure_passes.Table], quick: bool) -> None:
+    caption, head, rows = part(quick, DEVICE)
+    print(caption, end="")
+    table(head, rows)
 
 
 def transformed(sample: ModuleType, exclude: tuple[str, ...]) -> Net:

@@ -23,7 +23,7 @@ def samples(monkeypatch):
     """The samples folder as scripts find it: their neighbours can be imported."""
     monkeypatch.syspath_prepend(ROOT / "samples")
     yield ROOT / "samples"
-    for name in ("digits", "chars", "demo", "measure", "own_loop", "pipeline"):
+    for name in ("digits", "chars", "demo", "measure", "measure_passes", "own_loop", "pipeline"):
         sys.modules.pop(name, None)
 
 
@@ -82,7 +82,7 @@ def test_pipeline_shows_the_factors_as_nodes(samples):
     assert {"0.left", "0.right", "3.left", "3.right"} <= set(targets)
 
 
-@pytest.mark.parametrize("part", ["memory", "peak", "truncation", "startup"])
+@pytest.mark.parametrize("part", ["memory", "peak", "truncation", "startup", "scale"])
 def test_the_measurements_run(samples, part, capsys):
     runpy.run_path(str(samples / "measure.py"), run_name="measure")["main"]([part], quick=True)
     assert capsys.readouterr().out.count("\n| ") >= 3

@@ -88,7 +88,7 @@ def _all_steps(run: Run, steps: set[str]) -> None:
     full = run.step("transform", lambda: _transform(net, inputs, 1.0))
     if full is None:
         return
-    _describe(dr.plan_of(full), run.row)
+    run.step("plan", lambda: _describe(dr.plan_of(full), model, run.row))
     if "parity" in steps:
         run.step("parity", lambda: _parity(model, full, inputs, run.row))
     if not run.row["sites"]:
@@ -245,13 +245,19 @@ def relative(got: Any, want: Any) -> float:
 # The plan
 
 
-def _describe(plan: dr.Plan, row: Row) -> None:
+def _describe(plan: dr.Plan, model: nn.Module, row: Row) -> None:
     row["capture"] = str(getattr(plan, "capture", ""))
     row["sites"] = len(plan.sites)
     row["skipped"] = [[s.name, s.params, s.reason] for s in plan.skipped]
     inside = sum(planned.site.params for planned in plan.sites)
     total = inside + sum(s.params for s in plan.skipped)
     row["site_params"], row["matrix_params"] = inside, total
+    listed = [name for each in (*[p.site for p in plan.sites], *plan.skipped) for name in (each.name, *each.aliases)]
+    matrices = [name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim >= 2]
+    if missing := set(matrices) ^ set(listed):
+        raise Wrong(f"{len(missing)} matrices are neither sites nor explained, such as {min(missing)}")
+    if vague := [s.name for s in plan.skipped if not s.reason or "unsupported" in s.reason]:
+        raise Wrong(f"{vague[0]} is left dense without a reason")
 
 
 # The checks

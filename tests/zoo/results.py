@@ -12,7 +12,7 @@ import torch
 
 Row = dict[str, Any]
 
-_STAGES = ("start", "model", "model in float64", "capture", "transform", "parity", "low", "truncate", "onnx")
+_STAGES = ("start", "model", "model in float64", "capture", "transform", "plan", "parity", "low", "truncate", "onnx")
 
 
 def write_results(rows: list[Row], path: Path) -> None:
@@ -71,8 +71,11 @@ def _families(rows: list[Row]) -> str:
         least = min(members, key=_share)
         lines.append([source, family, len(members), _coverage(members), f"{_share(least):.0%}", least["name"]])
     lines.sort(key=lambda line: float(line[4].rstrip("%")))
-    head = ["source", "family", "models", "coverage", "least", "model with the least"]
-    return "## Coverage by family\n\nThe least covered first.\n\n" + _table(head, lines)
+    head = ["source", "family", "models", "coverage", "floor", "model at the floor"]
+    return (
+        "## Coverage by family\n\nThe least covered first; the floor is the least of any model of the family.\n\n"
+        + _table(head, lines)
+    )
 
 
 def _models(rows: list[Row]) -> str:
