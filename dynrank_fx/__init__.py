@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .export import ExportReport as ExportReport
     from .export import export_onnx as export_onnx
     from .export import verify_onnx as verify_onnx
+    from .inlining import inline as inline
     from .layout import ChannelLayout as ChannelLayout
     from .layout import SpatialLayout as SpatialLayout
     from .lowrank import effective_rank as effective_rank
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from .ranks import Fixed as Fixed
     from .ranks import Ratio as Ratio
     from .rewrite import factorize as factorize
-    from .rewrite import inline as inline
     from .rewrite import plan_of as plan_of
     from .tracing import Capture as Capture
     from .tracing import capture as capture
@@ -67,6 +67,7 @@ _HOME = {
         "TransitionError",
     ),
     "export": ("ExportReport", "export_onnx", "verify_onnx"),
+    "inlining": ("inline",),
     "layout": ("ChannelLayout", "SpatialLayout"),
     "lowrank": ("effective_rank", "stable_rank"),
     "optim": ("Carry", "rewarm_"),
@@ -76,7 +77,7 @@ _HOME = {
     "plan": ("Plan",),
     "planning": ("make_plan",),
     "ranks": ("Energy", "Fixed", "Ratio"),
-    "rewrite": ("factorize", "inline", "plan_of"),
+    "rewrite": ("factorize", "plan_of"),
     "transition": ("Transition", "enter_", "phases_of", "replan_"),
     "truncation": ("truncate",),
 }

@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from . import store
 from .errors import PlanError, StoreError
+from .inlining import inline
 from .locate import is_captured, meta_of
 from .net import unwrap
 from .parameters import parameters_of, replace_parameters
 from .phase import Phase
 from .plan import Plan
 from .planning import fit_plan
-from .rewrite import factorize_, inline, plan_of, specialize_
+from .rewrite import factorize_, plan_of, specialize_
 from .switched import switched_modules
 from .tracing import Capture, capture
 from .transition import in_format_of

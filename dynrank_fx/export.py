@@ -20,11 +20,11 @@ from torch import nn
 
 from . import __version__
 from .errors import CaptureError, ExportError
+from .inlining import holds_captured, inline
 from .inputs import batch_size, split_inputs
 from .net import unwrap
 from .onnxcheck import Agreement, Provider, check_batch_sizes, compare, onnx_inputs, runtime, session
 from .onnxconvert import converted, reason
-from .rewrite import holds_captured, inline
 from .scopes import quiet
 
 __all__ = ["Agreement", "ExportReport", "Provider", "export_onnx", "onnx_inputs", "session", "verify_onnx"]

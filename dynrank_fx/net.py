@@ -146,6 +146,21 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return twin
 
 
+def set_submodule(net: nn.Module, path: str, module: nn.Module) -> None:
+    """The module under the path. Unlike torch's own it takes names that are no identifiers."""
+    parent, _, name = path.rpartition(".")
+    net.get_submodule(parent)._modules[name] = module
+
+
+def drop_dead_reads(graph: fx.Graph, views: set[fx.Node]) -> None:
+    """Reads of weights, and of parts of them, that no node uses any more. Not eliminate_dead_code: it would drop
+    in-place updates.
+    """
+    for node in reversed(list(graph.nodes)):
+        if (node.op == "get_attr" or node in views) and not node.users:
+            graph.erase_node(node)
+
+
 def unwrap(net: nn.Module) -> nn.Module:
     """The module behind torch.compile's wrapper, or the module itself."""
     return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net  # type: ignore[return-value]

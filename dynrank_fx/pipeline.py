@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from .errors import PlanError
+from .inlining import holds_captured
 from .layout import ChannelLayout, ConvLayout
 from .overrides import Override
 from .plan import Plan
 from .planning import fit_plan, make_plan
 from .ranks import RankPolicy, Ratio
-from .rewrite import factorize_, holds_captured
+from .rewrite import factorize_
 from .switched import switched_modules
 from .tracing import Capture, capture
 

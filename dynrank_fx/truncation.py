@@ -7,10 +7,10 @@ import copy
 from torch import nn
 
 from .errors import PlanError
+from .inlining import inline
 from .locate import is_captured
 from .net import unwrap
 from .phase import Phase
-from .rewrite import inline
 from .switched import switched_modules
 from .transition import enter_
 

@@ -16,7 +16,7 @@ LEVELS = (
     "calls convlayout matrixlayout symbolic",
     "layout locate",
     "finding interpret optim overrides piecewise plan switched",
-    "packs parameters rewrite task tracing",
+    "inlining packs parameters rewrite task tracing",
     "export planning transition",
     "checkpoint compare pipeline report train truncation",
     "plots progress runfile",
