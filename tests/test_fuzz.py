@@ -320,7 +320,7 @@ def hold(name: str, profile: settings, how: Sequence[dr.Capture | None]) -> None
 
 @every_contract
 def test_symbolic_nets(name):
-    hold(name, settings(EVERYDAY, max_examples=20), [SYMBOLIC])
+    hold(name, settings(EVERYDAY, max_examples=25), [SYMBOLIC])
 
 
 @settings(EVERYDAY, max_examples=6)
@@ -361,11 +361,13 @@ def onnx_report(module: nn.Module, recipe: Recipe) -> dr.ExportReport | None:
 def test_a_truncated_net_exports_to_onnx_where_its_model_does(recipe):
     recipe = replace(recipe, dtype=torch.float32)
     model = recipe.build()
-    net = transform(model, recipe, SYMBOLIC, 0.5)
+    # Only sites that pay: torch.export fails by itself on some products with a single row.
+    net = dr.transform(model, recipe.example(), rank=dr.Ratio(0.5), how=SYMBOLIC, allow_empty=True)
     assume(switched_modules(net) and onnx_report(model, recipe))
     report = onnx_report(dr.truncate(net), recipe)
     assert report is not None
-    assert report.params <= dr.plan_of(net).low_params + sum(buffer.numel() for buffer in net.buffers())
+    shapes = 64  # integers that the graph reshapes by
+    assert report.params <= dr.plan_of(net).low_params + sum(buffer.numel() for buffer in net.buffers()) + shapes
 
 
 def compiled(module: nn.Module, recipe: Recipe) -> Any:
