@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .inputs import batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
@@ -33,7 +34,12 @@ def export_both_modes(root: nn.Module, model: nn.Module, example_inputs: Any, dy
             graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs))
     except CaptureError:  # some models are exported with a free batch only
         graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs, only_first=True))
-    return _net(root, model, graphs)
+    for graph in graphs.values():
+        _pin_aliases(graph.graph, pytree.tree_leaves((args, kwargs)))
+    try:
+        return _net(root, model, graphs)
+    except RuntimeError as error:  # constants that are no tensors, such as generators
+        raise CaptureError(f"{type(model).__name__} has a graph that cannot be kept: {first_line(error)}.") from error
 
 
 class _ShortFormulas(TorchFunctionMode):
@@ -75,6 +81,7 @@ def _net(root: nn.Module, model: nn.Module, modules: dict[bool, fx.GraphModule])
 def lift(module: fx.GraphModule, root: nn.Module, prefix: str) -> fx.Graph:
     """The exported graph over the original tree: constants that export lifted come along under names of their own."""
     graph = module.graph
+    _follow_the_caller(graph)
     state = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     state |= {name for name, _ in root.named_buffers(remove_duplicate=False)}
     for node in list(graph.nodes):
@@ -94,6 +101,32 @@ def lift(module: fx.GraphModule, root: nn.Module, prefix: str) -> fx.Graph:
     return graph
 
 
+def _follow_the_caller(graph: fx.Graph) -> None:
+    """Leave out what torch.export fixed of dtypes and devices: under autocast or on another device they are others.
+
+    What is made on the device of the example is made on that of the first input.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)]
+    made_on = inputs[0].meta["val"].device if inputs else None
+    device: fx.Node | None = None
+
+    def followed(value: Any) -> Any:
+        nonlocal device
+        if not isinstance(value, torch.device) or value != made_on:
+            return value
+        if device is None:
+            with graph.inserting_after(inputs[-1]):
+                device = graph.call_function(getattr, (inputs[0], "device"))
+        return device
+
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            args, kwargs = pytree.tree_map(followed, (tuple(node.args), dict(node.kwargs)))
+            node.args, node.kwargs = args, kwargs
+
+
 def pin_inputs(graph: fx.Graph) -> None:
     """Refuse, by plain torch assertions, the inputs that the graph would take for those of its example.
 
@@ -111,6 +144,21 @@ def pin_inputs(graph: fx.Graph) -> None:
             for test, operands, what in _bindings(graph, node, node.meta["val"]):
                 kept = graph.call_function(test, operands)
                 graph.call_function(torch._assert, (kept, f"the graph was exported for {what}, and serves no other"))
+
+
+def _pin_aliases(graph: fx.Graph, leaves: list[Any]) -> None:
+    """Refuse two tensors where the example has one twice: forward may have seen that they are one (as attention does
+    when query is key).
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    first: dict[int, fx.Node] = {}
+    with graph.inserting_before(placeholders[-1].next if placeholders else None):
+        for node, leaf in zip(placeholders, leaves, strict=False):
+            other = first.setdefault(id(leaf), node)
+            if isinstance(leaf, Tensor) and other is not node:
+                same = graph.call_function(operator.is_, (node, other))
+                words = f"the graph was exported for {node.target} being {other.target}, and serves no other"
+                graph.call_function(torch._assert, (same, words))
 
 
 def _bindings(graph: fx.Graph, node: fx.Node, value: Any) -> Iterator[tuple[Any, tuple[Any, ...], str]]:

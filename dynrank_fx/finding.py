@@ -84,6 +84,8 @@ def _why_unused(readers: list[str]) -> str:
             "inside a block that switches gradients or autocast, which torch.export keeps closed: captured module by "
             "module (Capture.MODULES), the model's own code would run it"
         )
+    if any("conv_transpose" in words for words in readers):
+        return "transposed convolution whose output size is given: its padding depends on the input's size"
     if readers:
         return f"not multiplied by an input as it is: it is used by {readers[0]}"
     return "no operation of the graph uses it"

@@ -34,8 +34,13 @@ def split_inputs(example_inputs: Any) -> Inputs:
 
 
 def fresh(example_inputs: Any) -> Any:
-    """The same with copies of the tensors: a model may write into what it is given."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_inputs)
+    """The same with copies of the tensors, for a model may write into what it is given; one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        return copies.setdefault(id(tensor), tensor.detach().clone())
+
+    return pytree.tree_map_only(Tensor, copied, example_inputs)
 
 
 def batch_size(inputs: Inputs) -> int | None:
@@ -79,5 +84,6 @@ def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None) -> Inputs
             return leaf.mean() + std * noise
         return leaf.detach()[torch.randint(leaf.shape[0], (batch,), generator=generator)]
 
-    args, kwargs = pytree.tree_map(resized, inputs)
+    done: dict[int, Any] = {}  # one tensor stays one
+    args, kwargs = pytree.tree_map(lambda leaf: done.setdefault(id(leaf), resized(leaf)), inputs)
     return args, kwargs

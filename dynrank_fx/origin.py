@@ -26,6 +26,8 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if lines and "co_varnames is too small" in lines[0]:
+        return "its forward has arguments that torch.fx cannot read (it is wrapped by a decorator)"
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 

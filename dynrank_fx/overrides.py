@@ -21,9 +21,11 @@ class Override:
 
     rank: RankPolicy | None = None
     layout: ConvLayout | None = None
-    dense: bool = False
+    dense: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.dense not in (None, True, False):
+            raise PlanError(f"{self.dense!r} does not say whether sites stay dense: give dense=True or dense=False")
         if self.rank is not None:
             checked_policy(self.rank)
         if self.layout is not None:
@@ -47,13 +49,15 @@ def matches(site: Site | Skipped, patterns: Iterable[str]) -> bool:
 def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
     """All that the fitting patterns say of a site together; a later one wins."""
     found = Override()
+    if not isinstance(overrides, Mapping):
+        raise PlanError(f"overrides are a dict from patterns to Override, not a {type(overrides).__name__}")
     for pattern, override in overrides.items():
         if not isinstance(override, Override):
             raise PlanError(
                 f"the override of {pattern!r} is {override!r}: give an Override, such as Override(dense=True)"
             )
         if matches(site, [pattern]):
-            said = {key: value for key, value in vars(override).items() if value}
+            said = {key: value for key, value in vars(override).items() if value is not None}
             found = replace(found, **said)
     return found
 

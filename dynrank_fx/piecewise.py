@@ -35,7 +35,7 @@ def capture_parts(root: nn.Module, example_inputs: Any, only: Sequence[str] = ()
     while waiting:
         name = waiting.pop(0)
         part = root.get_submodule(name)
-        if isinstance(part, Net) or module_op(part) is not None or not _has_matrix(part):
+        if isinstance(part, Net | nn.RNNBase) or module_op(part) is not None or not _has_matrix(part):
             continue
         if part not in found and name in calls:
             net = _captured(part, calls[name])

@@ -17,7 +17,7 @@ from torch.utils import checkpoint
 from .inputs import fresh, split_inputs
 from .net import Net
 from .origin import first_line
-from .scopes import same_buffers, same_randomness, slow_attention
+from .scopes import quiet, same_buffers, same_randomness, slow_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,27 +67,60 @@ def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mo
         if lost > ROUNDING:
             return Difference(lost, f"its graph changes the buffer {name} otherwise {where}on the example inputs.")
         size = max(size, lost)
+    if wrong := _wrong_gradient(expected.gradients, got.gradients):
+        return Difference(float("inf"), f"its graph gives {wrong} another gradient on the example inputs.")
     return Difference(size, f"its graph rounds otherwise {where}on the example inputs." if size else "")
+
+
+def _wrong_gradient(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
+    """The first parameter whose gradient is off by more than rounding; that of a small one may be nothing else."""
+    largest = max(
+        (float(gradient.detach().abs().max()) for gradient in expected.values() if gradient.numel()), default=0
+    )
+    for name, gradient in expected.items():
+        if name not in got or not gradient.numel():
+            continue  # a parameter that the net has under another name
+        scale = max(float(gradient.abs().max()), 1e-3 * largest)
+        error = float((got[name] - gradient).abs().max())
+        if error > 1e-2 * scale:
+            return name
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What a call gives, and the buffers that it changes, by name, as it leaves them."""
+    """What a call gives, the buffers that it changes, by name, as it leaves them, and gradients, if it trains."""
 
     output: Any
     buffers: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
 
 def effect(model: nn.Module, example_inputs: Any, *, mode: bool) -> Effect:
     """Of a call in evaluation (False) or training mode; modes and buffers are as before afterwards."""
-    with torch.no_grad(), slow_attention(), same_buffers(model), _in_mode(model, mode):
+    with torch.set_grad_enabled(mode), slow_attention(), same_buffers(model), _in_mode(model, mode), quiet():
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         given = run(model, example_inputs)
-        after = dict(model.named_buffers())
+        after = {name: buffer.detach() for name, buffer in model.named_buffers()}
         changed = {
             name: after[name].clone() for name in before.keys() & after.keys() if apart(before[name], after[name])
         }
-    return Effect(given, changed)
+        gradients = _gradients(model, given) if mode else {}
+    return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, gradients)
+
+
+def _gradients(model: nn.Module, given: Any) -> dict[str, Tensor]:
+    """Of the sum of squares of what the model gives; none where nothing trains."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not parameters or not leaves:
+        return {}
+    try:
+        total = torch.stack([leaf.abs().square().sum().double() for leaf in leaves]).sum()
+        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    except RuntimeError:  # what cannot be differentiated in the model cannot in the net
+        return {}
+    return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
 
 @contextmanager

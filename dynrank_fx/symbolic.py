@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from types import FunctionType
 from typing import Any
 
@@ -52,8 +53,50 @@ def trace_symbolically(root: nn.Module, model: nn.Module) -> Net:
         except Exception as error:
             where = origin(error, root)
             raise CaptureError(f"{where} cannot be traced symbolically: {first_line(error)}.") from error
+    for mode, graph in graphs.items():
+        _pin_optional(root, graph, mode)
     same = graphs[True].python_code("self").src == graphs[False].python_code("self").src
     return finished(root, graphs[True], None if same else graphs[False], model)
+
+
+def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool) -> None:
+    """Refuse, by plain assertions, the optional inputs for which forward would do something else.
+
+    ``x is None`` is false of a proxy, and so is ``torch.is_tensor(x)``: an input that forward tests must be there, one
+    that the graph does not use must not.
+    """
+    optional = [node for node in graph.nodes if node.op == "placeholder" and node.args == (None,)]
+    unused = [node for node in optional if not node.users]
+    tested = [node for node in optional if node.users and _is_tested(root, graph, node, mode)]
+    with graph.inserting_before(next((node for node in graph.nodes if node.op != "placeholder"), None)):
+        for nodes, test, words in ((tested, operator.is_not, "with"), (unused, operator.is_, "without")):
+            for node in nodes:
+                kept = graph.call_function(test, (node, None))
+                text = f"the graph was traced {words} {node.target}, and serves no other"
+                graph.call_function(torch._assert, (kept, text))
+
+
+def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) -> bool:
+    """Whether forward without this input is more than the same calls, given None."""
+    try:
+        with in_mode(root, mode):
+            without = _Tracer().trace(root, concrete_args={str(optional.target): None})
+    except Exception:
+        return True
+    return _calls(graph, str(optional.target)) != _calls(without, str(optional.target))
+
+
+def _calls(graph: fx.Graph, optional: str) -> list[Any]:
+    """What is called with what, in order, None standing for the optional input."""
+    shown: dict[fx.Node, Any] = {}
+    found: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            shown[node] = None if node.target == optional else ("input", str(node.target))
+        elif getattr(node.target, "__name__", "") != "_assert_is_none":
+            shown[node] = ("call", len(found))
+            found.append((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), shown.get)))
+    return found
 
 
 def closed_layers(net: Net) -> list[str]:

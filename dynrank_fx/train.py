@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .errors import DynrankError
 from .lowrank import effective_rank, stable_rank
+from .net import Net
 from .optim import Rewarm, rewarm_
 from .phase import Phase, Schedule, TrainState
 from .randomness import random_state, set_random_state
@@ -73,7 +74,8 @@ def fit(
     watcher = watcher or Watcher()
     forward: nn.Module = run.net
     if settings.compile:
-        forward = torch.compile(run.net, fullgraph=True, dynamic=settings.dynamic)  # type: ignore[assignment]
+        whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
+        forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
     while run.epoch < settings.epochs:
         if run.step == 0:
             watcher.epoch_started(run, _begin_epoch(run, settings))

@@ -130,19 +130,27 @@ def _refuse_wrapped(root: nn.Module) -> None:
             )
 
 
+def _phase(value: object) -> Phase:
+    try:
+        return Phase(value)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise TransitionError(f"{value!r} is no phase: give Phase.LOW or Phase.FULL") from error
+
+
 def _targets(sites: Mapping[str, list[Switched]], setting: Setting) -> dict[str, Phase]:
     if not sites:
         raise TransitionError(
             "the net has no site to switch: make it by transform, and look at its plan for the reasons"
         )
     if not isinstance(setting, Mapping):
-        return dict.fromkeys(sites, Phase(setting))
+        return dict.fromkeys(sites, _phase(setting))
     targets: dict[str, Phase] = {}
     for pattern, phase in setting.items():
-        names = [name for name in sites if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        short = {name: name.removesuffix(".weight") for name in sites}
+        names = [name for name in sites if any(fnmatch.fnmatchcase(each, pattern) for each in (name, short[name]))]
         if not names:
             raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {next(iter(sites))}")
-        targets.update(dict.fromkeys(names, Phase(phase)))
+        targets.update(dict.fromkeys(names, _phase(phase)))
     return targets
 
 
