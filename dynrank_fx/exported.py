@@ -214,12 +214,26 @@ def shortcoming(net: Net, example_inputs: Any) -> str:
     return ""
 
 
+def fixed_sizes(net: Net) -> str:
+    """The sizes that the graph serves no other than, in words such as ``, fixed: x[1]=8``; empty if there are none."""
+    found: dict[str, None] = {}
+    for node in (node for graph in net.graphs.values() for node in graph.nodes):
+        if node.target is operator.eq and _is_size(node.args[0]):
+            tensor, axis = node.args[0].args
+            found[f"{tensor.target}[{axis}]={node.args[1]}"] = None
+    return f", fixed: {', '.join(found)}" if found else ""
+
+
 def _is_batch(size: Any) -> bool:
     """Whether the node is the first dimension of an input."""
+    return _is_size(size) and size.args[1] == 0
+
+
+def _is_size(size: Any) -> bool:
+    """Whether the node is a dimension of an input."""
     if not isinstance(size, fx.Node) or size.target is not torch.ops.aten.sym_size.int:
         return False
-    tensor, axis = size.args
-    return isinstance(tensor, fx.Node) and tensor.op == "placeholder" and bool(axis == 0)
+    return isinstance(size.args[0], fx.Node) and size.args[0].op == "placeholder"
 
 
 def alike(train: fx.Graph, other: fx.Graph, root: nn.Module) -> bool:

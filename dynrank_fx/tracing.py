@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .errors import CaptureError
-from .exported import export_both_modes, mode_of, pin_inputs, shortcoming
+from .exported import export_both_modes, fixed_sizes, mode_of, pin_inputs, shortcoming
 from .inputs import split_inputs
 from .locate import is_captured, meta_of, untraced
 from .net import Net, copy_graph, copy_tree, finished, unwrap
@@ -79,7 +79,7 @@ def capture(
         net: nn.Module = _noted(trace_symbolically(twin, model), "by symbolic tracing, as asked")
     elif how is Capture.EXPORT:
         exported, rounding = _exported(model, example_inputs, dynamic_shapes)
-        net = _noted(exported, f"by torch.export, as asked{rounding}")
+        net = _noted(exported, f"by torch.export, as asked{rounding}{fixed_sizes(exported)}")
     else:
         net = _parts(twin, model, example_inputs, "as asked")
     meta_of(net)["how"] = how.name
@@ -112,7 +112,7 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
         exported, rounding = _exported(model, example_inputs, dynamic_shapes)
         short = shortcoming(exported, example_inputs) if dynamic_shapes is None else ""
         return (short and _freer(model, example_inputs, f"torch.export alone {short}.")) or _noted(
-            exported, f"by torch.export{rounding}: {f'It {short}. ' if short else ''}{why}"
+            exported, f"by torch.export{rounding}{fixed_sizes(exported)}: {f'It {short}. ' if short else ''}{why}"
         )
     except CaptureError as error:
         reasons = f"{error} Symbolic tracing before it: {why}"

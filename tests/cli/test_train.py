@@ -28,6 +28,8 @@ Run = Callable[..., Result]
 EPOCHS, STEPS = 4, 3
 INSTALLED = str(Path(sys.executable).with_name("dynrank-fx"))
 
+HANDLERS = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
 
 def checkpoint(folder: str) -> tuple[dict[str, bytes], Any]:
     """Tensors as bytes, and the rest without what was timed."""
@@ -232,8 +234,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(
 
 
 def test_handlers_are_as_before_after_a_run(whole: str) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert {each: signal.getsignal(each) for each in HANDLERS} == HANDLERS
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(
