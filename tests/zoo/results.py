@@ -30,8 +30,8 @@ def _head(rows: list[Row]) -> str:
         "of all matrices that are in sites. FULL is compared bit for bit; LOW at full rank, in float64, with the "
         "original; the truncated model at half the rank, in float64, with the net in LOW, on another batch; the ONNX "
         "file, of the truncated model in float32, with onnxruntime on batches of 1, 2 and 5, to 1e-4 of the largest "
-        "value or ten times what float32 alone makes of the output. Rows are kept from run to run, so that they may be of "
-        "versions that differ a little."
+        "value or ten times what float32 alone makes of the output. Rows are kept from run to run, so that they may be "
+        "of versions that differ a little."
     )
 
 
