@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,10 @@ from torch import nn
 from . import __version__
 from .errors import CaptureError, ExportError
 from .inlining import holds_captured, inline
-from .inputs import batch_size, split_inputs
+from .inputs import batch_size, in_order, split_inputs
 from .net import unwrap
 from .onnxcheck import Agreement, Provider, check_batch_sizes, compare, onnx_inputs, runtime, session
-from .onnxconvert import converted, reason
+from .onnxconvert import converted, parameter_count, reason
 from .scopes import quiet
 
 __all__ = ["Agreement", "ExportReport", "Provider", "export_onnx", "onnx_inputs", "session", "verify_onnx"]
@@ -34,7 +33,7 @@ _MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and compared. provider: the one that really ran it. params: elements of the initializers."""
+    """What was written and compared. provider: the one that really ran it. params: floating-point values in the file."""
 
     path: Path
     provider: str
@@ -80,7 +79,8 @@ def export_onnx(
     """
     check_batch_sizes(batch_sizes)
     runtime()
-    inputs, plain = split_inputs(example_inputs), _in_evaluation(module)
+    plain = _in_evaluation(module)
+    inputs = in_order(plain, split_inputs(example_inputs))
     _refuse_large(plain)
     with _replacing(Path(path)) as beside:
         model, free = converted(plain, inputs, dynamic_shapes, opset)
@@ -96,8 +96,8 @@ def export_onnx(
         sizes = batch_sizes if free else (batch_size(inputs) or 1,)
         agreements = compare(opened, plain, inputs, sizes, tolerance)
         file_size = beside.stat().st_size
-    params = sum(math.prod(initializer.dims) for initializer in model.graph.initializer)
-    return ExportReport(Path(path), opened.get_providers()[0], found, file_size, params, free, agreements)
+    params, provider = parameter_count(model), opened.get_providers()[0]
+    return ExportReport(Path(path), provider, found, file_size, params, free, agreements)
 
 
 def verify_onnx(

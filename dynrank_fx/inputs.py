@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
@@ -31,6 +32,17 @@ def split_inputs(example_inputs: Any) -> Inputs:
         f"example inputs of type {type(example_inputs).__name__} are not understood: "
         "give a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)"
     )
+
+
+def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs with the keyword arguments in the order of forward: torch.export binds those of a GraphModule by their
+    order, whatever their names.
+    """
+    args, kwargs = inputs
+    if not isinstance(module, fx.GraphModule):
+        return inputs
+    names = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return args, {name: kwargs[name] for name in (*names, *(name for name in kwargs if name not in names))}
 
 
 def fresh(example_inputs: Any) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -109,17 +112,40 @@ def _batch_is_free(model: Any, inputs: Inputs) -> bool:
 
 
 def refuse_inflated(model: Any, stored: Sequence[Any]) -> None:
-    """Constants above the folding limit are what the module stores, or a table that forward makes, such as positions:
-    a twentieth is left for those.
+    """More than the module stores can only be a table that forward makes, such as positions: no weight for the second
+    time, and no product of factors that are gone.
     """
-    of_module = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors(stored)}.values())
-    sizes = [math.prod(initializer.dims) for initializer in model.graph.initializer]
-    in_file = sum(size for size in sizes if size > _FOLD_LIMIT)
-    if in_file > 1.05 * of_module:
+    from onnx.numpy_helper import to_array
+
+    ours = list({tensor.data_ptr(): tensor for tensor in tensors(stored)}.values())
+    of_module = sum(tensor.numel() for tensor in ours)
+    in_file = sum(size for each in model.graph.initializer if (size := math.prod(each.dims)) > _FOLD_LIMIT)
+    if in_file <= of_module:
+        return
+    written = Counter(_content(to_array(each)) for each in model.graph.initializer)
+    contents = [_content(tensor.detach().cpu().float().numpy()) for tensor in ours]
+    gone = any(not written[content] for content, tensor in zip(contents, ours, strict=True) if tensor.ndim >= 2)
+    given = Counter(content for content in contents if content[0] > _FOLD_LIMIT)
+    twice = any(written[content] > count for content, count in given.items())
+    if gone or twice:
         raise ExportError(
             f"the ONNX graph would hold {in_file:,} weights where the module has {of_module:,}, as if a product of "
             "factors had been multiplied out or a weight stored twice: give another opset"
         )
+
+
+def parameter_count(model: Any) -> int:
+    """Elements of the floating-point initializers: the integers are shapes and indices."""
+    from onnx import TensorProto
+
+    floating = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return sum(math.prod(each.dims) for each in model.graph.initializer if each.data_type in floating)
+
+
+def _content(array: Any) -> tuple[int, bytes]:
+    """The number of values, and the values themselves, whatever their order: a transposed weight has the same."""
+    values = np.sort(array.astype(np.float32), axis=None)
+    return values.size, hashlib.sha256(values.tobytes()).digest()
 
 
 def joined(path: Sequence[Any]) -> str:

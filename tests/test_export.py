@@ -218,6 +218,26 @@ class TestWhatIsStored:
         with pytest.raises(dr.ExportError, match="4,096 weights where the module has 256"):
             refuse_inflated(model, [torch.zeros(64, 2), torch.zeros(2, 64)])
 
+    def test_a_table_that_forward_makes_is_no_weight_but_a_weight_written_twice_is(self):
+        weight, table = torch.randn(40, 50), torch.arange(3000.0)
+        given = [onnx.numpy_helper.from_array(weight.numpy(), "w"), onnx.numpy_helper.from_array(table.numpy(), "t")]
+        again = onnx.numpy_helper.from_array(weight.t().contiguous().numpy(), "w_t")
+        grown = onnx.helper.make_model(onnx.helper.make_graph([], "table", [], [], given))
+        refuse_inflated(grown, [weight])
+        grown.graph.initializer.append(again)
+        with pytest.raises(dr.ExportError, match="7,000 weights where the module has 2,000"):
+            refuse_inflated(grown, [weight])
+
+    def test_keyword_inputs_of_a_graph_module_may_come_in_any_order(self, tmp_path):
+        class Scaled(nn.Module):
+            def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+                return torch.sin(x) * scale
+
+        x, scale = torch.randn(3, 8), torch.rand(3, 8)
+        for inputs in ({"scale": scale, "x": x}, {"x": x, "scale": scale}):
+            report = export_onnx(torch.fx.symbolic_trace(Scaled()), inputs, tmp_path / "m.onnx")
+            assert len(report.agreements) == 3
+
     def test_metadata_opset_and_no_traces_of_this_machine(self, tmp_path):
         path = tmp_path / "m.onnx"
         report = export_onnx(nn.Linear(4, 4), torch.ones(2, 4), path, opset=18, metadata={"key": "value"})

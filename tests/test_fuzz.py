@@ -361,13 +361,11 @@ def onnx_report(module: nn.Module, recipe: Recipe) -> dr.ExportReport | None:
 def test_a_truncated_net_exports_to_onnx_where_its_model_does(recipe):
     recipe = replace(recipe, dtype=torch.float32)
     model = recipe.build()
-    # Only sites that pay: torch.export fails by itself on some products with a single row.
-    net = dr.transform(model, recipe.example(), rank=dr.Ratio(0.5), how=SYMBOLIC, allow_empty=True)
+    net = transform(model, recipe, SYMBOLIC, 0.5)
     assume(switched_modules(net) and onnx_report(model, recipe))
     report = onnx_report(dr.truncate(net), recipe)
     assert report is not None
-    shapes = 64  # integers that the graph reshapes by
-    assert report.params <= dr.plan_of(net).low_params + sum(buffer.numel() for buffer in net.buffers()) + shapes
+    assert report.params <= dr.plan_of(net).low_params + sum(buffer.numel() for buffer in net.buffers())
 
 
 def compiled(module: nn.Module, recipe: Recipe) -> Any:
