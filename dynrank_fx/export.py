@@ -33,7 +33,7 @@ _MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and compared. provider: the one that really ran it. params: floating-point values in the file."""
+    """What was written and compared. provider: the one that really ran it. params: floating-point values in it."""
 
     path: Path
     provider: str

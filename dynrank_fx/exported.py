@@ -28,18 +28,18 @@ def export_both_modes(root: nn.Module, model: nn.Module, example_inputs: Any, dy
         raise CaptureError(f"torch.export needs example inputs to trace {type(model).__name__}; pass example_inputs")
     args, kwargs = double_batch_of_one(*split_inputs(fresh(example_inputs)))
     if dynamic_shapes is not None:
-        return _net(root, model, _graphs(root, args, kwargs, dynamic_shapes))
-    try:
-        with _ShortFormulas():
-            graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs))
-    except CaptureError:  # some models are exported with a free batch only
-        graphs = _graphs(root, args, kwargs, free_dimensions(args, kwargs, only_first=True))
+        programs = _programs(root, args, kwargs, dynamic_shapes)
+    else:
+        try:
+            with _ShortFormulas():
+                programs = _programs(root, args, kwargs, free_dimensions(args, kwargs))
+        except CaptureError:  # some models are exported with a free batch only
+            programs = _programs(root, args, kwargs, free_dimensions(args, kwargs, only_first=True))
+    graphs = {mode: lift(programs[mode], root, prefix="train" if mode else "eval") for mode in (True, False)}
     for graph in graphs.values():
-        _pin_aliases(graph.graph, pytree.tree_leaves((args, kwargs)))
-    try:
-        return _net(root, model, graphs)
-    except RuntimeError as error:  # constants that are no tensors, such as generators
-        raise CaptureError(f"{type(model).__name__} has a graph that cannot be kept: {first_line(error)}.") from error
+        _pin_aliases(graph, pytree.tree_leaves((args, kwargs)))
+    same = alike(graphs[True], graphs[False], root)
+    return finished(root, graphs[True], None if same else graphs[False], model)
 
 
 class _ShortFormulas(TorchFunctionMode):
@@ -60,28 +60,27 @@ class _ShortFormulas(TorchFunctionMode):
         return result
 
 
-def _graphs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> dict[bool, fx.GraphModule]:
-    graphs = {}
+def _programs(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> dict[bool, fx.GraphModule]:
+    """What torch.export makes of the model in either mode."""
+    programs = {}
     for mode in (True, False):
         try:
             with quiet(), slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)
-            graphs[mode] = program.module(check_guards=False)
+            programs[mode] = program.module(check_guards=False)
         except Exception as error:
             raise CaptureError(f"{origin(error, root)} cannot be exported: {first_line(error)}.") from error
-    return graphs
-
-
-def _net(root: nn.Module, model: nn.Module, modules: dict[bool, fx.GraphModule]) -> Net:
-    graphs = {mode: lift(modules[mode], root, prefix="train" if mode else "eval") for mode in (True, False)}
-    same = alike(graphs[True], graphs[False], root)
-    return finished(root, graphs[True], None if same else graphs[False], model)
+    return programs
 
 
 def lift(module: fx.GraphModule, root: nn.Module, prefix: str) -> fx.Graph:
-    """The exported graph over the original tree: constants that export lifted come along under names of their own."""
+    """The exported graph over the original tree: constants that export lifted come along under names of their own.
+
+    Raises CaptureError for a constant that no graph can keep, such as a generator.
+    """
     graph = module.graph
-    _follow_the_caller(graph)
     state = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     state |= {name for name, _ in root.named_buffers(remove_duplicate=False)}
     for node in list(graph.nodes):
@@ -92,12 +91,14 @@ def lift(module: fx.GraphModule, root: nn.Module, prefix: str) -> fx.Graph:
             name = f"_{prefix}_{str(node.target).replace('.', '_')}"
             if isinstance(value, Tensor):
                 root.register_buffer(name, value, persistent=False)
-            else:
+            elif isinstance(value, nn.Module):
                 setattr(root, name, value)  # the body of a control-flow operator
+            else:
+                raise CaptureError(f"forward makes a {type(value).__name__}, which an exported graph cannot keep.")
             node.target = name
         elif node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    pin_inputs(graph)
+    settle_inputs(graph)
     return graph
 
 
@@ -127,7 +128,13 @@ def _follow_the_caller(graph: fx.Graph) -> None:
             node.args, node.kwargs = args, kwargs
 
 
-def pin_inputs(graph: fx.Graph) -> None:
+def settle_inputs(graph: fx.Graph) -> None:
+    """Follow the caller where torch.export took the example's word for his, and where the graph cannot, refuse him."""
+    _follow_the_caller(graph)
+    _pin_inputs(graph)
+
+
+def _pin_inputs(graph: fx.Graph) -> None:
     """Refuse, by plain torch assertions, the inputs that the graph would take for those of its example.
 
     torch.export makes a constant of every input that is no tensor, and of a batch that the model counts, loops over or

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .errors import ExportError
 from .inputs import Inputs, with_batch
 from .onnxconvert import joined, reason, tensors
-from .scopes import slow_attention
+from .scopes import same_buffers, slow_attention
 
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]
 
@@ -136,7 +136,11 @@ def compare(
         try:
             got = [torch.from_numpy(np.asarray(array)) for array in opened.run(None, feeds)]
             side = "PyTorch"  # second, as it may write to its inputs
-            with torch.no_grad(), slow_attention():
+            with (
+                torch.no_grad(),
+                slow_attention(),
+                same_buffers(module),
+            ):  # the file starts from the same state each time
                 expected = [tensor.detach().cpu() for tensor in tensors(module(*args, **kwargs))]
         except Exception as error:
             why = reason(error)

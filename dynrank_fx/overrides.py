@@ -41,9 +41,12 @@ def checked_conv_layout(layout: ConvLayout) -> ConvLayout:
 
 def matches(site: Site | Skipped, patterns: Iterable[str]) -> bool:
     """Whether a pattern fits the site's name, an alias, or the module that holds it (``fc`` for ``fc.weight``)."""
-    names = [site.name, *site.aliases]
-    names += [name.removesuffix(".weight") for name in names]
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return any(fits(name, pattern) for name in (site.name, *site.aliases) for pattern in patterns)
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern fits the name of a weight, or of the module that holds it."""
+    return any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.removesuffix(".weight")))
 
 
 def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:

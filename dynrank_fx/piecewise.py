@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -84,6 +84,8 @@ def modules_read(root: nn.Module, example_inputs: Any) -> list[str]:
             type(net).__getattr__ = __getattr__  # type: ignore[method-assign]
             stack.callback(delattr, type(net), "__getattr__")
         effect(root, example_inputs, mode=False)
+        with suppress(Exception):  # where the model does not train on the example, nothing is read
+            effect(root, example_inputs, mode=True)
     return [name for name, module in root.named_modules(remove_duplicate=False) if module in read]
 
 
@@ -117,7 +119,7 @@ def _captured(part: nn.Module, call: Any) -> Net | None:
     if lost_in_a_graph(part, call):
         return None
     try:
-        net = trace_symbolically(_shell(part), part)
+        net = trace_symbolically(_shell(part), part, call)
         if not closed_layers(net) and difference(net, part, call).size == 0:
             return net
     except CaptureError:

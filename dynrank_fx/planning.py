@@ -14,7 +14,7 @@ from .finding import find_sites
 from .interpret import measure
 from .layout import ChannelLayout, ConvLayout, Layout, layout_for
 from .locate import Located, locate, meta_of
-from .ops import Op
+from .ops import ConvOp, ConvTransposeOp, Op
 from .overrides import Override, checked_conv_layout, matches, override_of, ranks_by_policy
 from .packs import curve_of, packs_of
 from .plan import Plan, PlannedSite, checked_rows, layout_of
@@ -56,6 +56,7 @@ def make_plan(
     sites, skipped = find_sites(net, measured.shapes if measured else None)
     _check_patterns([*include, *exclude, *overrides], [*sites, *skipped])
     said = {site.name: override_of(site, overrides) for site in sites}
+    _check_layouts(overrides, sites)
     reasons: dict[str, str] = {}
     for site in sites:
         if include and not matches(site, include):
@@ -114,6 +115,14 @@ def _check_patterns(patterns: Sequence[str], candidates: Sequence[Site | Skipped
             raise PlanError(
                 f"the pattern {pattern!r} matches no weight of the model; its weights are named like {known}"
             )
+
+
+def _check_layouts(overrides: Mapping[str, Override], sites: Sequence[Site]) -> None:
+    """A layout may be asked of a pattern that fits other sites too, but not of one that fits no convolution."""
+    for pattern, override in overrides.items():
+        ops = [site.uses[0].op for site in sites if matches(site, [pattern])]
+        if override.layout is not None and not any(isinstance(op, ConvOp | ConvTransposeOp) for op in ops):
+            raise PlanError(f"the override of {pattern!r} asks for a layout of convolutions, and fits no convolution")
 
 
 def _check_finite(sites: Iterable[Site], located: Mapping[str, Located]) -> None:

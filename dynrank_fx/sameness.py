@@ -73,18 +73,20 @@ def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mo
 
 
 def _wrong_gradient(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
-    """The first parameter whose gradient is off by more than rounding; that of a small one may be nothing else."""
-    largest = max(
-        (float(gradient.detach().abs().max()) for gradient in expected.values() if gradient.numel()), default=0
-    )
+    """The first parameter whose gradient is missing, or off by more than rounding; a small one may be nothing else."""
+    for name in sorted(expected.keys() ^ got.keys()):
+        return name
+    largest = max((_largest(gradient) for gradient in expected.values()), default=0.0)
     for name, gradient in expected.items():
-        if name not in got or not gradient.numel():
-            continue  # a parameter that the net has under another name
-        scale = max(float(gradient.abs().max()), 1e-3 * largest)
-        error = float((got[name] - gradient).abs().max())
-        if error > 1e-2 * scale:
+        scale = max(_largest(gradient), 1e-3 * largest)
+        if not torch.allclose(got[name], gradient, rtol=0, atol=1e-3 * scale, equal_nan=True):
             return name
     return ""
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,25 +104,29 @@ def effect(model: nn.Module, example_inputs: Any, *, mode: bool) -> Effect:
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         given = run(model, example_inputs)
         after = {name: buffer.detach() for name, buffer in model.named_buffers()}
-        changed = {
-            name: after[name].clone() for name in before.keys() & after.keys() if apart(before[name], after[name])
-        }
-        gradients = _gradients(model, given) if mode else {}
-    return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, gradients)
+        both = before.keys() & after.keys()
+        changed = {name: after[name].clone() for name in both if apart(before[name], after[name])}
+        return Effect(given, changed, _gradients(model, given) if mode else {})
 
 
 def _gradients(model: nn.Module, given: Any) -> dict[str, Tensor]:
     """Of the sum of squares of what the model gives; none where nothing trains."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not parameters or not leaves:
+    outputs = [tensor for tensor in _tensors(given) if tensor.requires_grad]
+    if not parameters or not outputs:
         return {}
-    try:
-        total = torch.stack([leaf.abs().square().sum().double() for leaf in leaves]).sum()
-        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    except RuntimeError:  # what cannot be differentiated in the model cannot in the net
-        return {}
+    total = torch.stack([tensor.abs().square().sum().double() for tensor in outputs]).sum()
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """All of them, those in the fields of dataclasses too."""
+    for leaf in pytree.tree_leaves(given):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf):
+            yield from _tensors(vars(leaf))
 
 
 @contextmanager
@@ -167,6 +173,7 @@ def apart(a: Any, b: Any) -> float:
 
 def _leaves_apart(x: Any, y: Any) -> float:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
+        x, y = x.detach(), y.detach()
         if x.shape != y.shape or x.dtype != y.dtype:
             return float("inf")
         if bool(((x == y) | (x.isnan() & y.isnan())).all()):
@@ -182,19 +189,22 @@ def _leaves_apart(x: Any, y: Any) -> float:
 
 def lost_in_a_graph(model: nn.Module, example_inputs: Any) -> str:
     """What of a training step a graph of its forward would leave out, as a sentence: an autograd function with a
-    backward of its own, whose forward alone is traced, or activation checkpointing. Empty if nothing is.
+    backward of its own, whose forward alone is traced, or activation checkpointing. Empty if nothing is, and without
+    an example.
     """
+    if example_inputs is None:
+        return ""
     twin = copy.deepcopy(model)
     if not getattr(twin, "fixed_mode", False):
         twin.train()
     try:
         with torch.enable_grad(), slow_attention(), _noting_checkpoints() as checkpoints:
-            leaves = pytree.tree_leaves(run(twin, example_inputs, grad=True))
+            given = run(twin, example_inputs, grad=True)
     except Exception:  # what cannot train has no step to lose
         return ""
     if checkpoints:
         return _CHECKPOINTS
-    waiting = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    waiting = [tensor.grad_fn for tensor in _tensors(given) if tensor.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from types import FunctionType
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from .errors import CaptureError
+from .inputs import split_inputs
 from .net import Net, finished
 from .origin import first_line, origin
 from .recognize import has_hooks
@@ -40,7 +42,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def trace_symbolically(root: nn.Module, model: nn.Module) -> Net:
+def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -> Net:
     """The Net over ``root``, a copy of ``model``. Raises CaptureError naming the line that cannot be traced."""
     graphs = {}
     if has_hooks(model):
@@ -53,21 +55,31 @@ def trace_symbolically(root: nn.Module, model: nn.Module) -> Net:
         except Exception as error:
             where = origin(error, root)
             raise CaptureError(f"{where} cannot be traced symbolically: {first_line(error)}.") from error
+    given = _given(model, example_inputs)
     for mode, graph in graphs.items():
-        _pin_optional(root, graph, mode)
+        _pin_optional(root, graph, mode, given)
     same = graphs[True].python_code("self").src == graphs[False].python_code("self").src
     return finished(root, graphs[True], None if same else graphs[False], model)
 
 
-def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool) -> None:
+def _given(model: nn.Module, example_inputs: Any) -> set[str]:
+    """The names of the arguments of forward for which the example has a value."""
+    if example_inputs is None:
+        return set()
+    args, kwargs = split_inputs(example_inputs)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return {name for name, value in bound.arguments.items() if value is not None}
+
+
+def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool, given: set[str]) -> None:
     """Refuse, by plain assertions, the optional inputs for which forward would do something else.
 
-    ``x is None`` is false of a proxy, and so is ``torch.is_tensor(x)``: an input that forward tests must be there, one
-    that the graph does not use must not.
+    ``x is None`` is false of a proxy, and so is ``torch.is_tensor(x)``: an input that forward tests must be there, and
+    one that the graph does not use must not, unless the example shows that it makes no difference.
     """
     optional = [node for node in graph.nodes if node.op == "placeholder" and node.args == (None,)]
-    unused = [node for node in optional if not node.users]
-    tested = [node for node in optional if node.users and _is_tested(root, graph, node, mode)]
+    tested = [node for node in optional if _is_tested(root, graph, node, mode)]
+    unused = [node for node in optional if not node.users and node not in tested and node.target not in given]
     with graph.inserting_before(next((node for node in graph.nodes if node.op != "placeholder"), None)):
         for nodes, test, words in ((tested, operator.is_not, "with"), (unused, operator.is_, "without")):
             for node in nodes:
@@ -81,7 +93,7 @@ def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) 
     try:
         with in_mode(root, mode):
             without = _Tracer().trace(root, concrete_args={str(optional.target): None})
-    except Exception:
+    except Exception:  # forward needs it, whatever it does with it
         return True
     return _calls(graph, str(optional.target)) != _calls(without, str(optional.target))
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .errors import CaptureError
-from .exported import export_both_modes, fixed_sizes, mode_of, pin_inputs, shortcoming
+from .exported import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
 from .inputs import split_inputs
 from .locate import is_captured, meta_of, untraced
 from .net import Net, copy_graph, copy_tree, finished, unwrap
@@ -48,7 +48,7 @@ def capture(
     torch.export, and to check the graph against the model; a GraphModule needs none. dynamic_shapes: as in
     torch.export; by default every dimension is free that the model leaves free. how: by default symbolic tracing where
     it works, opens every layer with weights, and reproduces the model on the example; torch.export otherwise; and
-    module by module where that fails too.
+    module by module where that fails too. What is a graph already stays the graph that it is, whatever ``how`` says.
 
     Raises CaptureError naming the module and the line that cannot be traced, or what the example inputs do not fit.
     """
@@ -68,18 +68,20 @@ def capture(
     if isinstance(model, fx.GraphModule):
         adopted = _adopted(model)
         _check_inputs(adopted, example_inputs)
-        return _noted(adopted, "as the given graph")
+        return _noted(adopted, f"as the given graph{fixed_sizes(adopted)}")
     _refuse(model)
     twin = _copy(model)
     _check_inputs(twin, example_inputs)
     if how is None:
         return _best(model, twin, example_inputs, dynamic_shapes)
+    lost = lost_in_a_graph(twin, example_inputs) if how is not Capture.MODULES else ""
+    if lost:
+        raise CaptureError(f"{type(model).__name__} cannot be captured whole: {lost}.")
     if how is Capture.SYMBOLIC:
-        _refuse_losses(twin, example_inputs)
-        net: nn.Module = _noted(trace_symbolically(twin, model), "by symbolic tracing, as asked")
+        net: nn.Module = _noted(trace_symbolically(twin, model, example_inputs), "by symbolic tracing, as asked")
     elif how is Capture.EXPORT:
-        exported, rounding = _exported(model, example_inputs, dynamic_shapes)
-        net = _noted(exported, f"by torch.export, as asked{rounding}{fixed_sizes(exported)}")
+        exported, words = _exported(model, example_inputs, dynamic_shapes)
+        net = _noted(exported, f"by torch.export, as asked{words}")
     else:
         net = _parts(twin, model, example_inputs, "as asked")
     meta_of(net)["how"] = how.name
@@ -88,14 +90,13 @@ def capture(
 
 def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> nn.Module:
     """Symbolic tracing if it is faithful and opens everything, else torch.export, else what can be had in parts."""
+    lost = lost_in_a_graph(twin, example_inputs)
+    if lost:
+        return _parts(twin, model, example_inputs, f"{type(model).__name__} cannot be captured whole: {lost}.")
     net: Net | None = None
     closed: list[str] = []
     try:
-        _refuse_losses(twin, example_inputs)
-    except CaptureError as error:
-        return _parts(twin, model, example_inputs, str(error))
-    try:
-        net = trace_symbolically(twin, model)
+        net = trace_symbolically(twin, model, example_inputs)
         why = difference(net, twin, example_inputs).words
         faithful = not why
         closed = closed_layers(net) if faithful and example_inputs is not None else []
@@ -109,13 +110,13 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
     if net is not None and not why:
         return _noted(net, "by symbolic tracing")
     try:
-        exported, rounding = _exported(model, example_inputs, dynamic_shapes)
-        short = shortcoming(exported, example_inputs) if dynamic_shapes is None else ""
-        return (short and _freer(model, example_inputs, f"torch.export alone {short}.")) or _noted(
-            exported, f"by torch.export{rounding}{fixed_sizes(exported)}: {f'It {short}. ' if short else ''}{why}"
-        )
+        exported, words = _exported(model, example_inputs, dynamic_shapes)
     except CaptureError as error:
         reasons = f"{error} Symbolic tracing before it: {why}"
+    else:
+        short = shortcoming(exported, example_inputs) if dynamic_shapes is None else ""
+        freer = _freer(model, example_inputs, f"torch.export alone {short}.") if short else None
+        return freer or _noted(exported, f"by torch.export{words}: {f'It {short}. ' if short else ''}{why}")
     if net is not None and faithful:  # sound, with closed layers: those that can be are opened by themselves
         opened = capture_parts(net, example_inputs, only=closed)
         parts = f"{len(opened)} of {len(closed)} closed layers by torch.export"
@@ -130,31 +131,23 @@ def _freer(model: nn.Module, example_inputs: Any, why: str) -> nn.Module | None:
     """The model captured module by module, where no part has the shortcomings of the exported whole."""
     try:
         net = _parts(_copy(model), model, example_inputs, why)
-    except CaptureError:
+    except CaptureError:  # the exported whole is sound, and stays
         return None
     nets = [module for module in net.modules() if isinstance(module, Net)]
     return None if any(shortcoming(part, example_inputs) for part in nets) else net
 
 
 def _exported(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[Net, str]:
-    """The net, and in words how it differs by rounding, if it does.
+    """The net; and in words how it differs by rounding, if it does, and the sizes that it serves no other than.
 
     Raises CaptureError where the graph would differ by more, or train with other gradients.
     """
-    twin, kind = _copy(model), type(model).__name__
-    _refuse_losses(twin, example_inputs)
-    net = export_both_modes(twin, model, example_inputs, dynamic_shapes)
+    net = export_both_modes(_copy(model), model, example_inputs, dynamic_shapes)
     found = difference(net, model, example_inputs)
     if found.size > ROUNDING:
-        raise CaptureError(f"{kind} as torch.export has it is not the same: {found.words}")
-    return net, f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
-
-
-def _refuse_losses(model: nn.Module, example_inputs: Any) -> None:
-    """Raises CaptureError where a graph of the whole model would train otherwise than it does."""
-    lost = lost_in_a_graph(model, example_inputs) if example_inputs is not None else ""
-    if lost:
-        raise CaptureError(f"{type(model).__name__} cannot be captured whole: {lost}.")
+        raise CaptureError(f"{type(model).__name__} as torch.export has it is not the same: {found.words}")
+    rounding = f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
+    return net, rounding + fixed_sizes(net)
 
 
 def _parts(twin: nn.Module, model: nn.Module, example_inputs: Any, why: str) -> nn.Module:
@@ -187,7 +180,7 @@ def _adopted(model: fx.GraphModule) -> Net:
     graph = copy_graph(model.graph)
     mode = None
     if "train" in vars(model):  # torch.export puts functions that raise in place of train() and eval()
-        pin_inputs(graph)
+        settle_inputs(graph)
         mode = mode_of(graph)
     if mode is not None:
         root.train(mode)

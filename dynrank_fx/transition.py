@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -17,6 +16,7 @@ from .errors import PlanError, TransitionError
 from .lowrank import full_precision
 from .net import unwrap
 from .optim import Carry, State
+from .overrides import fits
 from .parameters import Journal, parameters_of, refuse_parameter, replace_parameters
 from .phase import Phase, Setting
 from .plan import Plan
@@ -146,8 +146,7 @@ def _targets(sites: Mapping[str, list[Switched]], setting: Setting) -> dict[str,
         return dict.fromkeys(sites, _phase(setting))
     targets: dict[str, Phase] = {}
     for pattern, phase in setting.items():
-        short = {name: name.removesuffix(".weight") for name in sites}
-        names = [name for name in sites if any(fnmatch.fnmatchcase(each, pattern) for each in (name, short[name]))]
+        names = [name for name in sites if name == pattern or fits(name, pattern)]
         if not names:
             raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {next(iter(sites))}")
         targets.update(dict.fromkeys(names, _phase(phase)))

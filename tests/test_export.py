@@ -249,6 +249,22 @@ class TestWhatIsStored:
         assert str(Path(__file__).parent).encode() not in path.read_bytes()
 
 
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x * self.calls
+
+
+def test_a_model_that_counts_its_calls_is_compared_from_the_state_that_was_exported(tmp_path):
+    model = Counter()
+    assert len(export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx").agreements) == 3
+    assert float(model.calls) == 0
+
+
 class TestRefusals:
     def test_a_module_that_disagrees_with_its_file(self, tmp_path):
         noisy = Apply(lambda x: x + torch.rand_like(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -56,6 +57,20 @@ def test_an_input_that_is_only_handed_on_may_be_left_out():
         assert torch.equal(net(*inputs), model(*inputs))
 
 
+class Ignoring(Optional):
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_an_input_that_makes_no_difference_is_no_hindrance():
+    model, context = Ignoring(), torch.ones(3)
+    for how in (None, dr.Capture.SYMBOLIC):
+        net = dr.transform(model, (X, context), rank=dr.Fixed(2), how=how)
+        assert dr.plan_of(net).capture.startswith("by symbolic tracing")
+        assert torch.equal(net(X, context), model(X, context))
+        assert torch.equal(net(X), model(X))
+
+
 class Hooked(Optional):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -74,6 +89,53 @@ def test_gradients_that_forward_changes_stay_changed():
         dr.capture(model, (X,), how=dr.Capture.EXPORT)
 
 
+class Detached(torch.autograd.Function):
+    """Its backward gives nothing back, so that what comes before does not train."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+@dataclasses.dataclass
+class Result:
+    scores: Tensor
+
+
+class Returning(Optional):
+    def forward(self, x: Tensor) -> Result:
+        return Result(self.b(Detached.apply(self.a(x))))
+
+
+def test_gradients_behind_a_dataclass_count_too():
+    torch.manual_seed(0)
+    model = Returning()
+    net = dr.capture(model, (X,))
+    for each in (model, net):
+        each(X).scores.sum().backward()
+        assert each.get_parameter("a.weight").grad is None
+        assert each.get_parameter("b.weight").grad is not None
+
+
+class Penalised(Optional):
+    """Reads a weight by itself while it trains, and branches on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        y = y * 0 if float(y.detach().sum()) > 1e9 else y
+        return y + self.a.weight.square().mean() if self.training else y
+
+
+def test_a_weight_that_is_read_in_training_only_is_read():
+    plan = dr.plan_of(dr.transform(Penalised(), (X,), rank=dr.Fixed(2)))
+    assert [row.site.name for row in plan.sites] == ["b.weight"]
+    assert [row.name for row in plan.skipped] == ["a.weight"]
+
+
 class Upcasting(Optional):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != 8:
@@ -84,11 +146,12 @@ class Upcasting(Optional):
 def test_an_exported_graph_runs_under_autocast_and_on_other_devices():
     torch.manual_seed(0)
     model = Upcasting()
-    net = dr.capture(model, (X,), how=dr.Capture.EXPORT)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(net(X), model(X))
-    on_meta = copy.deepcopy(net).to("meta")
-    assert on_meta(X.to("meta")).device.type == "meta"
+    for given in (model.train(), torch.export.export(model.train(), (X,))):
+        net = dr.capture(given, (X,), how=dr.Capture.EXPORT)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(net(X), model(X))
+        on_meta = copy.deepcopy(net).to("meta")
+        assert on_meta(X.to("meta")).device.type == "meta"
 
 
 class Attending(nn.Module):
@@ -133,6 +196,8 @@ def test_what_is_no_override_and_no_phase_is_refused_in_words():
         dr.transform(model, (X,), overrides=["0"])
     with pytest.raises(dr.PlanError, match="'no' does not say whether sites stay dense"):
         dr.Override(dense="no")
+    with pytest.raises(dr.PlanError, match=r"override of '\*' asks for a layout of convolutions, and fits no conv"):
+        dr.transform(model, (X,), overrides={"*": dr.Override(layout=dr.SpatialLayout)})
     overrides = {"*": dr.Override(dense=True), "0": dr.Override(dense=False)}
     net = dr.transform(model, (X,), rank=dr.Fixed(2), overrides=overrides)
     assert [row.site.name for row in dr.plan_of(net).sites] == ["0.weight"]

@@ -131,7 +131,7 @@ CASES: dict[str, list[tuple[nn.Module, tuple[Any, ...]]]] = {
         (Apply(lambda s, x: s.a(x)[0], a=kind(8, 8, batch_first=True)), (SEQUENCE,))
         for kind in (nn.LSTM, nn.GRU, nn.RNN)
     ],
-    "weight norm, spectral norm and other parametrizations": [
+    "weight norm, spectral norm and others of `torch.nn.utils.parametrizations`": [
         (weight_norm(linear()), (X,)),
         (spectral_norm(linear()), (X,)),
     ],
@@ -174,9 +174,4 @@ def test_the_plan_says_what_the_line_says(what):
         else:
             assert plan.capture.startswith(said), plan.capture
             assert plan.sites
-        dtype_free = [leaf for leaf in inputs if leaf.dtype != torch.float16]
-        if dtype_free and "norm" not in what:
-            torch.manual_seed(0)
-            expected = model.eval()(*inputs)
-            torch.manual_seed(0)
-            assert torch.equal(net.eval()(*inputs), expected)
+        assert torch.equal(net.eval()(*inputs), model.eval()(*inputs))

@@ -526,3 +526,25 @@ def test_cost_is_counted_in_one_unit_where_the_flops_of_a_site_are_unknown():
     dr.enter_(net, dr.Phase.LOW)
     plan = dr.plan_of(net)
     assert cost_of(net) == plan.low_flops / plan.total_flops == 0.75, "half of one of two equal products is saved"
+
+
+class Branching(nn.Module):
+    """Its own code branches on data, so that only its parts are graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(nn.Linear(12, 16), nn.Tanh()), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x if float(x.detach().sum()) < 1e9 else -x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
+def test_a_net_whose_parts_alone_are_captured_trains_compiled_too(monkeypatch):
+    # The real Dynamo, which would refuse such a net as one graph, without the C++ compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    net = dr.transform(Branching(), (X[:2],), rank=dr.Fixed(2))
+    run = a_run(net, dr.schedules.interleave(low=1, full=1))
+    assert fit(run, TASK, replace(EAGER, epochs=4, compile=True))
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
