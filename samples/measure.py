@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import chars
 import digits
 import measure_passes
 import torch
+from measuring import DEVICE, stepper, table, task_of, timed
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -29,9 +29,8 @@ from dynrank_fx import lowrank
 from dynrank_fx.bench import interleaved, machine
 from dynrank_fx.net import Net
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.train import Run, Settings, Task, evaluate, fit
+from dynrank_fx.train import Run, Settings, evaluate, fit
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLES: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
     ("digits", digits, ("stem*", "*shortcut*", "head")),
     ("chars", chars, ("embed",)),
@@ -46,8 +45,8 @@ def main(parts: Sequence[str], *, quick: bool = False) -> None:
         "peak": peak,
         "truncation": truncation,
         "startup": startup,
-        "scale": partial(passes, measure_passes.scale),
-        "shared": partial(passes, measure_passes.shared),
+        "scale": measure_passes.scale,
+        "shared": measure_passes.shared,
         "claim": claim,
     }
     print(f"{machine()}\n")
@@ -58,34 +57,9 @@ def main(parts: Sequence[str], *, quick: bool = False) -> None:
         print()
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    for line in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(map(str, line)) + " |")
-
-
-def passes(part: Callable[[bool, str], measure_passes.Table], quick: bool) -> None:
-    caption, head, rows = part(quick, DEVICE)
-    print(caption, end="")
-    table(head, rows)
-
-
 def transformed(sample: ModuleType, exclude: tuple[str, ...]) -> Net:
     batch = next(iter(sample.train_data()))
     return dr.transform(sample.model(), (batch[0],), rank=dr.Ratio(0.25), exclude=exclude).to(DEVICE)
-
-
-def stepper(model: nn.Module, sample: ModuleType, batch: list[Tensor]) -> Callable[[], None]:
-    """One training step on one batch, forward to optimizer."""
-    optimizer = sample.optimizer(model.parameters())
-    forward = torch.compile(model, fullgraph=True, dynamic=False)
-
-    def step() -> None:
-        sample.loss(forward(batch[0]), batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step.optimizer = optimizer  # type: ignore[attr-defined]
-    return step
 
 
 def steps(quick: bool) -> None:
@@ -128,14 +102,6 @@ def switch(quick: bool) -> None:
             (name, f"{epoch:.2f} s", f"{low * 1e3:.0f} ms", f"{full * 1e3:.0f} ms", f"{(low + full) / 2 / epoch:.1%}")
         )
     table(("sample", "FULL epoch", "FULL to LOW", "LOW to FULL", "a switch, in epochs"), rows)
-
-
-def timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def memory(quick: bool) -> None:
@@ -290,7 +256,7 @@ def trained(sample: ModuleType, exclude: tuple[str, ...], schedule: Any, epochs:
     seed_all(seed)
     net = transformed(sample, exclude)
     optimizer = sample.optimizer(net.parameters())
-    task = Task(sample.train_data(), sample.loss, lambda batch: ((batch[0],), {}), sample.eval_data(), sample.metric)
+    task = task_of(sample)
     run = Run(net, optimizer, schedule, sample.lr_scheduler(optimizer))
     settings = Settings(epochs=epochs, device=DEVICE, compile=DEVICE == "cuda")
     fit(run, task, settings)

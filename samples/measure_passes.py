@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import chars
 import torch
+from measuring import DEVICE, stepper, table, task_of
 from torch import nn
 
 import dynrank_fx as dr
 from dynrank_fx.bench import interleaved
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.switched import switched_modules
-from dynrank_fx.train import Run, Settings, Task, evaluate, fit
-
-Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
+from dynrank_fx.train import Run, Settings, evaluate, fit
 
 ATTENTION = ("*.query", "*.key", "*.value")
 SEPARATE, SHARED = 32, 48  # the same number of parameters: 3 (d + d) r = (3 d + d) R
 
 
-def scale(quick: bool, _: str) -> Table:
+def scale(quick: bool) -> None:
     """Time of capture, and of transform with its capture, by nodes of the graph: half of them linear layers."""
     sizes = {dr.Capture.SYMBOLIC: (1000, 5000, 20000), dr.Capture.EXPORT: (500, 2000)}
     rows = []
@@ -40,23 +37,23 @@ def scale(quick: bool, _: str) -> Table:
             )
             row = (how.name.lower(), f"{nodes:,}", f"{pair.first:.2f} s", f"{pair.second:.2f} s", f"{pair.ratio:.2f}")
             rows.append((*row, f"{pair.second / nodes * 1e6:.0f} µs"))
-    return "", ("capture", "nodes", "capture alone", "transform, with it", "ratio", "transform, per node"), rows
+    table(("capture", "nodes", "capture alone", "transform, with it", "ratio", "transform, per node"), rows)
 
 
-def shared(quick: bool, device: str) -> Table:
+def shared(quick: bool) -> None:
     """Query, key and value of a trained `chars` with one right factor, and with three, at equal parameters."""
     seed_all(0)
     epochs = 1 if quick else chars.epochs
-    net = dr.transform(chars.model(), chars.example_inputs(), include=ATTENTION, rank=dr.Fixed(SEPARATE)).to(device)
-    trained(net, dr.Phase.FULL, epochs, device)
+    net = dr.transform(chars.model(), chars.example_inputs(), include=ATTENTION, rank=dr.Fixed(SEPARATE)).to(DEVICE)
+    trained(net, dr.Phase.FULL, epochs)
     dense = {name: modules[0].weight.detach().clone() for name, modules in switched_modules(net).items()}
     model = dr.inline(net)
     nets = {
         "three right factors": made(model, SEPARATE, share=False),
         "one right factor": made(model, SHARED, share=True),
     }
-    batch = [t.to(device) for t in next(iter(chars.train_data()))]
-    steps = [step_of(copy.deepcopy(each), batch) for each in nets.values()]
+    batch = [t.to(DEVICE) for t in next(iter(chars.train_data()))]
+    steps = [stepper(copy.deepcopy(each).train(), chars, batch) for each in nets.values()]
     times = interleaved(*steps, repeats=3 if quick else 40)
     rows = []
     for (label, each), seconds in zip(nets.items(), (times.first, times.second), strict=True):
@@ -64,13 +61,13 @@ def shared(quick: bool, device: str) -> Table:
             float((modules[0].weight.detach() - dense[name]).norm() / dense[name].norm())
             for name, modules in switched_modules(each).items()
         ]
-        before = accuracy(each, device)
-        trained(each, dr.Phase.LOW, 1 if quick else 3, device)
+        before = accuracy(each)
+        trained(each, dr.Phase.LOW, 1 if quick else 3)
         params = sum(p.numel() for p in each.parameters())
         error = f"{statistics.mean(errors):.3f}"
-        row = (label, f"{params:,}", error, f"{before:.2%}", f"{accuracy(each, device):.2%}", f"{seconds * 1e3:.1f} ms")
+        row = (label, f"{params:,}", error, f"{before:.2%}", f"{accuracy(each):.2%}", f"{seconds * 1e3:.1f} ms")
         rows.append((*row, f"{times.ratio if rows else 1:.3f}"))
-    caption = f"chars after {epochs} dense epochs: {accuracy(model, device):.2%}\n\n"
+    print(f"chars after {epochs} dense epochs: {accuracy(model):.2%}\n")
     head = (
         "query, key and value",
         "parameters",
@@ -79,7 +76,7 @@ def shared(quick: bool, device: str) -> Table:
         "after 3 epochs of LOW",
         "LOW step",
     )
-    return caption, (*head, "ratio"), rows
+    table((*head, "ratio"), rows)
 
 
 def made(model: nn.Module, rank: int, *, share: bool) -> nn.Module:
@@ -96,27 +93,11 @@ def made(model: nn.Module, rank: int, *, share: bool) -> nn.Module:
     return net
 
 
-def trained(net: nn.Module, phase: dr.Phase, epochs: int, device: str) -> None:
+def trained(net: nn.Module, phase: dr.Phase, epochs: int) -> None:
     optimizer = chars.optimizer(net.parameters())
     run = Run(net, optimizer, dr.schedules.always(phase), None)
-    fit(run, task(), Settings(epochs=epochs, device=device))
+    fit(run, task_of(chars), Settings(epochs=epochs, device=DEVICE))
 
 
-def accuracy(module: nn.Module, device: str) -> float:
-    return float(evaluate(module, task(), Settings(epochs=0, device=device))["eval_metric"])
-
-
-def task() -> Task:
-    return Task(chars.train_data(), chars.loss, lambda batch: ((batch[0],), {}), chars.eval_data(), chars.metric)
-
-
-def step_of(net: nn.Module, batch: list[torch.Tensor]) -> Callable[[], None]:
-    optimizer = chars.optimizer(net.parameters())
-    forward = torch.compile(net.train(), fullgraph=True, dynamic=False)
-
-    def step() -> None:
-        chars.loss(forward(batch[0]), batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def accuracy(module: nn.Module) -> float:
+    return float(evaluate(module, task_of(chars), Settings(epochs=0, device=DEVICE))["eval_metric"])

@@ -23,7 +23,7 @@ def samples(monkeypatch):
     """The samples folder as scripts find it: their neighbours can be imported."""
     monkeypatch.syspath_prepend(ROOT / "samples")
     yield ROOT / "samples"
-    for name in ("digits", "chars", "demo", "measure", "measure_passes", "own_loop", "pipeline"):
+    for name in ("digits", "chars", "demo", "measure", "measure_passes", "measuring", "own_loop", "pipeline"):
         sys.modules.pop(name, None)
 
 

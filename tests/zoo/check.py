@@ -91,7 +91,8 @@ def _all_steps(run: Run, steps: set[str]) -> None:
     run.step("plan", lambda: _describe(dr.plan_of(full), model, run.row))
     if "parity" in steps:
         run.step("parity", lambda: _parity(model, full, inputs, run.row))
-    if not run.row["sites"]:
+    if not run.row["sites"]:  # nothing to factor, truncate or export that is not the original
+        run.row["steps"] = sorted(steps & {"parity"})
         return
     if steps & {"low", "truncate"}:
         _in_float64(run, steps)

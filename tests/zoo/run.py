@@ -121,7 +121,7 @@ def kept_rows() -> dict[tuple[str, str], Row]:
 
 def merged(old: Row | None, new: Row) -> Row:
     """A row of some of the steps, with what an older row says of the others."""
-    if old is None or set(old["steps"]) <= set(new["steps"]):
+    if old is None or set(old["steps"]) <= set(new["steps"]) or new.get("sites") == 0:
         return new
     kept = [failure for failure in old["failures"] if failure["stage"] in set(old["steps"]) - set(new["steps"])]
     row = {**old, **new, "failures": [*kept, *new["failures"]], "times": {**old["times"], **new["times"]}}
