@@ -123,7 +123,8 @@ def restore_(
             )
             for factor, shape in zip(module.names_in(Phase(phase)), shapes, strict=False)
         }
-        replace_parameters(sites[name], Phase(phase), new, optimizer, [{} for _ in new])
+        base = torch.empty_like(old).requires_grad_(False) if phase == int(Phase.ADAPTOR) else None
+        replace_parameters(sites[name], Phase(phase), new, optimizer, [{} for _ in new], base)
     specialize_(net)
     try:
         net.load_state_dict(dict(tensors), strict=True)

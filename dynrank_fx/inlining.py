@@ -99,26 +99,17 @@ def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
     with graph.inserting_before(node):
         x, *given = (fx.Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg for arg in node.args)
         at = fx.Proxy(node.kwargs["at"], tracer) if "at" in node.kwargs else None  # type: ignore[arg-type]
-        dense = module.parameter_names == ("weight",)
-        result: Any
         own = module._parameters["bias"] is not None and not given and use != STEM
         bias = given[0] if given else read("bias") if own else None
-        *first, (op, name) = module.stages[max(use, 0)]
-        if use == STEM:
-            stage, factor = first[0]
-            result = x if dense else stage(x, read(factor))
-        elif dense:
-            result = module.ops[use](x, read("weight"), bias, at)
-        else:
-            for stage, factor in () if module.pack else first:
-                x = stage(x, read(factor), None, at)
-            result = op(x, read(name), bias, at)
+        result = module.compute(read, x, bias, use, at)
     _replace(graph, node, result.node, before)
 
 
 def _parameter_nodes(net: nn.Module, graph: fx.Graph, path: str, module: Switched) -> list[fx.Node]:
-    """Reads of the dense weight, or of both factors, one of which may be another site's."""
+    """Reads of the dense weight, or of both factors, one of which may be another site's, and of the base."""
     paths = [f"{path}.{name}" for name in module.parameter_names]
+    if module._buffers["base"] is not None:
+        paths.append(f"{path}.base")
     if module.owner and len(paths) == 1 and module.phase != int(Phase.FULL):
         owner = next(name for name, each in net.named_modules() if each is module.owner[0])
         paths.append(f"{owner}.{module.layout.factor_names[1]}")
@@ -133,7 +124,7 @@ def _open_reads(net: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
         with graph.inserting_before(read):
             factors = _parameter_nodes(net, graph, str(node.target), module)
             if read.args[1] == "outline":
-                empty = graph.call_method("new_empty", (factors[-1], ()))
+                empty = graph.call_method("new_empty", (factors[0], ()))
                 result: Any = graph.call_method("expand", (empty, module.shape))
             elif len(factors) == 1:
                 result = factors[0]
@@ -144,13 +135,15 @@ def _open_reads(net: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _joined(graph: fx.Graph, module: Switched, factors: list[fx.Node]) -> fx.Node:
-    """The product of the factors, by the nodes that the layout's ``join`` consists of."""
+    """The weight that the factors stand for, by the nodes that the layout's ``join`` consists of."""
+    tensors: list[Tensor] = [factor.detach() for factor in module.factors]
+    base = module._buffers["base"]
 
-    def join(left: Tensor, right: Tensor) -> Tensor:
-        return module.layout.join((left, right))
+    def join(*tensors: Tensor) -> Tensor:
+        return module.joined(*tensors)
 
     with torch.no_grad():
-        traced = make_fx(join)(*(factor.detach() for factor in module.factors)).graph
+        traced = make_fx(join)(*tensors, *([] if base is None else [base])).graph
     inputs = [node for node in traced.nodes if node.op == "placeholder"]
     result = graph.graph_copy(traced, dict(zip(inputs, factors, strict=True)))
     assert isinstance(result, fx.Node)
@@ -178,6 +171,8 @@ def _open_untraced_sites(root: nn.Module) -> None:
             _open_site(graph, node, module)
             for key in (*module.parameter_names, "bias"):
                 holder.register_parameter(key, module._parameters[key])
+            if module._buffers["base"] is not None:
+                holder.register_buffer("base", module._buffers["base"])
             plain = fx.GraphModule(holder, graph)
             plain.training = module.training
             set_submodule(root, name, plain)

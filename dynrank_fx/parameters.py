@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -41,11 +42,12 @@ def replace_parameters(
     new: Mapping[str, Parameter],
     optimizer: Optimizer | None,
     states: Sequence[State],
+    base: Tensor | None = None,
 ) -> None:
     """The one place where parameters change: in every module of the site, and in the optimizer.
 
-    new: the parameters of ``phase`` by name. states: their optimizer states, in the same order. Raises
-    TransitionError for a DTensor or a pending gradient.
+    new: the parameters of ``phase`` by name. states: their optimizer states, in the same order. base: that of an
+    ADAPTOR. Raises TransitionError for a DTensor or a pending gradient.
     """
     old = parameters_of(modules[0])
     for parameter in old:
@@ -53,6 +55,7 @@ def replace_parameters(
     for module in modules:
         for name in ("weight", *module.layout.factor_names):
             module._parameters[name] = new.get(name)
+        module._buffers["base"] = base
         module.phase = int(phase)
     if optimizer is not None:
         optim.swap_parameters(optimizer, old, list(new.values()), states, list(new))
@@ -88,7 +91,8 @@ class Journal:
     def keep(self, modules: list[Switched], old: tuple[Parameter, ...]) -> None:
         """Note a site that is about to change. Raises OSError where the disk has no room."""
         states = [dict(self.optimizer.state.get(p, {})) if self.optimizer else {} for p in old]
-        torch.save({"values": [p.detach() for p in old], "states": states}, self._path(len(self.entries)))
+        record = {"values": [p.detach() for p in old], "states": states, "base": modules[0]._buffers["base"]}
+        torch.save(record, self._path(len(self.entries)))
         refs, grads = [weakref.ref(p) for p in old], [p.requires_grad for p in old]
         places = [optim.place_of(self.optimizer, p) if self.optimizer else None for p in old]
         self.entries.append(_Entry(modules, modules[0].phase, modules[0].rank, refs, grads, places))
@@ -112,8 +116,7 @@ class Journal:
         for module in entry.modules:
             module.rank = entry.rank
         names = entry.modules[0].names_in(Phase(entry.phase))
-        replace_parameters(
-            entry.modules, Phase(entry.phase), dict(zip(names, old, strict=True)), self.optimizer, record["states"]
-        )
+        new, states = dict(zip(names, old, strict=True)), record["states"]
+        replace_parameters(entry.modules, Phase(entry.phase), new, self.optimizer, states, record["base"])
         if self.optimizer is not None:
             optim.put_back(self.optimizer, old, record["states"], entry.places)

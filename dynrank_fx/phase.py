@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+ALPHA = 16.0
+"""The branch of an ADAPTOR is multiplied by this over its rank: the constant of the paper's code (arXiv 2508.08625)."""
+
 
 class Phase(enum.IntEnum):
     """What a site trains.
@@ -20,7 +23,7 @@ class Phase(enum.IntEnum):
     LOW = 1
     """Only the factors exist and train."""
     ADAPTOR = 2
-    """A frozen dense base plus a trained low-rank branch (the paper's own last phase); not built yet."""
+    """A frozen dense base plus a trained low-rank branch of scale ``ALPHA / rank``: the paper's own last phase."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def inspect_net(net: nn.Module, example_inputs: Any = None) -> tuple[MatrixRow, 
         layout = layouts[site.name]
         if site.name in modules:
             module = modules[site.name][0]
-            state = Phase(module.phase).name + (f" {module.rank}" if module.phase == int(Phase.LOW) else "")
+            state = Phase(module.phase).name + ("" if module.phase == int(Phase.FULL) else f" {module.rank}")
             spectrum = module.spectrum()
         else:
             state, spectrum = "dense", singular_values(layout.to_matrix(weights[site.name].parameter.detach()))

@@ -1,11 +1,11 @@
-"""The module of one site: the dense weight or its factors, and a flag that says which.
+"""The module of one site: the dense weight, its factors or both, and a flag that says which.
 
 Several modules may belong to one site: tied weights stay tied as in plain torch, by holding the same Parameter objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,14 +14,15 @@ from . import lowrank
 from .errors import TransitionError
 from .layout import Layout
 from .ops import Op, Shape
-from .phase import Phase
+from .phase import ALPHA, Phase
 
-_FULL, _LOW = int(Phase.FULL), int(Phase.LOW)
+_FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
 STEM = -1  # the call of a pack's owner that applies the shared factor
 
 
 class Switched(nn.Module):
-    """One weight that trains densely (FULL) or as two factors in its place (LOW), and the ops that it is used by.
+    """One weight that trains densely (FULL), as two factors in its place (LOW) or as two beside it (ADAPTOR), and the
+    ops that it is used by.
 
     site: the site's name. ops: what the module can do with its weight; a call says which by ``use``, the first being
     that of the module it replaced. phase: a plain int, see Phase. rank: of the next deflate, or of the factors in LOW.
@@ -32,8 +33,8 @@ class Switched(nn.Module):
     applies it for all: a call with ``use=STEM`` gives x in FULL and ``right`` of x in LOW, which the sites then take in
     place of x.
 
-    Exactly one of ``weight`` and (``left``, ``right``) is registered at a time; the other names hold None, so that the
-    parameter dictionary keeps its keys and torch.compile sees one setting per flag.
+    Exactly one of ``weight`` and (``left``, ``right``) is registered at a time, and in ADAPTOR the buffer ``base``; the
+    other names hold None, so that the dictionaries keep their keys and torch.compile sees one setting per flag.
     """
 
     phase: int
@@ -64,26 +65,36 @@ class Switched(nn.Module):
         for name in layout.factor_names:
             self._parameters[name] = None
         self._parameters["bias"] = bias
+        self._buffers["base"] = None
 
     def forward(self, x: Tensor, *bias: Tensor | None, use: int = 0, at: Tensor | None = None) -> Tensor:
         """``x`` as the op number ``use`` takes it. A bias given here (None included) stands in for the module's own.
 
         at: which matrices of a stack the op gathers.
         """
-        if use == STEM:
-            return x if self.phase == _FULL else self.apply_right(x)
         b = bias[0] if bias else self._parameters["bias"]
-        if self.phase == _FULL:
-            return self.ops[use](x, self._parameters["weight"], b, at)
-        *first, (op, name) = self.stages[use]
-        for stage, factor in () if self.pack else first:
-            x = stage(x, self._parameters[factor], None, at)
-        return op(x, self._parameters[name], b, at)
+        return self.compute(self.read, x, b, use, at)
 
-    def apply_right(self, x: Any) -> Any:
-        """The first stage alone."""
-        stage, factor = self.stages[0][0]
-        return stage(x, self._parameters[factor])
+    def read(self, name: str) -> Tensor | None:
+        """A parameter or the base, by name."""
+        return self._buffers["base"] if name == "base" else self._parameters[name]
+
+    def compute(self, read: Callable[[str], Any], x: Any, bias: Any, use: int = 0, at: Any = None) -> Any:
+        """The forward, on whatever ``read`` gives for the names: the module's own tensors, or proxies of a graph."""
+        *first, (op, name) = self.stages[max(use, 0)]
+        if self.phase == _FULL:
+            return x if use == STEM else self.ops[use](x, read("weight"), bias, at)
+        if use == STEM:
+            stage, factor = first[0]
+            return stage(x, read(factor))
+        dense = x
+        for stage, factor in () if self.pack else first:
+            x = stage(x, read(factor), None, at)
+        if self.phase != _ADAPTOR:
+            return op(x, read(name), bias, at)
+        # An op that scales its product (addmm) scales that of the branch too.
+        scale = self.scale * (getattr(op, "alpha", 1) if bias is not None else 1)
+        return self.ops[use](dense, read("base"), bias, at) + scale * op(x, read(name), None, at)
 
     def join_pack(self, names: tuple[str, ...], owner: Switched) -> None:
         """Become one of the sites that share the owner's ``right``."""
@@ -99,8 +110,13 @@ class Switched(nn.Module):
         return ("weight",) if phase is Phase.FULL else self.layout.factor_names[: 1 if self.owner else 2]
 
     @property
+    def scale(self) -> float:
+        """What the branch of an ADAPTOR is multiplied by."""
+        return ALPHA / self.rank
+
+    @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """(left, right) in LOW. Raises TransitionError in FULL, where there are none."""
+        """(left, right). Raises TransitionError in FULL, where there are none."""
         left_name, right_name = self.layout.factor_names
         left, right = self._parameters[left_name], (*self.owner, self)[0]._parameters[right_name]
         if left is None or right is None:
@@ -111,7 +127,12 @@ class Switched(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight in every phase, for code that reads it; outside FULL it is computed, and differentiable."""
         dense = self._parameters["weight"]
-        return dense if dense is not None else self.layout.join(self.factors)
+        return dense if dense is not None else self.joined(*self.factors, base=self._buffers["base"])
+
+    def joined(self, left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
+        """The dense weight that these factors stand for, with the base of an ADAPTOR."""
+        product = self.layout.join((left, right))
+        return product if base is None else base + self.scale * product
 
     @property
     def outline(self) -> Tensor:
@@ -138,8 +159,8 @@ class Switched(nn.Module):
             destination[prefix.removesuffix(".")] = destination.pop(prefix + "weight")
 
     def spectrum(self) -> Tensor:
-        """Singular values per group [g, k] in float64, from the dense weight or the factors, whichever trains."""
-        if self.phase == _FULL:
+        """Singular values per group [g, k] in float64 of the weight that the site stands for."""
+        if self.phase in (_FULL, _ADAPTOR):
             return lowrank.singular_values(self.layout.to_matrix(self.weight.detach()))
         left, right = self.factors
         return lowrank.product_singular_values(*self.layout.to_matrices((left.detach(), right.detach())))

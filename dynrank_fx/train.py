@@ -240,11 +240,16 @@ def phase_label(net: nn.Module) -> str:
 def cost_of(net: nn.Module) -> float:
     """What a step costs in the present setting, by FLOPs (parameters where those are unknown), with the dense model
     as 1.
+
+    The base of an ADAPTOR takes two of the three products of a dense step, which needs no gradient of it.
     """
     plan, phases = plan_of(net), phases_of(net)
-    low = [row for row in plan.sites if phases[row.site.name] is Phase.LOW]
-    if not plan.total_flops:
-        total, saved = plan.total_params, sum(row.site.params - row.params for row in low)
-    else:  # a site without FLOPs runs in training only: as in the plan's own total, it counts nothing
-        total, saved = plan.total_flops, sum((row.site.flops or 0) - (row.flops or 0) for row in low)
-    return 1 - saved / total if total else 1.0
+    by_flops = bool(plan.total_flops)
+    total = (plan.total_flops if by_flops else plan.total_params) or 0
+    extra = 0.0
+    for row in plan.sites:
+        # A site without FLOPs runs in training only: as in the plan's own total, it counts nothing.
+        dense, low = (row.site.flops or 0, row.flops or 0) if by_flops else (row.site.params, row.params)
+        costs = {Phase.FULL: 0.0, Phase.LOW: low - dense, Phase.ADAPTOR: low - dense / 3}
+        extra += costs[phases[row.site.name]]
+    return 1 + extra / total if total else 1.0

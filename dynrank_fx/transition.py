@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import optim
 from .errors import PlanError, TransitionError
+from .layout import Factors
 from .lowrank import full_precision
 from .net import unwrap
 from .optim import Carry, State
@@ -69,20 +70,23 @@ def enter_(
     changing = {name: sites[name] for name, phase in targets.items() if sites[name][0].phase != int(phase)}
     if not changing:
         return Transition(())
-    if any(targets[name] is Phase.ADAPTOR for name in changing):
-        raise TransitionError("the phase ADAPTOR is not built yet; use FULL or LOW")
     units = _units(sites, changing)
     for unit in units:
         together = [modules[0].site for modules in unit]
         if len({targets.get(name, Phase(sites[name][0].phase)) for name in together}) > 1:
             raise TransitionError(f"{', '.join(together)} share a factor: give them one phase")
+        if len(unit) > 1 and targets[together[0]] is Phase.ADAPTOR:
+            raise TransitionError(
+                f"{', '.join(together)} share a factor, which takes the place of their input and leaves none for the "
+                "base of an ADAPTOR: transform without share_inputs, or give them another phase"
+            )
     moves = [_Move(unit, targets[unit[0][0].site], unit[0][0].rank) for unit in units]
     return _switch(root, moves, optimizer, carry)
 
 
 def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, carry: Carry = Carry.MOVE) -> Transition:
     """Replace the plan by one with other ranks: a FULL site only notes its rank, a LOW one is cut anew from its
-    product.
+    product, an ADAPTOR takes its branch into the base and starts another.
 
     Raises PlanError where the new plan has other sites or layouts, TransitionError as ``enter_`` does.
     """
@@ -97,8 +101,8 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
     moves = [
         _Move(unit, phase, ranks[unit[0][0].site])
         for unit in _units(sites, changed)
-        if unit[0][0].phase == int(Phase.LOW)
-        for phase in (Phase.FULL, Phase.LOW)
+        if unit[0][0].phase != int(Phase.FULL)
+        for phase in (Phase.FULL, Phase(unit[0][0].phase))
     ]
     transition = _switch(root, moves, optimizer, carry) if moves else Transition(())
     for row in plan.sites:
@@ -134,7 +138,7 @@ def _phase(value: object) -> Phase:
     try:
         return Phase(value)  # type: ignore[arg-type]
     except ValueError as error:
-        raise TransitionError(f"{value!r} is no phase: give Phase.LOW or Phase.FULL") from error
+        raise TransitionError(f"{value!r} is no phase: give Phase.LOW, Phase.FULL or Phase.ADAPTOR") from error
 
 
 def _targets(sites: Mapping[str, list[Switched]], setting: Setting) -> dict[str, Phase]:
@@ -218,9 +222,17 @@ def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None
 @torch.no_grad()
 def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journal: Journal) -> list[SiteChange]:
     firsts, phase = [modules[0] for modules in move.sites], move.phase
-    name, layout, carrying = firsts[0].site, firsts[0].layout, optimizer if carry is Carry.MOVE else None
+    name, layout = firsts[0].site, firsts[0].layout
+    adaptor = Phase.ADAPTOR in (phase, Phase(firsts[0].phase))
+    # A branch that starts at zero has no moments to take over, and its own say little of the weight that it ends in.
+    carrying = optimizer if carry is Carry.MOVE and not adaptor else None
     old_weights = [module.weight.detach() for module in firsts]
-    if phase is Phase.LOW:
+    base = old_weights[0] if phase is Phase.ADAPTOR else None
+    new: list[list[_Value]]
+    if phase is Phase.ADAPTOR:
+        new = [[(value, {}) for value in _branch(firsts[0], move.rank, old_weights[0])]]
+        new_weights = old_weights
+    elif phase is Phase.LOW:
         new = _factors(firsts, old_weights, move.rank, carrying)
         right = new[0][1][0]
         new_weights = [layout.join((values[0][0], right)) for values in new]
@@ -240,7 +252,7 @@ def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journa
         for each in modules:
             each.rank = move.rank
         new_parameters = dict(zip(names, parameters, strict=True))
-        replace_parameters(modules, phase, new_parameters, optimizer, [state for _, state in values])
+        replace_parameters(modules, phase, new_parameters, optimizer, [state for _, state in values], base)
         changes.append(SiteChange(module.site, before, phase, replaced, names, error))
     return changes
 
@@ -274,6 +286,14 @@ def _dense(firsts: list[Switched], weights: list[Tensor], optimizer: Optimizer |
         (state,) = optim.moved_to_dense(optimizer, lefts, right, stacked, firsts[0].layout)
         states = optim.unstacked_state(state, sizes)
     return [[value] for value in zip(weights, states, strict=True)]
+
+
+def _branch(module: Switched, rank: int, like: Tensor) -> Factors:
+    """Factors whose product is zero: that applied last is, the other is random as torch initialises a layer."""
+    shapes, last = module.layout.factor_shapes(module.shape, rank), module.layout.stages(module.ops[0])[-1][1]
+    left, right = (like.new_zeros(shape) for shape in shapes)
+    torch.nn.init.kaiming_uniform_(right if last == 0 else left, a=5**0.5)
+    return left, right
 
 
 def in_format_of(value: Tensor, old: Sequence[Parameter]) -> Tensor:

@@ -85,6 +85,16 @@ def test_all_mixed_settings_compile_once_and_equal_eager(how):
         assert counter.frame_count == min(seen + 1, 16)
 
 
+def test_three_phases_compile_to_a_graph_each():
+    net, x = four_sites(dr.Capture.SYMBOLIC)
+    counter = CompileCounter()
+    compiled = torch.compile(net, fullgraph=True, backend=counter, dynamic=False)
+    for count, phase in enumerate([*dr.Phase, *dr.Phase], start=1):
+        dr.enter_(net, phase)
+        assert torch.equal(compiled(x), net(x))
+        assert counter.frame_count == min(count, 3)
+
+
 def test_a_rank_change_costs_one_graph_however_often():
     net, x = four_sites(dr.Capture.SYMBOLIC)
     counter = CompileCounter()
@@ -120,7 +130,7 @@ def test_inductor_equals_eager_in_both_phases_forward_and_gradients(device, dtyp
             module.p = 0.0  # inductor draws other random numbers than eager
     compiled = torch.compile(net, fullgraph=True, dynamic=False)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
-    for phase in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW):
+    for phase in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.ADAPTOR, dr.Phase.LOW):
         dr.enter_(net, phase)
         results = []
         for run in (net, compiled):

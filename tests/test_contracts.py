@@ -85,19 +85,44 @@ class TestEveryOp:
         dr.enter_(net, dr.Phase.FULL)
         torch.testing.assert_close(net(x), low, rtol=1e-9, atol=1e-9)
 
+    def test_an_adaptor_starts_at_the_function_and_is_its_base_plus_the_scaled_branch(self, case, layout, how, device):
+        model, x = self.build(case, device, torch.float64)
+        net = dr.transform(model, (x,), rank=dr.Ratio(0.5), conv_layout=layout, how=how, allow_unprofitable=True).eval()
+        expected = net(x)
+        dr.enter_(net, dr.Phase.ADAPTOR)
+        torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+        by_site = {name: modules[0] for name, modules in switched_modules(net).items()}
+        bases = {name: site._buffers["base"].clone() for name, site in by_site.items()}
+        assert all(not site._buffers["base"].requires_grad for site in by_site.values())
+        for site in by_site.values():
+            with torch.no_grad():
+                for factor in site.factors:
+                    factor.copy_(torch.randn_like(factor) * 0.1)
+        adapted = net(x)
+        assert not torch.allclose(adapted, expected)
+        torch.testing.assert_close(dr.inline(net)(x), adapted, rtol=1e-12, atol=1e-12)
+        weights = {}
+        for name, site in by_site.items():
+            weights[name] = bases[name] + 16 / site.rank * site.layout.join(tuple(f.detach() for f in site.factors))
+        dr.enter_(net, dr.Phase.FULL)
+        for name, site in by_site.items():
+            torch.testing.assert_close(site.weight.detach(), weights[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(net(x), adapted, rtol=1e-9, atol=1e-9)
+
     def test_what_does_not_train_is_not_there(self, case, layout, how, device):
         model, x = self.build(case, device)
         net = dr.transform(model, (x,), rank=dr.Ratio(0.5), conv_layout=layout, how=how, allow_unprofitable=True)
         optimizer = torch.optim.AdamW(net.parameters())
-        for phase in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW):
+        for phase in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.ADAPTOR, dr.Phase.LOW, dr.Phase.ADAPTOR):
             dr.enter_(net, phase, optimizer)
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             assert held == {id(p) for p in net.parameters()}
             assert all(id(p) in held for p in optimizer.state)
             for modules in switched_modules(net).values():
                 names = {name for module in modules for name, p in module._parameters.items() if p is not None}
-                wanted = {"left", "right"} if phase is dr.Phase.LOW else {"weight"}
+                wanted = {"weight"} if phase is dr.Phase.FULL else {"left", "right"}
                 assert names - {"bias"} == wanted
+                assert all((m._buffers["base"] is not None) == (phase is dr.Phase.ADAPTOR) for m in modules)
             net(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -82,6 +82,10 @@ def mixed(state: dr.TrainState) -> dr.phase.Setting:
     return {"*": FULL, "conv.weight": LOW} if state.epoch % 2 else {"*": LOW, "w": FULL}
 
 
+def adaptors(state: dr.TrainState) -> dr.phase.Setting:
+    return dr.Phase.ADAPTOR if state.epoch == 2 else LOW if state.epoch == 0 else FULL
+
+
 NESTEROV = partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
 MULTISTEP = partial(MultiStepLR, milestones=[1, 3], gamma=0.5)
 LOW_FULL = dr.schedules.interleave(low=1, full=1)
@@ -127,6 +131,7 @@ OTHERS = {
         lambda p: Adam([{"params": [t for t in p if t.ndim > 1], "lr": 0.02}], lr=0.01),
         partial(ReduceLROnPlateau, patience=0),
     ),
+    "adaptors at the end": Recipe(schedule=adaptors),
     "channels last": Recipe(
         partial(AdamW, lr=0.01),
         partial(CosineAnnealingLR, T_max=EPOCHS),

@@ -48,7 +48,7 @@ def assert_same(net: nn.Module, optimizer: torch.optim.Optimizer, before: tuple[
     assert held == {id(p) for p in net.parameters()}
 
 
-@pytest.mark.parametrize("start", [dr.Phase.FULL, dr.Phase.LOW])
+@pytest.mark.parametrize("start", list(dr.Phase))
 def test_non_finite_weights_at_one_site_leave_everything_as_it_was(start):
     net = chain()
     dr.enter_(net, start)
@@ -66,7 +66,7 @@ def test_non_finite_weights_at_one_site_leave_everything_as_it_was(start):
         torch.testing.assert_close(after[0][name], value, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("start", [dr.Phase.FULL, dr.Phase.LOW])
+@pytest.mark.parametrize("start", list(dr.Phase))
 @pytest.mark.parametrize(
     "error", [RuntimeError("out of memory"), KeyboardInterrupt(), OSError(28, "No space left on device")]
 )
@@ -178,6 +178,20 @@ def test_replan_changes_ranks_in_both_phases_and_the_plan():
         dr.replan_(net, dr.plan_of(dr.transform(nn.Linear(8, 8), (torch.randn(2, 8),))))
 
 
+def test_a_replanned_adaptor_keeps_its_function_and_starts_another_branch():
+    net = chain().double().eval()
+    dr.enter_(net, dr.Phase.ADAPTOR)
+    site, x = switched_modules(net)["0.weight"][0], torch.randn(3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        site.factors[0].normal_()
+    before = net(x)
+    dr.replan_(net, dr.plan_of(net).with_ranks({"0.weight": 2}))
+    assert [tuple(factor.shape) for factor in site.factors] == [(16, 2), (2, 16)]
+    assert not site.factors[0].any()
+    assert dr.phases_of(net)["0.weight"] is dr.Phase.ADAPTOR
+    torch.testing.assert_close(net(x), before)
+
+
 def test_a_failed_replan_leaves_ranks_plan_and_weights():
     net = chain()
     optimizer = trained(net)
@@ -229,9 +243,18 @@ class TestRefusals:
         with pytest.raises(dr.TransitionError, match="no site to switch"):
             dr.enter_(nn.Linear(3, 3), dr.Phase.LOW)
 
-    def test_the_phase_that_is_not_built(self):
-        with pytest.raises(dr.TransitionError, match="ADAPTOR is not built yet"):
-            dr.enter_(chain(), dr.Phase.ADAPTOR)
+    def test_adaptors_over_a_shared_factor(self):
+        class Pair(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.a(x) * self.b(x)
+
+        net = dr.transform(Pair(), (torch.randn(2, 16),), share_inputs=True)
+        with pytest.raises(dr.TransitionError, match=r"share a factor.*without share_inputs"):
+            dr.enter_(net, dr.Phase.ADAPTOR)
 
     def test_distributed_wrappers_and_dtensors(self, tmp_path):
         from torch.distributed.device_mesh import init_device_mesh
