@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from . import schedules as schedules
     from .checkpoint import load as load
     from .checkpoint import save as save
+    from .decay import Decay as Decay
+    from .decay import factor_decay_ as factor_decay_
     from .errors import CaptureError as CaptureError
     from .errors import DynrankError as DynrankError
     from .errors import DynrankWarning as DynrankWarning
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 _HOME = {
     "tracing": ("Capture", "capture"),
     "checkpoint": ("load", "save"),
+    "decay": ("Decay", "factor_decay_"),
     "errors": (
         "CaptureError",
         "DynrankError",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
+from .decay import Decay
 from .errors import DynrankError
 from .inputs import Inputs
 from .net import unwrap
@@ -36,7 +37,7 @@ class Task:
 class Settings:
     """How it is trained. amp: autocast to bfloat16. dynamic: as in torch.compile; with False every shape has a graph
     of its own, so that a resumed run repeats the very same graphs. rewarm: steps of learning-rate re-warm-up after a
-    switch.
+    switch. decay: what decays where factors train.
     """
 
     epochs: int
@@ -46,6 +47,7 @@ class Settings:
     dynamic: bool | None = False
     carry: Carry = Carry.MOVE
     rewarm: int = 0
+    decay: Decay = Decay.EACH
     checkpoint_steps: int | None = None
     spectra: bool = True
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .decay import factor_decay_
 from .errors import DynrankError
 from .lowrank import effective_rank, stable_rank
 from .net import Net
@@ -76,20 +77,21 @@ def fit(
     if settings.compile:
         whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
         forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
-    while run.epoch < settings.epochs:
-        if run.step == 0:
-            watcher.epoch_started(run, _begin_epoch(run, settings))
-        started = time.perf_counter()
-        finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
-        run.record["seconds"] += time.perf_counter() - started
-        _refuse_diverged(run)
-        if not finished:
+    with factor_decay_(run.net, run.optimizer, settings.decay):
+        while run.epoch < settings.epochs:
+            if run.step == 0:
+                watcher.epoch_started(run, _begin_epoch(run, settings))
+            started = time.perf_counter()
+            finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
+            run.record["seconds"] += time.perf_counter() - started
+            _refuse_diverged(run)
+            if not finished:
+                save(run)
+                return False
+            _finish_epoch(run, task, settings)
+            watcher.epoch_done(run, run.history[-1])
             save(run)
-            return False
-        _finish_epoch(run, task, settings)
-        watcher.epoch_done(run, run.history[-1])
-        save(run)
-    return True
+        return True
 
 
 def _begin_epoch(run: Run, settings: Settings) -> Transition:
