@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import schedules as schedules
+    from .budget import Budget as Budget
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .decay import Decay as Decay
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from .ranks import Energy as Energy
     from .ranks import Fixed as Fixed
     from .ranks import Ratio as Ratio
+    from .ranks import StableRank as StableRank
+    from .reranking import reranked as reranked
     from .rewrite import factorize as factorize
     from .rewrite import plan_of as plan_of
     from .tracing import Capture as Capture
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "tracing": ("Capture", "capture"),
+    "budget": ("Budget",),
     "checkpoint": ("load", "save"),
     "decay": ("Decay", "factor_decay_"),
     "errors": (
@@ -79,7 +83,8 @@ _HOME = {
     "pipeline": ("transform",),
     "plan": ("Plan",),
     "planning": ("make_plan",),
-    "ranks": ("Energy", "Fixed", "Ratio"),
+    "ranks": ("Energy", "Fixed", "Ratio", "StableRank"),
+    "reranking": ("reranked",),
     "rewrite": ("factorize", "plan_of"),
     "transition": ("Transition", "enter_", "phases_of", "replan_"),
     "truncation": ("truncate",),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .errors import PlanError
 from .layout import ChannelLayout, ConvLayout, SpatialLayout
-from .ranks import Curve, RankPolicy, checked_policy
+from .ranks import Cost, Curve, RankPolicy, checked_policy
 from .sites import Site, Skipped
 
 
@@ -66,10 +66,29 @@ def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
 
 
 def ranks_by_policy(policies: Sequence[RankPolicy], curves: Sequence[Curve]) -> list[int]:
-    """A rank per curve. Sites of one policy are decided together."""
+    """A rank per curve. Sites of one policy are decided together; the policy of most sites comes last, and is told
+    what the others take.
+    """
     ranks = [0] * len(curves)
-    for policy in dict.fromkeys(policies):
+    taken = {what: [cost.dense for cost in costs] for what, costs in _costs(curves).items()}
+    for policy in sorted(dict.fromkeys(policies), key=list(policies).count):
         mine = [i for i, each in enumerate(policies) if each == policy]
-        for i, rank in zip(mine, policy.ranks([curves[i] for i in mine]), strict=True):
+        rest = {what: 1 - sum(c.dense for c in _costs(curves)[what]) for what in taken}
+        rest = {what: rest[what] + sum(t for i, t in enumerate(taken[what]) if i not in mine) for what in taken}
+        told = [_told(curves[i], rest) for i in mine]
+        for i, rank in zip(mine, policy.ranks(told), strict=True):
             ranks[i] = rank
+            for what, shares in taken.items():
+                cost = curves[i].costs[what]
+                shares[i] = min(cost.dense, cost.at(min(rank, curves[i].max_rank)))
     return ranks
+
+
+def _costs(curves: Sequence[Curve]) -> dict[str, list[Cost]]:
+    """The costs of all curves by what is counted, where all have it."""
+    known = set.intersection(*(set(curve.costs) for curve in curves)) if curves else set()
+    return {what: [curve.costs[what] for curve in curves] for what in sorted(known)}
+
+
+def _told(curve: Curve, rest: Mapping[str, float]) -> Curve:
+    return replace(curve, costs={what: replace(cost, rest=rest[what]) for what, cost in curve.costs.items()})

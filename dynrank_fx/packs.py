@@ -10,7 +10,7 @@ from . import lowrank
 from .layout import Layout
 from .locate import Located, input_of
 from .overrides import Override
-from .ranks import Curve
+from .ranks import Cost, Curve
 from .sites import Site
 
 
@@ -28,12 +28,19 @@ def packs_of(
     return list(packs.values())
 
 
-def curve_of(pack: Sequence[Site], layout: Layout, located: Mapping[str, Located]) -> Curve:
-    """What a rank policy may look at: of a pack, the matrix of all its weights, one above the other."""
+def curve_of(
+    pack: Sequence[Site], layout: Layout, located: Mapping[str, Located], rungs: int, costs: Mapping[str, Cost]
+) -> Curve:
+    """What a rank policy may look at: of a pack, the matrix of all its weights, one above the other.
+
+    rungs: ranks are multiples of it.
+    """
     weights = [located[site.name].parameter.detach() for site in pack]
     shape = (sum(site.shape[0] for site in pack), *pack[0].shape[1:])
 
     def spectrum() -> torch.Tensor:
         return lowrank.singular_values(layout.to_matrix(torch.cat(weights) if len(weights) > 1 else weights[0]))
 
-    return Curve(pack[0].name, layout.max_rank(shape), spectrum)
+    limit = layout.max_rank(shape)
+    ranks = () if rungs == 1 else (*range(rungs, limit, rungs), limit)
+    return Curve(pack[0].name, limit, spectrum, layout.matrix_shape(shape), ranks, costs)

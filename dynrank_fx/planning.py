@@ -18,7 +18,7 @@ from .ops import ConvOp, ConvTransposeOp, Op
 from .overrides import Override, checked_conv_layout, matches, override_of, ranks_by_policy
 from .packs import curve_of, packs_of
 from .plan import Plan, PlannedSite, checked_rows, layout_of
-from .ranks import RankPolicy, checked_policy
+from .ranks import Cost, RankPolicy, checked_policy
 from .sites import Site, Skipped
 
 _NONE: Mapping[str, Override] = {}
@@ -70,12 +70,16 @@ def make_plan(
     _check_finite(chosen, located)
     packs = packs_of(chosen, located, said) if share_inputs else [[site] for site in chosen]
     layouts = [layout_for(pack[0].uses[0].op, said[pack[0].name].layout or conv_layout) for pack in packs]
-    curves = [curve_of(pack, layout, located) for pack, layout in zip(packs, layouts, strict=True)]
+    total, flops = sum(p.numel() for p in net.parameters()), measured.flops if measured else None
+    totals = {"params": total, "flops": flops}
+    curves = [
+        curve_of(pack, layout, located, multiple_of, costs_of(pack, layout, totals))
+        for pack, layout in zip(packs, layouts, strict=True)
+    ]
     rows: list[PlannedSite] = []
     ranks = ranks_by_policy([said[pack[0].name].rank or rank for pack in packs], curves)
     for pack, layout, curve, r in zip(packs, layouts, curves, ranks, strict=True):
-        names = tuple(site.name for site in pack) if len(pack) > 1 else ()
-        pack_rows = [PlannedSite(site, layout, -(-r // multiple_of) * multiple_of, names) for site in pack]
+        pack_rows = rows_of(pack, layout, -(-r // multiple_of) * multiple_of)
         why = _too_much(pack_rows, curve.max_rank, allow_unprofitable)
         if why:
             reasons.update(dict.fromkeys((site.name for site in pack), why))
@@ -85,8 +89,28 @@ def make_plan(
     rows.sort(key=lambda row: order[row.site.name])
     left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
     dense = sorted([*left, *skipped], key=lambda s: order[s.name])
-    total = sum(p.numel() for p in net.parameters())
-    return Plan(tuple(rows), tuple(dense), total, measured.flops if measured else None, meta_of(net).get("capture", ""))
+    return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""))
+
+
+def rows_of(pack: Sequence[Site], layout: Layout, rank: int) -> list[PlannedSite]:
+    """The rows of a site by itself, or of the sites of a pack, at a rank."""
+    names = tuple(site.name for site in pack) if len(pack) > 1 else ()
+    return [PlannedSite(site, layout, rank, names) for site in pack]
+
+
+def costs_of(pack: Sequence[Site], layout: Layout, totals: Mapping[str, int | None]) -> dict[str, Cost]:
+    """What the sites cost by each of the model's totals that is known (``params``, ``flops``), in shares of it.
+
+    A site without FLOPs runs in training only: as in the plan's own total, it counts nothing.
+    """
+
+    def share(rows: Sequence[Site | PlannedSite], what: str, total: int) -> float:
+        return sum(getattr(row, what) or 0 for row in rows) / total
+
+    def cost(what: str, total: int) -> Cost:
+        return Cost(share(pack, what, total), lambda rank: share(rows_of(pack, layout, rank), what, total))
+
+    return {what: cost(what, total) for what, total in totals.items() if total}
 
 
 def _too_much(rows: Sequence[PlannedSite], limit: int, allow_unprofitable: bool) -> str | None:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from .errors import PlanError
-from .lowrank import energy_rank
+from .lowrank import energy_rank, stable_rank
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one site costs, in shares of the dense model. at: with factors of a rank, rising with it.
+
+    rest: what everything takes that is not decided together with the site.
+    """
+
+    dense: float
+    at: Callable[[int], float]
+    rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -18,11 +30,16 @@ class Curve:
     """What a policy may look at of one site.
 
     max_rank: the rank that loses nothing. spectrum: singular values per group [g, max_rank], computed when asked for.
+    matrix: rows and columns of a group. rungs: the ranks to choose from, rising; empty for all. costs: by what is
+    counted, ``params`` or ``flops`` (which are there only where the inputs are known).
     """
 
     name: str
     max_rank: int
     spectrum: Callable[[], Tensor]
+    matrix: tuple[int, int] = (1, 1)
+    rungs: tuple[int, ...] = ()
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
 
 class RankPolicy(Protocol):
@@ -84,3 +101,28 @@ class Energy:
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         return [min(curve.max_rank, energy_rank(curve.spectrum(), self.share)) for curve in curves]
+
+
+@dataclass(frozen=True)
+class StableRank:
+    """⌈stable(W) · min(m, n) / stable(W at init)⌉ (arXiv 2305.02538): a layer keeps full rank until training has shaped
+    its spectrum.
+
+    The stable rank at initialisation is taken as that of independent entries, mn / (√m + √n)², whatever the weights
+    began as. Measured on the weights as they are now: of use where ranks are decided after some training.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise PlanError(f"stable ranks cannot be scaled by {self.scale}; give a number above 0")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        ranks = []
+        for curve in curves:
+            m, n = curve.matrix
+            initial = m * n / (math.sqrt(m) + math.sqrt(n)) ** 2
+            now = max(stable_rank(group) for group in curve.spectrum())
+            ranks.append(min(curve.max_rank, max(1, math.ceil(self.scale * now * curve.max_rank / initial))))
+        return ranks

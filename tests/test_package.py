@@ -15,6 +15,7 @@ import dynrank_fx as dr
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
+    "Budget",
     "Capture",
     "CaptureError",
     "Carry",
@@ -34,6 +35,7 @@ PUBLIC = [
     "Ratio",
     "ScheduleError",
     "SpatialLayout",
+    "StableRank",
     "StoreError",
     "TrainState",
     "Transition",
@@ -51,6 +53,7 @@ PUBLIC = [
     "phases_of",
     "plan_of",
     "replan_",
+    "reranked",
     "rewarm_",
     "save",
     "schedules",
