@@ -123,9 +123,10 @@ def transformed(
     share_inputs: bool,
     how: str | None,
     plan_file: Path | None,
+    policy: RankPolicy | None = None,
     allow_empty: bool = False,
 ) -> nn.Module:
-    """The model of a model file, transformed as the options say."""
+    """The model of a model file, transformed as the options say. policy: in place of ``rank`` and ``energy``."""
     from dynrank_fx.checkpoint import read_plan
     from dynrank_fx.pipeline import transform
     from dynrank_fx.tracing import Capture
@@ -136,7 +137,7 @@ def transformed(
     return transform(
         file.model(),
         file.example_inputs(),
-        rank=rank_policy(rank, energy),
+        rank=policy or rank_policy(rank, energy),
         include=include,
         exclude=exclude,
         overrides=overrides_of(override),

@@ -6,14 +6,15 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dynrank_fx.errors import ModelFileError, ScheduleError, StoreError
+from dynrank_fx.errors import DynrankWarning, ModelFileError, StoreError
 
 from .options import PLAN_OPTIONS, plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
@@ -21,12 +22,14 @@ from .runs import RUN_FILE, read_run_file, write_run_file
 if TYPE_CHECKING:
     from torch import nn
 
+    from dynrank_fx.decay import Decay
     from dynrank_fx.phase import Schedule
+    from dynrank_fx.presets import Preset
     from dynrank_fx.train import Run, Settings, Task
 
     from .modelfile import ModelFile
 
-_SCHEDULES = ("aligned", "interleave", "low", "full", "paper-cifar10", "paper-cifar100")
+_SCHEDULES = ("auto", "aligned", "interleave", "low", "full", "paper-cifar10", "paper-cifar100")
 
 
 @click.command()
@@ -35,14 +38,28 @@ _SCHEDULES = ("aligned", "interleave", "low", "full", "paper-cifar10", "paper-ci
 @click.option("--from", "start", type=Path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
 @click.option("--out", type=Path, metavar="FOLDER", help="The run; by default <model>-run.")
 @click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
-@click.option("--schedule", type=click.Choice(_SCHEDULES), help="By default aligned where decays are known and fit.")
+@click.option(
+    "--schedule", type=click.Choice(_SCHEDULES), help="By default auto; aligned where --lr-milestones are given."
+)
+@click.option(
+    "--cost",
+    type=click.FloatRange(0, 1),
+    default=0.75,
+    show_default=True,
+    help="For auto: compute it may spend, as a share of dense training.",
+)
 @click.option("--low", type=int, default=2, show_default=True, help="LOW epochs in a row, for interleave.")
 @click.option("--full", type=int, default=1, show_default=True, help="FULL epochs in a row, for interleave.")
 @click.option("--lr-milestones", metavar="E,E", help="Epochs of the decays, for aligned; by default the scheduler's.")
-@click.option("--carry", type=click.Choice(["move", "reset"]), default="move", help="Optimizer state at a switch.")
 @click.option(
-    "--rewarm", type=click.IntRange(min=0), default=0, metavar="STEPS", help="Re-warm the learning rate after a switch."
+    "--deflate",
+    type=click.Choice(["svd", "adaptor"]),
+    help="What follows FULL in aligned and paper-*: truncated factors, or the paper's branch beside the frozen weight.",
 )
+@click.option("--init", type=click.Choice(["spectral", "random"]), help="Of factors that training starts with.")
+@click.option("--carry", type=click.Choice(["move", "reset"]), help="Optimizer state at a switch.")
+@click.option("--decay", type=click.Choice(["product", "halved", "each"]), help="What weight decay does to factors.")
+@click.option("--rewarm", type=click.IntRange(min=0), metavar="STEPS", help="Re-warm the learning rate after a switch.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--amp", type=click.Choice(["bf16"]), help="Autocast to bfloat16.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
@@ -142,6 +159,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
     from dynrank_fx.randomness import generators_of
     from dynrank_fx.train import Run, Settings, Task
 
+    preset = _preset(options)
     net = net.to(options["device"]).train()
     optimizer = file.optimizer(net.parameters())
     lr_scheduler = file.lr_scheduler(optimizer)
@@ -150,8 +168,10 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         device=options["device"],
         amp=options["amp"] == "bf16",
         compile=not options["no_compile"],
-        carry=Carry[options["carry"].upper()],
-        rewarm=options["rewarm"],
+        carry=Carry[options["carry"].upper()] if options["carry"] else preset.carry,
+        decay=_decay(options["decay"], preset.decay, optimizer),
+        rewarm=preset.rewarm if options["rewarm"] is None else options["rewarm"],
+        random_init=preset.random_init if options["init"] is None else options["init"] == "random",
         checkpoint_steps=options["checkpoint_steps"],
     )
     task = Task(
@@ -161,7 +181,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         eval_data=file.eval_data(),
         metric=file.metric,
     )
-    schedule = _schedule(options, settings.epochs, lr_scheduler)
+    schedule = _schedule(options, settings.epochs, lr_scheduler, preset.schedule)
     generators = generators_of(task.train_data, task.eval_data)
     return Run(net, optimizer, schedule, lr_scheduler, generators=generators), task, settings
 
@@ -172,7 +192,10 @@ def _net(file: ModelFile, options: dict[str, Any]) -> nn.Module:
 
         refuse_beside("--from", options)
         return load(options["start"], file.model(), file.example_inputs())
-    return transformed(file, **{name: options[name] for name in PLAN_OPTIONS})
+    chosen = {name: options[name] for name in PLAN_OPTIONS}
+    if not any(chosen[name] for name in ("rank", "energy", "plan_file")):
+        chosen["policy"] = _preset(options).rank
+    return transformed(file, **chosen)
 
 
 def _check_device(device: str) -> None:
@@ -185,24 +208,51 @@ def _check_device(device: str) -> None:
         raise ModelFileError(f"the device {device!r} cannot be used here ({first}); give --device cpu") from error
 
 
-def _schedule(options: dict[str, Any], epochs: int, lr_scheduler: Any) -> Schedule:
+def _preset(options: dict[str, Any]) -> Preset:
+    from dynrank_fx import presets
+
+    name = options["schedule"]
+    if name in ("paper-cifar10", "paper-cifar100"):
+        return presets.paper_cifar10() if name == "paper-cifar10" else presets.paper_cifar100()
+    return presets.practical(options["cost"])
+
+
+def _decay(name: str | None, default: Decay, optimizer: Any) -> Decay:
+    """What was asked for; or the preset's, where it is known how the optimizer decays weights."""
+    from dynrank_fx.decay import Decay, decays_in_a_known_way
+
+    if name is not None:
+        return Decay[name.upper()]
+    if default is Decay.EACH or decays_in_a_known_way(optimizer):
+        return default
+    warnings.warn(
+        f"how {type(optimizer).__name__} decays weights is not known: it decays each factor by itself",
+        DynrankWarning,
+        stacklevel=2,
+    )
+    return Decay.EACH
+
+
+def _schedule(options: dict[str, Any], epochs: int, lr_scheduler: Any, preset: Schedule) -> Schedule:
     from dynrank_fx import schedules
     from dynrank_fx.phase import Phase
 
-    decays = _decays(options["lr_milestones"], lr_scheduler)
-    name = options["schedule"] or ("aligned" if options["lr_milestones"] else None)
-    if name is None and decays:
-        with suppress(ScheduleError):  # decays so early that they leave no FULL epoch
-            return schedules.aligned(epochs, decays)
-    match name or "interleave":
+    given = options["deflate"]
+    name = options["schedule"] or ("aligned" if options["lr_milestones"] else "auto")
+    last = {"svd": Phase.LOW, "adaptor": Phase.ADAPTOR, None: None}[given]
+    if last is not None and not name.startswith(("aligned", "paper")):
+        raise click.UsageError(f"--deflate goes with aligned and paper-*, not with {name}")
+    match name:
+        case "auto":
+            return preset
         case "aligned":
-            return schedules.aligned(epochs, decays)
+            return schedules.aligned(epochs, _decays(options["lr_milestones"], lr_scheduler), last or Phase.LOW)
         case "interleave":
             return schedules.interleave(low=options["low"], full=options["full"])
         case "paper-cifar10":
-            return schedules.paper_cifar10()
+            return schedules.paper_cifar10(last or Phase.ADAPTOR)
         case "paper-cifar100":
-            return schedules.paper_cifar100()
+            return schedules.paper_cifar100(last or Phase.ADAPTOR)
         case phase:
             return schedules.always(Phase[phase.upper()])
 

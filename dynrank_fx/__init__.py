@@ -49,11 +49,13 @@ if TYPE_CHECKING:
     from .reranking import reranked as reranked
     from .rewrite import factorize as factorize
     from .rewrite import plan_of as plan_of
+    from .state import train_state as train_state
     from .tracing import Capture as Capture
     from .tracing import capture as capture
     from .transition import Transition as Transition
     from .transition import enter_ as enter_
     from .transition import phases_of as phases_of
+    from .transition import randomize_ as randomize_
     from .transition import replan_ as replan_
     from .truncation import truncate as truncate
 
@@ -86,7 +88,8 @@ _HOME = {
     "ranks": ("Energy", "Fixed", "Ratio", "StableRank"),
     "reranking": ("reranked",),
     "rewrite": ("factorize", "plan_of"),
-    "transition": ("Transition", "enter_", "phases_of", "replan_"),
+    "state": ("train_state",),
+    "transition": ("Transition", "enter_", "phases_of", "randomize_", "replan_"),
     "truncation": ("truncate",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -134,6 +134,12 @@ def _decouples(optimizer: Optimizer, group: dict[str, Any], said: bool | None) -
     return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, _DECOUPLED)
 
 
+def decays_in_a_known_way(optimizer: Optimizer) -> bool:
+    """Whether it is known how this optimizer decays weights: not at all, beside its step, or through the gradient."""
+    decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+    return not decays or isinstance(optimizer, _COUPLED + _DECOUPLED)
+
+
 def factor_decay_(
     net: nn.Module, optimizer: Optimizer, decay: Decay = Decay.PRODUCT, *, decoupled: bool | None = None
 ) -> FactorDecay:
@@ -145,7 +151,7 @@ def factor_decay_(
 
     Raises TransitionError for another optimizer of which that is not said.
     """
-    if decay is not Decay.EACH and decoupled is None and not isinstance(optimizer, _COUPLED + _DECOUPLED):
+    if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(optimizer):
         raise TransitionError(
             f"how {type(optimizer).__name__} decays weights is not known: say decoupled=True (beside the step, as "
             "AdamW) or decoupled=False (through the gradient, as SGD)"

@@ -1,14 +1,16 @@
 """Schedules: pure functions of a TrainState to a Phase, as frozen values that can be printed, compared and joined.
 
 The three-part shape (low-rank, full-rank around the first learning-rate decay, low-rank again) is that of
-arXiv 2508.08625; here the last part trains the truncated factors, so that what is exported is small.
+arXiv 2508.08625. Its own last part is ADAPTOR, whose result is of full rank; LOW trains the truncated factors instead,
+so that what is exported is small. ``auto`` decides by what it measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .auto import Auto
 from .errors import ScheduleError
 from .phase import Phase, Schedule, Setting, TrainState
 
@@ -43,10 +45,11 @@ class Interleave:
 
 @dataclass(frozen=True)
 class FullBetween:
-    """FULL for ``inflate <= epoch < deflate``, LOW before and after."""
+    """FULL for ``inflate <= epoch < deflate``, LOW before, and ``last`` after."""
 
     inflate: int
     deflate: int
+    last: Phase = Phase.LOW
 
     def __post_init__(self) -> None:
         if not 0 <= self.inflate < self.deflate:
@@ -56,7 +59,9 @@ class FullBetween:
             )
 
     def __call__(self, state: TrainState) -> Phase:
-        return Phase.FULL if self.inflate <= state.epoch < self.deflate else Phase.LOW
+        if state.epoch >= self.deflate:
+            return self.last
+        return Phase.FULL if state.epoch >= self.inflate else Phase.LOW
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Join:
         start = self.boundaries[part - 1] if part else 0
         stop = self.boundaries[part] if part < len(self.boundaries) else state.epochs
         length = None if stop is None else stop - start
-        local = TrainState(state.epoch - start, length, state.lr, state.spectra, state.spent)
+        local = replace(state, epoch=state.epoch - start, epochs=length, lrs=state.lrs[start:stop])
         return self.schedules[part](local)
 
 
@@ -97,10 +102,11 @@ def interleave(*, low: int, full: int) -> Interleave:
     return Interleave(low, full)
 
 
-def aligned(epochs: int, lr_milestones: Sequence[int]) -> FullBetween:
+def aligned(epochs: int, lr_milestones: Sequence[int], last: Phase = Phase.LOW) -> FullBetween:
     """The paper's placement in general form: FULL from 0.4·T to the first decay + 0.1·T (arXiv 2508.08625).
 
-    epochs: T, the length of the run. lr_milestones: the epochs at which the learning rate falls.
+    epochs: T, the length of the run. lr_milestones: the epochs at which the learning rate falls. last: LOW trains the
+    truncated factors to the end, ADAPTOR a branch beside the frozen weight, as the paper does.
     Raises ScheduleError where that leaves no FULL epoch, or where there is no decay to align with.
     """
     if not lr_milestones:
@@ -114,7 +120,7 @@ def aligned(epochs: int, lr_milestones: Sequence[int]) -> FullBetween:
             f"plus a tenth of the run is epoch {deflate}, before epoch {inflate}; use join or interleave for so "
             f"early a decay"
         )
-    return FullBetween(inflate, deflate)
+    return FullBetween(inflate, deflate, last)
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Join:
@@ -122,11 +128,32 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Join:
     return Join(tuple(schedules), tuple(boundaries))
 
 
-def paper_cifar10() -> FullBetween:
-    """ResNet-20 on CIFAR-10, 150 epochs: FULL in epochs 55 to 119 (arXiv 2508.08625), with the svd deflate."""
-    return FullBetween(55, 120)
+def warm_up(full: int) -> FullBetween:
+    """``full`` epochs FULL, then LOW to the end (as in arXiv 2103.03936). Raises ScheduleError for less than one."""
+    return FullBetween(0, full)
 
 
-def paper_cifar100() -> FullBetween:
-    """WRN-28-10 on CIFAR-100, 200 epochs: FULL in epochs 80 to 169 (arXiv 2508.08625), with the svd deflate."""
-    return FullBetween(80, 170)
+def auto(cost: float = 0.75, *, recovery: float = 0.25, tail: float = 0.01) -> Auto:
+    """FULL where and while it is worth most, within ``cost`` of the compute of dense training; LOW to the end.
+
+    Reads the learning rates of the run and the spectra of the sites (see ``Auto``), by itself in ``dynrank-fx train``
+    and in the hooks for other trainers; in a loop of your own, ``train_state`` collects them. Every decision comes with
+    its reasons. recovery: the share of the run's summed learning rate that is kept for LOW. tail: the share of a site's
+    energy beyond its rank below which it is cut at once.
+
+    Raises ScheduleError for numbers that are no shares.
+    """
+    return Auto(cost, recovery, tail)
+
+
+def paper_cifar10(last: Phase = Phase.ADAPTOR) -> FullBetween:
+    """ResNet-20 on CIFAR-10, 150 epochs: FULL in epochs 55 to 119, then ADAPTOR (arXiv 2508.08625).
+
+    last: LOW trains the truncated factors instead, at less cost, and leaves a small model.
+    """
+    return FullBetween(55, 120, last)
+
+
+def paper_cifar100(last: Phase = Phase.ADAPTOR) -> FullBetween:
+    """WRN-28-10 on CIFAR-100, 200 epochs: FULL in epochs 80 to 169, then ADAPTOR (arXiv 2508.08625). last: as above."""
+    return FullBetween(80, 170, last)

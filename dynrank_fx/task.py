@@ -37,7 +37,7 @@ class Task:
 class Settings:
     """How it is trained. amp: autocast to bfloat16. dynamic: as in torch.compile; with False every shape has a graph
     of its own, so that a resumed run repeats the very same graphs. rewarm: steps of learning-rate re-warm-up after a
-    switch. decay: what decays where factors train.
+    switch. decay: what decays where factors train. random_init: factors that training starts with are random.
     """
 
     epochs: int
@@ -48,6 +48,7 @@ class Settings:
     carry: Carry = Carry.MOVE
     rewarm: int = 0
     decay: Decay = Decay.EACH
+    random_init: bool = False
     checkpoint_steps: int | None = None
     spectra: bool = True
 

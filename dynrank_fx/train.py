@@ -18,12 +18,12 @@ from .errors import DynrankError
 from .lowrank import effective_rank, stable_rank
 from .net import Net
 from .optim import Rewarm, rewarm_
-from .phase import Phase, Schedule, TrainState
+from .phase import Phase, Schedule
 from .randomness import random_state, set_random_state
-from .rewrite import plan_of
+from .state import cost_of, train_state
 from .switched import switched_modules
 from .task import Settings, Task, apply, evaluate, number, precision
-from .transition import Transition, enter_, phases_of
+from .transition import Transition, enter_, phases_of, randomize_
 
 
 @dataclass
@@ -73,6 +73,8 @@ def fit(
     and what enter_ raises.
     """
     watcher = watcher or Watcher()
+    if isinstance(run.optimizer, torch.optim.LBFGS):
+        raise DynrankError("LBFGS runs the model in its own step, which this loop does not do: give another optimizer")
     forward: nn.Module = run.net
     if settings.compile:
         whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
@@ -97,10 +99,13 @@ def fit(
 def _begin_epoch(run: Run, settings: Settings) -> Transition:
     """Ask the schedule, and enter what it says."""
     started = time.perf_counter()
-    lr = float(run.optimizer.param_groups[0]["lr"])
     spent = run.history[-1]["spent"] if run.history else 0.0
-    state = TrainState(run.epoch, settings.epochs, lr, _Spectra(run.net), spent)
-    transition = enter_(run.net, run.schedule(state), run.optimizer, carry=settings.carry)
+    rates = [record["lr"] for record in run.history]
+    state = train_state(run.net, run.optimizer, run.epoch, settings.epochs, run.lr_scheduler, rates=rates, spent=spent)
+    setting = run.schedule(state)
+    transition = enter_(run.net, setting, run.optimizer, carry=settings.carry)
+    if settings.random_init and run.epoch == 0 and Phase.LOW in phases_of(run.net).values():
+        randomize_(run.net)
     if transition and settings.rewarm and run.epoch > 0:
         if run.rewarm is not None:
             run.rewarm.stop()
@@ -110,7 +115,8 @@ def _begin_epoch(run: Run, settings: Settings) -> Transition:
         "epoch": run.epoch,
         "phase": phase_label(run.net),
         "phases": {name: phase.name for name, phase in phases_of(run.net).items()},
-        "lr": lr,
+        "lr": state.lr,
+        "reasons": list(getattr(setting, "reasons", ())),
         "switch_error": {change.site: change.error for change in transition.changes},
         "switch_seconds": time.perf_counter() - started,
         "seconds": 0.0,
@@ -212,46 +218,8 @@ def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
     run.record, run.step, run.epoch, run.epoch_start = {}, 0, run.epoch + 1, None
 
 
-class _Spectra(Mapping[str, tuple[float, ...]]):
-    """Singular values by site, computed when a schedule looks at them."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._sites = switched_modules(net)
-        self._known: dict[str, tuple[float, ...]] = {}
-
-    def __getitem__(self, name: str) -> tuple[float, ...]:
-        if name not in self._known:
-            values = self._sites[name][0].spectrum().flatten().sort(descending=True).values
-            self._known[name] = tuple(values.tolist())
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-
 def phase_label(net: nn.Module) -> str:
     """``FULL``, ``LOW``, or how many sites are in which."""
     phases = list(phases_of(net).values())
     counts = [(phase.name, phases.count(phase)) for phase in Phase if phase in phases]
     return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)
-
-
-def cost_of(net: nn.Module) -> float:
-    """What a step costs in the present setting, by FLOPs (parameters where those are unknown), with the dense model
-    as 1.
-
-    The base of an ADAPTOR takes two of the three products of a dense step, which needs no gradient of it.
-    """
-    plan, phases = plan_of(net), phases_of(net)
-    by_flops = bool(plan.total_flops)
-    total = (plan.total_flops if by_flops else plan.total_params) or 0
-    extra = 0.0
-    for row in plan.sites:
-        # A site without FLOPs runs in training only: as in the plan's own total, it counts nothing.
-        dense, low = (row.site.flops or 0, row.flops or 0) if by_flops else (row.site.params, row.params)
-        costs = {Phase.FULL: 0.0, Phase.LOW: low - dense, Phase.ADAPTOR: low - dense / 3}
-        extra += costs[phases[row.site.name]]
-    return 1 + extra / total if total else 1.0

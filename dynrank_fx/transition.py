@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -111,6 +112,26 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
     set_plan(root, plan)
     specialize_(root)
     return transition
+
+
+@torch.no_grad()
+def randomize_(net: nn.Module) -> None:
+    """Give the factors of every site in LOW random values in place of those they have: low rank from random init.
+
+    Entries are normal, of one variance in both factors, with which the product's norm is expected to be what it was:
+    (‖W‖_F² / (m n r))^¼ as standard deviation. Raises TransitionError where no site is in LOW.
+    """
+    sites = [modules[0] for modules in switched_modules(unwrap(net)).values() if modules[0].phase == int(Phase.LOW)]
+    if not sites:
+        raise TransitionError(
+            "no site is in LOW, so that there are no factors to randomize: enter_(net, Phase.LOW) first"
+        )
+    norms = [site.weight.square().sum() for site in sites]
+    for site, norm in zip(sites, norms, strict=True):
+        left, right = site.factors
+        deviation = float(norm / (math.prod(site.shape) * site.rank)) ** 0.25
+        for factor in (left, right) if not site.owner else (left,):
+            factor.normal_(0.0, deviation)
 
 
 def phases_of(net: nn.Module) -> dict[str, Phase]:

@@ -42,9 +42,9 @@ def test_the_allocation_against_exhaustive_search():
         assert found >= optimum - 1e-12
         gaps.append(found - optimum)
     exact = sum(gap < 1e-9 for gap in gaps)
-    assert exact >= 320, exact
-    assert sum(gaps) / len(gaps) < 0.02, sum(gaps) / len(gaps)
-    assert max(gaps) < 0.35, max(gaps)
+    assert exact >= 365, exact
+    assert sum(gaps) / len(gaps) < 0.004, sum(gaps) / len(gaps)
+    assert max(gaps) < 0.25, max(gaps)
 
 
 def test_with_fine_steps_the_allocation_is_within_one_step_of_the_optimum():

@@ -10,7 +10,7 @@ import dynrank_fx as dr
 from dynrank_fx import schedules
 from dynrank_fx.phase import Schedule
 
-F, L = dr.Phase.FULL, dr.Phase.LOW
+F, L, A = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
 
 
 def phases(schedule: Schedule, epochs: int) -> list[object]:
@@ -24,6 +24,8 @@ EXAMPLES = (
     pytest.param(schedules.interleave(low=0, full=2), [F, F, F], id="interleave without low"),
     pytest.param(schedules.interleave(low=1, full=0), [L, L, L], id="interleave without full"),
     pytest.param(schedules.aligned(10, [6]), [L, L, L, L, F, F, F, L, L, L], id="aligned"),
+    pytest.param(schedules.aligned(10, [6], last=A), [L, L, L, L, F, F, F, A, A, A], id="aligned, then adaptors"),
+    pytest.param(schedules.warm_up(2), [F, F, L, L], id="warm-up"),
     pytest.param(schedules.aligned(10, [9, 7]), [L, L, L, L, F, F, F, F, L, L], id="aligned with the first decay"),
     pytest.param(schedules.aligned(10, [9]), [L, L, L, L, F, F, F, F, F, F], id="aligned to the end"),
     pytest.param(
@@ -60,21 +62,23 @@ def test_a_schedule_is_pure_frozen_comparable_and_printable(schedule, expected):
     assert hash(schedule) == hash(dataclasses.replace(schedule))
     namespace = {name: getattr(schedules, name) for name in ("Always", "Interleave", "FullBetween", "Join")}
     text = repr(schedule).replace("<Phase.FULL: 0>", "Phase.FULL").replace("<Phase.LOW: 1>", "Phase.LOW")
+    text = text.replace("<Phase.ADAPTOR: 2>", "Phase.ADAPTOR")
     assert eval(text, namespace | {"Phase": dr.Phase}) == schedule
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(schedule, dataclasses.fields(schedule)[0].name, None)
 
 
 def test_the_papers_own_epochs():
-    """arXiv 2508.08625: LOW, FULL from I to D - 1, then the truncated factors."""
-    assert phases(schedules.paper_cifar10(), 150) == [L] * 55 + [F] * 65 + [L] * 30
-    assert phases(schedules.paper_cifar100(), 200) == [L] * 80 + [F] * 90 + [L] * 30
+    """arXiv 2508.08625: LOW, FULL from I to D - 1, then a branch beside the frozen weight, or the truncated factors."""
+    assert phases(schedules.paper_cifar10(), 150) == [L] * 55 + [F] * 65 + [A] * 30
+    assert phases(schedules.paper_cifar10(last=L), 150) == [L] * 55 + [F] * 65 + [L] * 30
+    assert phases(schedules.paper_cifar100(), 200) == [L] * 80 + [F] * 90 + [A] * 30
 
 
 def test_aligned_is_the_papers_placement_in_general_form():
     """0.4·T and the first decay + 0.1·T lie within 0.04·T of the epochs the paper chose by hand."""
     assert phases(schedules.aligned(150, (100, 130)), 150) == [L] * 60 + [F] * 55 + [L] * 35
-    assert phases(schedules.aligned(200, (150, 180)), 200) == phases(schedules.paper_cifar100(), 200)
+    assert schedules.aligned(200, (150, 180), last=A) == schedules.paper_cifar100()
     for ours, paper, epochs in (
         (schedules.aligned(150, (100, 130)), schedules.paper_cifar10(), 150),
         (schedules.aligned(200, (150, 180)), schedules.paper_cifar100(), 200),

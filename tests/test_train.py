@@ -188,6 +188,7 @@ def test_the_history_says_what_happened() -> None:
             "phase",
             "phases",
             "lr",
+            "reasons",
             "switch_error",
             "switch_seconds",
             "seconds",

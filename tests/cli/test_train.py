@@ -59,7 +59,7 @@ def whole(write: Run, run: Run) -> str:
 
 
 def test_a_run_is_a_folder_and_a_line_per_epoch(write: Run, run: Run, folder: Path) -> None:
-    result = run("train", write(), "--no-compile")
+    result = run("train", write(), "--no-compile", "--schedule", "aligned")
     assert sorted(path.name for path in (folder / "model-run").iterdir()) == [
         "checkpoint.safetensors",
         "history.jsonl",
@@ -96,6 +96,11 @@ def test_the_run_notes_what_it_was_started_with(write: Run, run: Run, folder: Pa
 # Options
 
 
+def settings(**given: Any) -> Settings:
+    """Those of the practical default, but for what is given."""
+    return Settings(**({"epochs": 4, "decay": dr.Decay.PRODUCT} | given))
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, write: Run) -> list[tuple[TrainingRun, Settings]]:
     """What the command hands to ``fit``, which does nothing here."""
@@ -113,13 +118,23 @@ def seen(monkeypatch: pytest.MonkeyPatch, write: Run) -> list[tuple[TrainingRun,
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], Settings(epochs=4)),
-        (["--epochs", "7"], Settings(epochs=7)),
-        (["--amp", "bf16"], Settings(epochs=4, amp=True)),
-        (["--no-compile"], Settings(epochs=4, compile=False)),
-        (["--carry", "reset"], Settings(epochs=4, carry=dr.Carry.RESET)),
-        (["--rewarm", "5"], Settings(epochs=4, rewarm=5)),
-        (["--checkpoint-steps", "9"], Settings(epochs=4, checkpoint_steps=9)),
+        ([], settings()),
+        (["--epochs", "7"], settings(epochs=7)),
+        (["--amp", "bf16"], settings(amp=True)),
+        (["--no-compile"], settings(compile=False)),
+        (["--carry", "reset"], settings(carry=dr.Carry.RESET)),
+        (["--rewarm", "5"], settings(rewarm=5)),
+        (["--decay", "each"], settings(decay=dr.Decay.EACH)),
+        (["--init", "random"], settings(random_init=True)),
+        (
+            ["--schedule", "paper-cifar10"],
+            settings(carry=dr.Carry.RESET, decay=dr.Decay.EACH, random_init=True),
+        ),
+        (
+            ["--schedule", "paper-cifar10", "--init", "spectral", "--carry", "move", "--decay", "halved"],
+            settings(decay=dr.Decay.HALVED),
+        ),
+        (["--checkpoint-steps", "9"], settings(checkpoint_steps=9)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -137,7 +152,11 @@ def test_options_become_settings(options: list[str], expected: Settings, seen: l
         (["--schedule", "interleave", "--low", "3", "--full", "4"], dr.schedules.interleave(low=3, full=4)),
         (["--schedule", "low"], dr.schedules.always(dr.Phase.LOW)),
         (["--schedule", "full"], dr.schedules.always(dr.Phase.FULL)),
+        ([], dr.schedules.auto(0.75)),
+        (["--cost", "0.6"], dr.schedules.auto(0.6)),
+        (["--schedule", "aligned", "--deflate", "adaptor"], dr.schedules.aligned(4, (3,), dr.Phase.ADAPTOR)),
         (["--schedule", "paper-cifar10"], dr.schedules.paper_cifar10()),
+        (["--schedule", "paper-cifar10", "--deflate", "svd"], dr.schedules.paper_cifar10(dr.Phase.LOW)),
         (["--schedule", "paper-cifar100"], dr.schedules.paper_cifar100()),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -147,9 +166,12 @@ def test_options_become_a_schedule(options: list[str], expected: Any, seen: list
     assert seen[0][0].schedule == expected
 
 
-def test_without_a_decay_the_default_schedule_interleaves(write: Run, seen: list[Any], run: Run) -> None:
-    run("train", write("del lr_scheduler"))
-    assert seen[0][0].schedule == dr.schedules.interleave(low=2, full=1)
+def test_the_papers_presets_take_half_the_rank(seen: list[Any], run: Run) -> None:
+    run("train", "model.py", "--schedule", "paper-cifar100")
+    run("train", "model.py", "--schedule", "paper-cifar100", "--rank", "2", "--out", "other")
+    half, two = (dr.plan_of(run.net).sites for run, _ in seen)
+    assert [(row.site.name, row.rank) for row in half] == [("0.weight", 8), ("4.weight", 16), ("6.weight", 4)]
+    assert {row.rank for row in two} == {2}
 
 
 def test_without_epochs_there_are_ten(write: Run, seen: list[Any], run: Run) -> None:

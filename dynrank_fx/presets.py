@@ -1,0 +1,49 @@
+"""Whole ways to train: a schedule with everything that goes with it. The practical default, and the paper's own two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import schedules
+from .decay import Decay
+from .optim import Carry
+from .phase import Schedule
+from .ranks import RankPolicy, Ratio
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How to train. random_init: factors that training starts with are random, and not those of the model's weights.
+
+    The other names are those of ``Settings``.
+    """
+
+    schedule: Schedule
+    rank: RankPolicy
+    carry: Carry = Carry.MOVE
+    decay: Decay = Decay.PRODUCT
+    rewarm: int = 0
+    random_init: bool = False
+
+
+def practical(cost: float = 0.75) -> Preset:
+    """What to use where nothing is known: ``auto`` within this share of dense compute, spectral init, the decay of the
+    product, optimizer state that goes along.
+    """
+    return Preset(schedules.auto(cost), Ratio(0.25))
+
+
+def paper_cifar10() -> Preset:
+    """ResNet-20 on CIFAR-10 as in arXiv 2508.08625 and its code: 150 epochs, half the rank, random init, a fresh
+    optimizer in each phase, plain weight decay, ADAPTOR last.
+    """
+    return _paper(schedules.paper_cifar10())
+
+
+def paper_cifar100() -> Preset:
+    """WRN-28-10 on CIFAR-100 as in arXiv 2508.08625 and its code: 200 epochs, and the rest as ``paper_cifar10``."""
+    return _paper(schedules.paper_cifar100())
+
+
+def _paper(schedule: Schedule) -> Preset:
+    return Preset(schedule, Ratio(0.5), Carry.RESET, Decay.EACH, random_init=True)
