@@ -34,6 +34,14 @@ _PLAN_OPTIONS = (
     click.option("--multiple-of", type=int, default=1, metavar="N", help="Round ranks up to a multiple of N."),
     click.option("--layout", type=click.Choice(["channel", "spatial"]), default="channel", help="Of convolutions."),
     click.option(
+        "--leave",
+        multiple=True,
+        type=click.Choice(["stem", "shortcut", "head", "none"]),
+        default=("stem", "shortcut", "head"),
+        show_default=True,
+        help="Weights that stay dense by what they are for; may be repeated.",
+    ),
+    click.option(
         "--share-inputs", is_flag=True, help="Linears that read the same input (query, key, value) share a factor."
     ),
     click.option(
@@ -49,7 +57,7 @@ _PLAN_OPTIONS = (
 # The names under which a command gets them, in the order of `transformed`.
 PLAN_OPTIONS = (
     *("rank", "energy", "include", "exclude", "override", "multiple_of"),
-    *("layout", "share_inputs", "how", "plan_file"),
+    *("layout", "share_inputs", "leave", "how", "plan_file"),
 )
 
 
@@ -121,6 +129,7 @@ def transformed(
     multiple_of: int,
     layout: str,
     share_inputs: bool,
+    leave: tuple[str, ...],
     how: str | None,
     plan_file: Path | None,
     policy: RankPolicy | None = None,
@@ -129,6 +138,7 @@ def transformed(
     """The model of a model file, transformed as the options say. policy: in place of ``rank`` and ``energy``."""
     from dynrank_fx.checkpoint import read_plan
     from dynrank_fx.pipeline import transform
+    from dynrank_fx.roles import Role
     from dynrank_fx.tracing import Capture
 
     if plan_file is not None:
@@ -144,6 +154,7 @@ def transformed(
         multiple_of=multiple_of,
         conv_layout=_conv_layout(layout),
         share_inputs=share_inputs,
+        leave=[Role[name.upper()] for name in leave if "none" not in leave],
         how=None if how is None else Capture[how.upper()],
         plan=None if plan_file is None else read_plan(plan_file),
         allow_empty=allow_empty,

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .reranking import reranked as reranked
     from .rewrite import factorize as factorize
     from .rewrite import plan_of as plan_of
+    from .roles import Role as Role
     from .state import train_state as train_state
     from .tracing import Capture as Capture
     from .tracing import capture as capture
@@ -87,6 +88,7 @@ _HOME = {
     "planning": ("make_plan",),
     "ranks": ("Energy", "Fixed", "Ratio", "StableRank"),
     "reranking": ("reranked",),
+    "roles": ("Role",),
     "rewrite": ("factorize", "plan_of"),
     "state": ("train_state",),
     "transition": ("Transition", "enter_", "phases_of", "randomize_", "replan_"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .plan import Plan
 from .planning import fit_plan, make_plan
 from .ranks import RankPolicy, Ratio
 from .rewrite import factorize_
+from .roles import Role
 from .switched import switched_modules
 from .tracing import Capture, capture
 
@@ -34,6 +35,7 @@ def transform(
     multiple_of: int = 1,
     conv_layout: ConvLayout = ChannelLayout,
     share_inputs: bool = False,
+    leave: Collection[Role] = (),
     allow_unprofitable: bool = False,
     allow_empty: bool = False,
     plan: Plan | None = None,
@@ -44,7 +46,7 @@ def transform(
 
     model: an ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
     ExportedProgram. plan: a given plan in place of rank, include, exclude, overrides, multiple_of, conv_layout,
-    share_inputs and allow_unprofitable, which ``make_plan`` explains; how and dynamic_shapes: see ``capture``.
+    share_inputs, leave and allow_unprofitable, which ``make_plan`` explains; how and dynamic_shapes: see ``capture``.
 
     Raises CaptureError, PlanError; a plan without any site is a PlanError unless allow_empty.
     """
@@ -65,6 +67,7 @@ def transform(
             multiple_of=multiple_of,
             conv_layout=conv_layout,
             share_inputs=share_inputs,
+            leave=leave,
             allow_unprofitable=allow_unprofitable,
         )
     else:

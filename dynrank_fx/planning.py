@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from .overrides import Override, checked_conv_layout, matches, override_of, rank
 from .packs import curve_of, packs_of
 from .plan import Plan, PlannedSite, checked_rows, layout_of
 from .ranks import Cost, RankPolicy, checked_policy
+from .roles import Role, roles_of
 from .sites import Site, Skipped
 
 _NONE: Mapping[str, Override] = {}
@@ -35,6 +36,7 @@ def make_plan(
     multiple_of: int = 1,
     conv_layout: ConvLayout = ChannelLayout,
     share_inputs: bool = False,
+    leave: Collection[Role] = (),
     allow_unprofitable: bool = False,
 ) -> Plan:
     """Decide on data, before anything is rewritten: ranks for every site that may be factored and pays.
@@ -42,8 +44,8 @@ def make_plan(
     include, exclude: shell patterns on site names and aliases; all sites by default. overrides: by such a pattern, what
     is decided otherwise (see ``Override``); a later one wins. multiple_of: ranks are rounded up to it. share_inputs:
     linears that read the same input (query, key and value; gate and up) share their right factor, at a rank decided for
-    all of them together. A site is skipped where its factors would cost no less than the dense weight, in parameters or
-    in FLOPs, unless allow_unprofitable.
+    all of them together. leave: roles whose weights stay dense, as far as the graphs tell them. A site is skipped
+    where its factors would cost no less than the dense weight, in parameters or in FLOPs, unless allow_unprofitable.
 
     Raises PlanError for a pattern that matches nothing, a rank that no site can have, or non-finite weights.
     """
@@ -57,6 +59,8 @@ def make_plan(
     _check_patterns([*include, *exclude, *overrides], [*sites, *skipped])
     said = {site.name: override_of(site, overrides) for site in sites}
     _check_layouts(overrides, sites)
+    located = locate(net)
+    roles = roles_of(located) if leave else {}
     reasons: dict[str, str] = {}
     for site in sites:
         if include and not matches(site, include):
@@ -65,8 +69,9 @@ def make_plan(
             reasons[site.name] = "excluded by name"
         elif said[site.name].dense:
             reasons[site.name] = "left alone by name"
+        elif roles.get(site.name) in leave and said[site.name] == Override():
+            reasons[site.name] = roles[site.name].value
     chosen = [site for site in sites if site.name not in reasons]
-    located = locate(net)
     _check_finite(chosen, located)
     packs = packs_of(chosen, located, said) if share_inputs else [[site] for site in chosen]
     layouts = [layout_for(pack[0].uses[0].op, said[pack[0].name].layout or conv_layout) for pack in packs]

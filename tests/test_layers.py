@@ -15,7 +15,7 @@ LEVELS = (
     "onnxcheck recognize sites twofactors weightviews",
     "calls convlayout matrixlayout symbolic",
     "layout locate",
-    "finding interpret optim overrides piecewise plan switched",
+    "finding interpret optim overrides piecewise plan roles switched",
     "decay inlining packs parameters rewrite tracing",
     "export planning presets task transition",
     "checkpoint compare pipeline report reranking state truncation",

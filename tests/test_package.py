@@ -33,6 +33,7 @@ PUBLIC = [
     "Plan",
     "PlanError",
     "Ratio",
+    "Role",
     "ScheduleError",
     "SpatialLayout",
     "StableRank",
