@@ -88,11 +88,13 @@ def write(folder: Path) -> Callable[..., str]:
 
 
 Invoke = Callable[..., Result]
+# So small a network is nothing but stem and classifier.
+DEFAULTS = {name: {"leave": ("none",)} for name in ("transform", "train")}
 
 
 def invoke(*args: str) -> Result:
     """A command that is expected to succeed, or to fail in words."""
-    result = CliRunner().invoke(cli, args)
+    result = CliRunner().invoke(cli, args, default_map=DEFAULTS)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert "Traceback" not in result.output
     return result

@@ -244,7 +244,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(
     whole: str, run: Run, monkeypatch: pytest.MonkeyPatch, step: int, by: signal.Signals
 ) -> None:
     # The evaluation after each epoch calls loss() as well: the fourth call is that of the first epoch's.
-    options = ["--no-compile", "--schedule", "interleave", "--low", "1"]
+    options = ["--no-compile", "--schedule", "interleave", "--low", "1", "--leave", "none"]
     result = stopped(monkeypatch, step, "train", "model.py", *options, "--out", "a run", by=by)
     before, _, told = result.stderr.strip().splitlines()[-1].partition("; go on with: ")
     assert re.fullmatch(r"stopped in epoch \d of 4 after \d steps, and saved", before)
@@ -279,7 +279,7 @@ def test_a_finished_run_has_nothing_to_go_on_with(whole: str, run: Run) -> None:
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=lambda by: by.name)
 def test_a_real_process_that_is_stopped_goes_on_bit_by_bit(by: signal.Signals, write: Run, folder: Path) -> None:
     """As a terminal does it: the signal goes to the workers of the data loader too."""
-    options = ["--no-compile", "--schedule", "interleave", "--low", "1", "--checkpoint-steps", "1"]
+    options = ["--no-compile", "--schedule", "interleave", "--low", "1", "--checkpoint-steps", "1", "--leave", "none"]
     command = [INSTALLED, "train", write(), *options, "--out"]
     workers = os.environ | {"WORKERS": "1"}
     subprocess.run([*command, "whole"], check=True, capture_output=True, env=workers)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 import dynrank_fx as dr
+from dynrank_fx.cli.main import cli
 from dynrank_fx.cli.modelfile import load_model_file
 
 Run = Callable[..., Result]
@@ -67,6 +68,26 @@ def test_what_stays_dense_says_why(write: Run, run: Run) -> None:
     assert "excluded by name" in next(line for line in output.splitlines() if line.startswith("0.weight"))
     assert "rank 7 of 8x32 would cost no fewer parameters than dense (280 for 256)" in output
     assert ", 2 matrices left dense" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "sites"),
+    [
+        (["--leave", "stem", "--leave", "head"], ["4.weight"]),
+        (["--leave", "shortcut"], SITES),
+        (["--leave", "none"], SITES),
+        (["--leave", "head", "--override", "6=0.5"], SITES),
+    ],
+)
+def test_what_weights_are_for_decides_which_are_left(
+    options: list[str], sites: list[str], write: Run, run: Run
+) -> None:
+    assert list(ranks(run("transform", write(), "--json", *options))) == sites
+
+
+def test_by_default_stem_shortcuts_and_classifier_are_left(write: Run) -> None:
+    result = CliRunner().invoke(cli, ["transform", write(), "--json"])
+    assert list(ranks(result)) == ["4.weight"]
 
 
 def test_dry_run_writes_nothing(write: Run, run: Run, folder: Path) -> None:
