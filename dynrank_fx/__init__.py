@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .overrides import Override as Override
     from .phase import Phase as Phase
     from .phase import TrainState as TrainState
+    from .phases import Phases as Phases
+    from .phases import resume_phases_ as resume_phases_
     from .pipeline import transform as transform
     from .plan import Plan as Plan
     from .planning import make_plan as make_plan
@@ -83,6 +85,7 @@ _HOME = {
     "optim": ("Carry", "rewarm_"),
     "overrides": ("Override",),
     "phase": ("Phase", "TrainState"),
+    "phases": ("Phases", "resume_phases_"),
     "pipeline": ("transform",),
     "plan": ("Plan",),
     "planning": ("make_plan",),

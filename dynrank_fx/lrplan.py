@@ -11,11 +11,11 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
-def planned_rates(optimizer: Optimizer, lr_scheduler: Any, epochs: int) -> tuple[float, ...]:
-    """The learning rate of the first group now and in the following epochs, ``epochs`` of them.
+def planned_rates(optimizer: Optimizer, lr_scheduler: Any, epochs: int, steps: int = 1) -> tuple[float, ...]:
+    """The learning rate of the first group now and at the start of the following epochs, ``epochs`` of them.
 
-    lr_scheduler: one that is stepped once an epoch, or None for a constant rate. Empty where the rates depend on what
-    is not known yet (ReduceLROnPlateau) or the scheduler is none of torch's kind. Nothing is changed.
+    lr_scheduler: one that is stepped so many times an epoch, or None for a constant rate. Empty where the rates depend
+    on what is not known yet (ReduceLROnPlateau) or the scheduler is none of torch's kind. Nothing is changed.
     """
     now = float(optimizer.param_groups[0]["lr"])
     if lr_scheduler is None:
@@ -30,7 +30,8 @@ def planned_rates(optimizer: Optimizer, lr_scheduler: Any, epochs: int) -> tuple
         for _ in range(epochs):
             rates.append(float(dummy.param_groups[0]["lr"]))
             try:
-                twin.step()
+                for _ in range(steps):
+                    twin.step()
             except ValueError:  # OneCycleLR has an end
                 break
     return tuple(rates)

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 from torch import Tensor
 from tqdm import tqdm
 
-from .train import Run, Watcher, phase_label
+from .phases import phase_label
+from .train import Run, Watcher
 from .transition import Transition
 
 

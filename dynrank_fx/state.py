@@ -24,20 +24,21 @@ def train_state(
     epochs: int,
     lr_scheduler: Any = None,
     *,
+    steps_per_epoch: int = 1,
     rates: Sequence[float] = (),
     spent: float = 0.0,
 ) -> TrainState:
     """The state of a training at the start of an epoch, for a schedule to look at.
 
-    lr_scheduler: stepped once an epoch. rates: the learning rates of the epochs so far. spent: the sum of ``cost_of``
-    over them. Spectra are computed when they are asked for.
+    lr_scheduler: stepped once an epoch, or as often as steps_per_epoch says. rates: the learning rates of the epochs so
+    far. spent: the sum of ``cost_of`` over them. Spectra are computed when they are asked for.
     """
     plan, phases = plan_of(net), phases_of(net)
     sites = {}
     for row in plan.sites:
         dense, low = _costs(row, plan.total_flops, plan.total_params)
         sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low)
-    planned = planned_rates(optimizer, lr_scheduler, epochs - epoch)
+    planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
     known = (*rates, *planned) if planned and len(rates) == epoch else ()
     lr = float(optimizer.param_groups[0]["lr"])
     return TrainState(epoch, epochs, lr, _Spectra(net), spent, known, sites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +19,13 @@ from .errors import DynrankError
 from .lowrank import effective_rank, stable_rank
 from .net import Net
 from .optim import Rewarm, rewarm_
-from .phase import Phase, Schedule
+from .phase import Schedule
+from .phases import begin_epoch_
 from .randomness import random_state, set_random_state
-from .state import cost_of, train_state
+from .state import train_state
 from .switched import switched_modules
 from .task import Settings, Task, apply, evaluate, number, precision
-from .transition import Transition, enter_, phases_of, randomize_
+from .transition import Transition
 
 
 @dataclass
@@ -98,30 +100,25 @@ def fit(
 
 def _begin_epoch(run: Run, settings: Settings) -> Transition:
     """Ask the schedule, and enter what it says."""
-    started = time.perf_counter()
     spent = run.history[-1]["spent"] if run.history else 0.0
     rates = [record["lr"] for record in run.history]
     state = train_state(run.net, run.optimizer, run.epoch, settings.epochs, run.lr_scheduler, rates=rates, spent=spent)
-    setting = run.schedule(state)
-    transition = enter_(run.net, setting, run.optimizer, carry=settings.carry)
-    if settings.random_init and run.epoch == 0 and Phase.LOW in phases_of(run.net).values():
-        randomize_(run.net)
+    transition, record = begin_epoch_(
+        run.net,
+        run.optimizer,
+        run.schedule,
+        state,
+        carry=settings.carry,
+        random_init=settings.random_init,
+        spectra=settings.spectra,
+    )
     if transition and settings.rewarm and run.epoch > 0:
         if run.rewarm is not None:
             run.rewarm.stop()
         run.rewarm = rewarm_(run.optimizer, settings.rewarm)
     run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
-    run.record = {
-        "epoch": run.epoch,
-        "phase": phase_label(run.net),
-        "phases": {name: phase.name for name, phase in phases_of(run.net).items()},
-        "lr": state.lr,
-        "reasons": list(getattr(setting, "reasons", ())),
-        "switch_error": {change.site: change.error for change in transition.changes},
-        "switch_seconds": time.perf_counter() - started,
-        "seconds": 0.0,
-        "spent": spent + cost_of(run.net),
-    }
+    run.record = {**record, "seconds": 0.0}
+    _restart_peak(settings)
     return transition
 
 
@@ -206,6 +203,7 @@ def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
         )
     run.record |= {"loss": loss / batches, "metric": metric / batches if task.metric else None}
     run.record |= evaluate(run.net, task, settings)
+    run.record["memory"] = _memory(run, settings)
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
         run.record["effective_rank"] = {name: effective_rank(s) for name, s in spectra.items()}
@@ -218,8 +216,18 @@ def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
     run.record, run.step, run.epoch, run.epoch_start = {}, 0, run.epoch + 1, None
 
 
-def phase_label(net: nn.Module) -> str:
-    """``FULL``, ``LOW``, or how many sites are in which."""
-    phases = list(phases_of(net).values())
-    counts = [(phase.name, phases.count(phase)) for phase in Phase if phase in phases]
-    return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)
+def _memory(run: Run, settings: Settings) -> dict[str, int]:
+    """Bytes of parameters, buffers and optimizer state, and the peak of the epoch: of the device, or of the process."""
+    tensors = [*run.net.parameters(), *run.net.buffers()]
+    tensors += [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"state": sum(t.nbytes for t in tensors), "peak": peak}
+
+
+def _restart_peak(settings: Settings) -> None:
+    if torch.device(settings.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(settings.device)

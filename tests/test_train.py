@@ -20,8 +20,10 @@ from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import dynrank_fx as dr
+from dynrank_fx.phases import phase_label
+from dynrank_fx.state import cost_of
 from dynrank_fx.switched import switched_modules
-from dynrank_fx.train import Run, Settings, Task, Watcher, cost_of, evaluate, fit, phase_label
+from dynrank_fx.train import Run, Settings, Task, Watcher, evaluate, fit
 
 FULL, LOW = dr.Phase.FULL, dr.Phase.LOW
 EAGER = Settings(epochs=3, compile=False)
@@ -187,17 +189,20 @@ def test_the_history_says_what_happened() -> None:
             "epoch",
             "phase",
             "phases",
+            "ranks",
             "lr",
             "reasons",
             "switch_error",
+            "switch_spectra",
             "switch_seconds",
-            "seconds",
             "spent",
+            "seconds",
             "step_seconds",
             "loss",
             "metric",
             "eval_loss",
             "eval_metric",
+            "memory",
             "effective_rank",
             "stable_rank",
         ]

@@ -1,0 +1,107 @@
+"""The ways to train that the study compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import dynrank_fx as dr
+from dynrank_fx.optim import Carry
+from dynrank_fx.phase import Phase, Schedule, TrainState
+
+FULL, LOW, ADAPTOR = Phase.FULL, Phase.LOW, Phase.ADAPTOR
+COST = 0.75
+"""The budget of compute, as a share of dense training at the task's number of epochs."""
+
+Costs = Mapping[Phase, float]
+"""What an epoch costs with every site in a phase, in dense epochs."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A schedule for a number of epochs, with what goes with it; names as in ``Settings``."""
+
+    schedule: Schedule
+    carry: Carry = Carry.MOVE
+    decay: dr.Decay = dr.Decay.PRODUCT
+    rewarm: int = 0
+    random_init: bool = False
+
+
+def _paper(epochs: int, last: Phase) -> Way:
+    """The paper's placement on CIFAR-10, 55 and 120 of 150 epochs, random init, a fresh optimizer at each switch."""
+    schedule = dr.schedules.FullBetween(round(epochs * 55 / 150), round(epochs * 120 / 150), last)
+    return Way(schedule, Carry.RESET, dr.Decay.EACH, random_init=True)
+
+
+def _full_epochs(epochs: int, costs: Costs) -> int:
+    """How many epochs of FULL the budget pays for, the others being LOW."""
+    return max(1, int((COST * epochs - costs[LOW] * epochs) / (1 - costs[LOW]) + 1e-9))
+
+
+def _block(start: float) -> Callable[[int, Costs], Way]:
+    """One block of FULL at the size of the budget, from this share of the epochs left beside it."""
+
+    def way(epochs: int, costs: Costs) -> Way:
+        length = _full_epochs(epochs, costs)
+        first = round(start * (epochs - length))
+        return Way(dr.schedules.FullBetween(first, first + length))
+
+    return way
+
+
+def _spread(epochs: int, costs: Costs) -> Way:
+    """As many FULL epochs, one at a time, evenly spread, with LOW at the end."""
+    length = _full_epochs(epochs, costs)
+    chosen = frozenset(int(i * (epochs - 1) / length) for i in range(length))
+    return Way(Chosen(chosen))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """FULL in these epochs, LOW in all others."""
+
+    full: frozenset[int]
+
+    def __call__(self, state: TrainState) -> Phase:
+        return FULL if state.epoch in self.full else LOW
+
+
+def _interleaved(epochs: int, costs: Costs) -> Way:
+    low_last = dr.schedules.always(LOW)
+    return Way(dr.schedules.join([dr.schedules.interleave(low=2, full=1), low_last], [epochs - 1]))
+
+
+METHODS: dict[str, Callable[[int, Costs], Way]] = {
+    "dense": lambda epochs, costs: Way(dr.schedules.always(FULL)),
+    "low, random init": lambda epochs, costs: Way(dr.schedules.always(LOW), decay=dr.Decay.EACH, random_init=True),
+    "low, spectral + Frobenius": lambda epochs, costs: Way(dr.schedules.always(LOW)),
+    "warm-up, then low": _block(0.0),
+    "paper, adaptor": lambda epochs, costs: _paper(epochs, ADAPTOR),
+    "paper, truncated": lambda epochs, costs: _paper(epochs, LOW),
+    "interleaved": _interleaved,
+    "auto": lambda epochs, costs: Way(dr.schedules.auto(COST)),
+    # Where FULL epochs are worth most, at one budget.
+    "FULL early": _block(0.0),
+    "FULL around the first decay": _block(0.5),
+    "FULL late": _block(0.8),
+    "FULL spread": _spread,
+    # What becomes of the optimizer's state, over several switches.
+    "state moved": _interleaved,
+    "state reset": lambda epochs, costs: Way(_interleaved(epochs, costs).schedule, Carry.RESET),
+    "state reset, re-warmed": lambda epochs, costs: Way(_interleaved(epochs, costs).schedule, Carry.RESET, rewarm=30),
+    "state moved, re-warmed": lambda epochs, costs: Way(_interleaved(epochs, costs).schedule, rewarm=30),
+}
+
+
+def epochs_within(method: str, epochs: int, costs: Costs) -> int:
+    """The most epochs at which the method takes no more than the budget; ``auto`` keeps to it by itself."""
+    if method == "auto":
+        return epochs
+    found = 1
+    for count in range(1, 6 * epochs):
+        schedule = METHODS[method](count, costs).schedule
+        phases = [schedule(TrainState(epoch, count)) for epoch in range(count)]
+        if sum(costs[phase] for phase in phases if isinstance(phase, Phase)) <= COST * epochs + 1e-9:
+            found = count
+    return found

@@ -1,0 +1,180 @@
+"""Run the study: `python samples/study/run.py`. Rows that are done are kept in rows.jsonl and not run again.
+
+Every run has one thread, so that JOBS of them go side by side; times under such load are not reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import multiprocessing
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import METHODS, Costs, epochs_within
+from results import write_results
+from tasks import TASKS, StudyTask
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynrank_fx as dr
+from dynrank_fx.randomness import seed_all
+from dynrank_fx.state import cost_of
+from dynrank_fx.train import Run, Settings, evaluate, fit
+
+HERE = Path(__file__).parent
+ROWS = HERE / "rows.jsonl"
+SEEDS = (0, 1, 2)
+MAIN = tuple(list(METHODS)[:8])
+PLACEMENT = tuple(list(METHODS)[8:12])
+STATE = tuple(list(METHODS)[12:])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. compute: whether the epochs are the task's, or as many as the budget allows."""
+
+    task: str
+    method: str
+    rank: float
+    compute: str
+    seed: int
+
+
+def cells() -> Iterator[Cell]:
+    """The grid, what matters most first: the primary cells in full, the others sparse."""
+    for seed in SEEDS:
+        for task in ("digits-conv", "digits-vit", "chars-64"):
+            for compute in ("equal compute", "equal epochs"):
+                yield from (Cell(task, method, 0.25, compute, seed) for method in MAIN)
+        for method in PLACEMENT:
+            yield Cell("chars-64", method, 0.25, "equal epochs", seed)
+            yield Cell("digits-conv", method, 0.25, "equal epochs", seed)
+        for task in ("digits-conv", "chars-64"):
+            yield from (Cell(task, method, 0.25, "equal epochs", seed) for method in STATE)
+        for rank in (0.125, 0.5):
+            for method in ("low, spectral + Frobenius", "warm-up, then low", "auto"):
+                yield Cell("chars-64", method, rank, "equal compute", seed)
+        for method in ("dense", "low, random init", "low, spectral + Frobenius", "warm-up, then low", "auto"):
+            yield Cell("chars-128", method, 0.25, "equal compute", seed)
+        yield Cell("chars-128", "dense", 0.25, "equal epochs", seed)
+
+
+def train(cell: Cell) -> dict[str, Any]:
+    """The row of one cell."""
+    started = time.perf_counter()
+    task = TASKS[cell.task]
+    seed_all(cell.seed)
+    net = task.transformed(dr.ranks.Ratio(cell.rank))
+    costs = costs_of(net)
+    epochs = task.epochs
+    if cell.compute == "equal compute":
+        epochs = epochs_within(cell.method, epochs, costs)
+    twin = replace(cell, compute="equal epochs" if cell.compute == "equal compute" else "equal compute")
+    if (done := kept().get(twin)) is not None and done["epochs"] == epochs:
+        return {**done, **asdict(cell)}
+    way = METHODS[cell.method](epochs, costs)
+    optimizer = task.optimizer(net.parameters())
+    run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
+    settings = Settings(
+        epochs, compile=False, carry=way.carry, decay=way.decay, rewarm=way.rewarm, random_init=way.random_init
+    )
+    data = task.data()
+    fit(run, data, settings)
+    cut = evaluate(dr.truncate(net), data, settings)
+    plan, history = dr.plan_of(net), run.history
+    return {
+        **asdict(cell),
+        "epochs": epochs,
+        "metric": history[-1]["eval_metric"],
+        "loss": history[-1]["eval_loss"],
+        "truncated": cut["eval_metric"],
+        "truncated_loss": cut["eval_loss"],
+        "spent": history[-1]["spent"] / task.epochs,
+        "phases": [record["phase"] for record in history],
+        "metrics": [record["eval_metric"] for record in history],
+        "effective_rank": [mean(record["effective_rank"]) for record in history],
+        "params": [plan.total_params, plan.low_params],
+        "reasons": [record["reasons"] for record in history],
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+    }
+
+
+def mean(values: dict[str, float]) -> float:
+    return round(sum(values.values()) / len(values), 2)
+
+
+def costs_of(net: nn.Module) -> Costs:
+    """What an epoch of each phase costs in dense epochs."""
+    costs = {}
+    for phase in dr.Phase:
+        twin = copy.deepcopy(net)
+        dr.enter_(twin, phase)
+        costs[phase] = cost_of(twin)
+    return costs
+
+
+def measured_flops(task: StudyTask, rank: float) -> dict[str, float]:
+    """FLOPs of a whole training step in each phase, counted by torch, over those of FULL."""
+    seed_all(0)
+    data = task.data()
+    batch = next(iter(data.train_data))
+    counts = {}
+    for phase in dr.Phase:
+        net = task.transformed(dr.ranks.Ratio(rank))
+        dr.enter_(net, phase)
+        with FlopCounterMode(display=False) as counter:
+            data.loss(net(batch[0]), batch).backward()
+        counts[phase.name] = counter.get_total_flops()
+    return {name: count / counts["FULL"] for name, count in counts.items()}
+
+
+def _work(cell: Cell) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    return train(cell)
+
+
+def kept() -> dict[Cell, dict[str, Any]]:
+    if not ROWS.exists():
+        return {}
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    return {Cell(*(row[name] for name in Cell.__dataclass_fields__)): row for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="shell patterns of task/method")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="run what is done too")
+    options = parser.parse_args()
+    done = {} if options.fresh else kept()
+    wanted = [
+        cell
+        for cell in dict.fromkeys(cells())
+        if cell not in done and any(fnmatch.fnmatchcase(f"{cell.task}/{cell.method}", p) for p in options.only)
+    ]
+    print(f"{len(wanted)} runs to do, {len(done)} are done", file=sys.stderr)
+    if wanted:
+        with multiprocessing.get_context("spawn").Pool(options.jobs) as pool, ROWS.open("a") as file:
+            for i, row in enumerate(pool.imap_unordered(_work, wanted)):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                what = f"{row['task']} / {row['method']} / {row['rank']} / {row['compute']} / {row['seed']}"
+                print(f"{i + 1}/{len(wanted)} {what}: {row['truncated']:.4f} in {row['seconds']:.0f} s", flush=True)
+    flops = {name: measured_flops(task, 0.25) for name, task in TASKS.items()}
+    write_results(list(kept().values()), flops, HERE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What the study trains: two networks on scikit-learn's digits, a character transformer of two sizes on Python code.
+
+The learning rate of each task is the best of a row of doublings for dense training on seed 0, and serves every method.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import chars
+import digits
+
+import dynrank_fx as dr
+from dynrank_fx.train import Task
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """epochs: of dense training. leave, exclude: what stays dense. decays: whether the rate falls in steps."""
+
+    name: str
+    epochs: int
+    model: Callable[[], nn.Module]
+    data: Callable[[], Task]
+    optimizer: Callable[[Any], Optimizer]
+    lr_scheduler: Callable[[Optimizer, int], Any]
+    leave: Sequence[dr.Role] = tuple(dr.Role)
+    exclude: Sequence[str] = ()
+
+    def transformed(self, rank: dr.ranks.RankPolicy) -> nn.Module:
+        batch = next(iter(self.data().train_data))
+        return dr.transform(self.model(), (batch[0],), rank=rank, leave=self.leave, exclude=self.exclude)
+
+
+class DigitTransformer(nn.Module):
+    """Images [batch, 1, 8, 8] as 16 patches of 2 × 2 pixels to class scores [batch, 10]."""
+
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).mT + self.positions
+        return self.head(self.norm(self.layers(x)).mean(1))
+
+
+class Layer(chars.Layer):
+    """The layer of the character transformer, where every patch sees every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, part = self.norm1(x), self.attention
+        q, k, v = (f(y).unflatten(-1, (part.heads, -1)).transpose(1, 2) for f in (part.query, part.key, part.value))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + part.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def _data(module: Any) -> Task:
+    return Task(module.train_data(), module.loss, lambda batch: ((batch[0],), {}), module.eval_data(), module.metric)
+
+
+def _steps(optimizer: Optimizer, epochs: int) -> MultiStepLR:
+    return MultiStepLR(optimizer, [round(epochs * 2 / 3), round(epochs * 5 / 6)], 0.1)
+
+
+def _adamw(lr: float, parameters: Any) -> AdamW:
+    return AdamW(parameters, lr=lr, weight_decay=0.05)
+
+
+def _sgd(lr: float, parameters: Any) -> SGD:
+    return SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        StudyTask("digits-conv", 12, digits.DigitNet, partial(_data, digits), partial(_sgd, 0.05), _steps),
+        StudyTask("digits-vit", 24, DigitTransformer, partial(_data, digits), partial(_adamw, 2e-3), CosineAnnealingLR),
+        StudyTask(
+            "chars-64",
+            12,
+            partial(chars.CharTransformer, 64, 4, 2),
+            partial(_data, chars),
+            partial(_adamw, 8e-3),
+            CosineAnnealingLR,
+        ),
+        StudyTask(
+            "chars-128",
+            12,
+            partial(chars.CharTransformer, 128, 4, 2),
+            partial(_data, chars),
+            partial(_adamw, 4e-3),
+            CosineAnnealingLR,
+        ),
+    )
+}
