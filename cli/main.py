@@ -12,6 +12,7 @@ from dynrank_fx.errors import DynrankError, DynrankWarning
 
 from .export import export
 from .inspect import inspect
+from .report import report
 from .train import train
 from .transform import transform
 
@@ -34,6 +35,7 @@ def cli() -> None:
     \b
     dynrank-fx transform model.py           what would be factored, and what it saves
     dynrank-fx train model.py --out run     train by a schedule, with checkpoints
+    dynrank-fx report run                   one page with pictures of what happened
     dynrank-fx export run -o model.onnx     truncate, export, compare in onnxruntime
     dynrank-fx inspect run --plot rank.png  spectra and ranks
 
@@ -57,7 +59,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|copyreg)")
 
 
-for command in (transform, train, export, inspect):
+for command in (transform, train, report, export, inspect):
     cli.add_command(command)
 
 

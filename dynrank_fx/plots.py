@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEGEND_LINE = 0.16  # inches: a legend higher than its axes would leave them no room
-_SHADE = {"FULL": "#f2c14e", "LOW": "#dbe6f0"}
+_SHADE = {"FULL": "#f2c14e", "LOW": "#dbe6f0", "ADAPTOR": "#c9b6de"}
 
 
 def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Effective rank of every site, and loss with the held-out metric, over the epochs of a run."""
-    figure = _figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].get("effective_rank", ()))))
+    figure = blank_figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].get("effective_rank", ()))))
     ranks, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     epochs = [record["epoch"] + 1 for record in history]
-    _shade(ranks, history)
-    _shade(losses, history)
-    _explain_shades(figure)
+    shade_phases(ranks, history)
+    shade_phases(losses, history)
+    explain_shades(figure, history)
     for index, site in enumerate(history[0].get("effective_rank", ())):
         ranks.plot(
             epochs,
@@ -33,7 +33,7 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
             marker="o",
             markersize=3,
             linewidth=1.4,
-            color=_colour(index, len(history[0]["effective_rank"])),
+            color=colour_of(index, len(history[0]["effective_rank"])),
             label=site.removesuffix(".weight"),
         )
     ranks.set_ylabel("effective rank")
@@ -56,7 +56,7 @@ def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
     """Singular values of every matrix over their largest, against the share of their number."""
     if not rows:
         raise DynrankError("there is no matrix whose spectrum could be drawn")
-    figure = _figure(9, max(5, _LEGEND_LINE * len(rows)))
+    figure = blank_figure(9, max(5, _LEGEND_LINE * len(rows)))
     axes = figure.subplots()
     for index, row in enumerate(rows):
         top = row.spectrum[0] or 1.0
@@ -65,7 +65,7 @@ def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
             [(i + 1) / count for i in range(count)],
             [max(value / top, 1e-4) for value in row.spectrum],
             linewidth=1.2,
-            color=_colour(index, len(rows)),
+            color=colour_of(index, len(rows)),
             label=f"{row.name.removesuffix('.weight')} ({row.effective_rank:.0f} of {count})",
         )
     axes.set_yscale("log")
@@ -76,31 +76,35 @@ def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
     _save(figure, path)
 
 
-def _shade(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+def shade_phases(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     """One band per epoch, so that an epoch of mixed phases is a blend of both colours."""
     for record in history:
         phases = list(record["phases"].values())
-        share = phases.count("FULL") / max(len(phases), 1)
         start = record["epoch"] + 0.5
-        axes.axvspan(start, start + 1, color=_SHADE["LOW"], alpha=0.55 * (1 - share), linewidth=0)
-        axes.axvspan(start, start + 1, color=_SHADE["FULL"], alpha=0.45 * share, linewidth=0)
+        for phase, colour in _SHADE.items():
+            share = phases.count(phase) / max(len(phases), 1)
+            axes.axvspan(start, start + 1, color=colour, alpha=0.5 * share, linewidth=0)
     axes.set_xlim(history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5)
 
 
-def _explain_shades(figure: Figure) -> None:
+def explain_shades(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
+    """A legend of the phases that the run has."""
     from matplotlib.patches import Patch
 
-    bands = [Patch(color=colour, alpha=0.5, label=f"{phase} epochs") for phase, colour in _SHADE.items()]
+    seen = {phase for record in history for phase in record["phases"].values()}
+    bands = [Patch(color=c, alpha=0.5, label=f"{phase} epochs") for phase, c in _SHADE.items() if phase in seen]
     figure.legend(handles=bands, loc="upper right", fontsize=8, frameon=False, ncols=2)
 
 
-def _colour(index: int, count: int) -> Any:
+def colour_of(index: int, count: int) -> Any:
+    """The colour of one line of many."""
     import matplotlib
 
     return matplotlib.colormaps["viridis"](index / max(count - 1, 1) * 0.9)
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches. Raises DynrankError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure  # not pyplot: it keeps global state and wants a screen
     except ImportError as error:

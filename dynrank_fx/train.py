@@ -26,6 +26,7 @@ from .state import train_state
 from .switched import switched_modules
 from .task import Settings, Task, apply, evaluate, number, precision
 from .transition import Transition
+from .truncation import truncate
 
 
 @dataclass
@@ -212,8 +213,17 @@ def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
         run.lr_scheduler.step(run.record.get("eval_loss", run.record["loss"]))
     elif run.lr_scheduler is not None:
         run.lr_scheduler.step()
+    if run.epoch + 1 == settings.epochs and task.eval_data is not None:
+        run.record["truncated"] = _truncated(run, task, settings)
     run.history.append(run.record)
     run.record, run.step, run.epoch, run.epoch_start = {}, 0, run.epoch + 1, None
+
+
+def _truncated(run: Run, task: Task, settings: Settings) -> dict[str, float | None]:
+    """Loss and metric of the truncated model: those just measured, where every site is in LOW already."""
+    if set(run.record["phases"].values()) == {"LOW"}:
+        return {key: run.record[key] for key in ("eval_loss", "eval_metric")}
+    return evaluate(truncate(run.net), task, settings)
 
 
 def _memory(run: Run, settings: Settings) -> dict[str, int]:

@@ -20,11 +20,11 @@ LEVELS = (
     "export planning presets task transition",
     "checkpoint compare pipeline report reranking state truncation",
     "phases plots",
-    "train",
-    "progress runfile",
+    "runplots train",
+    "page progress runfile",
     "cli.modelfile",
     "cli.options cli.runs",
-    "cli.export cli.inspect cli.train cli.transform",
+    "cli.export cli.inspect cli.report cli.train cli.transform",
     "cli.main",
 )
 LEVEL = {module: level for level, row in enumerate(LEVELS) for module in row.split()}
@@ -44,7 +44,7 @@ def imports(module: str) -> set[str]:
                 *(f"{base}{node.module or ''}.{a.name}" for a in node.names),
             ]
         found |= {
-            name.removeprefix("dynrank_fx.").replace("..", ".") for name in names if name.startswith("dynrank_fx")
+            name.replace("..", ".").removeprefix("dynrank_fx.") for name in names if name.startswith("dynrank_fx")
         }
     return found & FILES.keys()
 

@@ -70,6 +70,7 @@ OPTIONS = {
         "--share-inputs",
         "-h",
     ],
+    "report": ["--help", "--out", "-h", "-o"],
     "export": ["--batch", "--help", "--model", "--opset", "--out", "--provider", "-h", "-o"],
     "inspect": ["--help", "--json", "--model", "--plot", "-h"],
 }
@@ -80,7 +81,7 @@ def command(name: str) -> click.Command:
 
 
 def test_the_commands() -> None:
-    assert list(cli.commands) == ["transform", "train", "export", "inspect"]
+    assert list(cli.commands) == ["transform", "train", "report", "export", "inspect"]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

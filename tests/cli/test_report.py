@@ -1,0 +1,26 @@
+"""``dynrank-fx report``: the page of a run, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+Run = Callable[..., Result]
+
+
+def test_the_page_is_in_the_runs_folder_or_where_it_is_asked_for(write: Run, run: Run, folder: Path) -> None:
+    run("train", write(), "--no-compile", "--epochs", "2", "--out", "r")
+    assert run("report", "r").stderr == "wrote r/report.html; open it in a browser\n"
+    run("report", "r", "-o", "page.html")
+    assert (folder / "page.html").read_text() == (folder / "r" / "report.html").read_text()
+    run("train", "model.py", "--out", "r", "--resume", "--no-compile")
+
+
+def test_what_is_no_run_is_told(write: Run, run: Run, refused: Callable[..., str], folder: Path) -> None:
+    assert refused("report", "gone") == "there is no folder gone"
+    run("transform", write(), "--out", "t")
+    assert refused("report", "t").startswith("t has no checkpoint.safetensors: it is not a run")
+    run("train", "model.py", "--no-compile", "--epochs", "1", "--out", "r")
+    assert "could not be written" in refused("report", "r", "-o", "nowhere/page.html")
