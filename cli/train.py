@@ -59,6 +59,7 @@ _SCHEDULES = ("auto", "aligned", "interleave", "low", "full", "paper-cifar10", "
 @click.option("--init", type=click.Choice(["spectral", "random"]), help="Of factors that training starts with.")
 @click.option("--carry", type=click.Choice(["move", "reset"]), help="Optimizer state at a switch.")
 @click.option("--decay", type=click.Choice(["product", "halved", "each"]), help="What weight decay does to factors.")
+@click.option("--landing/--abrupt", default=None, help="Whether what a cut takes away decays before it.")
 @click.option("--rewarm", type=click.IntRange(min=0), metavar="STEPS", help="Re-warm the learning rate after a switch.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--amp", type=click.Choice(["bf16"]), help="Autocast to bfloat16.")
@@ -171,6 +172,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         carry=Carry[options["carry"].upper()] if options["carry"] else preset.carry,
         decay=_decay(options["decay"], preset.decay, optimizer),
         rewarm=preset.rewarm if options["rewarm"] is None else options["rewarm"],
+        landing=preset.landing if options["landing"] is None else options["landing"],
         random_init=preset.random_init if options["init"] is None else options["init"] == "random",
         checkpoint_steps=options["checkpoint_steps"],
     )

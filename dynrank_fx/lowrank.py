@@ -48,7 +48,7 @@ def _gram_basis(W: Tensor, rank: int) -> Tensor | None:
     return V if bool(torch.isfinite(V).all()) else None
 
 
-def _right_basis(W: Tensor, rank: int) -> Tensor:
+def right_basis(W: Tensor, rank: int) -> Tensor:
     """Orthonormal V [g, n, r], n ≤ m, with ‖W − W V Vᵀ‖ within 1.001 of the least, or rounding where that is zero."""
     n = W.shape[-1]
     if n > _SMALL and W.dtype != torch.float64:
@@ -78,7 +78,7 @@ def truncate(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return right.mT.contiguous(), left.mT.contiguous()
     with full_precision():
         X, scale = _scaled(W if W.dtype == torch.float64 else W.float())
-        V = _right_basis(X, rank)
+        V = right_basis(X, rank)
         P = X.to(V.dtype) @ V  # = U S, so its column norms are the singular values
         S = torch.linalg.vector_norm(P, dim=-2, keepdim=True)
         # A direction with σ = 0 keeps a small right row, and a zero matrix whole ones: with both factors zero it could

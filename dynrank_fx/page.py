@@ -40,7 +40,7 @@ def write_page(
             _picture("Effective rank of every site", runplots.rank_map(history, limits)),
             _picture("Effective rank over the epochs", runplots.rank_curves(history)),
         ]
-    spectra = runplots.switch_spectra(history)
+    spectra = runplots.switch_spectra(history, limits)
     if spectra is not None:
         parts.append(_picture("Spectra before and after the last cut", spectra))
     parts += [

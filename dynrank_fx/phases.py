@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .decay import Decay, factor_decay_
+from .landing import Landing, epochs_to_cut
 from .net import unwrap
 from .optim import Carry, Rewarm, rewarm_
 from .phase import Phase, Schedule, Setting, TrainState
@@ -30,12 +31,15 @@ def begin_epoch_(
     carry: Carry = Carry.MOVE,
     random_init: bool = False,
     spectra: bool = True,
+    landing: Landing | None = None,
+    steps: int | None = None,
 ) -> tuple[Transition, dict[str, Any]]:
     """Ask the schedule, enter what it says, and record it.
 
     The record has phase, phases and ranks of the sites, the learning rate, the reasons, what a switch did to every site
     (``switch_error``, relative; ``switch_spectra``, before and after), and ``spent``: compute to the end of the epoch,
     in dense epochs. random_init: factors at epoch 0 are random. spectra: record those of the sites that switch.
+    landing: is told how many steps are left until each cut; steps: of an epoch, None where that is not known yet.
     """
     started = time.perf_counter()
     setting = schedule(state)
@@ -44,6 +48,9 @@ def begin_epoch_(
     transition = enter_(net, setting, optimizer, carry=carry)
     if random_init and state.epoch == 0 and Phase.LOW in phases_of(net).values():
         randomize_(net)
+    cuts = epochs_to_cut(schedule, state, phases_of(net)) if landing is not None and steps else {}
+    if landing is not None:
+        landing.begin({name: epochs * (steps or 0) for name, epochs in cuts.items()})
     seconds = time.perf_counter() - started
     after = _spectra(net, changing)
     return transition, {
@@ -53,6 +60,7 @@ def begin_epoch_(
         "ranks": {name: modules[0].rank for name, modules in switched_modules(unwrap(net)).items()},
         "lr": state.lr,
         "reasons": list(getattr(setting, "reasons", ())),
+        "epochs_to_cut": cuts,
         "switch_error": {change.site: change.error for change in transition.changes},
         "switch_spectra": {name: [before[name], after[name]] for name in changing},
         "switch_seconds": seconds,
@@ -93,8 +101,9 @@ def phase_label(net: nn.Module) -> str:
 class Phases:
     """A schedule for a training loop of one's own: ``begin(epoch)`` at the start of every epoch does the rest.
 
-    lr_scheduler: with it, a schedule like ``auto`` knows the learning rates to come. steps_per_epoch: where it is
-    stepped after every batch. carry, rewarm, decay, random_init: as in ``Settings``. ``history`` has a record of every
+    lr_scheduler: with it, a schedule like ``auto`` knows the learning rates to come. steps: batches of an epoch.
+    lr_every_step: the scheduler is stepped after every batch. carry, rewarm, decay, random_init, landing (which needs
+    steps): as in ``Settings``. ``history`` has a record of every
     epoch begun (see ``begin_epoch_``), to which the loop may add; ``state_dict()`` and ``load_state_dict()`` keep it.
 
     Raises TransitionError as ``enter_`` and ``factor_decay_`` do.
@@ -108,16 +117,19 @@ class Phases:
         epochs: int,
         lr_scheduler: Any = None,
         *,
-        steps_per_epoch: int = 1,
+        steps: int | None = None,
+        lr_every_step: bool = False,
         carry: Carry = Carry.MOVE,
         rewarm: int = 0,
         decay: Decay = Decay.EACH,
         random_init: bool = False,
+        landing: bool = False,
     ) -> None:
         self.net, self.optimizer, self.schedule, self.epochs = net, optimizer, schedule, epochs
-        self.lr_scheduler, self.steps_per_epoch = lr_scheduler, steps_per_epoch
+        self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
         self.carry, self.rewarm, self.random_init = carry, rewarm, random_init
         self.decay = factor_decay_(net, optimizer, decay)
+        self.landing = Landing(net, optimizer) if landing else None
         self.history: list[dict[str, Any]] = []
         self._rewarm: Rewarm | None = None
 
@@ -130,12 +142,19 @@ class Phases:
             epoch,
             self.epochs,
             self.lr_scheduler,
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=(self.steps or 1) if self.lr_every_step else 1,
             rates=[record["lr"] for record in self.history],
             spent=self.history[-1]["spent"] if self.history else 0.0,
         )
         transition, record = begin_epoch_(
-            self.net, self.optimizer, self.schedule, state, carry=self.carry, random_init=self.random_init
+            self.net,
+            self.optimizer,
+            self.schedule,
+            state,
+            carry=self.carry,
+            random_init=self.random_init,
+            landing=self.landing,
+            steps=self.steps,
         )
         if transition and self.rewarm and epoch > 0:
             if self._rewarm is not None:
@@ -145,15 +164,18 @@ class Phases:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the net's and the optimizer's state: plain values."""
+        """What a checkpoint needs beside the net's and the optimizer's state: plain values and tensors."""
         left = [self._rewarm.steps, self._rewarm.left] if self._rewarm is not None else None
-        return {"history": self.history, "rewarm": left}
+        landing = self.landing.state() if self.landing is not None else None
+        return {"history": self.history, "rewarm": left, "landing": landing}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; ``resume_phases_`` has brought the net into its phases before its weights were loaded."""
         self.history = list(state["history"])
         if state["rewarm"]:
             self._rewarm = Rewarm(self.optimizer, *state["rewarm"])
+        if self.landing is not None and state["landing"]:
+            self.landing.load(state["landing"])
 
 
 def resume_phases_(net: nn.Module, state: Mapping[str, Any]) -> None:

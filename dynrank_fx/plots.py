@@ -93,7 +93,7 @@ def explain_shades(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None
 
     seen = {phase for record in history for phase in record["phases"].values()}
     bands = [Patch(color=c, alpha=0.5, label=f"{phase} epochs") for phase, c in _SHADE.items() if phase in seen]
-    figure.legend(handles=bands, loc="upper right", fontsize=8, frameon=False, ncols=2)
+    figure.legend(handles=bands, loc="outside upper right", fontsize=8, frameon=False, ncols=3)
 
 
 def colour_of(index: int, count: int) -> Any:

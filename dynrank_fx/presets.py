@@ -24,13 +24,14 @@ class Preset:
     decay: Decay = Decay.PRODUCT
     rewarm: int = 0
     random_init: bool = False
+    landing: bool = False
 
 
 def practical(cost: float = 0.75) -> Preset:
     """What to use where nothing is known: ``auto`` within this share of dense compute, spectral init, the decay of the
-    product, optimizer state that goes along.
+    product, a soft landing before every cut, optimizer state that goes along.
     """
-    return Preset(schedules.auto(cost), Ratio(0.25))
+    return Preset(schedules.auto(cost), Ratio(0.25), landing=True)
 
 
 def paper_cifar10() -> Preset:

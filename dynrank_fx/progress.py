@@ -32,7 +32,8 @@ class Bar(Watcher):
                 lost = (
                     f"truncation moves the weights by up to {max(errors):.0%}" if max(errors) else "weights unchanged"
                 )
-                self._line(f"{len(errors)} sites enter {phase.name}: {lost}")
+                many = f"{len(errors)} sites enter" if len(errors) > 1 else "1 site enters"
+                self._line(f"{many} {phase.name}: {lost}")
 
     def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None:
         if self.bar is None:

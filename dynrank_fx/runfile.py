@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from . import store
 from .checkpoint import info_of, restore_, state_of
 from .errors import StoreError
+from .landing import Landing
 from .optim import Rewarm
 from .plan import Plan
 from .randomness import random_state, set_random_state
@@ -33,6 +34,7 @@ def save_run(run: Run, folder: Path) -> None:
         "random": random_state(run.generators),
         "epoch_start": run.epoch_start if run.step else None,
         "totals": run.totals,
+        "landing": run.landing.state() if run.landing is not None else None,
         "rewarm": [run.rewarm.steps, run.rewarm.left] if run.rewarm and run.rewarm.left else None,
     }
     tree, tensors = flatten(state, "run")
@@ -102,6 +104,9 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any
     if state["rewarm"]:
         steps, left = state["rewarm"]
         run.rewarm = Rewarm(run.optimizer, steps, left)
+    if state["landing"]:
+        run.landing = Landing(run.net, run.optimizer)
+        run.landing.load(state["landing"])
     set_random_state(state["random"], run.generators)
 
 

@@ -38,6 +38,7 @@ class Settings:
     """How it is trained. amp: autocast to bfloat16. dynamic: as in torch.compile; with False every shape has a graph
     of its own, so that a resumed run repeats the very same graphs. rewarm: steps of learning-rate re-warm-up after a
     switch. decay: what decays where factors train. random_init: factors that training starts with are random.
+    landing: what a cut will take away decays before it (see ``landing``).
     """
 
     epochs: int
@@ -49,6 +50,7 @@ class Settings:
     rewarm: int = 0
     decay: Decay = Decay.EACH
     random_init: bool = False
+    landing: bool = False
     checkpoint_steps: int | None = None
     spectra: bool = True
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from .decay import factor_decay_
 from .errors import DynrankError
+from .landing import Landing
 from .lowrank import effective_rank, stable_rank
 from .net import Net
 from .optim import Rewarm, rewarm_
@@ -46,6 +47,7 @@ class Run:
     epoch_start: dict[str, Any] | None = None
     """The random generators at the start of an epoch that was left midway."""
     rewarm: Rewarm | None = None
+    landing: Landing | None = None
     generators: tuple[torch.Generator, ...] = ()
     """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
 
@@ -82,10 +84,12 @@ def fit(
     if settings.compile:
         whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
         forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
+    if settings.landing and run.landing is None:
+        run.landing = Landing(run.net, run.optimizer)
     with factor_decay_(run.net, run.optimizer, settings.decay):
         while run.epoch < settings.epochs:
             if run.step == 0:
-                watcher.epoch_started(run, _begin_epoch(run, settings))
+                watcher.epoch_started(run, _begin_epoch(run, task, settings))
             started = time.perf_counter()
             finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
             run.record["seconds"] += time.perf_counter() - started
@@ -99,7 +103,7 @@ def fit(
         return True
 
 
-def _begin_epoch(run: Run, settings: Settings) -> Transition:
+def _begin_epoch(run: Run, task: Task, settings: Settings) -> Transition:
     """Ask the schedule, and enter what it says."""
     spent = run.history[-1]["spent"] if run.history else 0.0
     rates = [record["lr"] for record in run.history]
@@ -112,6 +116,8 @@ def _begin_epoch(run: Run, settings: Settings) -> Transition:
         carry=settings.carry,
         random_init=settings.random_init,
         spectra=settings.spectra,
+        landing=run.landing,
+        steps=_steps(run, task),
     )
     if transition and settings.rewarm and run.epoch > 0:
         if run.rewarm is not None:
@@ -121,6 +127,16 @@ def _begin_epoch(run: Run, settings: Settings) -> Transition:
     run.record = {**record, "seconds": 0.0}
     _restart_peak(settings)
     return transition
+
+
+def _steps(run: Run, task: Task) -> int | None:
+    """Batches of an epoch: of the last one, or as the data says; None where neither is known."""
+    if run.history:
+        return int(run.history[-1]["steps"])
+    try:
+        return len(task.train_data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _train_epoch(
@@ -202,6 +218,7 @@ def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
             f"train_data() gave no batch in epoch {run.epoch + 1}: is drop_last set on a data set smaller than one "
             "batch, or is it a generator, which gives its batches once?"
         )
+    run.record["steps"] = round(batches)
     run.record |= {"loss": loss / batches, "metric": metric / batches if task.metric else None}
     run.record |= evaluate(run.net, task, settings)
     run.record["memory"] = _memory(run, settings)

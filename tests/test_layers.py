@@ -16,7 +16,7 @@ LEVELS = (
     "calls convlayout matrixlayout symbolic",
     "layout locate",
     "finding interpret optim overrides piecewise plan roles switched",
-    "decay inlining packs parameters rewrite tracing",
+    "decay inlining landing packs parameters rewrite tracing",
     "export planning presets task transition",
     "checkpoint compare pipeline report reranking state truncation",
     "phases plots",

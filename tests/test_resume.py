@@ -132,6 +132,9 @@ OTHERS = {
         partial(ReduceLROnPlateau, patience=0),
     ),
     "adaptors at the end": Recipe(schedule=adaptors),
+    "a soft landing": Recipe(
+        schedule=dr.schedules.warm_up(2), settings=Settings(epochs=EPOCHS, compile=False, landing=True)
+    ),
     "channels last": Recipe(
         partial(AdamW, lr=0.01),
         partial(CosineAnnealingLR, T_max=EPOCHS),

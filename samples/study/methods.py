@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dynrank_fx as dr
 from dynrank_fx.optim import Carry
@@ -26,6 +26,7 @@ class Way:
     decay: dr.Decay = dr.Decay.PRODUCT
     rewarm: int = 0
     random_init: bool = False
+    landing: bool = False
 
 
 def _paper(epochs: int, last: Phase) -> Way:
@@ -79,7 +80,12 @@ METHODS: dict[str, Callable[[int, Costs], Way]] = {
     "paper, adaptor": lambda epochs, costs: _paper(epochs, ADAPTOR),
     "paper, truncated": lambda epochs, costs: _paper(epochs, LOW),
     "interleaved": _interleaved,
-    "auto": lambda epochs, costs: Way(dr.schedules.auto(COST)),
+    "auto": lambda epochs, costs: Way(dr.schedules.auto(COST), landing=True),
+    # What the parts of auto are worth.
+    "auto, abrupt": lambda epochs, costs: Way(dr.schedules.auto(COST)),
+    "warm-up with landing": lambda epochs, costs: replace(_block(0.0)(epochs, costs), landing=True),
+    "short warm-up with landing": lambda epochs, costs: Way(dr.schedules.warm_up(max(1, epochs // 4)), landing=True),
+    "auto, fresh state at the cut": lambda epochs, costs: Way(dr.schedules.auto(COST), Carry.RESET, landing=True),
     # Where FULL epochs are worth most, at one budget.
     "FULL early": _block(0.0),
     "FULL around the first decay": _block(0.5),
@@ -95,7 +101,7 @@ METHODS: dict[str, Callable[[int, Costs], Way]] = {
 
 def epochs_within(method: str, epochs: int, costs: Costs) -> int:
     """The most epochs at which the method takes no more than the budget; ``auto`` keeps to it by itself."""
-    if method == "auto":
+    if method.startswith("auto"):
         return epochs
     found = 1
     for count in range(1, 6 * epochs):

@@ -29,14 +29,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynrank_fx as dr
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.state import cost_of
-from dynrank_fx.train import Run, Settings, evaluate, fit
+from dynrank_fx.train import Run, Settings, fit
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows.jsonl"
 SEEDS = (0, 1, 2)
 MAIN = tuple(list(METHODS)[:8])
-PLACEMENT = tuple(list(METHODS)[8:12])
-STATE = tuple(list(METHODS)[12:])
+PARTS = tuple(list(METHODS)[8:12])
+PLACEMENT = tuple(list(METHODS)[12:16])
+STATE = tuple(list(METHODS)[16:])
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def cells() -> Iterator[Cell]:
         for task in ("digits-conv", "digits-vit", "chars-64"):
             for compute in ("equal compute", "equal epochs"):
                 yield from (Cell(task, method, 0.25, compute, seed) for method in MAIN)
+        for method in PARTS:
+            yield Cell("chars-64", method, 0.25, "equal compute", seed)
+            yield Cell("digits-conv", method, 0.25, "equal compute", seed)
         for method in PLACEMENT:
             yield Cell("chars-64", method, 0.25, "equal epochs", seed)
             yield Cell("digits-conv", method, 0.25, "equal epochs", seed)
@@ -86,11 +90,17 @@ def train(cell: Cell) -> dict[str, Any]:
     optimizer = task.optimizer(net.parameters())
     run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
     settings = Settings(
-        epochs, compile=False, carry=way.carry, decay=way.decay, rewarm=way.rewarm, random_init=way.random_init
+        epochs,
+        compile=False,
+        carry=way.carry,
+        decay=way.decay,
+        rewarm=way.rewarm,
+        random_init=way.random_init,
+        landing=way.landing,
     )
     data = task.data()
     fit(run, data, settings)
-    cut = evaluate(dr.truncate(net), data, settings)
+    cut = run.history[-1]["truncated"]
     plan, history = dr.plan_of(net), run.history
     return {
         **asdict(cell),

@@ -53,6 +53,7 @@ OPTIONS = {
         "--help",
         "--include",
         "--init",
+        "--landing",
         "--layout",
         "--leave",
         "--low",

@@ -98,7 +98,7 @@ def test_the_run_notes_what_it_was_started_with(write: Run, run: Run, folder: Pa
 
 def settings(**given: Any) -> Settings:
     """Those of the practical default, but for what is given."""
-    return Settings(**({"epochs": 4, "decay": dr.Decay.PRODUCT} | given))
+    return Settings(**({"epochs": 4, "decay": dr.Decay.PRODUCT, "landing": True} | given))
 
 
 @pytest.fixture
@@ -125,14 +125,15 @@ def seen(monkeypatch: pytest.MonkeyPatch, write: Run) -> list[tuple[TrainingRun,
         (["--carry", "reset"], settings(carry=dr.Carry.RESET)),
         (["--rewarm", "5"], settings(rewarm=5)),
         (["--decay", "each"], settings(decay=dr.Decay.EACH)),
+        (["--abrupt"], settings(landing=False)),
         (["--init", "random"], settings(random_init=True)),
         (
             ["--schedule", "paper-cifar10"],
-            settings(carry=dr.Carry.RESET, decay=dr.Decay.EACH, random_init=True),
+            settings(carry=dr.Carry.RESET, decay=dr.Decay.EACH, random_init=True, landing=False),
         ),
         (
             ["--schedule", "paper-cifar10", "--init", "spectral", "--carry", "move", "--decay", "halved"],
-            settings(decay=dr.Decay.HALVED),
+            settings(decay=dr.Decay.HALVED, landing=False),
         ),
         (["--checkpoint-steps", "9"], settings(checkpoint_steps=9)),
     ],

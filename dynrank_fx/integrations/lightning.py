@@ -1,0 +1,115 @@
+"""A schedule of phases in a Lightning trainer: ``Trainer(callbacks=[PhasesCallback(schedule)])``.
+
+The LightningModule holds the net that ``transform`` made, and optimizes it with one optimizer. Precision and
+checkpoints are Lightning's; the state of the phases is in its checkpoints. To go on from one, bring the net into its
+phases before: ``resume_from_(net, path)``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..decay import Decay
+from ..errors import TransitionError
+from ..optim import Carry
+from ..phase import Schedule
+from ..phases import Phases, resume_phases_
+from ..switched import switched_modules
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:
+    from pytorch_lightning.callbacks import Callback
+
+
+class PhasesCallback(Callback):  # type: ignore[misc,unused-ignore]
+    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``dynrank_fx.Phases``.
+
+    carry, rewarm, decay, landing: as there; the defaults are those of the practical preset. ``history`` has a record of
+    every epoch.
+
+    Raises TransitionError where the module holds no net of ``transform``, or has several optimizers.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        carry: Carry = Carry.MOVE,
+        rewarm: int = 0,
+        decay: Decay = Decay.PRODUCT,
+        landing: bool = True,
+    ) -> None:
+        self.schedule = schedule
+        self.how: dict[str, Any] = {"carry": carry, "rewarm": rewarm, "decay": decay, "landing": landing}
+        self.phases: Phases | None = None
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.phases.history if self.phases is not None else []
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """The optimizer exists, and a checkpoint has been restored."""
+        if len(trainer.optimizers) != 1:
+            raise TransitionError(
+                f"phases need one optimizer over the net, and this module has {len(trainer.optimizers)}"
+            )
+        if not switched_modules(pl_module):
+            raise TransitionError("the module holds no net with sites: transform its model in its __init__")
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            raise TransitionError("a schedule of phases needs an end: give the Trainer max_epochs")
+        configs = trainer.lr_scheduler_configs
+        every_step = bool(configs) and configs[0].interval == "step"
+        batches = trainer.num_training_batches
+        self.phases = Phases(
+            net_in(pl_module),
+            trainer.optimizers[0],
+            self.schedule,
+            trainer.max_epochs,
+            configs[0].scheduler if configs else None,
+            steps=int(batches) if batches != float("inf") else None,
+            lr_every_step=every_step,
+            **self.how,
+        )
+        if self._restored is not None:
+            self.phases.load_state_dict(self._restored)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        assert self.phases is not None
+        self.phases.net.zero_grad()  # Lightning keeps the gradients of a step until the next one
+        record = self.phases.begin(trainer.current_epoch)
+        pl_module.log("dynrank/spent", record["spent"])  # type: ignore[operator]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.phases.state_dict() if self.phases is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+
+def net_in(module: nn.Module) -> nn.Module:
+    """The outermost part of a module that ``transform`` made. Raises TransitionError where there is none."""
+    from ..locate import is_captured
+
+    for part in module.modules():
+        if is_captured(part):
+            return part
+    raise TransitionError("the module holds no net with sites: transform its model first")
+
+
+def resume_from_(net: nn.Module, checkpoint: str | Path) -> None:
+    """Bring a freshly transformed net into the phases of a Lightning checkpoint, before ``fit(..., ckpt_path=...)``.
+
+    Raises TransitionError for a checkpoint without phases.
+    """
+    data = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    for name, state in data.get("callbacks", {}).items():
+        if name.startswith("PhasesCallback"):
+            resume_phases_(net, state)
+            return
+    raise TransitionError(f"{checkpoint} has no state of a PhasesCallback: it is of a training without phases")

@@ -1,0 +1,115 @@
+"""A schedule of phases in a Hugging Face Trainer: ``Trainer(..., callbacks=[PhasesCallback(schedule)])``.
+
+The Trainer's model is the net that ``transform`` made, or holds it. The state of the phases is in every checkpoint
+folder, as ``phases.pt``. To go on from one, bring the net into its phases before the Trainer is made:
+``resume_from_(net, folder)``.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..decay import Decay
+from ..errors import TransitionError
+from ..optim import Carry
+from ..phase import Schedule
+from ..phases import Phases, resume_phases_
+from ..switched import switched_modules
+
+FILE = "phases.pt"
+
+
+class PhasesCallback(TrainerCallback):
+    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``dynrank_fx.Phases``.
+
+    carry, rewarm, decay, landing: as there; the defaults are those of the practical preset. ``history`` has a record of
+    every epoch.
+
+    Raises TransitionError where the model is no net of ``transform``.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        carry: Carry = Carry.MOVE,
+        rewarm: int = 0,
+        decay: Decay = Decay.PRODUCT,
+        landing: bool = True,
+    ) -> None:
+        self.schedule = schedule
+        self.how: dict[str, Any] = {"carry": carry, "rewarm": rewarm, "decay": decay, "landing": landing}
+        self.phases: Phases | None = None
+        self.resume_from: str | Path | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.phases.history if self.phases is not None else []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer and the scheduler exist, and a checkpoint has been restored."""
+        net = kwargs["model"]
+        if not switched_modules(net):
+            raise TransitionError("the Trainer's model has no sites: give it the net that transform made")
+        epochs = math.ceil(state.num_train_epochs)
+        self.phases = Phases(
+            net,
+            _own(kwargs["optimizer"]),
+            self.schedule,
+            epochs,
+            _own(kwargs["lr_scheduler"]),
+            steps=max(1, math.ceil(state.max_steps / epochs)),
+            lr_every_step=True,
+            **self.how,
+        )
+        if state.global_step:
+            self._restore(args, state)
+
+    def _restore(self, args: Any, state: Any) -> None:
+        folder = self.resume_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        file = Path(folder) / FILE
+        if not file.exists():
+            raise TransitionError(
+                f"{file} is missing: give the callback the checkpoint that the Trainer resumes from as its resume_from"
+            )
+        assert self.phases is not None
+        self.phases.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.phases is not None
+        epoch = int(state.epoch or 0)
+        if epoch == len(self.phases.history) - 1 and state.global_step % (self.phases.steps or 1):
+            return  # in the midst of an epoch that a checkpoint has begun
+        self.phases.begin(epoch)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self.phases is not None and folder.is_dir():
+            torch.save(self.phases.state_dict(), folder / FILE)
+
+
+def _own(wrapped: Any) -> Any:
+    """What Accelerate has wrapped: hooks and groups are those of torch's own object."""
+    inner = getattr(wrapped, "optimizer" if isinstance(getattr(wrapped, "optimizer", None), Optimizer) else "", None)
+    if isinstance(wrapped, Optimizer) and inner is not None:
+        return inner
+    return getattr(wrapped, "scheduler", wrapped)
+
+
+def resume_from_(net: nn.Module, folder: str | Path) -> None:
+    """Bring a freshly transformed net into the phases of a checkpoint folder, before the Trainer is made.
+
+    Raises TransitionError for a folder without them.
+    """
+    file = Path(folder) / FILE
+    if not file.exists():
+        raise TransitionError(f"{folder} has no {FILE}: it is of a training without phases")
+    resume_phases_(net, torch.load(file, map_location="cpu", weights_only=True))

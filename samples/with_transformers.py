@@ -1,0 +1,73 @@
+"""Phases in a Hugging Face Trainer: a small GPT-2 on Python's own source, trained by one callback."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import chars
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+
+import dynrank_fx as dr
+from dynrank_fx.integrations.transformers import PhasesCallback
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Pieces of the text, CONTEXT characters each, side by side."""
+
+    def __init__(self, count: int) -> None:
+        text = chars._text()
+        self.pieces = text[: len(text) // chars.CONTEXT * chars.CONTEXT].view(-1, chars.CONTEXT)[:count]
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.pieces[index], "labels": self.pieces[index]}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[i] for i in range(len(self)))
+
+
+def net() -> torch.nn.Module:
+    """GPT-2 of two layers with every large matrix a site: its weights are in transformers' own Conv1D."""
+    config = GPT2Config(
+        vocab_size=chars.CHARACTERS, n_positions=chars.CONTEXT, n_embd=64, n_layer=2, n_head=4, use_cache=False
+    )
+    tokens = torch.randint(chars.CHARACTERS, (2, chars.CONTEXT))
+    example = {"input_ids": tokens, "labels": tokens.clone()}
+    return dr.transform(GPT2LMHeadModel(config), example, leave=tuple(dr.Role), exclude=["*wpe*"])
+
+
+def main(epochs: int = 4, count: int = 2000) -> None:
+    set_seed(0)
+    callback = PhasesCallback(dr.schedules.auto(0.75))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=32,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            use_cpu=True,
+        )
+        trainer = Trainer(net(), arguments, train_dataset=Windows(count), callbacks=[callback])
+        loss = trainer.train().training_loss
+    for record in callback.history:
+        print(
+            f"epoch {record['epoch'] + 1:>2}  {record['phase']:<12} compute so far {record['spent']:.2f} dense epochs"
+        )
+    print(f"mean training loss {loss:.3f}")
+    small = dr.truncate(trainer.model)
+    print(f"{sum(p.numel() for p in small.parameters()):,} parameters after truncation")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3]))
