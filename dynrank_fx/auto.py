@@ -1,8 +1,7 @@
 """The schedule that places its FULL epochs by what it measures, within a budget of compute.
 
-What our own comparison says (samples/study): FULL epochs are worth most at the start, a cut needs learning rate after
-it to recover from, and a site whose spectrum fits into its rank gains nothing from more of them. So every site starts
-FULL and is cut once, when the first of these holds:
+A site whose spectrum fits into its rank gains nothing from more FULL epochs, and a cut needs learning rate after it to
+recover from. So every site starts FULL and is cut once, when the first of these holds:
 
 - its spectrum fits: the energy beyond its rank is a small share of the whole, so that the cut loses nothing;
 - the learning rate still to come falls to what LOW needs to recover;

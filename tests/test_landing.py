@@ -158,7 +158,7 @@ def _net() -> tuple[nn.Module, torch.optim.Optimizer]:
         (dr.schedules.FullBetween(0, 2, ADAPTOR), None),
         (dr.schedules.interleave(low=0, full=1), None),
         (dr.schedules.join([dr.schedules.always(FULL), dr.schedules.always(LOW)], [3]), 3),
-        (lambda state: {"s0": LOW} if state.epoch == 2 else {}, 2),
+        pytest.param(lambda state: {"s0": LOW} if state.epoch == 2 else {}, 2, id="one of the user's own"),
         (dr.schedules.auto(1.0, recovery=0.51), 3),
         (dr.schedules.auto(0.5, recovery=0.0), 2),
     ],

@@ -135,7 +135,7 @@ def test_truncation_ignores_and_restores_the_process_wide_precision(monkeypatch)
     cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = cuda.fp32_precision, mkldnn.fp32_precision
     seen = []
-    real = lowrank._right_basis
+    real = lowrank.right_basis
 
     def watched(W: Tensor, rank: int) -> Tensor:
         seen.append((cuda.fp32_precision, mkldnn.fp32_precision))
@@ -143,7 +143,7 @@ def test_truncation_ignores_and_restores_the_process_wide_precision(monkeypatch)
             raise KeyboardInterrupt
         return real(W, rank)
 
-    monkeypatch.setattr(lowrank, "_right_basis", watched)
+    monkeypatch.setattr(lowrank, "right_basis", watched)
     try:
         cuda.fp32_precision, mkldnn.fp32_precision = "tf32", "bf16"
         lowrank.truncate(torch.randn(1, 8, 6), 2)

@@ -166,7 +166,8 @@ class End:
 
     @classmethod
     def of(cls, run: Run) -> End:
-        history = [{k: v for k, v in record.items() if not k.endswith("seconds")} for record in run.history]
+        measured = ("seconds", "memory")  # of the machine, not of the run
+        history = [{k: v for k, v in record.items() if not k.endswith(measured)} for record in run.history]
         state = {
             "net": run.net.state_dict(),
             "optimizer": run.optimizer.state_dict(),

@@ -36,7 +36,7 @@ def checkpoint(folder: str) -> tuple[dict[str, bytes], Any]:
 
     def untimed(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: untimed(v) for k, v in value.items() if not k.endswith("seconds")}
+            return {k: untimed(v) for k, v in value.items() if not k.endswith(("seconds", "memory"))}
         return [untimed(v) for v in value] if isinstance(value, list) else value
 
     tensors, info = store.read(Path(folder) / "checkpoint.safetensors")
