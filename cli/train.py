@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dynrank_fx.decay import Decay
     from dynrank_fx.phase import Schedule
     from dynrank_fx.presets import Preset
-    from dynrank_fx.train import Run, Settings, Task
+    from dynrank_fx.train import Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
 
@@ -66,6 +66,7 @@ _SCHEDULES = ("auto", "aligned", "interleave", "low", "full", "paper-cifar10", "
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), metavar="N", help="Also save every N steps.")
+@click.option("--tensorboard", is_flag=True, help="Also write the epochs' records for TensorBoard, into --out.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.pass_context
 def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, **options: Any) -> None:
@@ -112,9 +113,10 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
         return
     click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {settings.epochs} epochs", err=True)
     bar = _bar(task, settings)
+    watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar
     with _stop_signals() as stopped:
         finished = fit(
-            run, task, settings, save=lambda r: save_run(r, folder), watcher=bar, should_stop=lambda: bool(stopped)
+            run, task, settings, save=lambda r: save_run(r, folder), watcher=watcher, should_stop=lambda: bool(stopped)
         )
     bar.close()
     if finished:
@@ -276,6 +278,16 @@ def _bar(task: Task, settings: Settings) -> Any:
     except TypeError:
         steps = None
     return Bar(settings.epochs, steps)
+
+
+def _with_tensorboard(bar: Watcher, folder: Path) -> Watcher:
+    from dynrank_fx.train import Watchers
+
+    try:
+        from dynrank_fx.integrations.tensorboard import TensorBoard
+    except ImportError as error:
+        raise ModelFileError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+    return Watchers(bar, TensorBoard(folder / "tensorboard"))
 
 
 @contextmanager

@@ -62,6 +62,25 @@ class Watcher:
     def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None: ...
 
 
+class Watchers(Watcher):
+    """Several as one."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self.watchers = watchers
+
+    def epoch_started(self, run: Run, transition: Transition) -> None:
+        for watcher in self.watchers:
+            watcher.epoch_started(run, transition)
+
+    def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None:
+        for watcher in self.watchers:
+            watcher.step_done(run, loss, metric)
+
+    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None:
+        for watcher in self.watchers:
+            watcher.epoch_done(run, record)
+
+
 def fit(
     run: Run,
     task: Task,

@@ -10,12 +10,12 @@ import copy
 import fnmatch
 import json
 import multiprocessing
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ from methods import METHODS, Costs, epochs_within
 from results import write_results
 from tasks import TASKS, StudyTask
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
+from dynrank_fx.bench import interleaved, machine
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.state import cost_of
-from dynrank_fx.train import Run, Settings, fit
+from dynrank_fx.train import Run, Settings, Task, fit
 
 HERE = Path(__file__).parent
-ROWS = HERE / "rows.jsonl"
+ROWS, PHASES = HERE / "rows.jsonl", HERE / "phases.json"
 SEEDS = (0, 1, 2)
 MAIN = tuple(list(METHODS)[:8])
 PARTS = tuple(list(METHODS)[8:12])
@@ -103,6 +105,7 @@ def train(cell: Cell) -> dict[str, Any]:
     return {
         **asdict(cell),
         "epochs": epochs,
+        "dense_epochs": task.epochs,
         "metric": history[-1]["eval_metric"],
         "loss": history[-1]["eval_loss"],
         "truncated": cut["eval_metric"],
@@ -114,7 +117,7 @@ def train(cell: Cell) -> dict[str, Any]:
         "params": [plan.total_params, plan.low_params],
         "reasons": [record["reasons"] for record in history],
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "machine": machine(),
     }
 
 
@@ -132,19 +135,35 @@ def costs_of(net: nn.Module) -> Costs:
     return costs
 
 
-def measured_flops(task: StudyTask, rank: float) -> dict[str, float]:
-    """FLOPs of a whole training step in each phase, counted by torch, over those of FULL."""
+def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
+    """What a whole training step takes in each phase, over one in FULL: FLOPs counted by torch, time, bytes held."""
     seed_all(0)
     data = task.data()
     batch = next(iter(data.train_data))
-    counts = {}
+    steps, found = {}, {}
     for phase in dr.Phase:
         net = task.transformed(dr.ranks.Ratio(rank))
-        dr.enter_(net, phase)
+        optimizer = task.optimizer(net.parameters())
+        dr.enter_(net, phase, optimizer)
+        steps[phase] = partial(_step, net, optimizer, data, batch)
         with FlopCounterMode(display=False) as counter:
-            data.loss(net(batch[0]), batch).backward()
-        counts[phase.name] = counter.get_total_flops()
-    return {name: count / counts["FULL"] for name, count in counts.items()}
+            steps[phase]()
+        held = [t for p in net.parameters() for t in (p, p)]  # a gradient beside each
+        held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        held += [b for name, b in net.named_buffers() if name.endswith(".base")]
+        found[phase.name] = {"flops": counter.get_total_flops(), "bytes": sum(t.nbytes for t in held)}
+    for phase in dr.Phase:
+        found[phase.name]["time"] = interleaved(steps[dr.Phase.FULL], steps[phase], repeats=30).ratio
+    dense = dict(found["FULL"])
+    for values in found.values():
+        values.update(flops=values["flops"] / dense["flops"], bytes=values["bytes"] / dense["bytes"])
+    return found
+
+
+def _step(net: nn.Module, optimizer: Optimizer, data: Task, batch: Any) -> None:
+    data.loss(net(batch[0]), batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _work(cell: Cell) -> dict[str, Any]:
@@ -165,6 +184,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="shell patterns of task/method")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="run what is done too")
+    parser.add_argument(
+        "--time", action="store_true", help="measure the phases' steps again: with nothing else running"
+    )
     options = parser.parse_args()
     done = {} if options.fresh else kept()
     wanted = [
@@ -180,8 +202,10 @@ def main() -> None:
                 file.flush()
                 what = f"{row['task']} / {row['method']} / {row['rank']} / {row['compute']} / {row['seed']}"
                 print(f"{i + 1}/{len(wanted)} {what}: {row['truncated']:.4f} in {row['seconds']:.0f} s", flush=True)
-    flops = {name: measured_flops(task, 0.25) for name, task in TASKS.items()}
-    write_results(list(kept().values()), flops, HERE)
+    if options.time or not PHASES.exists():
+        torch.set_num_threads(1)
+        PHASES.write_text(json.dumps({name: measured(task, 0.25) for name, task in TASKS.items()}, indent=1) + "\n")
+    write_results(list(kept().values()), json.loads(PHASES.read_text()), HERE)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ OPTIONS = {
         "--schedule",
         "--seed",
         "--share-inputs",
+        "--tensorboard",
         "-h",
     ],
     "report": ["--help", "--out", "-h", "-o"],

@@ -1,0 +1,37 @@
+"""A run's records in TensorBoard: scalars by epoch, and every site's ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ..train import Run, Watcher
+
+_SCALARS = ("loss", "metric", "eval_loss", "eval_metric", "lr", "spent", "step_seconds")
+_BY_SITE = ("effective_rank", "stable_rank", "switch_error", "ranks")
+
+
+class TensorBoard(Watcher):
+    """Writes what each epoch's record says to an event file in ``folder``."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.writer = SummaryWriter(str(folder))
+
+    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None:
+        epoch = record["epoch"] + 1
+        for name in _SCALARS:
+            if record.get(name) is not None:
+                self.writer.add_scalar(name, record[name], epoch)
+        for name in _BY_SITE:
+            for site, value in record.get(name, {}).items():
+                self.writer.add_scalar(f"{name}/{site}", value, epoch)
+        phases = list(record["phases"].values())
+        self.writer.add_scalar("share of sites in FULL", phases.count("FULL") / max(len(phases), 1), epoch)
+        for what, count in record.get("memory", {}).items():
+            self.writer.add_scalar(f"memory/{what}", count, epoch)
+        for reason in record.get("reasons", ()):
+            self.writer.add_text("decisions", reason, epoch)
+        self.writer.flush()
