@@ -29,10 +29,15 @@ _PLAN_OPTIONS = (
         "override",
         multiple=True,
         metavar="PATTERN=WHAT",
-        help="For weights whose name fits: dense, a rank (16 or 0.5), channel or spatial, or several (spatial,0.5).",
+        help="For weights whose name fits: dense, a rank (16 or 0.5), a layout (spatial), or several (spatial,0.5).",
     ),
     click.option("--multiple-of", type=int, default=1, metavar="N", help="Round ranks up to a multiple of N."),
-    click.option("--layout", type=click.Choice(["channel", "spatial"]), default="channel", help="Of convolutions."),
+    click.option(
+        "--layout",
+        type=click.Choice(["channel", "spatial", "tucker", "cp"]),
+        default="channel",
+        help="Of convolutions.",
+    ),
     click.option(
         "--leave",
         multiple=True,
@@ -102,7 +107,7 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
         for word in words.split(","):
             if word == "dense":
                 said["dense"] = True
-            elif word in ("channel", "spatial"):
+            elif word in ("channel", "spatial", "tucker", "cp"):
                 said["layout"] = _conv_layout(word)
             else:
                 said["rank"] = rank_policy(word, None, hint="--override")
@@ -113,9 +118,9 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
 
 
 def _conv_layout(word: str) -> ConvLayout:
-    from dynrank_fx.layout import ChannelLayout, SpatialLayout
+    from dynrank_fx.layout import CONV_LAYOUTS
 
-    return SpatialLayout if word == "spatial" else ChannelLayout
+    return next(layout for layout in CONV_LAYOUTS if layout.name == word)
 
 
 def transformed(

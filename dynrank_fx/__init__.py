@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from .export import verify_onnx as verify_onnx
     from .inlining import inline as inline
     from .layout import ChannelLayout as ChannelLayout
+    from .layout import CPLayout as CPLayout
     from .layout import SpatialLayout as SpatialLayout
+    from .layout import TuckerLayout as TuckerLayout
     from .lowrank import effective_rank as effective_rank
     from .lowrank import stable_rank as stable_rank
     from .optim import Carry as Carry
@@ -80,7 +82,7 @@ _HOME = {
     ),
     "export": ("ExportReport", "export_onnx", "verify_onnx"),
     "inlining": ("inline",),
-    "layout": ("ChannelLayout", "SpatialLayout"),
+    "layout": ("CPLayout", "ChannelLayout", "SpatialLayout", "TuckerLayout"),
     "lowrank": ("effective_rank", "stable_rank"),
     "optim": ("Carry", "rewarm_"),
     "overrides": ("Override",),

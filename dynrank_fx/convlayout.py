@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .factorlayout import Factors
 from .ops import ConvOp, ConvTransposeOp, Op, Shape
-from .twofactors import Factors, TwoFactors
+from .twofactors import TwoFactors
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,14 @@ class ConvOp:
     spreads = False
 
     def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        return self.convolved(x, weight, bias, self.groups)
+
+    def convolved(self, x: Any, weight: Any, bias: Any, groups: int) -> Any:
+        """The convolution in so many groups."""
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)
         convolve = _CONV[len(self.stride)]
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     @property
     def kind(self) -> str:
@@ -57,6 +61,10 @@ class ConvOp:
             pad=pad if any(pad) else (),
             pad_mode=self.pad_mode if any(pad) else "zeros",
         )
+
+    def depthwise(self, axes: Iterable[int]) -> DepthwiseOp:
+        """The part that a kernel of size 1 outside ``axes`` does, on each channel alone."""
+        return DepthwiseOp(**vars(self.on_axes(axes)))
 
     @property
     def pointwise(self) -> ConvOp:
@@ -82,6 +90,17 @@ class ConvOp:
         """Multiplications and additions, two a pair; padding counts as work, as it is done."""
         out = self.output_shape(x, weight)
         return 2 * math.prod(out) * math.prod(weight[1:])
+
+
+@dataclass(frozen=True)
+class DepthwiseOp(ConvOp):
+    """``x [N, r, *in], weight [r, 1, *kernel] -> [N, r, *out]``: a stage between others, on each of r channels alone.
+
+    r is given in the call, as ``at``: a graph's proxy of the weight does not tell it.
+    """
+
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        return self.convolved(x, weight, bias, at)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ at λ, to first order. Decaying the product, that is λ/2 · ‖BA‖_F² with t
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon
 from .errors import TransitionError
 from .phase import Phase
 from .switched import Switched, switched_modules
+from .twofactors import TwoFactors
 
 
 class Decay(enum.Enum):
     """What decays where a site trains its factors. The rate is that of the factors' parameter group."""
 
     EACH = "each factor, as the optimizer does"
-    HALVED = "each factor, by half"
+    HALVED = "each factor, by its share: half of it for two"
     PRODUCT = "the product of the factors"
 
 
@@ -101,21 +102,31 @@ class FactorDecay:
         for site in self._sites:
             if site.phase != int(Phase.LOW):
                 continue
-            left, right = site.factors
-            own = (left, right) if not site.owner else (left,)
+            own = site.factors if not site.owner else site.factors[:1]
             if self.decay is Decay.HALVED:
-                yield from ((factor, lambda factor=factor: factor / 2) for factor in own)  # type: ignore[misc]
+                # k factors decay their product k times as fast.
+                share = 1 / len(site.factors)
+                yield from ((factor, lambda factor=factor, share=share: factor * share) for factor in own)  # type: ignore[misc]
                 continue
-            yield left, lambda site=site: _decay_of(site)[0]  # type: ignore[misc]
-            if not site.owner:
-                sharing = [other for other in self._sites if other is site or site in other.owner]
-                yield right, lambda sharing=sharing: torch.stack([_decay_of(one)[1] for one in sharing]).sum(0)  # type: ignore[misc]
+            sharing = [other for other in self._sites if site in other.owner]
+            for index, factor in enumerate(own):
+                alike = [site, *(sharing if index else ())]
+                yield factor, lambda alike=alike, index=index: _sum(_decay_of(one)[index] for one in alike)  # type: ignore[misc]
 
 
-def _decay_of(site: Switched) -> tuple[Tensor, Tensor]:
-    """Half the gradients of ‖BA‖_F² at the factors: B AAᵀ and BᵀB A."""
-    B, A = site.layout.to_matrices(site.factors)
-    return site.layout.from_matrices((B @ (A @ A.mT), (B.mT @ B) @ A), site.shape)
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    first, *others = tensors
+    return sum(others, first)
+
+
+def _decay_of(site: Switched) -> tuple[Tensor, ...]:
+    """Half the gradients of ‖W‖_F² at the factors: for two, B AAᵀ and BᵀB A."""
+    layout = site.layout
+    if not isinstance(layout, TwoFactors):
+        factors = tuple(factor.detach() for factor in site.factors)
+        return layout.pulled_back(factors, layout.join(factors))
+    B, A = layout.to_matrices(site.factors)
+    return layout.from_matrices((B @ (A @ A.mT), (B.mT @ B) @ A), site.shape)
 
 
 def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, dict[str, Any], Tensor]]) -> None:

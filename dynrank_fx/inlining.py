@@ -106,7 +106,7 @@ def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
 
 
 def _parameter_nodes(net: nn.Module, graph: fx.Graph, path: str, module: Switched) -> list[fx.Node]:
-    """Reads of the dense weight, or of both factors, one of which may be another site's, and of the base."""
+    """Reads of the dense weight, or of the factors, one of which may be another site's, and of the base."""
     paths = [f"{path}.{name}" for name in module.parameter_names]
     if module._buffers["base"] is not None:
         paths.append(f"{path}.base")
@@ -140,7 +140,8 @@ def _joined(graph: fx.Graph, module: Switched, factors: list[fx.Node]) -> fx.Nod
     base = module._buffers["base"]
 
     def join(*tensors: Tensor) -> Tensor:
-        return module.joined(*tensors)
+        count = len(module.factors)
+        return module.joined(tensors[:count], *tensors[count:])
 
     with torch.no_grad():
         traced = make_fx(join)(*tensors, *([] if base is None else [base])).graph

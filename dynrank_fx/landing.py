@@ -24,6 +24,7 @@ from . import lowrank
 from .net import unwrap
 from .phase import Phase, Schedule, TrainState
 from .switched import Switched, switched_modules
+from .twofactors import TwoFactors
 
 EVERY = 5
 """Steps from one application to the next: at rank r it costs about r / (5 · tokens of a batch) of a step."""
@@ -100,8 +101,10 @@ class Landing:
 
 
 def _units(net: nn.Module) -> list[list[Switched]]:
-    """The first module of every site, those that share a factor together, its owner first."""
-    firsts = {name: modules[0] for name, modules in switched_modules(unwrap(net)).items()}
+    """The first module of every site of two factors, those that share one together, its owner first."""
+    # The nearest tensor of a Tucker or CP rank has no basis to follow: such sites are cut as they are.
+    sites = {name: modules[0] for name, modules in switched_modules(unwrap(net)).items()}
+    firsts = {name: site for name, site in sites.items() if isinstance(site.layout, TwoFactors)}
     units = dict.fromkeys(module.pack or (name,) for name, module in firsts.items())
     return [[firsts[name] for name in unit] for unit in units]
 

@@ -2,7 +2,7 @@
 
 A layout is a frozen value with two pure functions, ``split(weight, rank) -> factors`` and ``join(factors) ->
 weight``, and with ``stages(op)``, the ops that apply the factors one after the other. Two-factor layouts are a matrix
-view of the weight per group.
+view of the weight per group; tucker and cp have more factors.
 
 Shapes: g groups, m output and n input channels of the whole weight, k kernel sizes, r rank.
 
@@ -13,6 +13,8 @@ linear      [..., m, n]            [..., m, r]               [..., r, n]
 einsum      any order of axes      [shared, rows, r]         [shared, r, columns]
 channel     [m, n/g, *k]           [m, r, 1, ...]            [g·r, n/g, *k]
 spatial     [m, n/g, k1, *k2]      [m, r, 1, *k2]            [g·r, n/g, k1, 1, ...]
+tucker      [m, n, *k]             [m, r, 1, ...]            [s, n, 1, ...], core [r, s, *k]
+cp          [m, n, k1, k2]         [m, r, 1, 1]              [r, n, 1, 1], along [r, 1, k1, 1], across [r, 1, 1, k2]
 ==========  =====================  ========================  ==========================
 
 Which factor is applied first is the op's: that with the axis it contracts. A transposed convolution's weight is
@@ -25,12 +27,15 @@ from typing import TypeAlias
 
 from .convlayout import ChannelLayout, SpatialLayout
 from .errors import PlanError
+from .factorlayout import FactorLayout, Factors
 from .matrixlayout import EinsumLayout, LinearLayout
 from .ops import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op
-from .twofactors import Factors, TwoFactors
+from .tensorlayouts import CPLayout, TensorLayout, TuckerLayout
 
 __all__ = [
+    "CONV_LAYOUTS",
     "LAYOUTS",
+    "CPLayout",
     "ChannelLayout",
     "ConvLayout",
     "EinsumLayout",
@@ -38,14 +43,16 @@ __all__ = [
     "Layout",
     "LinearLayout",
     "SpatialLayout",
+    "TuckerLayout",
     "layout_for",
     "layout_named",
 ]
 
-Layout: TypeAlias = TwoFactors
-ConvLayout: TypeAlias = type[ChannelLayout] | type[SpatialLayout]
+Layout: TypeAlias = FactorLayout
+ConvLayout: TypeAlias = type[ChannelLayout] | type[SpatialLayout] | type[TuckerLayout] | type[CPLayout]
 
-LAYOUTS: tuple[type[TwoFactors], ...] = (LinearLayout, EinsumLayout, ChannelLayout, SpatialLayout)
+CONV_LAYOUTS: tuple[ConvLayout, ...] = (ChannelLayout, SpatialLayout, TuckerLayout, CPLayout)
+LAYOUTS: tuple[type[FactorLayout], ...] = (LinearLayout, EinsumLayout, *CONV_LAYOUTS)
 
 
 def layout_for(op: Op, conv_layout: ConvLayout = ChannelLayout) -> Layout:
@@ -54,7 +61,9 @@ def layout_for(op: Op, conv_layout: ConvLayout = ChannelLayout) -> Layout:
         return EinsumLayout.for_op(op)
     if isinstance(op, LinearOp | MatmulOp | EmbeddingOp):
         return LinearLayout()
-    return conv_layout.for_op(op)
+    layout = conv_layout.for_op(op)
+    # Tucker and CP are of ordinary convolutions alone: what they do not serve, the channel layout does.
+    return layout if not issubclass(conv_layout, TensorLayout) or layout.serves(op) else ChannelLayout.for_op(op)
 
 
 def layout_named(name: str, op: Op) -> Layout:
@@ -62,7 +71,7 @@ def layout_named(name: str, op: Op) -> Layout:
 
     Raises PlanError for a name that no layout has, or one that does not serve the op.
     """
-    for layout in (layout_for(op), layout_for(op, SpatialLayout)):
+    for layout in (layout_for(op, conv_layout) for conv_layout in CONV_LAYOUTS):
         if layout.name == name:
             return layout
     known = [layout.name for layout in LAYOUTS]

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .factorlayout import Factors
 from .ops import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, Shape
-from .twofactors import Factors, TwoFactors
+from .twofactors import TwoFactors
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from . import lowrank
 from .errors import DynrankWarning, TransitionError
 from .layout import Factors, Layout
 from .ops import Shape
+from .twofactors import TwoFactors
 
 State: TypeAlias = dict[str, Any]
 
@@ -67,6 +68,8 @@ def moved_to_factors(
     state, group = stacked_state([optimizer.state.get(w, {}) for w in weights]), group_of(optimizer, weights[0])
     if not state or group is None:
         return [{}, {}]
+    if not isinstance(layout, TwoFactors):
+        return _pulled_back(group, state, factors, layout)
     B, A = (t.float() if t.dtype.itemsize < 4 else t for t in layout.to_matrices(factors))
     shape: Shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
 
@@ -82,13 +85,34 @@ def moved_to_factors(
     return _moved(group, [state], first=lambda M: first(M[0]), second=lambda V: second(V[0]), fold=fold, like=factors)
 
 
+def _pulled_back(group: dict[str, Any], state: State, factors: Factors, layout: Layout) -> list[State]:
+    """States for any number of factors: moments pulled back by ``join``, second ones at the squares of the factors.
+
+    Gradients map so, and with uncorrelated entries the second moments of a multilinear map do: what ``lowrank`` has in
+    closed form for two.
+    """
+    exact = tuple(factor.float() if factor.dtype.itemsize < 4 else factor for factor in factors)
+    squares = tuple(factor.square() for factor in exact)
+    return _moved(
+        group,
+        [state],
+        first=lambda M: layout.pulled_back(exact, M[0].to(exact[0].dtype)),
+        second=lambda V: layout.pulled_back(squares, V[0].to(exact[0].dtype)),
+        fold=tuple,
+        like=factors,
+    )
+
+
 def moved_to_dense(
     optimizer: Optimizer, lefts: Sequence[Parameter], right: Parameter, weight: Tensor, layout: Layout
 ) -> list[State]:
     """The state for the dense weight from those of (left, right); an empty one where a factor has none yet.
 
-    lefts: the one, or those of several weights that are stacked in ``weight``.
+    lefts: the one, or those of several weights that are stacked in ``weight``. Of more than two factors the state
+    starts anew.
     """
+    if not isinstance(layout, TwoFactors):
+        return [{}]
     states = [stacked_state([optimizer.state.get(left, {}) for left in lefts]), optimizer.state.get(right)]
     group = group_of(optimizer, lefts[0])
     if group is None or not all(states):

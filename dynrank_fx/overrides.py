@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .errors import PlanError
-from .layout import ChannelLayout, ConvLayout, SpatialLayout
+from .layout import CONV_LAYOUTS, ConvLayout
 from .ranks import Cost, Curve, RankPolicy, checked_policy
 from .sites import Site, Skipped
 
@@ -34,8 +34,9 @@ class Override:
 
 def checked_conv_layout(layout: ConvLayout) -> ConvLayout:
     """The layout itself. Raises PlanError for what is none of convolutions."""
-    if layout not in (ChannelLayout, SpatialLayout):
-        raise PlanError(f"{layout!r} is no layout of convolutions: give ChannelLayout or SpatialLayout")
+    if layout not in CONV_LAYOUTS:
+        names = ", ".join(each.__name__ for each in CONV_LAYOUTS)
+        raise PlanError(f"{layout!r} is no layout of convolutions: give one of {names}")
     return layout
 
 

@@ -11,17 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import lowrank
+from .convolutions import DepthwiseOp
 from .errors import TransitionError
 from .layout import Layout
 from .ops import Op, Shape
 from .phase import ALPHA, Phase
+from .twofactors import TwoFactors
 
 _FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
 STEM = -1  # the call of a pack's owner that applies the shared factor
 
 
 class Switched(nn.Module):
-    """One weight that trains densely (FULL), as two factors in its place (LOW) or as two beside it (ADAPTOR), and the
+    """One weight that trains densely (FULL), as factors in its place (LOW) or as some beside it (ADAPTOR), and the
     ops that it is used by.
 
     site: the site's name. ops: what the module can do with its weight; a call says which by ``use``, the first being
@@ -33,7 +35,7 @@ class Switched(nn.Module):
     applies it for all: a call with ``use=STEM`` gives x in FULL and ``right`` of x in LOW, which the sites then take in
     place of x.
 
-    Exactly one of ``weight`` and (``left``, ``right``) is registered at a time, and in ADAPTOR the buffer ``base``; the
+    Exactly one of ``weight`` and the factors is registered at a time, and in ADAPTOR the buffer ``base``; the
     other names hold None, so that the dictionaries keep their keys and torch.compile sees one setting per flag.
     """
 
@@ -89,7 +91,7 @@ class Switched(nn.Module):
             return stage(x, read(factor))
         dense = x
         for stage, factor in () if self.pack else first:
-            x = stage(x, read(factor), None, at)
+            x = stage(x, read(factor), None, self.rank if isinstance(stage, DepthwiseOp) else at)
         if self.phase != _ADAPTOR:
             return op(x, read(name), bias, at)
         # An op that scales its product (addmm) scales that of the branch too.
@@ -107,7 +109,7 @@ class Switched(nn.Module):
 
     def names_in(self, phase: Phase) -> tuple[str, ...]:
         """The names that hold the parameters of a phase, the bias apart."""
-        return ("weight",) if phase is Phase.FULL else self.layout.factor_names[: 1 if self.owner else 2]
+        return ("weight",) if phase is Phase.FULL else self.layout.factor_names[: 1 if self.owner else None]
 
     @property
     def scale(self) -> float:
@@ -115,23 +117,23 @@ class Switched(nn.Module):
         return ALPHA / self.rank
 
     @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """(left, right). Raises TransitionError in FULL, where there are none."""
-        left_name, right_name = self.layout.factor_names
-        left, right = self._parameters[left_name], (*self.owner, self)[0]._parameters[right_name]
-        if left is None or right is None:
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """The factors by the order of their names. Raises TransitionError in FULL, where there are none."""
+        holders = [self, *((self.owner or (self,)) * (len(self.layout.factor_names) - 1))]
+        found = [each._parameters[name] for each, name in zip(holders, self.layout.factor_names, strict=True)]
+        if any(factor is None for factor in found):
             raise TransitionError(f"{self.site} is in FULL: it has no factors; enter LOW first")
-        return left, right
+        return tuple(found)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:
         """The dense weight in every phase, for code that reads it; outside FULL it is computed, and differentiable."""
         dense = self._parameters["weight"]
-        return dense if dense is not None else self.joined(*self.factors, base=self._buffers["base"])
+        return dense if dense is not None else self.joined(self.factors, self._buffers["base"])
 
-    def joined(self, left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
+    def joined(self, factors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         """The dense weight that these factors stand for, with the base of an ADAPTOR."""
-        product = self.layout.join((left, right))
+        product = self.layout.join(tuple(factors))
         return product if base is None else base + self.scale * product
 
     @property
@@ -160,10 +162,10 @@ class Switched(nn.Module):
 
     def spectrum(self) -> Tensor:
         """Singular values per group [g, k] in float64 of the weight that the site stands for."""
-        if self.phase in (_FULL, _ADAPTOR):
+        if self.phase in (_FULL, _ADAPTOR) or not isinstance(self.layout, TwoFactors):
             return lowrank.singular_values(self.layout.to_matrix(self.weight.detach()))
-        left, right = self.factors
-        return lowrank.product_singular_values(*self.layout.to_matrices((left.detach(), right.detach())))
+        left, right = self.layout.to_matrices(tuple(factor.detach() for factor in self.factors))
+        return lowrank.product_singular_values(left, right)
 
 
 def switched_modules(net: nn.Module) -> dict[str, list[Switched]]:

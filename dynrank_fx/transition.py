@@ -118,8 +118,8 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
 def randomize_(net: nn.Module) -> None:
     """Give the factors of every site in LOW random values in place of those they have: low rank from random init.
 
-    Entries are normal, of one variance in both factors, with which the product's norm is expected to be what it was:
-    (‖W‖_F² / (m n r))^¼ as standard deviation. Raises TransitionError where no site is in LOW.
+    Entries are normal, of one variance in all factors, with which the product's norm is expected to be what it was: for
+    two, (‖W‖_F² / (m n r))^¼ as standard deviation. Raises TransitionError where no site is in LOW.
     """
     sites = [modules[0] for modules in switched_modules(unwrap(net)).values() if modules[0].phase == int(Phase.LOW)]
     if not sites:
@@ -128,9 +128,9 @@ def randomize_(net: nn.Module) -> None:
         )
     norms = [site.weight.square().sum() for site in sites]
     for site, norm in zip(sites, norms, strict=True):
-        left, right = site.factors
-        deviation = float(norm / (math.prod(site.shape) * site.rank)) ** 0.25
-        for factor in (left, right) if not site.owner else (left,):
+        terms, count = site.layout.terms(site.shape, site.rank), len(site.factors)
+        deviation = float(norm / (math.prod(site.shape) * terms)) ** (0.5 / count)
+        for factor in site.factors if not site.owner else site.factors[:1]:
             factor.normal_(0.0, deviation)
 
 
@@ -255,8 +255,8 @@ def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journa
         new_weights = old_weights
     elif phase is Phase.LOW:
         new = _factors(firsts, old_weights, move.rank, carrying)
-        right = new[0][1][0]
-        new_weights = [layout.join((values[0][0], right)) for values in new]
+        others = [value for value, _ in new[0][1:]]
+        new_weights = [layout.join((values[0][0], *others)) for values in new]
     else:
         new = _dense(firsts, old_weights, carrying)
         new_weights = old_weights
@@ -284,17 +284,18 @@ _Value: TypeAlias = tuple[Tensor, State]
 def _factors(
     firsts: list[Switched], weights: list[Tensor], rank: int, optimizer: Optimizer | None
 ) -> list[list[_Value]]:
-    """Per site the values of its new parameters with their optimizer states: (left, right), and (left,) of those that
+    """Per site the values of its new parameters with their optimizer states: all factors, and (left,) of those that
     share the first one's right.
     """
     layout, sizes = firsts[0].layout, [weight.shape[0] for weight in weights]
-    left, right = layout.split(torch.cat(weights) if len(weights) > 1 else weights[0], rank)
-    states: list[State] = [{}, {}]
+    factors = layout.split(torch.cat(weights) if len(weights) > 1 else weights[0], rank)
+    states: list[State] = [{} for _ in factors]
     if optimizer is not None:
-        states = optim.moved_to_factors(optimizer, [parameters_of(m)[0] for m in firsts], (left, right), layout)
+        states = optim.moved_to_factors(optimizer, [parameters_of(m)[0] for m in firsts], factors, layout)
+    left, *others = factors
     lefts = left.split(sizes) if len(sizes) > 1 else [left]
     new = [[value] for value in zip(lefts, optim.unstacked_state(states[0], sizes), strict=True)]
-    new[0].append((right, states[1]))
+    new[0] += zip(others, states[1:], strict=True)
     return new
 
 
@@ -310,11 +311,13 @@ def _dense(firsts: list[Switched], weights: list[Tensor], optimizer: Optimizer |
 
 
 def _branch(module: Switched, rank: int, like: Tensor) -> Factors:
-    """Factors whose product is zero: that applied last is, the other is random as torch initialises a layer."""
+    """Factors whose product is zero: that applied last is, the others are random as torch initialises a layer."""
     shapes, last = module.layout.factor_shapes(module.shape, rank), module.layout.stages(module.ops[0])[-1][1]
-    left, right = (like.new_zeros(shape) for shape in shapes)
-    torch.nn.init.kaiming_uniform_(right if last == 0 else left, a=5**0.5)
-    return left, right
+    factors = tuple(like.new_zeros(shape) for shape in shapes)
+    for index, factor in enumerate(factors):
+        if index != last:
+            torch.nn.init.kaiming_uniform_(factor, a=5**0.5)
+    return factors
 
 
 def in_format_of(value: Tensor, old: Sequence[Parameter]) -> Tensor:

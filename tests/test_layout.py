@@ -223,5 +223,7 @@ def test_a_weight_of_low_rank_is_reproduced_in_either_dtype_and_memory_format():
 
 
 def test_an_unknown_layout_is_refused_with_the_known_ones():
-    with pytest.raises(dr.PlanError, match="no layout 'tucker'; choose one of linear, einsum, channel, spatial"):
-        layout_named("tucker", LinearOp())
+    with pytest.raises(
+        dr.PlanError, match="no layout 'tensor train'; choose one of linear, einsum, channel, spatial, tucker, cp"
+    ):
+        layout_named("tensor train", LinearOp())

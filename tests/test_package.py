@@ -16,6 +16,7 @@ import dynrank_fx as dr
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
     "Budget",
+    "CPLayout",
     "Capture",
     "CaptureError",
     "Carry",
@@ -42,6 +43,7 @@ PUBLIC = [
     "TrainState",
     "Transition",
     "TransitionError",
+    "TuckerLayout",
     "__version__",
     "capture",
     "effective_rank",

@@ -141,7 +141,7 @@ def test_one_pattern_needs_no_list():
     [
         ({"rank": 0.25}, r"0\.25 is no rank policy: give Ratio\(0\.25\), Fixed\(16\), Energy\(0\.95\)"),
         ({"rank": None}, "None is no rank policy"),
-        ({"conv_layout": "spatial"}, "'spatial' is no layout of convolutions: give ChannelLayout or SpatialLayout"),
+        ({"conv_layout": "spatial"}, "'spatial' is no layout of convolutions: give one of ChannelLayout, SpatialLayout"),
     ],
 )
 def test_choices_are_values_and_anything_else_is_refused_in_words(options, sentence):
@@ -377,8 +377,8 @@ def edited(change: Callable[[dict[str, Any]], object]) -> str:
             "head.weight .*'spatial' does not serve a linear",
         ),
         (
-            edited(lambda d: d["sites"][0].update(layout="tucker")),
-            "no layout 'tucker'; choose one of linear",
+            edited(lambda d: d["sites"][0].update(layout="tensor train")),
+            "no layout 'tensor train'; choose one of linear",
         ),
     ],
 )

@@ -1,0 +1,92 @@
+"""What a layout is: how a weight becomes factors, and the ops that apply them in turn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .ops import Op, Shape
+
+Factors: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class FactorLayout:
+    """What all layouts share. ``join`` is linear in each factor.
+
+    exact: whether full rank reproduces the weight. factor_names: what the factors are called in the module of a site.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    factor_names: ClassVar[tuple[str, ...]] = ("left", "right")
+
+    @classmethod
+    def for_op(cls, op: Op) -> FactorLayout:
+        """The layout of this kind for a weight that the op applies."""
+        raise NotImplementedError
+
+    def serves(self, op: Op) -> bool:
+        """Whether the factors can do what the op does with the weight."""
+        raise NotImplementedError
+
+    def matrix_shape(self, weight: Shape) -> tuple[int, int]:
+        """Rows and columns of the matrix of one group."""
+        raise NotImplementedError
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [g, rows, columns], whose singular values are the site's spectrum."""
+        raise NotImplementedError
+
+    def from_matrix(self, matrix: Tensor, weight: Shape) -> Tensor:
+        """The inverse of ``to_matrix``."""
+        raise NotImplementedError
+
+    def factor_shapes(self, weight: Shape, rank: int) -> tuple[Shape, ...]:
+        """Shapes of the factors."""
+        raise NotImplementedError
+
+    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
+        """(op, index of its factor) in the order they apply; the bias goes to the last."""
+        raise NotImplementedError
+
+    def split(self, weight: Tensor, rank: int) -> Factors:
+        """The best factors of this rank that are known to be found."""
+        raise NotImplementedError
+
+    def join(self, factors: Factors) -> Tensor:
+        """The weight that the factors stand for."""
+        raise NotImplementedError
+
+    def terms(self, weight: Shape, rank: int) -> int:
+        """How many products of one number of each factor are added up to one number of the weight."""
+        return rank
+
+    def max_rank(self, weight: Shape) -> int:
+        """The largest rank; where ``exact``, the one at which the factors reproduce any weight of this shape."""
+        return min(self.matrix_shape(weight))
+
+    def params(self, weight: Shape, rank: int) -> int:
+        """How many numbers the factors hold."""
+        return sum(math.prod(shape) for shape in self.factor_shapes(weight, rank))
+
+    def join_flops(self, weight: Shape, rank: int) -> int:
+        """FLOPs of computing the weight from its factors."""
+        return 2 * math.prod(weight) * rank
+
+    def flops(self, op: Op, x: Shape, weight: Shape, rank: int, *, last_only: bool = False) -> int:
+        """FLOPs of all stages for one input of shape ``x``; of the last alone where another site does the first."""
+        shapes, counts = self.factor_shapes(weight, rank), []
+        for stage, index in self.stages(op):
+            counts.append(stage.flops(x, shapes[index]))
+            x = stage.output_shape(x, shapes[index])
+        return counts[-1] if last_only else sum(counts)
+
+    def pulled_back(self, factors: Factors, at_weight: Tensor) -> Factors:
+        """The vector-Jacobian product of ``join``: what a gradient at the weight is at each of the factors."""
+        pull = torch.func.vjp(lambda *each: self.join(each), *factors)[1]
+        return tuple(pull(at_weight))
