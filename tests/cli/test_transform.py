@@ -215,7 +215,10 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
         (["--out", "model.py"], "model.py is a file; give the name of a folder"),
         (["--out", "model.py/below"], "model.py/below could not be written ("),
         (["--out", "."], ". holds model.py, which is not ours to replace; choose an empty or a new folder"),
-        (["--layout", "train"], "Invalid value for '--layout': 'train' is not one of 'channel', 'spatial'."),
+        (
+            ["--layout", "train"],
+            "Invalid value for '--layout': 'train' is not one of 'channel', 'spatial', 'tucker', 'cp'.",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
