@@ -1,6 +1,6 @@
 """The figures of the README, measured: `python samples/measure.py` for all, or name parts of it.
 
-Parts: steps, switch, memory, peak, truncation, startup, scale, shared, claim. Each prints a Markdown table. Both sides
+Parts: steps, switch, memory, peak, truncation, startup, scale, shared. Each prints a Markdown table. Both sides
 of a ratio are timed in turn in one run; ratios are medians. `--quick` does less of everything, to see that it runs.
 """
 
@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import chars
 import digits
 import measure_passes
 import torch
-from measuring import DEVICE, stepper, table, task_of, timed
+from measuring import DEVICE, stepper, table, timed
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -29,7 +28,6 @@ from dynrank_fx import lowrank
 from dynrank_fx.bench import interleaved, machine
 from dynrank_fx.net import Net
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.train import Run, Settings, evaluate, fit
 
 SAMPLES: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
     ("digits", digits, ("stem*", "*shortcut*", "head")),
@@ -47,7 +45,6 @@ def main(parts: Sequence[str], *, quick: bool = False) -> None:
         "startup": startup,
         "scale": measure_passes.scale,
         "shared": measure_passes.shared,
-        "claim": claim,
     }
     print(f"{machine()}\n")
     for name in parts or known:
@@ -221,57 +218,6 @@ def startup(quick: bool) -> None:
     run()
     median = statistics.median(timed(run) for _ in range(3 if quick else 15))
     table(("command", "median"), [("dynrank-fx --help", f"{median * 1e3:.0f} ms")])
-
-
-def claim(quick: bool) -> None:
-    """Held-out accuracy and mean effective rank of dense, LOW only, and interleaved: same epochs, three seeds."""
-    for name, sample, exclude in SAMPLES:
-        epochs = 2 if quick else sample.epochs
-        third = max(1, epochs // 3)
-        schedules = {
-            "dense": dr.schedules.always(dr.Phase.FULL),
-            "LOW only": dr.schedules.always(dr.Phase.LOW),
-            "LOW, FULL, LOW in thirds": dr.schedules.join(
-                [dr.schedules.always(phase) for phase in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW)],
-                [third, 2 * third] if epochs > 2 else [1, 2],
-            ),
-            "interleaved (2 LOW, 1 FULL)": dr.schedules.interleave(low=2, full=1),
-        }
-        shown = sorted({0, third - 1, third, 2 * third - 1, 2 * third, epochs - 1} & set(range(epochs)))
-        rows = []
-        for label, schedule in schedules.items():
-            runs = [trained(sample, exclude, schedule, epochs, seed) for seed in ((0,) if quick else (0, 1, 2))]
-            final = [run["eval_metric"][-1] for run in runs]
-            cut = [run["truncated"] for run in runs]
-            ranks = [f"{statistics.mean(run['effective_rank'][epoch] for run in runs):.1f}" for epoch in shown]
-            rows.append((label, spread(final), spread(cut), f"{runs[0]['spent'] / epochs:.2f}", *ranks))
-        print(f"{name}, {epochs} epochs, rank 1/4, {1 if quick else 3} seeds:\n")
-        head = ("schedule", "accuracy", "after truncation", "training FLOPs")
-        table((*head, *(f"effective rank, epoch {epoch + 1}" for epoch in shown)), rows)
-        print()
-
-
-def trained(sample: ModuleType, exclude: tuple[str, ...], schedule: Any, epochs: int, seed: int) -> dict[str, Any]:
-    """Final figures of one run, and the mean effective rank of its sites by epoch."""
-    seed_all(seed)
-    net = transformed(sample, exclude)
-    optimizer = sample.optimizer(net.parameters())
-    task = task_of(sample)
-    run = Run(net, optimizer, schedule, sample.lr_scheduler(optimizer))
-    settings = Settings(epochs=epochs, device=DEVICE, compile=DEVICE == "cuda")
-    fit(run, task, settings)
-
-    return {
-        "eval_metric": [record["eval_metric"] for record in run.history],
-        "effective_rank": [statistics.mean(record["effective_rank"].values()) for record in run.history],
-        "truncated": evaluate(dr.truncate(net), task, settings)["eval_metric"],
-        "spent": run.history[-1]["spent"],
-    }
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = 100 * statistics.mean(values)
-    return f"{mean:.2f} ± {100 * statistics.stdev(values):.2f} %" if len(values) > 1 else f"{mean:.2f} %"
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def _draw(rows: list[Row], task: str, path: Path) -> bool:
         )
     ranks.set_xlabel("share of the epochs")
     ranks.set_ylabel("mean effective rank")
-    scores.set_xlabel("compute, as a share of dense training (an epoch's cost taken as the mean)")
+    scores.set_xlabel("compute over dense, every epoch at the mean cost")
     scores.set_ylabel("held-out accuracy, %")
     best = max(100 * r["metrics"][-1] for r in mine)
     scores.set_ylim(best - 12, best + 1)
