@@ -94,7 +94,7 @@ def test_lightning_trains_as_a_plain_loop_does(tmp_path):
     assert_same(module.net, reference(5))
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [2, 4])
 def test_lightning_goes_on_from_a_checkpoint_in_any_phase(stop, tmp_path):
     from dynrank_fx.integrations.lightning import resume_from_
 
@@ -187,7 +187,7 @@ def test_a_trainer_goes_through_the_phases_with_one_optimizer(tmp_path):
     assert max(cut.values()) < 1e-5, "it landed before"
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [2, 4])
 def test_a_trainer_goes_on_from_a_checkpoint_in_any_phase(stop, tmp_path):
     from dynrank_fx.integrations.transformers import resume_from_
 
