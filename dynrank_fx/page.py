@@ -114,7 +114,7 @@ def _decisions(history: Sequence[Mapping[str, Any]]) -> str:
         said = list(record.get("reasons", ()))
         if record["switch_error"] or record["phase"] != before:
             errors = [error for site, error in record["switch_error"].items() if record["phases"][site] == "LOW"]
-            lost = f"moves weights by {min(errors):.0%} to {max(errors):.0%}" if errors else ""
+            lost = f"moves weights by up to {max(errors):.2g} of their norm" if errors else ""
             rows.append((record["epoch"] + 1, record["phase"], lost, "; ".join(said)))
         before = record["phase"]
     return "<h2>Switches and decisions</h2>\n" + _table(("epoch", "phase", "the cut", "why"), rows)
