@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dynrank_fx.errors import DynrankWarning, ModelFileError, StoreError
+from dynrank_fx.errors import ModelFileError, StoreError
 
 from .options import PLAN_OPTIONS, plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
+from .stopping import stop_signals
+from .training import how_to_train, known_decay, schedule_of, training_options
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dynrank_fx.decay import Decay
-    from dynrank_fx.phase import Schedule
-    from dynrank_fx.presets import Preset
     from dynrank_fx.train import Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
-
-_SCHEDULES = ("auto", "aligned", "interleave", "low", "full", "paper-cifar10", "paper-cifar100")
 
 
 @click.command()
@@ -38,29 +30,7 @@ _SCHEDULES = ("auto", "aligned", "interleave", "low", "full", "paper-cifar10", "
 @click.option("--from", "start", type=Path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
 @click.option("--out", type=Path, metavar="FOLDER", help="The run; by default <model>-run.")
 @click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
-@click.option(
-    "--schedule", type=click.Choice(_SCHEDULES), help="By default auto; aligned where --lr-milestones are given."
-)
-@click.option(
-    "--cost",
-    type=click.FloatRange(0, 1),
-    default=0.75,
-    show_default=True,
-    help="For auto: compute it may spend, as a share of dense training.",
-)
-@click.option("--low", type=int, default=2, show_default=True, help="LOW epochs in a row, for interleave.")
-@click.option("--full", type=int, default=1, show_default=True, help="FULL epochs in a row, for interleave.")
-@click.option("--lr-milestones", metavar="E,E", help="Epochs of the decays, for aligned; by default the scheduler's.")
-@click.option(
-    "--deflate",
-    type=click.Choice(["svd", "adaptor"]),
-    help="What follows FULL in aligned and paper-*: truncated factors, or the paper's branch beside the frozen weight.",
-)
-@click.option("--init", type=click.Choice(["spectral", "random"]), help="Of factors that training starts with.")
-@click.option("--carry", type=click.Choice(["move", "reset"]), help="Optimizer state at a switch.")
-@click.option("--decay", type=click.Choice(["product", "halved", "each"]), help="What weight decay does to factors.")
-@click.option("--landing/--abrupt", default=None, help="Whether what a cut takes away decays before it.")
-@click.option("--rewarm", type=click.IntRange(min=0), metavar="STEPS", help="Re-warm the learning rate after a switch.")
+@training_options
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--amp", type=click.Choice(["bf16"]), help="Autocast to bfloat16.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
@@ -114,7 +84,7 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {settings.epochs} epochs", err=True)
     bar = _bar(task, settings)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         finished = fit(
             run, task, settings, save=lambda r: save_run(r, folder), watcher=watcher, should_stop=lambda: bool(stopped)
         )
@@ -158,11 +128,10 @@ def _make_folder(folder: Path) -> None:
 
 def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
-    from dynrank_fx.optim import Carry
     from dynrank_fx.randomness import generators_of
     from dynrank_fx.train import Run, Settings, Task
 
-    preset = _preset(options)
+    how = how_to_train(options)
     net = net.to(options["device"]).train()
     optimizer = file.optimizer(net.parameters())
     lr_scheduler = file.lr_scheduler(optimizer)
@@ -171,12 +140,12 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         device=options["device"],
         amp=options["amp"] == "bf16",
         compile=not options["no_compile"],
-        carry=Carry[options["carry"].upper()] if options["carry"] else preset.carry,
-        decay=_decay(options["decay"], preset.decay, optimizer),
-        rewarm=preset.rewarm if options["rewarm"] is None else options["rewarm"],
-        landing=preset.landing if options["landing"] is None else options["landing"],
-        random_init=preset.random_init if options["init"] is None else options["init"] == "random",
         checkpoint_steps=options["checkpoint_steps"],
+        carry=how.carry,
+        decay=known_decay(how.decay, options, optimizer),
+        rewarm=how.rewarm,
+        random_init=how.random_init,
+        landing=how.landing,
     )
     task = Task(
         train_data=file.train_data(),
@@ -185,7 +154,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         eval_data=file.eval_data(),
         metric=file.metric,
     )
-    schedule = _schedule(options, settings.epochs, lr_scheduler, preset.schedule)
+    schedule = schedule_of(options, settings.epochs, lr_scheduler)
     generators = generators_of(task.train_data, task.eval_data)
     return Run(net, optimizer, schedule, lr_scheduler, generators=generators), task, settings
 
@@ -198,7 +167,7 @@ def _net(file: ModelFile, options: dict[str, Any]) -> nn.Module:
         return load(options["start"], file.model(), file.example_inputs())
     chosen = {name: options[name] for name in PLAN_OPTIONS}
     if not any(chosen[name] for name in ("rank", "energy", "plan_file")):
-        chosen["policy"] = _preset(options).rank
+        chosen["policy"] = how_to_train(options).rank
     return transformed(file, **chosen)
 
 
@@ -210,64 +179,6 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise ModelFileError(f"the device {device!r} cannot be used here ({first}); give --device cpu") from error
-
-
-def _preset(options: dict[str, Any]) -> Preset:
-    from dynrank_fx import presets
-
-    name = options["schedule"]
-    if name in ("paper-cifar10", "paper-cifar100"):
-        return presets.paper_cifar10() if name == "paper-cifar10" else presets.paper_cifar100()
-    return presets.practical(options["cost"])
-
-
-def _decay(name: str | None, default: Decay, optimizer: Any) -> Decay:
-    """What was asked for; or the preset's, where it is known how the optimizer decays weights."""
-    from dynrank_fx.decay import Decay, decays_in_a_known_way
-
-    if name is not None:
-        return Decay[name.upper()]
-    if default is Decay.EACH or decays_in_a_known_way(optimizer):
-        return default
-    warnings.warn(
-        f"how {type(optimizer).__name__} decays weights is not known: it decays each factor by itself",
-        DynrankWarning,
-        stacklevel=2,
-    )
-    return Decay.EACH
-
-
-def _schedule(options: dict[str, Any], epochs: int, lr_scheduler: Any, preset: Schedule) -> Schedule:
-    from dynrank_fx import schedules
-    from dynrank_fx.phase import Phase
-
-    given = options["deflate"]
-    name = options["schedule"] or ("aligned" if options["lr_milestones"] else "auto")
-    last = {"svd": Phase.LOW, "adaptor": Phase.ADAPTOR, None: None}[given]
-    if last is not None and not name.startswith(("aligned", "paper")):
-        raise click.UsageError(f"--deflate goes with aligned and paper-*, not with {name}")
-    match name:
-        case "auto":
-            return preset
-        case "aligned":
-            return schedules.aligned(epochs, _decays(options["lr_milestones"], lr_scheduler), last or Phase.LOW)
-        case "interleave":
-            return schedules.interleave(low=options["low"], full=options["full"])
-        case "paper-cifar10":
-            return schedules.paper_cifar10(last or Phase.ADAPTOR)
-        case "paper-cifar100":
-            return schedules.paper_cifar100(last or Phase.ADAPTOR)
-        case phase:
-            return schedules.always(Phase[phase.upper()])
-
-
-def _decays(given: str | None, lr_scheduler: Any) -> tuple[int, ...]:
-    if given is None:
-        return tuple(sorted(getattr(lr_scheduler, "milestones", ())))
-    try:
-        return tuple(int(part) for part in given.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{given!r} is no list of epochs like 8,10", param_hint="--lr-milestones") from error
 
 
 def _bar(task: Task, settings: Settings) -> Any:
@@ -288,28 +199,3 @@ def _with_tensorboard(bar: Watcher, folder: Path) -> Watcher:
     except ImportError as error:
         raise ModelFileError("--tensorboard needs TensorBoard: pip install tensorboard") from error
     return Watchers(bar, TensorBoard(folder / "tensorboard"))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C or a termination puts its signal number in; a second Ctrl-C interrupts at once."""
-    stopped: list[int] = []
-    process = os.getpid()
-
-    def note(number: int, frame: Any) -> None:
-        if os.getpid() != process:  # a data loader's worker: the last step may wait for it, so only the second counts
-            if stopped:
-                os._exit(128 + number)
-            stopped.append(number)
-            return
-        if stopped:
-            raise KeyboardInterrupt
-        stopped.append(number)
-        click.echo("\nstopping after this step ...", err=True)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

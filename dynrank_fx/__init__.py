@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from .lowrank import effective_rank as effective_rank
     from .lowrank import stable_rank as stable_rank
     from .optim import Carry as Carry
-    from .optim import rewarm_ as rewarm_
     from .overrides import Override as Override
     from .phase import Phase as Phase
     from .phase import TrainState as TrainState
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from .ranks import Ratio as Ratio
     from .ranks import StableRank as StableRank
     from .reranking import reranked as reranked
+    from .rewarm import rewarm_ as rewarm_
     from .rewrite import factorize as factorize
     from .rewrite import plan_of as plan_of
     from .roles import Role as Role
@@ -60,9 +60,9 @@ if TYPE_CHECKING:
     from .transition import Transition as Transition
     from .transition import enter_ as enter_
     from .transition import phases_of as phases_of
-    from .transition import randomize_ as randomize_
     from .transition import replan_ as replan_
     from .truncation import truncate as truncate
+    from .values import randomize_ as randomize_
 
 _HOME = {
     "tracing": ("Capture", "capture"),
@@ -84,7 +84,7 @@ _HOME = {
     "inlining": ("inline",),
     "layout": ("CPLayout", "ChannelLayout", "SpatialLayout", "TuckerLayout"),
     "lowrank": ("effective_rank", "stable_rank"),
-    "optim": ("Carry", "rewarm_"),
+    "optim": ("Carry",),
     "overrides": ("Override",),
     "phase": ("Phase", "TrainState"),
     "phases": ("Phases", "resume_phases_"),
@@ -94,10 +94,12 @@ _HOME = {
     "ranks": ("Energy", "Fixed", "Ratio", "StableRank"),
     "reranking": ("reranked",),
     "roles": ("Role",),
+    "rewarm": ("rewarm_",),
     "rewrite": ("factorize", "plan_of"),
     "state": ("train_state",),
-    "transition": ("Transition", "enter_", "phases_of", "randomize_", "replan_"),
+    "transition": ("Transition", "enter_", "phases_of", "replan_"),
     "truncation": ("truncate",),
+    "values": ("randomize_",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -23,7 +23,7 @@ from .planning import fit_plan
 from .rewrite import factorize_, plan_of, specialize_
 from .switched import switched_modules
 from .tracing import Capture, capture
-from .transition import in_format_of
+from .values import in_format_of
 
 _FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
 

@@ -8,7 +8,6 @@ at λ, to first order. Decaying the product, that is λ/2 · ‖BA‖_F² with t
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -89,34 +88,21 @@ class FactorDecay:
     @torch.no_grad()
     def _corrections(self, optimizer: Optimizer) -> list[tuple[Parameter, dict[str, Any], Tensor]]:
         """(factor p, its group, D(p) - p), where λ D(p) shall decay in the place of the optimizer's λ p."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        rows = []
-        for factor, wanted in self._wanted():
-            group = groups.get(id(factor))
-            if group is not None and group.get("weight_decay"):
-                rows.append((factor, group, wanted() - factor))
-        return rows
-
-    def _wanted(self) -> Iterator[tuple[Parameter, Callable[[], Tensor]]]:
-        """Every factor, and what decays in its place."""
+        groups = {
+            id(p): group for group in optimizer.param_groups for p in group["params"] if group.get("weight_decay")
+        }
+        wanted: dict[Parameter, Tensor] = {}
         for site in self._sites:
-            if site.phase != int(Phase.LOW):
+            factors = site.factors if site.phase == int(Phase.LOW) else ()
+            if not any(id(factor) in groups for factor in factors):
                 continue
-            own = site.factors if not site.owner else site.factors[:1]
             if self.decay is Decay.HALVED:
-                # k factors decay their product k times as fast.
-                share = 1 / len(site.factors)
-                yield from ((factor, lambda factor=factor, share=share: factor * share) for factor in own)  # type: ignore[misc]
+                wanted |= {factor: factor / len(factors) for factor in factors}  # k factors: k times as fast a decay
                 continue
-            sharing = [other for other in self._sites if site in other.owner]
-            for index, factor in enumerate(own):
-                alike = [site, *(sharing if index else ())]
-                yield factor, lambda alike=alike, index=index: _sum(_decay_of(one)[index] for one in alike)  # type: ignore[misc]
-
-
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    first, *others = tensors
-    return sum(others, first)
+            for factor, more in zip(factors, _decay_of(site), strict=True):
+                # A factor that several sites share decays by the sum of theirs.
+                wanted[factor] = wanted[factor] + more if factor in wanted else more
+        return [(p, groups[id(p)], target - p) for p, target in wanted.items() if id(p) in groups]
 
 
 def _decay_of(site: Switched) -> tuple[Tensor, ...]:

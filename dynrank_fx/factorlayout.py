@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
@@ -15,7 +16,7 @@ Factors: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class FactorLayout:
+class FactorLayout(abc.ABC):
     """What all layouts share. ``join`` is linear in each factor.
 
     exact: whether full rank reproduces the weight. factor_names: what the factors are called in the module of a site.
@@ -26,41 +27,41 @@ class FactorLayout:
     factor_names: ClassVar[tuple[str, ...]] = ("left", "right")
 
     @classmethod
+    @abc.abstractmethod
     def for_op(cls, op: Op) -> FactorLayout:
         """The layout of this kind for a weight that the op applies."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def serves(self, op: Op) -> bool:
         """Whether the factors can do what the op does with the weight."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def matrix_shape(self, weight: Shape) -> tuple[int, int]:
         """Rows and columns of the matrix of one group."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as [g, rows, columns], whose singular values are the site's spectrum."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def from_matrix(self, matrix: Tensor, weight: Shape) -> Tensor:
         """The inverse of ``to_matrix``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def factor_shapes(self, weight: Shape, rank: int) -> tuple[Shape, ...]:
         """Shapes of the factors."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
         """(op, index of its factor) in the order they apply; the bias goes to the last."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def split(self, weight: Tensor, rank: int) -> Factors:
         """The best factors of this rank that are known to be found."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def join(self, factors: Factors) -> Tensor:
         """The weight that the factors stand for."""
-        raise NotImplementedError
 
     def terms(self, weight: Shape, rank: int) -> int:
         """How many products of one number of each factor are added up to one number of the weight."""

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from . import lowrank
 from .net import unwrap
 from .phase import Phase, Schedule, TrainState
+from .setting import phases_in
 from .switched import Switched, switched_modules
 from .twofactors import TwoFactors
 
@@ -119,16 +120,14 @@ def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Ph
         return {}
     waiting = {name for name, phase in phases.items() if phase is Phase.FULL}
     now = 1 - sum(site.dense - site.low for name, site in state.sites.items() if name not in waiting)
+    sites = {name: replace(site, phase=phases[name]) for name, site in state.sites.items()}
     found: dict[str, int] = {}
     for ahead in range(1, state.epochs - state.epoch):
         epoch = state.epoch + ahead
         lr = state.lrs[epoch] if epoch < len(state.lrs) else state.lr
-        sites = {name: replace(site, phase=phases[name]) for name, site in state.sites.items()}
         setting = schedule(replace(state, epoch=epoch, lr=lr, spent=state.spent + ahead * now, sites=sites))
-        for name in sorted(waiting):
-            phase = setting.get(name, Phase.FULL) if isinstance(setting, Mapping) else setting
-            if phase is not Phase.FULL:
-                waiting.discard(name)
-                if phase is Phase.LOW:
-                    found[name] = ahead
+        asked = phases_in(setting, state.sites)
+        cut = {name for name in waiting if asked.get(name, Phase.FULL) is not Phase.FULL}
+        waiting -= cut
+        found |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}
     return found

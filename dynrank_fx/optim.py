@@ -1,4 +1,4 @@
-"""Optimizer state across a change of parameters, and the learning rate after it.
+"""Optimizer state across a change of parameters.
 
 First moments map exactly (``lowrank.moments_*``). Second moments only roughly, so they are mapped bias-corrected and
 kept at m² or more: no first step is then longer than the learning rate. The step counter goes along.
@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import lowrank
-from .errors import DynrankWarning, TransitionError
+from .errors import DynrankWarning
 from .layout import Factors, Layout
 from .ops import Shape
 from .twofactors import TwoFactors
@@ -64,10 +64,10 @@ def group_of(optimizer: Optimizer, parameter: Parameter) -> dict[str, Any] | Non
 def moved_to_factors(
     optimizer: Optimizer, weights: Sequence[Parameter], factors: Factors, layout: Layout
 ) -> list[State]:
-    """States for (left, right) from that of the dense weight, or of several stacked; empty ones where there is none."""
+    """States for the factors from that of the dense weight, or of several stacked; empty ones where there is none."""
     state, group = stacked_state([optimizer.state.get(w, {}) for w in weights]), group_of(optimizer, weights[0])
     if not state or group is None:
-        return [{}, {}]
+        return [{} for _ in factors]
     if not isinstance(layout, TwoFactors):
         return _pulled_back(group, state, factors, layout)
     B, A = (t.float() if t.dtype.itemsize < 4 else t for t in layout.to_matrices(factors))
@@ -282,56 +282,3 @@ def _take_out(optimizer: Optimizer, parameters: Sequence[Parameter]) -> None:
                 group[key][:] = [x for x, keep in zip(group[key], stays, strict=True) if keep]
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
-
-
-class Rewarm:
-    """Scales the learning rate from ``1/steps`` to 1 over the next ``steps`` optimizer steps, then takes itself off.
-
-    The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
-    ``left`` is how many steps remain, for a checkpoint; ``Rewarm(optimizer, steps, left=left)`` goes on from there.
-    """
-
-    def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
-        if steps < 0:
-            raise TransitionError(f"a learning rate cannot re-warm over {steps} steps; give 0 or more")
-        self.steps, self.left = steps, steps if left is None else left
-        self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
-        self._rates: list[Any] = []
-        self._handles: list[Any] = []
-        if self.left > 0:
-            self._handles = [
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            ]
-
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth += 1
-        if self._depth > 1:
-            return
-        factor = (self.steps - self.left + 1) / self.steps
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
-
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth -= 1
-        if self._depth:
-            return
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
-        self.left -= 1
-        if self.left <= 0:
-            self.stop()
-
-    def stop(self) -> None:
-        """Take the scaling off now."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self.left = [], 0
-
-
-def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
-    """Re-warm the learning rate after a switch: linearly from ``1/steps`` of it to all of it over the next ``steps``
-    steps.
-    """
-    return Rewarm(optimizer, steps)

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import runplots, store
 from .errors import StoreError
-from .plan import Plan
+from .plan import Plan, PlannedSite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +24,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 td, th { padding: 0.25rem 0.8rem; border-bottom: 1px solid #ddd; }
 th { text-align: left; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; } p.note { color: #555; } .wide { overflow-x: auto; }
+img { max-width: 100%; } .wide { overflow-x: auto; }
 """
 
 
@@ -32,7 +34,7 @@ def write_page(
     """Write the page of a run. Raises StoreError for a run without a finished epoch, or where the disk refuses."""
     if not history:
         raise StoreError(f"{title} has no finished epoch yet: there is nothing to report")
-    limits = {row.site.name: row.layout.max_rank(row.site.shape) for row in plan.sites}
+    limits = {row.site.name: _most(row) for row in plan.sites}
     parts = [_head(title), _summary(history, plan, metric)]
     ranked = bool(history[0].get("effective_rank"))
     if ranked:
@@ -40,7 +42,7 @@ def write_page(
             _picture("Effective rank of every site", runplots.rank_map(history, limits)),
             _picture("Effective rank over the epochs", runplots.rank_curves(history)),
         ]
-    spectra = runplots.switch_spectra(history, limits)
+    spectra = runplots.switch_spectra(history)
     if spectra is not None:
         parts.append(_picture("Spectra before and after the last cut", spectra))
     parts += [
@@ -50,6 +52,12 @@ def write_page(
         "</body></html>\n",
     ]
     store.write_text(path, "\n".join(part for part in parts if part))
+
+
+def _most(row: PlannedSite) -> int:
+    """How many singular values the site's weight has, over all its groups."""
+    groups, rows, columns = row.layout.to_matrix(torch.empty(row.site.shape, device="meta")).shape
+    return groups * min(rows, columns)
 
 
 def _head(title: str) -> str:

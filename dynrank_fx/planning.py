@@ -60,17 +60,7 @@ def make_plan(
     said = {site.name: override_of(site, overrides) for site in sites}
     _check_layouts(overrides, sites)
     located = locate(net)
-    roles = roles_of(located) if leave else {}
-    reasons: dict[str, str] = {}
-    for site in sites:
-        if include and not matches(site, include):
-            reasons[site.name] = "not among the names to include"
-        elif matches(site, exclude):
-            reasons[site.name] = "excluded by name"
-        elif said[site.name].dense:
-            reasons[site.name] = "left alone by name"
-        elif roles.get(site.name) in leave and said[site.name] == Override():
-            reasons[site.name] = roles[site.name].value
+    reasons = _left_alone(sites, include, exclude, said, roles_of(located) if leave else {}, leave)
     chosen = [site for site in sites if site.name not in reasons]
     _check_finite(chosen, located)
     packs = packs_of(chosen, located, said) if share_inputs else [[site] for site in chosen]
@@ -95,6 +85,28 @@ def make_plan(
     left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
     dense = sorted([*left, *skipped], key=lambda s: order[s.name])
     return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""))
+
+
+def _left_alone(
+    sites: Sequence[Site],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    said: Mapping[str, Override],
+    roles: Mapping[str, Role],
+    leave: Collection[Role],
+) -> dict[str, str]:
+    """Why sites stay dense by their names or roles. What an override says of a site goes before its role."""
+    reasons = {}
+    for site in sites:
+        if include and not matches(site, include):
+            reasons[site.name] = "not among the names to include"
+        elif matches(site, exclude):
+            reasons[site.name] = "excluded by name"
+        elif said[site.name].dense:
+            reasons[site.name] = "left alone by name"
+        elif roles.get(site.name) in leave and said[site.name] == Override():
+            reasons[site.name] = roles[site.name].value
+    return reasons
 
 
 def rows_of(pack: Sequence[Site], layout: Layout, rank: int) -> list[PlannedSite]:

@@ -69,6 +69,10 @@ class Bar(Watcher):
             ranks = list(record["effective_rank"].values())
             parts.append(f"effective rank {math.fsum(ranks) / len(ranks):.1f}")
         self._line("  ".join([*parts, f"lr {record['lr']:.3g}", f"{record['seconds']:.1f} s"]))
+        cut = record.get("truncated", {})
+        if cut and cut["eval_loss"] != record["eval_loss"]:
+            held_out = f", held out {cut['eval_metric']:.2%}" if cut["eval_metric"] is not None else ""
+            self._line(f"truncated as it is now, the model has a loss of {cut['eval_loss']:.4f}{held_out}")
 
     def close(self) -> None:
         """Take the bar away, as at the end of an epoch or of a run that was stopped."""

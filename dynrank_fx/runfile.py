@@ -13,8 +13,6 @@ from torch.optim import Optimizer
 from . import store
 from .checkpoint import info_of, restore_, state_of
 from .errors import StoreError
-from .landing import Landing
-from .optim import Rewarm
 from .plan import Plan
 from .randomness import random_state, set_random_state
 from .statetree import flatten, unflatten
@@ -34,8 +32,7 @@ def save_run(run: Run, folder: Path) -> None:
         "random": random_state(run.generators),
         "epoch_start": run.epoch_start if run.step else None,
         "totals": run.totals,
-        "landing": run.landing.state() if run.landing is not None else None,
-        "rewarm": [run.rewarm.steps, run.rewarm.left] if run.rewarm and run.rewarm.left else None,
+        "hooks": run.hooks if run.phases is None else run.phases.hooks_state(),
     }
     tree, tensors = flatten(state, "run")
     info = {
@@ -101,12 +98,7 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any
         run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
     run.totals = state["totals"].to(next(run.net.parameters()).device)
     run.epoch_start = state["epoch_start"]
-    if state["rewarm"]:
-        steps, left = state["rewarm"]
-        run.rewarm = Rewarm(run.optimizer, steps, left)
-    if state["landing"]:
-        run.landing = Landing(run.net, run.optimizer)
-        run.landing.load(state["landing"])
+    run.hooks = state["hooks"]
     set_random_state(state["random"], run.generators)
 
 

@@ -54,13 +54,13 @@ def rank_curves(history: History) -> Figure:
     return figure
 
 
-def switch_spectra(history: History, limits: Mapping[str, int]) -> Figure | None:
+def switch_spectra(history: History) -> Figure | None:
     """Singular values before and after the last cut of each site, over the largest; None where nothing was cut."""
-    cuts: dict[str, tuple[int, float, list[float], list[float]]] = {}
+    cuts: dict[str, tuple[int, list[float], list[float]]] = {}
     for record in history:
         for site, (before, after) in record.get("switch_spectra", {}).items():
             if record["phases"][site] == "LOW":
-                cuts[site] = (record["epoch"], record["ranks"][site] / limits[site], before, after)
+                cuts[site] = (record["epoch"], before, after)
     if not cuts:
         return None
     shown = list(cuts.items())[:_MOST_SPECTRA]
@@ -68,10 +68,10 @@ def switch_spectra(history: History, limits: Mapping[str, int]) -> Figure | None
     rows = -(-len(shown) // columns)
     figure = blank_figure(9, 0.6 + 1.8 * rows)
     grid: Any = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for axes, (site, (epoch, kept, before, after)) in zip(grid.flat, shown, strict=False):
+    for axes, (site, (epoch, before, after)) in zip(grid.flat, shown, strict=False):
         top = before[0] or 1.0
-        for values, upto, style, label in ((before, 1.0, "-", "before"), (after, kept, "--", "after")):
-            at = [upto * (i + 1) / len(values) for i in range(len(values))]
+        for values, style, label in ((before, "-", "before"), (after, "--", "after")):
+            at = [(i + 1) / len(values) for i in range(len(values))]
             axes.plot(at, [max(v / top, 1e-4) for v in values], style, linewidth=1.3, label=label)
         axes.set_yscale("log")
         axes.set_title(f"{site.removesuffix('.weight')}, epoch {epoch + 1}", fontsize=7)

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .decay import factor_decay_
 from .errors import DynrankError
-from .landing import Landing
 from .lowrank import effective_rank, stable_rank
 from .net import Net
-from .optim import Rewarm, rewarm_
 from .phase import Schedule
-from .phases import begin_epoch_
+from .phases import Phases
 from .randomness import random_state, set_random_state
-from .state import train_state
 from .switched import switched_modules
 from .task import Settings, Task, apply, evaluate, number, precision
 from .transition import Transition
@@ -46,8 +42,10 @@ class Run:
     """Sums over the epoch so far: loss, metric, batches."""
     epoch_start: dict[str, Any] | None = None
     """The random generators at the start of an epoch that was left midway."""
-    rewarm: Rewarm | None = None
-    landing: Landing | None = None
+    phases: Phases | None = None
+    """At work while the run is fitted."""
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """Where its re-warm-up and its landing stood when it was left (see ``Phases.hooks_state``)."""
     generators: tuple[torch.Generator, ...] = ()
     """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
 
@@ -103,12 +101,12 @@ def fit(
     if settings.compile:
         whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
         forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
-    if settings.landing and run.landing is None:
-        run.landing = Landing(run.net, run.optimizer)
-    with factor_decay_(run.net, run.optimizer, settings.decay):
+    run.phases = phases = _phases(run, task, settings)
+    try:
         while run.epoch < settings.epochs:
             if run.step == 0:
-                watcher.epoch_started(run, _begin_epoch(run, task, settings))
+                _begin_epoch(run, settings, phases)
+                watcher.epoch_started(run, phases.transition)
             started = time.perf_counter()
             finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
             run.record["seconds"] += time.perf_counter() - started
@@ -120,38 +118,42 @@ def fit(
             watcher.epoch_done(run, run.history[-1])
             save(run)
         return True
+    finally:
+        run.hooks, run.phases = phases.hooks_state(), None
+        phases.remove()
 
 
-def _begin_epoch(run: Run, task: Task, settings: Settings) -> Transition:
-    """Ask the schedule, and enter what it says."""
-    spent = run.history[-1]["spent"] if run.history else 0.0
-    rates = [record["lr"] for record in run.history]
-    state = train_state(run.net, run.optimizer, run.epoch, settings.epochs, run.lr_scheduler, rates=rates, spent=spent)
-    transition, record = begin_epoch_(
+def _phases(run: Run, task: Task, settings: Settings) -> Phases:
+    """The schedule at work from where the run stands."""
+    phases = Phases(
         run.net,
         run.optimizer,
         run.schedule,
-        state,
+        settings.epochs,
+        run.lr_scheduler,
+        steps=_steps(task),
         carry=settings.carry,
+        rewarm=settings.rewarm,
+        decay=settings.decay,
         random_init=settings.random_init,
+        landing=settings.landing,
         spectra=settings.spectra,
-        landing=run.landing,
-        steps=_steps(run, task),
     )
-    if transition and settings.rewarm and run.epoch > 0:
-        if run.rewarm is not None:
-            run.rewarm.stop()
-        run.rewarm = rewarm_(run.optimizer, settings.rewarm)
-    run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
-    run.record = {**record, "seconds": 0.0}
-    _restart_peak(settings)
-    return transition
+    phases.load_state_dict({"history": [*run.history, *([run.record] if run.step else [])], **run.hooks})
+    return phases
 
 
-def _steps(run: Run, task: Task) -> int | None:
-    """Batches of an epoch: of the last one, or as the data says; None where neither is known."""
+def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
     if run.history:
-        return int(run.history[-1]["steps"])
+        phases.steps = int(run.history[-1]["steps"])
+    run.record = phases.begin(run.epoch)
+    run.record["seconds"] = 0.0
+    run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
+    _restart_peak(settings)
+
+
+def _steps(task: Task) -> int | None:
+    """Batches of an epoch, as far as the data says."""
     try:
         return len(task.train_data)  # type: ignore[arg-type]
     except TypeError:

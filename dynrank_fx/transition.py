@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from . import optim
 from .errors import PlanError, TransitionError
-from .layout import Factors
 from .lowrank import full_precision
 from .net import unwrap
-from .optim import Carry, State
-from .overrides import fits
+from .optim import Carry
 from .parameters import Journal, parameters_of, refuse_parameter, replace_parameters
 from .phase import Phase, Setting
 from .plan import Plan
 from .rewrite import plan_of, set_plan, specialize_
+from .setting import phases_in
 from .switched import Switched, switched_modules
+from .values import Value, branch, dense_of, factors_of, in_format_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,11 @@ def enter_(
     root = unwrap(net)
     _refuse_wrapped(root)
     sites = switched_modules(root)
-    targets = _targets(sites, setting)
+    if not sites:
+        raise TransitionError(
+            "the net has no site to switch: make it by transform, and look at its plan for the reasons"
+        )
+    targets = phases_in(setting, sites)
     changing = {name: sites[name] for name, phase in targets.items() if sites[name][0].phase != int(phase)}
     if not changing:
         return Transition(())
@@ -114,26 +116,6 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
     return transition
 
 
-@torch.no_grad()
-def randomize_(net: nn.Module) -> None:
-    """Give the factors of every site in LOW random values in place of those they have: low rank from random init.
-
-    Entries are normal, of one variance in all factors, with which the product's norm is expected to be what it was: for
-    two, (‖W‖_F² / (m n r))^¼ as standard deviation. Raises TransitionError where no site is in LOW.
-    """
-    sites = [modules[0] for modules in switched_modules(unwrap(net)).values() if modules[0].phase == int(Phase.LOW)]
-    if not sites:
-        raise TransitionError(
-            "no site is in LOW, so that there are no factors to randomize: enter_(net, Phase.LOW) first"
-        )
-    norms = [site.weight.square().sum() for site in sites]
-    for site, norm in zip(sites, norms, strict=True):
-        terms, count = site.layout.terms(site.shape, site.rank), len(site.factors)
-        deviation = float(norm / (math.prod(site.shape) * terms)) ** (0.5 / count)
-        for factor in site.factors if not site.owner else site.factors[:1]:
-            factor.normal_(0.0, deviation)
-
-
 def phases_of(net: nn.Module) -> dict[str, Phase]:
     """The phase of every site, by name."""
     return {name: Phase(modules[0].phase) for name, modules in switched_modules(unwrap(net)).items()}
@@ -153,29 +135,6 @@ def _refuse_wrapped(root: nn.Module) -> None:
             raise TransitionError(
                 "the net is sharded by FSDP, which would keep the old parameters: gather it, switch, and shard it again"
             )
-
-
-def _phase(value: object) -> Phase:
-    try:
-        return Phase(value)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise TransitionError(f"{value!r} is no phase: give Phase.LOW, Phase.FULL or Phase.ADAPTOR") from error
-
-
-def _targets(sites: Mapping[str, list[Switched]], setting: Setting) -> dict[str, Phase]:
-    if not sites:
-        raise TransitionError(
-            "the net has no site to switch: make it by transform, and look at its plan for the reasons"
-        )
-    if not isinstance(setting, Mapping):
-        return dict.fromkeys(sites, _phase(setting))
-    targets: dict[str, Phase] = {}
-    for pattern, phase in setting.items():
-        names = [name for name in sites if name == pattern or fits(name, pattern)]
-        if not names:
-            raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {next(iter(sites))}")
-        targets.update(dict.fromkeys(names, _phase(phase)))
-    return targets
 
 
 def _check(sites: Mapping[str, list[Switched]], optimizer: Optimizer | None) -> None:
@@ -249,16 +208,16 @@ def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journa
     carrying = optimizer if carry is Carry.MOVE and not adaptor else None
     old_weights = [module.weight.detach() for module in firsts]
     base = old_weights[0] if phase is Phase.ADAPTOR else None
-    new: list[list[_Value]]
+    new: list[list[Value]]
     if phase is Phase.ADAPTOR:
-        new = [[(value, {}) for value in _branch(firsts[0], move.rank, old_weights[0])]]
+        new = [[(value, {}) for value in branch(firsts[0], move.rank, old_weights[0])]]
         new_weights = old_weights
     elif phase is Phase.LOW:
-        new = _factors(firsts, old_weights, move.rank, carrying)
+        new = factors_of(firsts, old_weights, move.rank, carrying)
         others = [value for value, _ in new[0][1:]]
         new_weights = [layout.join((values[0][0], *others)) for values in new]
     else:
-        new = _dense(firsts, old_weights, carrying)
+        new = dense_of(firsts, old_weights, carrying)
         new_weights = old_weights
     if not all(bool(torch.isfinite(value).all()) for values in new for value, _ in values):
         raise TransitionError(f"{name} could not be split into finite factors; net and optimizer are as before")
@@ -276,53 +235,3 @@ def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journa
         replace_parameters(modules, phase, new_parameters, optimizer, [state for _, state in values], base)
         changes.append(SiteChange(module.site, before, phase, replaced, names, error))
     return changes
-
-
-_Value: TypeAlias = tuple[Tensor, State]
-
-
-def _factors(
-    firsts: list[Switched], weights: list[Tensor], rank: int, optimizer: Optimizer | None
-) -> list[list[_Value]]:
-    """Per site the values of its new parameters with their optimizer states: all factors, and (left,) of those that
-    share the first one's right.
-    """
-    layout, sizes = firsts[0].layout, [weight.shape[0] for weight in weights]
-    factors = layout.split(torch.cat(weights) if len(weights) > 1 else weights[0], rank)
-    states: list[State] = [{} for _ in factors]
-    if optimizer is not None:
-        states = optim.moved_to_factors(optimizer, [parameters_of(m)[0] for m in firsts], factors, layout)
-    left, *others = factors
-    lefts = left.split(sizes) if len(sizes) > 1 else [left]
-    new = [[value] for value in zip(lefts, optim.unstacked_state(states[0], sizes), strict=True)]
-    new[0] += zip(others, states[1:], strict=True)
-    return new
-
-
-def _dense(firsts: list[Switched], weights: list[Tensor], optimizer: Optimizer | None) -> list[list[_Value]]:
-    """Per site the value of its dense weight with its optimizer state."""
-    sizes, states = [weight.shape[0] for weight in weights], [State() for _ in weights]
-    if optimizer is not None:
-        lefts, right = [module.factors[0] for module in firsts], firsts[0].factors[1]
-        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-        (state,) = optim.moved_to_dense(optimizer, lefts, right, stacked, firsts[0].layout)
-        states = optim.unstacked_state(state, sizes)
-    return [[value] for value in zip(weights, states, strict=True)]
-
-
-def _branch(module: Switched, rank: int, like: Tensor) -> Factors:
-    """Factors whose product is zero: that applied last is, the others are random as torch initialises a layer."""
-    shapes, last = module.layout.factor_shapes(module.shape, rank), module.layout.stages(module.ops[0])[-1][1]
-    factors = tuple(like.new_zeros(shape) for shape in shapes)
-    for index, factor in enumerate(factors):
-        if index != last:
-            torch.nn.init.kaiming_uniform_(factor, a=5**0.5)
-    return factors
-
-
-def in_format_of(value: Tensor, old: Sequence[Parameter]) -> Tensor:
-    """In the memory format of the parameters it replaces (channels_last stays so)."""
-    last = torch.channels_last
-    if value.ndim == 4 and any(not p.is_contiguous() and p.is_contiguous(memory_format=last) for p in old):
-        return value.contiguous(memory_format=last)
-    return value.contiguous()

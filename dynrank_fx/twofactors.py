@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,17 +18,17 @@ class TwoFactors(FactorLayout):
     too, ``to_matrices`` those of the factors.
     """
 
+    @abc.abstractmethod
     def weight_shape(self, left: Shape, right: Shape) -> Shape:
         """The shape that factors of these shapes join to."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_matrices(self, factors: Factors) -> Factors:
         """The factors as B [g, rows, r] and A [g, r, columns]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def from_matrices(self, matrices: Factors, weight: Shape) -> Factors:
         """The inverse of ``to_matrices``."""
-        raise NotImplementedError
 
     def split(self, weight: Tensor, rank: int) -> Factors:
         """The best factors of this rank per group (see ``lowrank.truncate`` for the bound on the error)."""

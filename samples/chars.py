@@ -81,16 +81,17 @@ def example_inputs() -> tuple[Tensor]:
 
 def train_data() -> DataLoader:
     """STEPS batches of windows from the first nine tenths of the text, drawn from torch's global generator."""
-    text = _text()
-    windows = _windows(text[: len(text) * 9 // 10], stride=1)
+    characters = text()
+    windows = _windows(characters[: len(characters) * 9 // 10], stride=1)
     sampler = RandomSampler(windows, replacement=True, num_samples=BATCH * STEPS)
     return DataLoader(windows, BATCH, sampler=sampler, drop_last=True)
 
 
 def eval_data() -> DataLoader:
     """The last tenth in windows side by side, in batches of equal size."""
-    text = _text()
-    return DataLoader(_windows(text[len(text) * 9 // 10 :], stride=CONTEXT), BATCH, drop_last=True)
+    characters = text()
+    held_out = characters[len(characters) * 9 // 10 :]
+    return DataLoader(_windows(held_out, stride=CONTEXT), BATCH, drop_last=True)
 
 
 def loss(output: Tensor, batch: Sequence[Tensor]) -> Tensor:
@@ -111,7 +112,7 @@ def lr_scheduler(optimizer: Optimizer) -> CosineAnnealingLR:
     return CosineAnnealingLR(optimizer, T_max=epochs)
 
 
-def _text() -> Tensor:
+def text() -> Tensor:
     """At most 400,000 characters, as numbers: newline is 0, space 1, tilde 95; what is not ASCII is left out."""
     folder = Path(sysconfig.get_path("stdlib"))
     source = b"".join((folder / f"{name}.py").read_bytes() for name in MODULES)
@@ -120,7 +121,7 @@ def _text() -> Tensor:
     return codes[(codes >= 0) & (codes < CHARACTERS)][:400_000]
 
 
-def _windows(text: Tensor, stride: int) -> TensorDataset:
+def _windows(characters: Tensor, stride: int) -> TensorDataset:
     """Pairs of CONTEXT characters and the same moved on by one, as views of the text."""
-    pieces = text.unfold(0, CONTEXT + 1, stride)
+    pieces = characters.unfold(0, CONTEXT + 1, stride)
     return TensorDataset(pieces[:, :-1], pieces[:, 1:])

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the user's own folder, in the binary format in which they are published.
+"""CIFAR-10 and CIFAR-100 from the user's own folder, in the binary format in which they are published, and their task.
 
 The archives `cifar-10-binary.tar.gz` and `cifar-100-binary.tar.gz` unpack to the folders `cifar-10-batches-bin` and
 `cifar-100-binary`. A record is its labels (one byte, or two in CIFAR-100: coarse and fine) and 3072 bytes of pixels,
@@ -8,7 +8,7 @@ channel by channel, row by row. The environment variables CIFAR10 and CIFAR100 n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -88,3 +88,13 @@ def _moved(images: Tensor) -> Tensor:
 def batches(name: str, batch_size: int, *, train: bool) -> Batches:
     """The training set, augmented, or the test set."""
     return Batches(*read(name, folder_of(name), train=train), batch_size, augment=train)
+
+
+def loss(output: Tensor, batch: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy with the paper's label smoothing."""
+    return F.cross_entropy(output, batch[1], label_smoothing=0.1)
+
+
+def metric(output: Tensor, batch: Sequence[Tensor]) -> Tensor:
+    """Accuracy."""
+    return (output.argmax(1) == batch[1]).float().mean()

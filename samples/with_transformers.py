@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
 
 import chars
 import torch
@@ -19,17 +18,13 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Pieces of the text, CONTEXT characters each, side by side."""
 
     def __init__(self, count: int) -> None:
-        text = chars._text()
-        self.pieces = text[: len(text) // chars.CONTEXT * chars.CONTEXT].view(-1, chars.CONTEXT)[:count]
+        self.pieces = chars.text().unfold(0, chars.CONTEXT, chars.CONTEXT)[:count]
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.pieces[index], "labels": self.pieces[index]}
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[i] for i in range(len(self)))
 
 
 def net() -> torch.nn.Module:

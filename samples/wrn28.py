@@ -9,15 +9,17 @@ dropout 0.3, label smoothing 0.1. The first block's first convolution stays dens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from cifar import Batches, batches
+from cifar import Batches, batches, loss, metric
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
+
+__all__ = ["loss", "metric"]
 
 epochs = 200
 MILESTONES = (150, 180)
@@ -80,15 +82,6 @@ def train_data() -> Batches:
 
 def eval_data() -> Batches:
     return batches("CIFAR100", 500, train=False)
-
-
-def loss(output: Tensor, batch: Sequence[Tensor]) -> Tensor:
-    return F.cross_entropy(output, batch[1], label_smoothing=0.1)
-
-
-def metric(output: Tensor, batch: Sequence[Tensor]) -> Tensor:
-    """Accuracy."""
-    return (output.argmax(1) == batch[1]).float().mean()
 
 
 def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:

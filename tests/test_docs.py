@@ -23,18 +23,24 @@ def samples(monkeypatch):
     """The samples folder as scripts find it: their neighbours can be imported."""
     monkeypatch.syspath_prepend(ROOT / "samples")
     yield ROOT / "samples"
-    for name in ("digits", "chars", "demo", "measure", "measure_passes", "measuring", "own_loop", "pipeline"):
+    for name in ("blocks", "digits", "chars", "demo", "measure", "measure_passes", "measuring", "own_loop", "pipeline"):
         sys.modules.pop(name, None)
 
 
 def test_the_readmes_example_runs_and_writes_its_file(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"<!-- example.*?-->\n```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    (phases,) = re.findall(r"<!-- phases.*?-->\n```python\n(.*?)```", README, re.DOTALL)
+    names = {"__name__": "readme"}
+    exec(compile(example, "README.md", "exec"), names)
     assert (tmp_path / "small.onnx").exists()
     printed = capsys.readouterr().out
     assert "2 sites factored" in printed
     assert "agrees with PyTorch" in printed
+    exec(compile(phases, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("FULL FULL for 2 of 2 sites")
+    assert printed.endswith("LOW LOW: every site is cut\n")
 
 
 def test_the_readmes_commands_run(tmp_path, monkeypatch):

@@ -94,16 +94,22 @@ def test_lightning_trains_as_a_plain_loop_does(tmp_path):
     assert_same(module.net, reference(5))
 
 
+def test_lightning_lands_by_optimizer_steps_where_batches_are_accumulated(tmp_path):
+    trainer, callback = lightning(5, tmp_path, enable_checkpointing=False, accumulate_grad_batches=2)
+    trainer.fit(lightning_module(), DataLoader(data(), 8))
+    assert max(callback.history[3]["switch_error"].values()) < 1e-5
+
+
 @pytest.mark.parametrize("stop", [2, 4])
 def test_lightning_goes_on_from_a_checkpoint_in_any_phase(stop, tmp_path):
+    from pytorch_lightning import Callback
+
     from dynrank_fx.integrations.lightning import resume_from_
 
     trainer, _ = lightning(5, tmp_path, enable_checkpointing=False)
-    trainer.fit_loop.max_epochs = 5
-    trainer.should_stop = False
     module = lightning_module()
 
-    class Stop(type(trainer.callbacks[0]).__mro__[1]):  # a plain Callback
+    class Stop(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.should_stop = trainer.current_epoch + 1 == stop
 
@@ -119,16 +125,16 @@ def test_lightning_goes_on_from_a_checkpoint_in_any_phase(stop, tmp_path):
 
 
 def test_lightning_is_told_what_is_missing(tmp_path):
-    from pytorch_lightning import LightningModule
-
     from dynrank_fx.integrations.lightning import resume_from_
 
     module = lightning_module()
     module.net = nn.Linear(16, 8)
     trainer, _ = lightning(2, tmp_path, enable_checkpointing=False)
-    with pytest.raises(dr.TransitionError, match="the module holds no net with sites"):
+    with pytest.raises(dr.TransitionError, match="the model holds no net with sites"):
         trainer.fit(module, DataLoader(data(), 8))
-    assert issubclass(type(module), LightningModule)
+    endless, _ = lightning(-1, tmp_path, enable_checkpointing=False, max_steps=3)
+    with pytest.raises(dr.TransitionError, match="needs an end: give the Trainer max_epochs"):
+        endless.fit(lightning_module(), DataLoader(data(), 8))
     torch.save({"callbacks": {}}, tmp_path / "other.ckpt")
     with pytest.raises(dr.TransitionError, match="has no state of a PhasesCallback"):
         resume_from_(a_net(), tmp_path / "other.ckpt")
@@ -177,8 +183,20 @@ def classifier() -> nn.Module:
     return dr.transform(Classifier(), {"x": torch.randn(4, 16), "labels": torch.randint(8, (4,))})
 
 
-def test_a_trainer_goes_through_the_phases_with_one_optimizer(tmp_path):
-    trainer, callback = hugging_face(tmp_path, classifier())
+class Holder(nn.Module):
+    """A model with the net inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = classifier()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return self.net(x=x, labels=labels)
+
+
+@pytest.mark.parametrize("make", [lambda: classifier(), Holder], ids=["the net", "a model that holds it"])
+def test_a_trainer_goes_through_the_phases_with_one_optimizer(make, tmp_path):
+    trainer, callback = hugging_face(tmp_path, make())
     trainer.train()
     assert [record["phase"] for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -206,7 +224,7 @@ def test_a_trainer_is_told_what_is_missing(tmp_path):
     from dynrank_fx.integrations.transformers import resume_from_
 
     trainer, _ = hugging_face(tmp_path, Classifier())
-    with pytest.raises(dr.TransitionError, match="the Trainer's model has no sites"):
+    with pytest.raises(dr.TransitionError, match="the model holds no net with sites"):
         trainer.train()
     with pytest.raises(dr.TransitionError, match=r"has no phases\.pt"):
         resume_from_(classifier(), tmp_path)

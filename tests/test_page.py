@@ -100,10 +100,28 @@ def test_spectra_before_and_after_a_cut_are_those_of_the_weight():
     before, after = run.history[2]["switch_spectra"]["2.weight"]
     assert len(before) == 32
     rank = next(row.rank for row in dr.plan_of(run.net).sites if row.site.name == "2.weight")
-    assert after == pytest.approx(before[:rank], rel=2e-3)
+    assert after == pytest.approx(before[:rank] + [0.0] * (32 - rank), rel=2e-3)
     assert run.history[1]["switch_spectra"] == {}
     error = run.history[2]["switch_error"]["2.weight"]
     assert error**2 == pytest.approx(sum(v * v for v in before[rank:]) / sum(v * v for v in before), rel=5e-3)
+
+
+def test_spectra_are_recorded_where_a_schedule_names_sites_by_pattern():
+    run = trained(lambda state: {"*": dr.Phase.LOW} if state.epoch == 1 else {}, epochs=2)
+    assert set(run.history[1]["switch_spectra"]) == set(run.history[1]["switch_error"]) == {"0.weight", "2.weight"}
+
+
+def test_the_map_of_a_site_in_groups_is_over_all_its_singular_values():
+    from dynrank_fx.page import _most
+
+    for layer, most in ((nn.Conv2d(8, 12, 3, groups=2), 12), (nn.Conv2d(8, 12, 3), 12), (nn.Linear(8, 12), 8)):
+        x = torch.randn(2, 8, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(2, 8)
+        for layout in (dr.ChannelLayout, dr.TuckerLayout):
+            net = dr.transform(
+                nn.Sequential(layer), (x,), rank=dr.Fixed(2), conv_layout=layout, allow_unprofitable=True
+            )
+            (row,) = dr.plan_of(net).sites
+            assert _most(row) == net.get_submodule("0").spectrum().numel() == most
 
 
 def test_the_metric_after_truncation_is_that_of_the_truncated_model(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +58,16 @@ def test_lines_stay_where_there_is_no_terminal() -> None:
     assert lines[3].startswith("epoch 2/2  FULL  loss ")
     assert "accuracy 25.00%  held out 25.00%  effective rank " in lines[3]
     assert "  lr 0.125  " in lines[3]
-    assert len(lines) == 4
+    assert lines[4].startswith("truncated as it is now, the model has a loss of ")
+    assert re.search(r", held out \d+\.\d\d%$", lines[4])
+    assert len(lines) == 5
 
 
 def test_what_is_not_measured_is_not_shown() -> None:
     line = shown(io.StringIO(), evaluate=False).splitlines()[-1]
     assert "accuracy 25.00%" in line
     assert "held" not in line
-    line = shown(io.StringIO(), metric=False).splitlines()[-1]
+    *_, line, cut = shown(io.StringIO(), metric=False).splitlines()
     assert "held-out loss " in line
     assert "accuracy" not in line
+    assert "held out" not in cut

@@ -204,6 +204,19 @@ class TestANet:
         for factor, gradient in zip(site.factors, expected, strict=True):
             torch.testing.assert_close(optimizer.state[factor]["momentum_buffer"], gradient)
 
+    @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+    def test_an_optimizer_goes_along_before_its_first_step_and_after(self, layout, make):
+        net, x = mixed(layout)
+        optimizer = make(net.parameters(), lr=1e-3)
+        for phase in (LOW, FULL, ADAPTOR, LOW, FULL, LOW):
+            dr.enter_(net, phase, optimizer)
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            assert held == {id(p) for p in net.parameters()}
+            if phase is not LOW or optimizer.state:
+                net(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
     def test_the_product_decays_by_the_gradient_of_its_norm(self, layout):
         net, _ = mixed(layout)
         dr.enter_(net, LOW)

@@ -7,18 +7,16 @@ phases before: ``resume_from_(net, path)``.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..decay import Decay
 from ..errors import TransitionError
-from ..optim import Carry
-from ..phase import Schedule
 from ..phases import Phases, resume_phases_
-from ..switched import switched_modules
+from .callback import PhasesHolder, net_in
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -26,32 +24,14 @@ except ImportError:
     from pytorch_lightning.callbacks import Callback
 
 
-class PhasesCallback(Callback):  # type: ignore[misc,unused-ignore]
-    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``dynrank_fx.Phases``.
+class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
+    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``PhasesHolder``.
 
-    carry, rewarm, decay, landing: as there; the defaults are those of the practical preset. ``history`` has a record of
-    every epoch.
-
-    Raises TransitionError where the module holds no net of ``transform``, or has several optimizers.
+    Raises TransitionError where the module holds no net of ``transform``, has several optimizers, or trains without an
+    end.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        carry: Carry = Carry.MOVE,
-        rewarm: int = 0,
-        decay: Decay = Decay.PRODUCT,
-        landing: bool = True,
-    ) -> None:
-        self.schedule = schedule
-        self.how: dict[str, Any] = {"carry": carry, "rewarm": rewarm, "decay": decay, "landing": landing}
-        self.phases: Phases | None = None
-        self._restored: dict[str, Any] | None = None
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return self.phases.history if self.phases is not None else []
+    _restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """The optimizer exists, and a checkpoint has been restored."""
@@ -59,20 +39,18 @@ class PhasesCallback(Callback):  # type: ignore[misc,unused-ignore]
             raise TransitionError(
                 f"phases need one optimizer over the net, and this module has {len(trainer.optimizers)}"
             )
-        if not switched_modules(pl_module):
-            raise TransitionError("the module holds no net with sites: transform its model in its __init__")
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             raise TransitionError("a schedule of phases needs an end: give the Trainer max_epochs")
         configs = trainer.lr_scheduler_configs
         every_step = bool(configs) and configs[0].interval == "step"
-        batches = trainer.num_training_batches
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
         self.phases = Phases(
             net_in(pl_module),
             trainer.optimizers[0],
             self.schedule,
             trainer.max_epochs,
             configs[0].scheduler if configs else None,
-            steps=int(batches) if batches != float("inf") else None,
+            steps=math.ceil(steps) if math.isfinite(steps) else None,
             lr_every_step=every_step,
             **self.how,
         )
@@ -90,16 +68,6 @@ class PhasesCallback(Callback):  # type: ignore[misc,unused-ignore]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def net_in(module: nn.Module) -> nn.Module:
-    """The outermost part of a module that ``transform`` made. Raises TransitionError where there is none."""
-    from ..locate import is_captured
-
-    for part in module.modules():
-        if is_captured(part):
-            return part
-    raise TransitionError("the module holds no net with sites: transform its model first")
 
 
 def resume_from_(net: nn.Module, checkpoint: str | Path) -> None:

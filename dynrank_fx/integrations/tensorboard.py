@@ -32,6 +32,6 @@ class TensorBoard(Watcher):
         self.writer.add_scalar("share of sites in FULL", phases.count("FULL") / max(len(phases), 1), epoch)
         for what, count in record.get("memory", {}).items():
             self.writer.add_scalar(f"memory/{what}", count, epoch)
-        for reason in record.get("reasons", ()):
-            self.writer.add_text("decisions", reason, epoch)
+        if record.get("reasons"):
+            self.writer.add_text("decisions", "  \n".join(record["reasons"]), epoch)
         self.writer.flush()

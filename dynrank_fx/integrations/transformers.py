@@ -13,59 +13,36 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..decay import Decay
 from ..errors import TransitionError
-from ..optim import Carry
-from ..phase import Schedule
 from ..phases import Phases, resume_phases_
-from ..switched import switched_modules
+from .callback import PhasesHolder, net_in
 
 FILE = "phases.pt"
 
 
-class PhasesCallback(TrainerCallback):
-    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``dynrank_fx.Phases``.
+class PhasesCallback(PhasesHolder, TrainerCallback):
+    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``PhasesHolder``.
 
-    carry, rewarm, decay, landing: as there; the defaults are those of the practical preset. ``history`` has a record of
-    every epoch.
+    resume_from: the checkpoint that the Trainer goes on from, where it is not in its own output folder.
 
-    Raises TransitionError where the model is no net of ``transform``.
+    Raises TransitionError where the model holds no net of ``transform``.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        carry: Carry = Carry.MOVE,
-        rewarm: int = 0,
-        decay: Decay = Decay.PRODUCT,
-        landing: bool = True,
-    ) -> None:
-        self.schedule = schedule
-        self.how: dict[str, Any] = {"carry": carry, "rewarm": rewarm, "decay": decay, "landing": landing}
-        self.phases: Phases | None = None
-        self.resume_from: str | Path | None = None
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return self.phases.history if self.phases is not None else []
+    resume_from: str | Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer and the scheduler exist, and a checkpoint has been restored."""
-        net = kwargs["model"]
-        if not switched_modules(net):
-            raise TransitionError("the Trainer's model has no sites: give it the net that transform made")
+        optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
         epochs = math.ceil(state.num_train_epochs)
         self.phases = Phases(
-            net,
-            _own(kwargs["optimizer"]),
+            net_in(kwargs["model"]),
+            getattr(optimizer, "optimizer", optimizer),  # Accelerate wraps torch's own, which has the hooks
             self.schedule,
             epochs,
-            _own(kwargs["lr_scheduler"]),
+            getattr(lr_scheduler, "scheduler", lr_scheduler),
             steps=max(1, math.ceil(state.max_steps / epochs)),
             lr_every_step=True,
             **self.how,
@@ -94,14 +71,6 @@ class PhasesCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.phases is not None and folder.is_dir():
             torch.save(self.phases.state_dict(), folder / FILE)
-
-
-def _own(wrapped: Any) -> Any:
-    """What Accelerate has wrapped: hooks and groups are those of torch's own object."""
-    inner = getattr(wrapped, "optimizer" if isinstance(getattr(wrapped, "optimizer", None), Optimizer) else "", None)
-    if isinstance(wrapped, Optimizer) and inner is not None:
-        return inner
-    return getattr(wrapped, "scheduler", wrapped)
 
 
 def resume_from_(net: nn.Module, folder: str | Path) -> None:

@@ -19,7 +19,7 @@ def write_results(rows: list[Row], phases: dict[str, dict[str, dict[str, float]]
     parts = [_head(rows), _phases(phases)]
     for task in dict.fromkeys(row["task"] for row in rows):
         parts.append(f"## {task}")
-        for compute in ("equal compute", "equal epochs"):
+        for compute in ("equal compute", "equal epochs", "three times the epochs"):
             some = [r for r in rows if (r["task"], r["compute"], r["rank"]) == (task, compute, 0.25)]
             if some:
                 parts += [f"Rank 1/4, {compute}:", _methods(some, phases.get(task, {}))]

@@ -85,26 +85,17 @@ def _sgd(lr: float, parameters: Any) -> SGD:
     return SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
+def _chars(width: int, lr: float) -> StudyTask:
+    model = partial(chars.CharTransformer, width, 4, 2)
+    return StudyTask(f"chars-{width}", 12, model, partial(_data, chars), partial(_adamw, lr), CosineAnnealingLR)
+
+
 TASKS = {
     task.name: task
     for task in (
         StudyTask("digits-conv", 12, digits.DigitNet, partial(_data, digits), partial(_sgd, 0.05), _steps),
         StudyTask("digits-vit", 24, DigitTransformer, partial(_data, digits), partial(_adamw, 2e-3), CosineAnnealingLR),
-        StudyTask(
-            "chars-64",
-            12,
-            partial(chars.CharTransformer, 64, 4, 2),
-            partial(_data, chars),
-            partial(_adamw, 8e-3),
-            CosineAnnealingLR,
-        ),
-        StudyTask(
-            "chars-128",
-            12,
-            partial(chars.CharTransformer, 128, 4, 2),
-            partial(_data, chars),
-            partial(_adamw, 4e-3),
-            CosineAnnealingLR,
-        ),
+        _chars(64, 8e-3),
+        _chars(128, 4e-3),
     )
 }

@@ -414,6 +414,8 @@ def test_a_model_file_that_has_become_another(
     [
         (["--device", "cuda:77"], "the device 'cuda:77' cannot be used here ("),
         (["--device", "toaster"], "the device 'toaster' cannot be used here ("),
+        (["--schedule", "low", "--cost", "0.5"], "--cost is the budget of auto, and says nothing to low"),
+        (["--deflate", "adaptor"], "--deflate goes with aligned and paper-*, not with auto"),
         (["--schedule", "interleave", "--low", "0", "--full", "0"], "interleave(low=0, full=0) has no epochs "),
         (["--lr-milestones", "soon"], "Invalid value for --lr-milestones: 'soon' is no list of epochs like 8,10"),
         (["--epochs", "100", "--lr-milestones", "3"], "aligned(epochs=100, lr_milestones=(3,)) leaves no FULL epoch: "),

@@ -1,0 +1,90 @@
+"""What the parameters of a site hold after a switch: values with the optimizer states that go with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from . import optim
+from .errors import TransitionError
+from .layout import Factors
+from .net import unwrap
+from .optim import State
+from .parameters import parameters_of
+from .phase import Phase
+from .switched import Switched, switched_modules
+
+Value: TypeAlias = tuple[Tensor, State]
+
+
+def factors_of(
+    firsts: list[Switched], weights: list[Tensor], rank: int, optimizer: Optimizer | None
+) -> list[list[Value]]:
+    """Per site the values of its new parameters with their optimizer states: all factors, and (left,) of those that
+    share the first one's right.
+    """
+    layout, sizes = firsts[0].layout, [weight.shape[0] for weight in weights]
+    factors = layout.split(torch.cat(weights) if len(weights) > 1 else weights[0], rank)
+    states: list[State] = [{} for _ in factors]
+    if optimizer is not None:
+        states = optim.moved_to_factors(optimizer, [parameters_of(m)[0] for m in firsts], factors, layout)
+    left, *others = factors
+    lefts = left.split(sizes) if len(sizes) > 1 else [left]
+    new = [[value] for value in zip(lefts, optim.unstacked_state(states[0], sizes), strict=True)]
+    new[0] += zip(others, states[1:], strict=True)
+    return new
+
+
+def dense_of(firsts: list[Switched], weights: list[Tensor], optimizer: Optimizer | None) -> list[list[Value]]:
+    """Per site the value of its dense weight with its optimizer state."""
+    sizes, states = [weight.shape[0] for weight in weights], [State() for _ in weights]
+    if optimizer is not None:
+        lefts, right = [module.factors[0] for module in firsts], firsts[0].factors[1]
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        (state,) = optim.moved_to_dense(optimizer, lefts, right, stacked, firsts[0].layout)
+        states = optim.unstacked_state(state, sizes)
+    return [[value] for value in zip(weights, states, strict=True)]
+
+
+def branch(module: Switched, rank: int, like: Tensor) -> Factors:
+    """Factors whose product is zero: that applied last is, the others are random as torch initialises a layer."""
+    shapes, last = module.layout.factor_shapes(module.shape, rank), module.layout.stages(module.ops[0])[-1][1]
+    factors = tuple(like.new_zeros(shape) for shape in shapes)
+    for index, factor in enumerate(factors):
+        if index != last:
+            torch.nn.init.kaiming_uniform_(factor, a=5**0.5)
+    return factors
+
+
+def in_format_of(value: Tensor, old: Sequence[Parameter]) -> Tensor:
+    """In the memory format of the parameters it replaces (channels_last stays so)."""
+    last = torch.channels_last
+    if value.ndim == 4 and any(not p.is_contiguous() and p.is_contiguous(memory_format=last) for p in old):
+        return value.contiguous(memory_format=last)
+    return value.contiguous()
+
+
+@torch.no_grad()
+def randomize_(net: nn.Module) -> None:
+    """Give the factors of every site in LOW random values in place of those they have: low rank from random init.
+
+    Entries are normal, of one variance in all factors, with which the product's norm is expected to be what it was: for
+    two, (‖W‖_F² / (m n r))^¼ as standard deviation. Raises TransitionError where no site is in LOW.
+    """
+    sites = [modules[0] for modules in switched_modules(unwrap(net)).values() if modules[0].phase == int(Phase.LOW)]
+    if not sites:
+        raise TransitionError(
+            "no site is in LOW, so that there are no factors to randomize: enter_(net, Phase.LOW) first"
+        )
+    norms = [site.weight.square().sum() for site in sites]
+    for site, norm in zip(sites, norms, strict=True):
+        terms, count = site.layout.terms(site.shape, site.rank), len(site.factors)
+        deviation = float(norm / (math.prod(site.shape) * terms)) ** (0.5 / count)
+        for factor in site.factors if not site.owner else site.factors[:1]:
+            factor.normal_(0.0, deviation)
