@@ -141,11 +141,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         amp=options["amp"] == "bf16",
         compile=not options["no_compile"],
         checkpoint_steps=options["checkpoint_steps"],
-        carry=how.carry,
-        decay=known_decay(how.decay, options, optimizer),
-        rewarm=how.rewarm,
-        random_init=how.random_init,
-        landing=how.landing,
+        **{**how.settings, "decay": known_decay(how.decay, options, optimizer)},
     )
     task = Task(
         train_data=file.train_data(),

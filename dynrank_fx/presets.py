@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from . import schedules
 from .decay import Decay
@@ -13,25 +14,27 @@ from .ranks import RankPolicy, Ratio
 
 @dataclass(frozen=True)
 class Preset:
-    """How to train. random_init: factors that training starts with are random, and not those of the model's weights.
-
-    The other names are those of ``Settings``.
-    """
+    """How to train; names but the first two as in ``Settings``."""
 
     schedule: Schedule
-    rank: RankPolicy
+    rank: RankPolicy = field(default_factory=lambda: Ratio(0.25))
     carry: Carry = Carry.MOVE
     decay: Decay = Decay.PRODUCT
     rewarm: int = 0
     random_init: bool = False
     landing: bool = False
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it sets of ``Settings``."""
+        return {name: value for name, value in vars(self).items() if name not in ("schedule", "rank")}
+
 
 def practical(cost: float = 0.75) -> Preset:
     """What to use where nothing is known: ``auto`` within this share of dense compute, spectral init, the decay of the
     product, a soft landing before every cut, optimizer state that goes along.
     """
-    return Preset(schedules.auto(cost), Ratio(0.25), landing=True)
+    return Preset(schedules.auto(cost), landing=True)
 
 
 def paper_cifar10() -> Preset:

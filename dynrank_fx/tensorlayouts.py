@@ -16,8 +16,8 @@ from torch import Tensor
 from .factorlayout import FactorLayout, Factors
 from .ops import ConvOp, Op, Shape
 
-_SWEEPS = 8  # of alternating least squares; Tucker changes by less than 1e-4 after a few
-_CP_SWEEPS = 60
+# Of alternating least squares: Tucker starts close to its optimum, CP does not.
+_TUCKER_SWEEPS, _CP_SWEEPS = 8, 60
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class TuckerLayout(TensorLayout):
         r, s = self.channels(tuple(weight.shape), rank)
         W = weight.double().flatten(2)
         V = _top(W.transpose(0, 1).flatten(1), s)
-        for _ in range(_SWEEPS):
+        for _ in range(_TUCKER_SWEEPS):
             U = _top(torch.einsum("mnk,ns->msk", W, V).flatten(1), r)
             V = _top(torch.einsum("mnk,mr->nrk", W, U).flatten(1), s)
         core = torch.einsum("mnk,mr,ns->rsk", W, U, V)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dynrank_fx as dr
+from dynrank_fx.switched import switched_modules
 
 STUDY = Path(__file__).parents[1] / "samples" / "study"
 COSTS = {dr.Phase.FULL: 1.0, dr.Phase.LOW: 0.4, dr.Phase.ADAPTOR: 1.05}
@@ -19,7 +21,7 @@ COSTS = {dr.Phase.FULL: 1.0, dr.Phase.LOW: 0.4, dr.Phase.ADAPTOR: 1.05}
 def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     for folder in (STUDY, STUDY.parent):
         monkeypatch.syspath_prepend(str(folder))
-    for name in ("methods", "results", "run", "tasks"):
+    for name in ("guard", "methods", "results", "run", "tasks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
 
@@ -31,7 +33,7 @@ def test_at_equal_compute_every_method_takes_the_budget_and_no_more(study):
     for name, way in methods.METHODS.items():
         if name.startswith("auto"):
             continue
-        epochs = methods.epochs_within(name, 12, COSTS)
+        epochs = methods.epochs_within(name, 12, COSTS, 12 * methods.COST)
         schedule = way(epochs, COSTS).schedule
         phases = [schedule(dr.TrainState(epoch, epochs)) for epoch in range(epochs)]
         spent = sum(COSTS[phase] for phase in phases)
@@ -54,13 +56,31 @@ def test_the_tables_have_every_row_and_its_mean(study, tmp_path):
 
     rows = [row("a", 0, 0.5), row("a", 1, 0.6), row("b", 0, 0.7)]
     phases = {"t": {"FULL": 1.0, "LOW": 0.5, "ADAPTOR": 1.1}}
-    of = {"t": {name: {"flops": v, "time": v, "bytes": v} for name, v in phases["t"].items()}}
+    of = {"t": {name: {"flops": v, "time": v, "bytes": v, "peak": v} for name, v in phases["t"].items()}}
     sys.modules["results"].write_results(rows, of, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    first = "| a | 2 | 2 | 0.40 | 0.38 | 55.00 ± 7.07 % | 45.00 ± 7.07 % | 1.5000 | 9 → 3 | 40 | FL |"
+    first = "| a | 2 | 2 | 0.40 | 0.38 | 1.00 | 55.00 ± 7.07 % | 45.00 ± 7.07 % | 1.5000 | 9 → 3 | 40 | FL |"
     assert first in text
-    assert "| b | 1 | 2 | 0.40 | 0.38 | 70.00 % | 60.00 % |" in text
+    assert "| b | 1 | 2 | 0.40 | 0.38 | 1.00 | 70.00 % | 60.00 % |" in text
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_guard_holds_the_spectral_norm_after_a_switch(study):
+    torch.manual_seed(0)
+    net = dr.transform(
+        torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False)), (torch.randn(4, 16),), rank=dr.ranks.Fixed(4)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    guard = sys.modules["guard"].SpectralGuard(net, optimizer)
+    dr.enter_(net, dr.Phase.LOW, optimizer)
+    site = next(iter(switched_modules(net).values()))[0]
+    before = float(torch.linalg.matrix_norm(site.weight.detach(), 2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-net(torch.eye(16)).square().sum()).backward()
+        optimizer.step()
+        assert float(torch.linalg.matrix_norm(site.weight.detach(), 2)) == pytest.approx(before, rel=1e-5)
+    assert len(guard.grown) == 3
 
 
 def test_a_cell_trains(study, monkeypatch):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import dynrank_fx as dr
 from dynrank_fx.optim import Carry
-from dynrank_fx.phase import Phase, Schedule, TrainState
+from dynrank_fx.phase import Phase, TrainState
+from dynrank_fx.presets import Preset
 
 FULL, LOW, ADAPTOR = Phase.FULL, Phase.LOW, Phase.ADAPTOR
 COST = 0.75
@@ -17,22 +18,10 @@ Costs = Mapping[Phase, float]
 """What an epoch costs with every site in a phase, in dense epochs."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """A schedule for a number of epochs, with what goes with it; names as in ``Settings``."""
-
-    schedule: Schedule
-    carry: Carry = Carry.MOVE
-    decay: dr.Decay = dr.Decay.PRODUCT
-    rewarm: int = 0
-    random_init: bool = False
-    landing: bool = False
-
-
-def _paper(epochs: int, last: Phase) -> Way:
+def _paper(epochs: int, last: Phase) -> Preset:
     """The paper's placement on CIFAR-10, 55 and 120 of 150 epochs, random init, a fresh optimizer at each switch."""
     schedule = dr.schedules.FullBetween(round(epochs * 55 / 150), round(epochs * 120 / 150), last)
-    return Way(schedule, Carry.RESET, dr.Decay.EACH, random_init=True)
+    return Preset(schedule, carry=Carry.RESET, decay=dr.Decay.EACH, random_init=True)
 
 
 def _full_epochs(epochs: int, costs: Costs) -> int:
@@ -40,22 +29,22 @@ def _full_epochs(epochs: int, costs: Costs) -> int:
     return max(1, int((COST * epochs - costs[LOW] * epochs) / (1 - costs[LOW]) + 1e-9))
 
 
-def _block(start: float) -> Callable[[int, Costs], Way]:
+def _block(start: float) -> Callable[[int, Costs], Preset]:
     """One block of FULL at the size of the budget, from this share of the epochs left beside it."""
 
-    def way(epochs: int, costs: Costs) -> Way:
+    def way(epochs: int, costs: Costs) -> Preset:
         length = _full_epochs(epochs, costs)
         first = round(start * (epochs - length))
-        return Way(dr.schedules.FullBetween(first, first + length))
+        return Preset(dr.schedules.FullBetween(first, first + length))
 
     return way
 
 
-def _spread(epochs: int, costs: Costs) -> Way:
+def _spread(epochs: int, costs: Costs) -> Preset:
     """As many FULL epochs, one at a time, evenly spread, with LOW at the end."""
     length = _full_epochs(epochs, costs)
     chosen = frozenset(int(i * (epochs - 1) / length) for i in range(length))
-    return Way(Chosen(chosen))
+    return Preset(Chosen(chosen))
 
 
 @dataclass(frozen=True)
@@ -68,24 +57,26 @@ class Chosen:
         return FULL if state.epoch in self.full else LOW
 
 
-def _interleaved(epochs: int, costs: Costs) -> Way:
-    return Way(Chosen(frozenset(range(2, epochs - 1, 3))))
+def _interleaved(epochs: int, costs: Costs) -> Preset:
+    return Preset(Chosen(frozenset(range(2, epochs - 1, 3))))
 
 
-METHODS: dict[str, Callable[[int, Costs], Way]] = {
-    "dense": lambda epochs, costs: Way(dr.schedules.always(FULL)),
-    "low, random init": lambda epochs, costs: Way(dr.schedules.always(LOW), decay=dr.Decay.EACH, random_init=True),
-    "low, spectral + Frobenius": lambda epochs, costs: Way(dr.schedules.always(LOW)),
+METHODS: dict[str, Callable[[int, Costs], Preset]] = {
+    "dense": lambda epochs, costs: Preset(dr.schedules.always(FULL)),
+    "low, random init": lambda epochs, costs: Preset(dr.schedules.always(LOW), decay=dr.Decay.EACH, random_init=True),
+    "low, spectral + Frobenius": lambda epochs, costs: Preset(dr.schedules.always(LOW)),
     "warm-up, then low": _block(0.0),
     "paper, adaptor": lambda epochs, costs: _paper(epochs, ADAPTOR),
     "paper, truncated": lambda epochs, costs: _paper(epochs, LOW),
     "interleaved": _interleaved,
-    "auto": lambda epochs, costs: Way(dr.schedules.auto(COST), landing=True),
+    "auto": lambda epochs, costs: Preset(dr.schedules.auto(COST), landing=True),
     # What the parts of auto are worth.
-    "auto, abrupt": lambda epochs, costs: Way(dr.schedules.auto(COST)),
+    "auto, abrupt": lambda epochs, costs: Preset(dr.schedules.auto(COST)),
     "warm-up with landing": lambda epochs, costs: replace(_block(0.0)(epochs, costs), landing=True),
-    "short warm-up with landing": lambda epochs, costs: Way(dr.schedules.warm_up(max(1, epochs // 4)), landing=True),
-    "auto, fresh state at the cut": lambda epochs, costs: Way(dr.schedules.auto(COST), Carry.RESET, landing=True),
+    "short warm-up with landing": lambda epochs, costs: Preset(dr.schedules.warm_up(max(1, epochs // 4)), landing=True),
+    "auto, fresh state at the cut": lambda epochs, costs: Preset(
+        dr.schedules.auto(COST), carry=Carry.RESET, landing=True
+    ),
     # Where FULL epochs are worth most, at one budget.
     "FULL early": _block(0.0),
     "FULL around the first decay": _block(0.5),
@@ -93,20 +84,27 @@ METHODS: dict[str, Callable[[int, Costs], Way]] = {
     "FULL spread": _spread,
     # What becomes of the optimizer's state, over several switches.
     "state moved": _interleaved,
-    "state reset": lambda epochs, costs: Way(_interleaved(epochs, costs).schedule, Carry.RESET),
-    "state reset, re-warmed": lambda epochs, costs: Way(_interleaved(epochs, costs).schedule, Carry.RESET, rewarm=30),
-    "state moved, re-warmed": lambda epochs, costs: Way(_interleaved(epochs, costs).schedule, rewarm=30),
+    "state reset": lambda epochs, costs: Preset(_interleaved(epochs, costs).schedule, carry=Carry.RESET),
+    "state reset, re-warmed": lambda epochs, costs: Preset(
+        _interleaved(epochs, costs).schedule, carry=Carry.RESET, rewarm=30
+    ),
+    "state moved, re-warmed": lambda epochs, costs: Preset(_interleaved(epochs, costs).schedule, rewarm=30),
+    # With guard.SpectralGuard beside it.
+    "spectral norm held": _interleaved,
 }
 
 
-def epochs_within(method: str, epochs: int, costs: Costs) -> int:
-    """The most epochs at which the method takes no more than the budget; ``auto`` keeps to it by itself."""
+def epochs_within(method: str, epochs: int, costs: Costs, budget: float) -> int:
+    """The most epochs at which the method takes no more than the budget; ``auto`` keeps to it by itself.
+
+    costs: of an epoch in each phase. budget: in their unit.
+    """
     if method.startswith("auto"):
         return epochs
     found = 1
     for count in range(1, 6 * epochs):
         schedule = METHODS[method](count, costs).schedule
         phases = [schedule(TrainState(epoch, count)) for epoch in range(count)]
-        if sum(costs[phase] for phase in phases if isinstance(phase, Phase)) <= COST * epochs + 1e-9:
+        if sum(costs[phase] for phase in phases if isinstance(phase, Phase)) <= budget + 1e-9:
             found = count
     return found

@@ -15,11 +15,11 @@ _COMMAND = "python samples/study/run.py"
 
 
 def write_results(rows: list[Row], phases: dict[str, dict[str, dict[str, float]]], folder: Path) -> None:
-    """phases: by task and phase what a step takes, over a step of FULL: ``flops``, ``time``, ``bytes``."""
+    """phases: by task and phase what a step takes, over a step of FULL: ``flops``, ``time``, ``bytes``, ``peak``."""
     parts = [_head(rows), _phases(phases)]
     for task in dict.fromkeys(row["task"] for row in rows):
         parts.append(f"## {task}")
-        for compute in ("equal compute", "equal epochs", "three times the epochs"):
+        for compute in ("equal compute", "equal time", "equal epochs", "three times the epochs"):
             some = [r for r in rows if (r["task"], r["compute"], r["rank"]) == (task, compute, 0.25)]
             if some:
                 parts += [f"Rank 1/4, {compute}:", _methods(some, phases.get(task, {}))]
@@ -40,21 +40,26 @@ def _head(rows: list[Row]) -> str:
         f"{machines}, two cores, one thread a run; {sum(row['seconds'] for row in rows) / 3600:.1f} hours of one core. "
         "`--only 'chars-64/auto'` runs a part. Mean and standard deviation over the seeds that are done. *Epochs*: of "
         "the method, with the learning-rate schedule stretched to them; at equal compute as many as 0.75 of dense "
-        "training's FLOPs allow. *Compute*: FLOPs over those of dense training at the task's own number of epochs, by "
-        "the plan; *time*: the same by measured step times. *Rank*: mean effective rank of the sites after the first "
+        "training's FLOPs allow, at equal time as many as the measured time of `auto` allows. *Compute*: FLOPs over "
+        "those of dense training at the task's own number of epochs, by the plan; *time*: the same by measured step "
+        "times; *peak*: memory, over that of dense training. *Rank*: mean effective rank of the sites after the first "
         "and the last epoch. In *phases*, F is FULL, L LOW, A ADAPTOR, a dot an epoch of mixed phases."
     )
 
 
 def _phases(phases: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [
-        (task, *(f"{of[phase][what]:.2f}" for phase in ("LOW", "ADAPTOR") for what in ("flops", "time", "bytes")))
+        (
+            task,
+            *(f"{of[phase][what]:.2f}" for phase in ("LOW", "ADAPTOR") for what in ("flops", "time", "bytes", "peak")),
+        )
         for task, of in phases.items()
     ]
-    head = ("task", *(f"{p} {w}" for p in ("LOW", "ADAPTOR") for w in ("FLOPs", "time", "bytes")))
+    head = ("task", *(f"{p} {w}" for p in ("LOW", "ADAPTOR") for w in ("FLOPs", "time", "bytes", "peak")))
     return (
         "A training step over one in FULL, rank 1/4: FLOPs counted by torch, time as median of interleaved pairs, "
-        "bytes of parameters, gradients and optimizer state:\n\n" + _table(head, lines)
+        "bytes of parameters and optimizer state (*bytes*), and those with the activations, gradients and temporaries "
+        "at the highest point of the step (*peak*, by torch's profiler):\n\n" + _table(head, lines)
     )
 
 
@@ -70,6 +75,7 @@ def _methods(rows: list[Row], phases: dict[str, dict[str, float]]) -> str:
                 first["epochs"],
                 f"{statistics.mean(r['spent'] for r in some):.2f}",
                 _time(some, phases),
+                _peak(some, phases),
                 _percent([r["metric"] for r in some]),
                 _percent([r["truncated"] for r in some]),
                 f"{statistics.mean(r['truncated_loss'] for r in some):.4f}",
@@ -85,6 +91,7 @@ def _methods(rows: list[Row], phases: dict[str, dict[str, float]]) -> str:
         "epochs",
         "compute",
         "time",
+        "peak",
         "accuracy",
         "truncated",
         "its loss",
@@ -101,6 +108,12 @@ def _time(rows: list[Row], phases: dict[str, dict[str, float]]) -> str:
         return ""
     total = statistics.mean(sum(phases[phase]["time"] for phase in row["phases"]) for row in rows)
     return f"{total / rows[0]['dense_epochs']:.2f}"
+
+
+def _peak(rows: list[Row], phases: dict[str, dict[str, float]]) -> str:
+    """Peak memory of a run, over that of dense training: of its most expensive phase."""
+    entered = {phase for row in rows for phase in row["phases"]}
+    return f"{max(phases[phase]['peak'] for phase in entered):.2f}" if entered <= phases.keys() else ""
 
 
 def _percent(values: Sequence[float]) -> str:

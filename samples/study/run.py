@@ -13,18 +13,21 @@ import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import METHODS, Costs, epochs_within
+from guard import SpectralGuard
+from methods import COST, METHODS, Costs, epochs_within
 from results import write_results
 from tasks import TASKS, StudyTask
 from torch import nn
 from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
@@ -44,7 +47,9 @@ STATE = tuple(list(METHODS)[16:])
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. compute: whether the epochs are the task's, three times as many, or what the budget allows."""
+    """One run. compute: whether the epochs are the task's, three times as many, or what the budget of FLOPs allows,
+    or what the time allows that ``auto`` took within that budget.
+    """
 
     task: str
     method: str
@@ -72,6 +77,8 @@ def cells() -> Iterator[Cell]:
         for method in ("dense", "low, spectral + Frobenius", "warm-up, then low", "auto"):
             yield Cell("chars-128", method, 0.25, "equal compute", seed)
         yield Cell("chars-128", "dense", 0.25, "equal epochs", seed)
+    for seed in SEEDS:
+        yield from (Cell("chars-64", method, 0.25, "equal time", seed) for method in MAIN if method != "auto")
 
 
 def train(cell: Cell) -> dict[str, Any]:
@@ -83,7 +90,11 @@ def train(cell: Cell) -> dict[str, Any]:
     costs = costs_of(net)
     epochs = task.epochs
     if cell.compute == "equal compute":
-        epochs = epochs_within(cell.method, epochs, costs)
+        epochs = epochs_within(cell.method, epochs, costs, COST * epochs)
+    elif cell.compute == "equal time":
+        auto = kept()[replace(cell, method="auto", compute="equal compute")]
+        times = {phase: json.loads(PHASES.read_text())[cell.task][phase.name]["time"] for phase in dr.Phase}
+        epochs = epochs_within(cell.method, epochs, times, sum(times[dr.Phase[p]] for p in auto["phases"]))
     elif cell.compute == "three times the epochs":
         epochs *= 3
     for compute in ("equal epochs", "equal compute"):
@@ -92,15 +103,9 @@ def train(cell: Cell) -> dict[str, Any]:
     way = METHODS[cell.method](epochs, costs)
     optimizer = task.optimizer(net.parameters())
     run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
-    settings = Settings(
-        epochs,
-        compile=False,
-        carry=way.carry,
-        decay=way.decay,
-        rewarm=way.rewarm,
-        random_init=way.random_init,
-        landing=way.landing,
-    )
+    settings = Settings(epochs, compile=False, **way.settings)
+    if cell.method == "spectral norm held":
+        SpectralGuard(net, optimizer)
     data = task.data()
     fit(run, data, settings)
     cut = run.history[-1]["truncated"]
@@ -139,7 +144,9 @@ def costs_of(net: nn.Module) -> Costs:
 
 
 def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
-    """What a whole training step takes in each phase, over one in FULL: FLOPs counted by torch, time, bytes held."""
+    """What a training step takes in each phase, over one in FULL: FLOPs counted by torch, time, bytes held between
+    steps, and bytes at its peak.
+    """
     seed_all(0)
     data = task.data()
     batch = next(iter(data.train_data))
@@ -151,16 +158,29 @@ def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
         steps[phase] = partial(_step, net, optimizer, data, batch)
         with FlopCounterMode(display=False) as counter:
             steps[phase]()
-        held = [t for p in net.parameters() for t in (p, p)]  # a gradient beside each
+        held = list(net.parameters())
         held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         held += [b for name, b in net.named_buffers() if name.endswith(".base")]
-        found[phase.name] = {"flops": counter.get_total_flops(), "bytes": sum(t.nbytes for t in held)}
+        held_bytes = sum(t.nbytes for t in held)
+        found[phase.name] = {
+            "flops": counter.get_total_flops(),
+            "bytes": held_bytes,
+            "peak": held_bytes + _most_allocated(steps[phase]),
+        }
     for phase in dr.Phase:
         found[phase.name]["time"] = interleaved(steps[dr.Phase.FULL], steps[phase], repeats=30).ratio
     dense = dict(found["FULL"])
     for values in found.values():
-        values.update(flops=values["flops"] / dense["flops"], bytes=values["bytes"] / dense["bytes"])
+        values.update({what: values[what] / dense[what] for what in ("flops", "bytes", "peak")})
     return found
+
+
+def _most_allocated(step: Callable[[], None]) -> int:
+    """The most bytes that the step has allocated at once, by torch's profiler: activations, gradients, temporaries."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def _step(net: nn.Module, optimizer: Optimizer, data: Task, batch: Any) -> None:
