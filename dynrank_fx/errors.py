@@ -21,6 +21,10 @@ class StoreError(DynrankError):
     """A file could not be written, or what was read is damaged, from another model, or from a newer version."""
 
 
+class CalibrationError(DynrankError):
+    """Calibration data are missing, do not fit the model, or lead to numbers that are not finite."""
+
+
 class ExportError(DynrankError):
     """The ONNX file could not be made, or does not agree with PyTorch; no file was written."""
 

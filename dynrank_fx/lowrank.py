@@ -88,6 +88,52 @@ def truncate(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return (P / root * unit).to(W.dtype), (V.mT * root.mT * unit).to(W.dtype)
 
 
+@torch.no_grad()
+def output_basis(W: Tensor, moment: Tensor, shrink: float, *, of_inputs: bool) -> tuple[Tensor, Tensor]:
+    """The directions of the outputs y = W x by what they hold: V [g, m, k] orthonormal, and √λ [g, k], λ falling.
+
+    moment: E[y yᵀ] [g, m, m], or E[x xᵀ] [g, n, n] where of_inputs, of centred y or x. With C = E[y yᵀ] = W E[x xᵀ] Wᵀ,
+    min ‖y − y'‖² over y' = V_r V_rᵀ y is Σ_{i>r} λ_i, reached by the top eigenvectors of C. shrink: so large a share
+    of W Wᵀ, at the trace of C, is added to C: what too few data leave open is then settled as by plain SVD. All in
+    float64.
+    """
+    W, moment = W.double(), moment.double()
+    values, Q = torch.linalg.eigh(moment)
+    values = values.clamp_min(0)
+    energy = ((W @ Q).square().sum(-2) * values).sum(-1) if of_inputs else values.sum(-1)
+    scale = shrink * energy / W.square().sum((-2, -1)).clamp_min(torch.finfo(W.dtype).tiny)
+    if of_inputs:
+        # C + s W Wᵀ = W (E[x xᵀ] + s I) Wᵀ.
+        return _left_basis(W @ (Q * (values + scale[..., None]).sqrt()[..., None, :]))
+    if shrink:
+        values, Q = torch.linalg.eigh(moment + scale[..., None, None] * (W @ W.mT))
+    return Q.flip(-1), values.flip(-1).clamp_min(0).sqrt()
+
+
+def _left_basis(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values, float64; of a large matrix by the Gram matrix of its short side."""
+    m, n = Y.shape[-2:]
+    if min(m, n) <= 4 * _SMALL:
+        U, S, _ = torch.linalg.svd(Y, full_matrices=False)
+        return U, S
+    if m <= n:
+        values, V = torch.linalg.eigh(Y @ Y.mT)
+        return V.flip(-1), values.flip(-1).clamp_min(0).sqrt()
+    _, V = torch.linalg.eigh(Y.mT @ Y)
+    U, R = torch.linalg.qr(Y @ V.flip(-1))  # the columns are orthogonal up to rounding, which QR takes away
+    return U * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :], R.diagonal(dim1=-2, dim2=-1).abs()
+
+
+@torch.no_grad()
+def projected(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of V Vᵀ W, W [g, m, n], V [g, m, r] orthonormal, balanced column by row."""
+    right = V.mT @ W.double()
+    S = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+    S = torch.maximum(S, torch.finfo(W.dtype).eps * S.amax(-2, keepdim=True))
+    root = torch.where(S > 0, S, 1).sqrt()
+    return (V * root.mT).to(W.dtype), (right / root).to(W.dtype)
+
+
 def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:
     """W over a power of two per group, hence exactly, with entries near 1: its squares neither vanish nor overflow."""
     exponent = torch.frexp(W.abs().amax((-2, -1), keepdim=True)).exponent

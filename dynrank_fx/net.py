@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -159,6 +160,22 @@ def drop_dead_reads(graph: fx.Graph, views: set[fx.Node]) -> None:
     for node in reversed(list(graph.nodes)):
         if (node.op == "get_attr" or node in views) and not node.users:
             graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it had. A graph exported in one mode stays in it."""
+    modes = {module: module.training for module in net.modules()}
+    fixed = getattr(unwrap(net), "fixed_mode", False)
+    if not fixed:
+        net.eval()
+    try:
+        yield
+    finally:
+        if not fixed:
+            net.train(modes[net])
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def unwrap(net: nn.Module) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,36 +26,70 @@ def reranked(net: nn.Module, policy: RankPolicy, *, ladder: int = 16) -> Plan:
     little keep their rank, and with it their compiled graph. A site never gets a rank at which it would cost more than
     its dense weight. Factors know nothing beyond their rank: only sites in FULL can ask for more than they have.
     """
-    checked_policy(policy)
-    plan, modules = plan_of(net), switched_modules(unwrap(net))
-    totals = {"params": plan.total_params, "flops": plan.total_flops}
-    rows = {row.site.name: row for row in plan.sites}
-    units = [[rows[name] for name in row.pack or (row.site.name,)] for row in plan.sites]
-    units = [unit for unit, row in zip(units, plan.sites, strict=True) if unit[0] is row]
-    curves = []
-    for unit in units:
-        costs = costs_of([row.site for row in unit], unit[0].layout, totals)
-        curves.append(_curve(unit, [modules[row.site.name][0] for row in unit], ladder, costs))
+    plan, units = plan_of(net), rank_units(net, ladder=ladder)
     ranks: dict[str, int] = {}
-    for unit, curve, rank in zip(units, curves, ranks_by_policy([policy] * len(curves), curves), strict=True):
-        paying = [r for r in curve.rungs if all(cost.at(r) < cost.dense for cost in curve.costs.values() if cost.dense)]
-        wanted = min((r for r in curve.rungs if r >= rank), default=curve.max_rank)
-        kept = min(wanted, paying[-1]) if paying else unit[0].rank
-        ranks |= dict.fromkeys((row.site.name for row in unit), kept)
+    chosen = ranks_by_policy([checked_policy(policy)] * len(units), [unit.curve for unit in units])
+    for unit, rank in zip(units, chosen, strict=True):
+        wanted = min((r for r in unit.curve.rungs if r >= rank), default=unit.curve.max_rank)
+        paying = [r for r in unit.curve.rungs if unit.pays(r)]
+        kept = min(wanted, paying[-1]) if paying else unit.rows[0].rank
+        ranks |= dict.fromkeys(unit.names, kept)
     return plan.with_ranks(ranks)
 
 
-def _curve(unit: Sequence[PlannedSite], modules: Sequence[Switched], ladder: int, costs: dict[str, Cost]) -> Curve:
+@dataclass(frozen=True)
+class RankUnit:
+    """What gets one rank: a site, or those that share a factor, the owner first."""
+
+    rows: tuple[PlannedSite, ...]
+    curve: Curve
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(row.site.name for row in self.rows)
+
+    def pays(self, rank: int) -> bool:
+        """Whether factors of this rank cost less than the dense weight, in everything that is counted."""
+        return all(cost.at(rank) < cost.dense for cost in self.curve.costs.values() if cost.dense)
+
+
+Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
+"""Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""
+
+
+def rank_units(net: nn.Module, *, ladder: int | None = None, spectrum: Spectrum | None = None) -> list[RankUnit]:
+    """What of the net gets ranks, with curves of its present weights. ladder: see ``reranked``; None for all ranks."""
+    plan, modules = plan_of(net), switched_modules(unwrap(net))
+    totals = {"params": plan.total_params, "flops": plan.total_flops}
+    rows = {row.site.name: row for row in plan.sites}
+    found = []
+    for names in dict.fromkeys(row.pack or (row.site.name,) for row in plan.sites):
+        unit = tuple(rows[name] for name in names)
+        costs = costs_of([row.site for row in unit], unit[0].layout, totals)
+        firsts = [modules[name][0] for name in names]
+        found.append(RankUnit(unit, _curve(unit, firsts, ladder, costs, spectrum)))
+    return found
+
+
+def _curve(
+    unit: Sequence[PlannedSite],
+    modules: Sequence[Switched],
+    ladder: int | None,
+    costs: dict[str, Cost],
+    given: Spectrum | None,
+) -> Curve:
     layout = unit[0].layout
     shape = (sum(row.site.shape[0] for row in unit), *unit[0].site.shape[1:])
     limit = layout.max_rank(shape)
 
     def spectrum() -> Tensor:
-        if len(modules) == 1:
+        weights = [module.weight.detach() for module in modules]
+        values = given(unit[0].site.name, torch.cat(weights)) if given is not None else None
+        if values is None and len(modules) == 1:
             values = modules[0].spectrum()
-        else:
-            values = lowrank.singular_values(layout.to_matrix(torch.cat([m.weight.detach() for m in modules])))
+        if values is None:
+            values = lowrank.singular_values(layout.to_matrix(torch.cat(weights)))
         return torch.nn.functional.pad(values, (0, limit - values.shape[-1]))
 
-    rungs = tuple(sorted({-(-limit * step // ladder) for step in range(1, ladder + 1)}))
+    rungs = tuple(sorted({-(-limit * step // ladder) for step in range(1, ladder + 1)})) if ladder else ()
     return Curve(unit[0].site.name, limit, spectrum, layout.matrix_shape(shape), rungs, costs)

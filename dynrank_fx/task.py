@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .decay import Decay
 from .errors import DynrankError
 from .inputs import Inputs
-from .net import unwrap
+from .net import evaluating, unwrap
 from .optim import Carry
 
 
@@ -106,7 +106,7 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
     if task.eval_data is None:
         return {}
     sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
-    with _evaluating(net):
+    with evaluating(net):
         for batch in task.eval_data:
             output, batch = apply(net, task, settings, batch)
             size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
@@ -118,16 +118,3 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
         raise DynrankError("eval_data() gave no batch: leave it out, or see that it can be gone through every epoch")
     loss, metric = (sums / count).tolist()
     return {"eval_loss": loss, "eval_metric": metric if task.metric else None}
-
-
-@contextlib.contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it had."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(modes[net])
-        for module, mode in modes.items():
-            module.training = mode

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import DynrankError
+from .inlining import inline
 from .lowrank import effective_rank, stable_rank
 from .net import Net
 from .phase import Schedule
@@ -23,7 +24,7 @@ from .randomness import random_state, set_random_state
 from .switched import switched_modules
 from .task import Settings, Task, apply, evaluate, number, precision
 from .transition import Transition
-from .truncation import truncate
+from .truncation import a_twin, cut_
 
 
 @dataclass
@@ -261,7 +262,9 @@ def _truncated(run: Run, task: Task, settings: Settings) -> dict[str, float | No
     """Loss and metric of the truncated model: those just measured, where every site is in LOW already."""
     if set(run.record["phases"].values()) == {"LOW"}:
         return {key: run.record[key] for key in ("eval_loss", "eval_metric")}
-    return evaluate(truncate(run.net), task, settings)
+    twin = a_twin(run.net)
+    cut_(twin, None)
+    return evaluate(inline(twin), task, settings)
 
 
 def _memory(run: Run, settings: Settings) -> dict[str, int]:

@@ -21,7 +21,7 @@ from .plan import Plan
 from .rewrite import plan_of, set_plan, specialize_
 from .setting import phases_in
 from .switched import Switched, switched_modules
-from .values import Value, branch, dense_of, factors_of, in_format_of
+from .values import Split, Value, branch, dense_of, factors_of, in_format_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,17 @@ class Transition:
 
 
 def enter_(
-    net: nn.Module, setting: Setting, optimizer: Optimizer | None = None, *, carry: Carry = Carry.MOVE
+    net: nn.Module,
+    setting: Setting,
+    optimizer: Optimizer | None = None,
+    *,
+    carry: Carry = Carry.MOVE,
+    split: Split | None = None,
 ) -> Transition:
     """Bring every site into its phase, replacing parameters in the net and in the optimizer, with its state.
 
     setting: a phase for all sites, or a mapping of site names (or shell patterns) to phases, others keeping theirs.
+    split: how a deflate finds its factors (``Calibration.split``); by default the truncated SVD of the weight.
     Sites change one by one, the old parameters being freed before the next site is touched; what they held waits in a
     temporary file, so that any failure, interruption included, puts net and optimizer back as they were.
 
@@ -84,7 +90,7 @@ def enter_(
                 "base of an ADAPTOR: transform without share_inputs, or give them another phase"
             )
     moves = [_Move(unit, targets[unit[0][0].site], unit[0][0].rank) for unit in units]
-    return _switch(root, moves, optimizer, carry)
+    return _switch(root, moves, optimizer, carry, split)
 
 
 def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, carry: Carry = Carry.MOVE) -> Transition:
@@ -178,7 +184,9 @@ def _units(sites: Mapping[str, list[Switched]], changing: Iterable[str]) -> list
     return [[sites[name] for name in unit] for unit in units]
 
 
-def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None, carry: Carry) -> Transition:
+def _switch(
+    root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None, carry: Carry, split: Split | None = None
+) -> Transition:
     """All moves, in order, or none of them."""
     _check({modules[0].site: modules for move in moves for modules in move.sites}, optimizer)
     if optimizer is not None and carry is Carry.MOVE and not optim.can_move(optimizer):
@@ -189,7 +197,7 @@ def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None
         for move in moves:
             try:
                 with full_precision():
-                    changes += _change_sites(move, optimizer, carry, journal)
+                    changes += _change_sites(move, optimizer, carry, journal, split)
             except OSError as error:
                 raise TransitionError(
                     f"no room to keep {move.sites[0][0].site} safe during its switch ({error}); "
@@ -200,7 +208,9 @@ def _switch(root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None
 
 
 @torch.no_grad()
-def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journal: Journal) -> list[SiteChange]:
+def _change_sites(
+    move: _Move, optimizer: Optimizer | None, carry: Carry, journal: Journal, split: Split | None
+) -> list[SiteChange]:
     firsts, phase = [modules[0] for modules in move.sites], move.phase
     name, layout = firsts[0].site, firsts[0].layout
     adaptor = Phase.ADAPTOR in (phase, Phase(firsts[0].phase))
@@ -213,7 +223,7 @@ def _change_sites(move: _Move, optimizer: Optimizer | None, carry: Carry, journa
         new = [[(value, {}) for value in branch(firsts[0], move.rank, old_weights[0])]]
         new_weights = old_weights
     elif phase is Phase.LOW:
-        new = factors_of(firsts, old_weights, move.rank, carrying)
+        new = factors_of(firsts, old_weights, move.rank, carrying, split)
         others = [value for value, _ in new[0][1:]]
         new_weights = [layout.join((values[0][0], *others)) for values in new]
     else:

@@ -3,31 +3,182 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .errors import PlanError
+from .calibration import Calibration, calibrate, checked_batches
+from .errors import DynrankWarning, PlanError
 from .inlining import inline
+from .layout import Factors, Layout
 from .locate import is_captured
 from .net import unwrap
+from .overrides import ranks_by_policy
 from .phase import Phase
-from .switched import switched_modules
-from .transition import enter_
+from .ranks import RankPolicy, checked_policy
+from .reranking import rank_units
+from .rewrite import plan_of
+from .switched import Switched, switched_modules
+from .transition import enter_, phases_of, replan_
 
 
-def truncate(net: nn.Module) -> nn.Module:
+@dataclass(frozen=True)
+class Cut:
+    """What became of one site. rank: None where it is dense. error: ‖W − W'‖_F / ‖W‖_F. why: no calibrated cut."""
+
+    site: str
+    rank: int | None
+    error: float = 0.0
+    why: str = ""
+
+
+def truncate(
+    net: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    *,
+    rank: RankPolicy | None = None,
+    sequential: bool = False,
+    shrink: float | None = None,
+) -> nn.Module:
     """The evaluation graph of the net with every site factored: plain torch, with nothing of this package left in it.
 
-    Sites in LOW keep their factors; sites in FULL are cut by plain SVD to the ranks of the plan. The net stays as it
-    is. Raises PlanError for a module that ``transform`` did not make, TransitionError for non-finite weights.
+    Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan. calibration: batches of inputs,
+    each as ``example_inputs``, to keep the *outputs* of each site best; without it, and where a site's outputs do not
+    decide (a warning says which and why), the cut is a plain SVD of the weight, which a dense-trained model rarely
+    survives. rank: decides the ranks anew, on what the outputs hold where there is calibration; a site whose factors
+    would then cost no less than its dense weight becomes dense. sequential: sites are calibrated one after the other,
+    each on what the sites before it give after their cut; as many passes over the data as sites. shrink: see
+    ``lowrank.output_basis``. The net stays as it is.
+
+    Raises PlanError for a module that ``transform`` did not make, TransitionError for non-finite weights,
+    CalibrationError for data that are empty, not finite or do not fit the model.
     """
+    twin = a_twin(net)
+    cuts = cut_(twin, calibration, rank=rank, sequential=sequential, shrink=shrink)
+    plain = [cut for cut in cuts if cut.why and cut.error > 0]
+    if plain:
+        names = ", ".join(cut.site for cut in plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
+        warnings.warn(f"{names}: cut by plain SVD, since {plain[0].why}", DynrankWarning, stacklevel=2)
+    return inline(twin)
+
+
+def a_twin(net: nn.Module) -> nn.Module:
+    """A copy of the net in evaluation mode, to be cut."""
     source = unwrap(net)
     if not is_captured(source):
         raise PlanError(f"{type(net).__name__} cannot be truncated: it was not made by transform or factorize")
     twin = copy.deepcopy(source)
     twin.zero_grad()  # the copy brings pending gradients along, which a switch refuses to lose
-    if switched_modules(twin):
-        enter_(twin, Phase.LOW)
     if not getattr(twin, "fixed_mode", False):
         twin.eval()
-    return inline(twin)
+    return twin
+
+
+def cut_(
+    net: nn.Module,
+    batches: Iterable[Any] | None,
+    *,
+    rank: RankPolicy | None = None,
+    sequential: bool = False,
+    shrink: float | None = None,
+) -> list[Cut]:
+    """Bring every site into its last form, in the net itself; see ``truncate``."""
+    if not switched_modules(net):
+        return []
+    data = None if batches is None else checked_batches(batches)
+    known = None if data is None else calibrate(net, data, shrink=shrink)
+    ranks = _ranks(net, rank, known)
+    changing = {name for name, phase in phases_of(net).items() if phase is not Phase.LOW or _differs(net, name, ranks)}
+    enter_(net, dict.fromkeys(changing, Phase.FULL))
+    replan_(net, plan_of(net).with_ranks({name: r for name, r in ranks.items() if r is not None}))
+    low = {name: Phase.LOW for name in changing if ranks[name] is not None}
+    errors: dict[str, float] = {}
+    for some in _turns(low, known, sequential):
+        if sequential and known is not None and data is not None:
+            known = _updated(known, calibrate(net, data, sites=some, shrink=shrink))
+        cutter = _Cutter(known)
+        errors |= {change.site: change.error for change in enter_(net, some, split=cutter).changes}
+        cutter.fold_(net)
+    why = {} if known is None else known.plain
+    none = "there are no calibration data" if known is None else ""
+    return [
+        Cut(name, r, errors.get(name, 0.0), (none or why.get(name, "")) if name in low else "")
+        for name, r in ranks.items()
+    ]
+
+
+def _ranks(net: nn.Module, policy: RankPolicy | None, known: Calibration | None) -> dict[str, int | None]:
+    """The ranks of the sites; None for those that are to be dense."""
+    if policy is None:
+        return {row.site.name: row.rank for row in plan_of(net).sites}
+    units = rank_units(net, spectrum=None if known is None else known.spectrum)
+    chosen = ranks_by_policy([checked_policy(policy)] * len(units), [unit.curve for unit in units])
+    ranks: dict[str, int | None] = {}
+    for unit, r in zip(units, chosen, strict=True):
+        ranks |= dict.fromkeys(unit.names, r if r < unit.curve.max_rank and unit.pays(r) else None)
+    return ranks
+
+
+def _differs(net: nn.Module, name: str, ranks: Mapping[str, int | None]) -> bool:
+    return switched_modules(net)[name][0].rank != ranks[name]
+
+
+def _turns(low: Mapping[str, Phase], known: Calibration | None, sequential: bool) -> list[dict[str, Phase]]:
+    """The sites to cut together: all of them, or one after the other in the order of their calls."""
+    if known is None or not sequential:
+        return [dict(low)] if low else []
+    turns = []
+    for first in known.order:
+        found = known.moments.get(first)
+        names = [name for name in (found.sites if found else (first,)) if name in low]
+        turns.append(dict.fromkeys(names, Phase.LOW))
+    rest = {name: phase for name, phase in low.items() if not any(name in turn for turn in turns)}
+    return [turn for turn in (*turns, rest) if turn]
+
+
+def _updated(known: Calibration, newer: Calibration) -> Calibration:
+    return Calibration({**known.moments, **newer.moments}, known.plain, known.order, known.shrink)
+
+
+@dataclass
+class _Cutter:
+    """Factors by calibration, remembering what they lose of the mean outputs, which a bias takes up."""
+
+    known: Calibration | None
+    shifts: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
+        found = None if self.known is None else self.known.moments.get(sites[0])
+        factors = None if self.known is None else self.known.split(sites, layout, weight, rank)
+        if found is not None and factors is not None:
+            lost = found.oriented(weight).double() - found.oriented(layout.join(factors)).double()
+            left = found.layout.to_matrices(factors)[0 if found.rows else 1].double()
+            V = nn.functional.normalize(left if found.rows else left.mT, dim=-2)
+            for key, (total, n) in found.sums.items():
+                mean = (total / n)[..., None]
+                shift = lost @ mean if found.of_inputs else mean - V @ (V.mT @ mean)
+                self.shifts[key] = shift.flatten()
+        return factors
+
+    @torch.no_grad()
+    def fold_(self, net: nn.Module) -> None:
+        """Add to the biases what the cuts took from the mean outputs; a module without a bias gets one."""
+        for parameter in net.parameters():
+            if id(parameter) in self.shifts:
+                parameter.add_(self.shifts.pop(id(parameter)).to(parameter.dtype))
+        for modules in switched_modules(net).values():
+            for module in modules:
+                if id(module) in self.shifts:
+                    _add_to_bias(module, self.shifts.pop(id(module)))
+
+
+def _add_to_bias(module: Switched, shift: Tensor) -> None:
+    bias = module._parameters["bias"]
+    like = module.outline if bias is None else bias
+    value = shift.to(like.dtype) if bias is None else (bias.double() + shift).to(bias.dtype)
+    # A bias of its own, should it be another module's too.
+    module._parameters["bias"] = nn.Parameter(value.clone(), requires_grad=module.factors[0].requires_grad)

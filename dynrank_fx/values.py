@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import optim
 from .errors import TransitionError
-from .layout import Factors
+from .layout import Factors, Layout
 from .net import unwrap
 from .optim import State
 from .parameters import parameters_of
@@ -23,14 +23,22 @@ from .switched import Switched, switched_modules
 Value: TypeAlias = tuple[Tensor, State]
 
 
+Split: TypeAlias = Callable[[Sequence[str], Layout, Tensor, int], Factors | None]
+"""Factors of a rank for the weight of a site (or the weights of several that share a factor, one above the other) by
+something else than the weight alone; None where nothing else is known.
+"""
+
+
 def factors_of(
-    firsts: list[Switched], weights: list[Tensor], rank: int, optimizer: Optimizer | None
+    firsts: list[Switched], weights: list[Tensor], rank: int, optimizer: Optimizer | None, split: Split | None = None
 ) -> list[list[Value]]:
     """Per site the values of its new parameters with their optimizer states: all factors, and (left,) of those that
-    share the first one's right.
+    share the first one's right. split: by default the layout's own.
     """
     layout, sizes = firsts[0].layout, [weight.shape[0] for weight in weights]
-    factors = layout.split(torch.cat(weights) if len(weights) > 1 else weights[0], rank)
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+    given = split([module.site for module in firsts], layout, stacked, rank) if split is not None else None
+    factors = layout.split(stacked, rank) if given is None else given
     states: list[State] = [{} for _ in factors]
     if optimizer is not None:
         states = optim.moved_to_factors(optimizer, [parameters_of(m)[0] for m in firsts], factors, layout)

@@ -1,0 +1,327 @@
+"""Output statistics of sites over calibration data, and the cut that keeps the outputs (not the weights) best.
+
+Of the outputs y = W x [m] before the bias, over all rows of all batches, the second moment C [m, m] about their mean
+decides: W' = V Vᵀ W with V the top eigenvectors of C has the least E‖y − y'‖² of all rank-r weights, when
+(I − V Vᵀ) E[y] goes into the bias. Where n < m the moment of the inputs is collected in its place, C = W E[x xᵀ] Wᵀ.
+Sums are kept in float64, one moment per site, and added batch by batch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from . import lowrank
+from .errors import CalibrationError
+from .inputs import fresh, split_inputs
+from .layout import Factors, Layout
+from .locate import regions, untraced
+from .net import evaluating, unwrap
+from .ops import ConvOp, LinearOp, MatmulOp, Op
+from .scopes import same_buffers
+from .switched import STEM, Switched, switched_modules
+from .tokens import has_input_tokens, has_output_tokens, input_tokens, output_tokens, outputs_are_rows
+from .twofactors import TwoFactors
+
+_BYTES = 4 * 2**30
+"""Moments of so many bytes are collected in one pass over the data; sites beyond that take another."""
+
+
+@dataclass
+class Moments:
+    """What was seen of one site, or of the sites that share a right factor.
+
+    sites: the site's name, or those of all that share. rows: whether outputs go along the rows of the matrix view.
+    of_inputs: the sums are over what goes in, not over what comes out. second: Σ y yᵀ [g, k, k]. sums: by id of
+    a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose mean it can take up.
+    """
+
+    sites: tuple[str, ...]
+    layout: TwoFactors
+    rows: bool
+    of_inputs: bool
+    second: Tensor
+    count: int = 0
+    sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def centred(self) -> Tensor:
+        """The moment about the means that a bias can take up."""
+        second = self.second
+        for total, n in self.sums.values():
+            second = second - total[..., :, None] * total[..., None, :] / n
+        return second / max(self.count, 1)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The matrix view with outputs along the rows."""
+        matrix = self.layout.to_matrix(weight)
+        return matrix if self.rows else matrix.mT
+
+    def basis(self, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
+        """Directions of the outputs and the root of what each holds, see ``lowrank.output_basis``.
+
+        shrink: by default k / (k + rows seen), k the size of the moment: next to nothing where there are data.
+        """
+        if shrink is None:
+            k = self.second.shape[-1]
+            shrink = k / (k + self.count) * _SHRINK
+        return lowrank.output_basis(self.oriented(weight), self.centred(), shrink, of_inputs=self.of_inputs)
+
+
+_SHRINK = 0.1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Moments by site. plain: why a site is cut by plain SVD all the same."""
+
+    moments: Mapping[str, Moments]
+    plain: Mapping[str, str]
+    order: tuple[str, ...]
+    """Sites by their first call, those that share a factor by its owner."""
+    shrink: float | None = None
+
+    def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
+        """Factors that keep the outputs of these sites best; None where nothing is known of them."""
+        found = self.moments.get(sites[0])
+        if found is None:
+            return None
+        V = found.basis(weight, self.shrink)[0][..., :rank]
+        if V.shape[-1] < rank:  # the outputs have fewer directions: all of them are kept, and zeros beside
+            return None
+        left, right = lowrank.projected(found.oriented(weight), V)
+        matrices = (left, right) if found.rows else (right.mT, left.mT)
+        return found.layout.from_matrices(matrices, tuple(weight.shape))
+
+    def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
+        """Roots of what each direction of the outputs holds, [g, min(m, n)], largest first: the error of a cut to rank
+        r is the sum of squares beyond it.
+        """
+        found = self.moments.get(site)
+        if found is None:
+            return None
+        return found.basis(weight, 0.0)[1][..., : min(found.layout.matrix_shape(tuple(weight.shape)))].cpu()
+
+
+def calibrate(
+    net: nn.Module, batches: Iterable[Any], *, sites: Collection[str] | None = None, shrink: float | None = None
+) -> Calibration:
+    """Run the net on the batches, in its present phases and in evaluation mode, and collect what its sites give.
+
+    batches: each as ``example_inputs``. sites: by name; all by default. shrink: see ``Moments.basis``.
+
+    Raises CalibrationError where there is no batch, a batch does not fit the model, or numbers are not finite.
+    """
+    root = unwrap(net)
+    data = checked_batches(batches)
+    units = _units(root, sites)
+    moments: dict[str, Moments] = {}
+    plain: dict[str, str] = {}
+    for unit in units:
+        reason = _why_plain(unit[0])
+        if reason:
+            plain |= dict.fromkeys((modules[0].site for modules in unit), reason)
+        else:
+            moments[unit[0][0].site] = _no_moments(unit)
+    order: dict[str, None] = {}
+    with evaluating(root), same_buffers(root), torch.no_grad():
+        for some in _passes([unit for unit in units if unit[0][0].site in moments], moments):
+            _run(root, data, some, moments, order)
+    for name in [name for name, found in moments.items() if found.count == 0]:
+        plain |= dict.fromkeys(moments.pop(name).sites, "the calibration data never reach it")
+    everywhere = {name: found for found in moments.values() for name in found.sites}
+    return Calibration(everywhere, plain, tuple(order), shrink)
+
+
+def checked_batches(batches: Iterable[Any]) -> list[Any]:
+    """The batches as a list. Raises CalibrationError for none, and for numbers that are not finite."""
+    try:
+        data = list(batches)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration data of type {type(batches).__name__} are no batches: give a list"
+        ) from error
+    if not data or not any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(data)):
+        raise CalibrationError("the calibration data are empty: give at least one batch of inputs")
+    for number, batch in enumerate(data):
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                raise CalibrationError(f"calibration batch {number} holds numbers that are not finite: take them out")
+    return data
+
+
+def _units(root: nn.Module, sites: Collection[str] | None) -> list[list[list[Switched]]]:
+    """The sites, each with all its modules; those that share a right factor together, its owner first."""
+    found = switched_modules(root)
+    wanted = [name for name in found if sites is None or name in sites]
+    units = dict.fromkeys(found[name][0].pack or (name,) for name in wanted)
+    return [[found[name] for name in unit] for unit in units]
+
+
+def _why_plain(modules: Sequence[Switched]) -> str | None:
+    """Why the outputs of a site say nothing of its cut."""
+    ops, layout, shape = [op for module in modules for op in module.ops], modules[0].layout, modules[0].shape
+    if not isinstance(layout, TwoFactors):
+        return f"the {layout.name} layout has more than two factors"
+    sides = {outputs_are_rows(op, layout) for op in ops}
+    if None in sides:
+        return f"no factor of the {layout.name} layout of a {ops[0].kind} holds whole outputs"
+    if len(sides) > 1:
+        return "it is used both as it is and transposed"
+    if not all(map(has_input_tokens, ops)) and not all(has_output_tokens(op, shape) for op in ops):
+        return "its uses take parts of it in different ways"
+    return None
+
+
+def _no_moments(unit: Sequence[Sequence[Switched]]) -> Moments:
+    first = unit[0][0]
+    layout, ops = first.layout, [op for modules in unit for module in modules for op in module.ops]
+    assert isinstance(layout, TwoFactors)
+    shape = (sum(modules[0].shape[0] for modules in unit), *first.shape[1:])
+    rows = bool(outputs_are_rows(ops[0], layout))
+    g, (m, n) = layout.to_matrix(first.outline).shape[0], layout.matrix_shape(shape)
+    m, n = (m, n) if rows else (n, m)
+    by_outputs = len(unit) == 1 and all(has_output_tokens(op, shape) for op in ops)
+    of_inputs = all(map(has_input_tokens, ops)) and (n < m or not by_outputs)
+    k = n if of_inputs else m
+    second = torch.zeros(g, k, k, dtype=torch.float64, device=first.outline.device)
+    return Moments(tuple(modules[0].site for modules in unit), layout, rows, of_inputs, second)
+
+
+def _passes(
+    units: Sequence[list[list[Switched]]], moments: Mapping[str, Moments]
+) -> Iterable[list[list[list[Switched]]]]:
+    """The sites in turns whose moments take at most so much memory together, or one site in a turn."""
+    turn: list[list[list[Switched]]] = []
+    size = 0
+    for unit in units:
+        more = moments[unit[0][0].site].second.nbytes
+        if turn and size + more > _BYTES:
+            yield turn
+            turn, size = [], 0
+        turn.append(unit)
+        size += more
+    if turn:
+        yield turn
+
+
+def _run(
+    root: nn.Module,
+    data: Sequence[Any],
+    units: Sequence[list[list[Switched]]],
+    moments: Mapping[str, Moments],
+    order: dict[str, None],
+) -> None:
+    """One pass over the data with hooks on these sites."""
+    handles: list[RemovableHandle] = []
+    free = _free_biases(root)
+    for unit in units:
+        found = moments[unit[0][0].site]
+        for module in unit[0] if len(unit) > 1 else [module for modules in unit for module in modules]:
+            hook = _Watch(found, unit, order, free)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    device = next((p.device for p in root.parameters()), torch.device("cpu"))
+    try:
+        for number, batch in enumerate(data):
+            args, kwargs = split_inputs(pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(batch)))
+            try:
+                root(*args, **kwargs)
+            except Exception as error:
+                raise CalibrationError(
+                    f"calibration batch {number} does not fit the model ({type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else 'no message'}): give batches of the form of the "
+                    "example inputs"
+                ) from error
+            for unit in units:
+                if not bool(torch.isfinite(moments[unit[0][0].site].second).all()):
+                    raise CalibrationError(
+                        f"the outputs of {unit[0][0].site} are not finite on calibration batch {number}: look for a "
+                        "diverged model, or leave the batch out"
+                    )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """A forward pre-hook that adds what a call reads, or gives, to the moments."""
+
+    moments: Moments
+    unit: list[list[Switched]]
+    order: dict[str, None]
+    free: Mapping[int, str]
+
+    def __call__(self, module: Switched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        use, found = int(kwargs.get("use", 0)), self.moments
+        if len(self.unit) > 1 and use != STEM:
+            return  # what the sites of a pack take is the shared input, or what the shared factor made of it
+        op, x, at = module.ops[max(use, 0)], args[0], kwargs.get("at")
+        if found.of_inputs:
+            tokens = input_tokens(op, x, module.shape, at)
+        else:
+            tokens = output_tokens(op, op(x, module.weight, None, at), found.second.shape[0])
+        self.order[found.sites[0]] = None
+        X = tokens.rows.double()
+        part = slice(tokens.start, tokens.start + X.shape[-1])
+        if isinstance(tokens.which, Tensor):
+            found.second[:, part, part].index_add_(0, tokens.which, X.mT @ X)
+        elif tokens.which is not None:
+            found.second[tokens.which, part, part] += (X.mT @ X)[0]
+        else:
+            found.second[:, part, part] += X.mT @ X
+        rows = X.shape[-2] * (1 if tokens.which is None else X.shape[0])
+        found.count += rows
+        key = self._taker(op, module, args[1:])
+        if key is not None:
+            total, n = found.sums.get(key, (0, 0))
+            found.sums[key] = (total + X.sum(-2), n + rows)
+
+    def _taker(self, op: Op, module: Switched, given: tuple[Any, ...]) -> int | None:
+        """The id of what takes up a mean of this call: the module by a bias of its own, or a bias that is given."""
+        own = not given
+        bias = module._parameters["bias"] if own else given[0]
+        if len(self.unit) > 1 or not _adds_constants(op, bias is not None):
+            return None
+        if own:
+            return id(module)
+        return id(bias) if self.free.get(id(bias)) == module.site else None
+
+
+def _adds_constants(op: Op, biased: bool) -> bool:
+    """Whether a constant added to the bias, or given as one, is added to what the op gives."""
+    if isinstance(op, LinearOp | MatmulOp) and (op.view.rows or op.view.columns or op.view.gathered):
+        return False
+    if isinstance(op, MatmulOp):  # addmm takes a bias where matmul takes more axes: only where there is one already
+        return biased and not op.weight_first and not op.batched and (op.alpha, op.beta) == (1, 1)
+    return isinstance(op, LinearOp | ConvOp)
+
+
+def _free_biases(root: nn.Module) -> dict[int, str]:
+    """The parameters that the graphs give to the calls of one site as a bias and read nowhere else, with that site."""
+    takers: dict[int, set[str]] = {}
+    for region in regions(root):
+        net = region.net
+        for graph in dict.fromkeys(net.graphs.values()):
+            for node in graph.nodes:
+                if node.op != "get_attr":
+                    continue
+                value = operator.attrgetter(str(node.target))(net)
+                for user in node.users if isinstance(value, nn.Parameter) else ():
+                    site = net.get_submodule(str(user.target)) if user.op == "call_module" else None
+                    biased = isinstance(site, Switched) and user.args[1:2] == (node,) and user.args[0] is not node
+                    takers.setdefault(id(value), set()).add(site.site if biased else "")  # type: ignore[union-attr,arg-type]
+    outside = {
+        id(p) for _, module in untraced(root) if not isinstance(module, Switched) for p in module._parameters.values()
+    }
+    return {
+        key: next(iter(names))
+        for key, names in takers.items()
+        if len(names) == 1 and "" not in names and key not in outside
+    }
