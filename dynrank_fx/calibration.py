@@ -66,15 +66,13 @@ class Moments:
     def basis(self, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
         """Directions of the outputs and the root of what each holds, see ``lowrank.output_basis``.
 
-        shrink: by default k / (k + rows seen), k the size of the moment: next to nothing where there are data.
+        shrink: by default k / (k + rows seen), k the size of the moment: as much as C itself
+        where there are hardly any data, and next to nothing where there are plenty.
         """
         if shrink is None:
             k = self.second.shape[-1]
-            shrink = k / (k + self.count) * _SHRINK
+            shrink = k / (k + self.count)
         return lowrank.output_basis(self.oriented(weight), self.centred(), shrink, of_inputs=self.of_inputs)
-
-
-_SHRINK = 0.1
 
 
 @dataclass(frozen=True)
