@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import schedules as schedules
     from .budget import Budget as Budget
+    from .calibration import Calibration as Calibration
+    from .calibration import calibrate as calibrate
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .decay import Decay as Decay
     from .decay import factor_decay_ as factor_decay_
+    from .errors import CalibrationError as CalibrationError
     from .errors import CaptureError as CaptureError
     from .errors import DynrankError as DynrankError
     from .errors import DynrankWarning as DynrankWarning
@@ -67,9 +70,11 @@ if TYPE_CHECKING:
 _HOME = {
     "tracing": ("Capture", "capture"),
     "budget": ("Budget",),
+    "calibration": ("Calibration", "calibrate"),
     "checkpoint": ("load", "save"),
     "decay": ("Decay", "factor_decay_"),
     "errors": (
+        "CalibrationError",
         "CaptureError",
         "DynrankError",
         "DynrankWarning",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -39,7 +39,7 @@ class Moments:
     """What was seen of one site, or of the sites that share a right factor.
 
     sites: the site's name, or those of all that share. rows: whether outputs go along the rows of the matrix view.
-    of_inputs: the sums are over what goes in, not over what comes out. second: Σ y yᵀ [g, k, k]. sums: by id of
+    of_inputs: the sums are over what goes in, not over what comes out. second: Σ y yᵀ [g, k, k]. sums: by name of
     a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose mean it can take up.
     """
 
@@ -49,7 +49,7 @@ class Moments:
     of_inputs: bool
     second: Tensor
     count: int = 0
-    sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def centred(self) -> Tensor:
         """The moment about the means that a bias can take up."""
@@ -218,11 +218,11 @@ def _run(
 ) -> None:
     """One pass over the data with hooks on these sites."""
     handles: list[RemovableHandle] = []
-    free = _free_biases(root)
+    free, paths = _free_biases(root), {id(module): name for name, module in root.named_modules()}
     for unit in units:
         found = moments[unit[0][0].site]
         for module in unit[0] if len(unit) > 1 else [module for modules in unit for module in modules]:
-            hook = _Watch(found, unit, order, free)
+            hook = _Watch(found, unit, order, free, paths[id(module)])
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
     try:
@@ -254,7 +254,8 @@ class _Watch:
     moments: Moments
     unit: list[list[Switched]]
     order: dict[str, None]
-    free: Mapping[int, str]
+    free: Mapping[int, tuple[str, str]]
+    path: str
 
     def __call__(self, module: Switched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         use, found = int(kwargs.get("use", 0)), self.moments
@@ -281,15 +282,16 @@ class _Watch:
             total, n = found.sums.get(key, (0, 0))
             found.sums[key] = (total + X.sum(-2), n + rows)
 
-    def _taker(self, op: Op, module: Switched, given: tuple[Any, ...]) -> int | None:
-        """The id of what takes up a mean of this call: the module by a bias of its own, or a bias that is given."""
+    def _taker(self, op: Op, module: Switched, given: tuple[Any, ...]) -> str | None:
+        """The name of what takes up a mean of this call: the module by its own bias, or a bias that is given."""
         own = not given
         bias = module._parameters["bias"] if own else given[0]
         if len(self.unit) > 1 or not _adds_constants(op, bias is not None):
             return None
         if own:
-            return id(module)
-        return id(bias) if self.free.get(id(bias)) == module.site else None
+            return self.path
+        site, name = self.free.get(id(bias), ("", ""))
+        return name if site == module.site else None
 
 
 def _adds_constants(op: Op, biased: bool) -> bool:
@@ -301,25 +303,28 @@ def _adds_constants(op: Op, biased: bool) -> bool:
     return isinstance(op, LinearOp | ConvOp)
 
 
-def _free_biases(root: nn.Module) -> dict[int, str]:
-    """The parameters that the graphs give to the calls of one site as a bias and read nowhere else, with that site."""
+def _free_biases(root: nn.Module) -> dict[int, tuple[str, str]]:
+    """The parameters, by id, that the graphs give to the calls of one site as a bias and that nothing else reads: the
+    site and the parameter's name.
+    """
     takers: dict[int, set[str]] = {}
     for region in regions(root):
-        net = region.net
-        for graph in dict.fromkeys(net.graphs.values()):
+        for graph in dict.fromkeys(region.net.graphs.values()):
             for node in graph.nodes:
-                if node.op != "get_attr":
-                    continue
-                value = operator.attrgetter(str(node.target))(net)
-                for user in node.users if isinstance(value, nn.Parameter) else ():
-                    site = net.get_submodule(str(user.target)) if user.op == "call_module" else None
-                    biased = isinstance(site, Switched) and user.args[1:2] == (node,) and user.args[0] is not node
-                    takers.setdefault(id(value), set()).add(site.site if biased else "")  # type: ignore[union-attr,arg-type]
-    outside = {
-        id(p) for _, module in untraced(root) if not isinstance(module, Switched) for p in module._parameters.values()
-    }
+                value = operator.attrgetter(str(node.target))(region.net) if node.op == "get_attr" else None
+                if isinstance(value, nn.Parameter):
+                    takers.setdefault(id(value), set()).update(_biased(region.net, node, user) for user in node.users)
+    for _, module in untraced(root):
+        if not isinstance(module, Switched):
+            takers |= {id(parameter): {""} for parameter in module._parameters.values()}
+    names = {id(parameter): name for name, parameter in root.named_parameters()}
     return {
-        key: next(iter(names))
-        for key, names in takers.items()
-        if len(names) == 1 and "" not in names and key not in outside
+        key: (next(iter(sites)), names[key]) for key, sites in takers.items() if len(sites) == 1 and "" not in sites
     }
+
+
+def _biased(net: nn.Module, node: fx.Node, user: fx.Node) -> str:
+    """The site whose call ``user`` is, with the node as its bias alone; "" for anything else."""
+    module = net.get_submodule(str(user.target)) if user.op == "call_module" else None
+    alone = user.args[1:2] == (node,) and user.all_input_nodes.count(node) == 1 and user.args[0] is not node
+    return module.site if isinstance(module, Switched) and alone else ""

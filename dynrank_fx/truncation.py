@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration, calibrate, checked_batches
-from .errors import DynrankWarning, PlanError
+from .errors import CalibrationError, DynrankWarning, PlanError
 from .inlining import inline
 from .layout import Factors, Layout
 from .locate import is_captured
@@ -38,27 +38,26 @@ class Cut:
 
 def truncate(
     net: nn.Module,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
-    shrink: float | None = None,
 ) -> nn.Module:
     """The evaluation graph of the net with every site factored: plain torch, with nothing of this package left in it.
 
     Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan. calibration: batches of inputs,
-    each as ``example_inputs``, to keep the *outputs* of each site best; without it, and where a site's outputs do not
-    decide (a warning says which and why), the cut is a plain SVD of the weight, which a dense-trained model rarely
-    survives. rank: decides the ranks anew, on what the outputs hold where there is calibration; a site whose factors
+    each as ``example_inputs``, or what ``calibrate`` made of them, to keep the *outputs* of each site best; without it,
+    and where a site's outputs do not decide (a warning says which and why), the cut is a plain SVD of the weight, which
+    a dense-trained model rarely survives. rank: decides the ranks anew, on what the outputs hold where there is calibration; a site whose factors
     would then cost no less than its dense weight becomes dense. sequential: sites are calibrated one after the other,
-    each on what the sites before it give after their cut; as many passes over the data as sites. shrink: see
-    ``lowrank.output_basis``. The net stays as it is.
+    each on what the sites before it give after their cut; as many passes over the data as sites (it needs the
+    batches). The net stays as it is.
 
     Raises PlanError for a module that ``transform`` did not make, TransitionError for non-finite weights,
     CalibrationError for data that are empty, not finite or do not fit the model.
     """
     twin = a_twin(net)
-    cuts = cut_(twin, calibration, rank=rank, sequential=sequential, shrink=shrink)
+    cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
     plain = [cut for cut in cuts if cut.why and cut.error > 0]
     if plain:
         names = ", ".join(cut.site for cut in plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
@@ -80,17 +79,19 @@ def a_twin(net: nn.Module) -> nn.Module:
 
 def cut_(
     net: nn.Module,
-    batches: Iterable[Any] | None,
+    calibration: Calibration | Iterable[Any] | None,
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
-    shrink: float | None = None,
 ) -> list[Cut]:
     """Bring every site into its last form, in the net itself; see ``truncate``."""
     if not switched_modules(net):
         return []
-    data = None if batches is None else checked_batches(batches)
-    known = None if data is None else calibrate(net, data, shrink=shrink)
+    if sequential and (calibration is None or isinstance(calibration, Calibration)):
+        raise CalibrationError("to calibrate the sites one after the other takes batches: give a list of inputs")
+    data = None if calibration is None or isinstance(calibration, Calibration) else checked_batches(calibration)
+    known = calibrate(net, data) if data is not None else calibration
+    assert known is None or isinstance(known, Calibration)
     ranks = _ranks(net, rank, known)
     changing = {name for name, phase in phases_of(net).items() if phase is not Phase.LOW or _differs(net, name, ranks)}
     enter_(net, dict.fromkeys(changing, Phase.FULL))
@@ -98,9 +99,7 @@ def cut_(
     low = {name: Phase.LOW for name in changing if ranks[name] is not None}
     errors: dict[str, float] = {}
     for some in _turns(low, known, sequential):
-        if sequential and known is not None and data is not None:
-            known = _updated(known, calibrate(net, data, sites=some, shrink=shrink))
-        cutter = _Cutter(known)
+        cutter = _Cutter(calibrate(net, data or (), sites=some) if sequential else known)
         errors |= {change.site: change.error for change in enter_(net, some, split=cutter).changes}
         cutter.fold_(net)
     why = {} if known is None else known.plain
@@ -140,16 +139,12 @@ def _turns(low: Mapping[str, Phase], known: Calibration | None, sequential: bool
     return [turn for turn in (*turns, rest) if turn]
 
 
-def _updated(known: Calibration, newer: Calibration) -> Calibration:
-    return Calibration({**known.moments, **newer.moments}, known.plain, known.order, known.shrink)
-
-
 @dataclass
 class _Cutter:
     """Factors by calibration, remembering what they lose of the mean outputs, which a bias takes up."""
 
     known: Calibration | None
-    shifts: dict[int, Tensor] = field(default_factory=dict)
+    shifts: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
         found = None if self.known is None else self.known.moments.get(sites[0])
@@ -167,16 +162,16 @@ class _Cutter:
     @torch.no_grad()
     def fold_(self, net: nn.Module) -> None:
         """Add to the biases what the cuts took from the mean outputs; a module without a bias gets one."""
-        for parameter in net.parameters():
-            if id(parameter) in self.shifts:
-                parameter.add_(self.shifts.pop(id(parameter)).to(parameter.dtype))
-        for modules in switched_modules(net).values():
-            for module in modules:
-                if id(module) in self.shifts:
-                    _add_to_bias(module, self.shifts.pop(id(module)))
+        parameters = dict(net.named_parameters())
+        for name, shift in self.shifts.items():
+            if name in parameters:
+                parameters[name].add_(shift.to(parameters[name].dtype))
+            else:
+                _add_to_bias(net.get_submodule(name), shift)
 
 
-def _add_to_bias(module: Switched, shift: Tensor) -> None:
+def _add_to_bias(module: nn.Module, shift: Tensor) -> None:
+    assert isinstance(module, Switched)
     bias = module._parameters["bias"]
     like = module.outline if bias is None else bias
     value = shift.to(like.dtype) if bias is None else (bias.double() + shift).to(bias.dtype)
