@@ -60,11 +60,12 @@ def _synchronize() -> None:
 
 def machine() -> str:
     """The machine in one line, for a table."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, no GPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, no GPU"
     return f"{device}; {torch.get_num_threads()} threads; torch {torch.__version__}; Python {platform.python_version()}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

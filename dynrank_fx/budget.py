@@ -2,7 +2,8 @@
 
 Every site has a curve of (cost, error) over its ranks, the dense weight being its last point, at error 0. The lower
 convex hulls of all curves are gone along together, always the steepest step next (one multiplier on cost for all
-sites), and what is left of the budget is filled greedily. Errors are shares: Σ_{i>r} σ_i² / Σ σ_i².
+sites), and what is left of the budget is filled greedily. Errors are shares, Σ_{i>r} σ_i² / Σ σ_i², by the weight of
+the site.
 """
 
 from __future__ import annotations
@@ -19,36 +20,41 @@ Point: TypeAlias = tuple[float, float, int]
 """(cost, error, rank) of a site."""
 
 _ROUNDING = 1e-12
-_WORDS = {"params": "parameters", "flops": "FLOPs"}
+_WORDS = {"params": "parameters", "flops": "FLOPs", "latency": "measured times"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The ranks of least error with which the whole model takes this share of the dense one's parameters or FLOPs.
+    """The ranks of least error with which the whole model takes this share of the dense one's parameters, FLOPs or
+    measured latency (where sites have been timed: ``compress``).
 
-    Give one of the two. A site whose factors would cost no less than its dense weight gets its full rank. Raises
+    Give one of the three. A site whose factors would cost no less than its dense weight gets its full rank. Raises
     PlanError for a share that even rank 1 everywhere cannot meet, and says the least one that can.
     """
 
     params: float | None = None
     flops: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        given = [share for share in (self.params, self.flops) if share is not None]
+        given = [share for share in (self.params, self.flops, self.latency) if share is not None]
         if len(given) != 1:
-            raise PlanError("a budget is of one thing: give params=0.5 or flops=0.5")
+            raise PlanError("a budget is of one thing: give params=0.5, flops=0.5 or latency=0.8")
         if not 0 < given[0] <= 1:
             raise PlanError(f"a budget of {given[0]} is no share of the dense model; give one above 0 and at most 1")
+
+    @property
+    def of(self) -> tuple[str, float]:
+        """What it is a budget of, and the share."""
+        return next((what, share) for what, share in vars(self).items() if share is not None)
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         if not curves:
             return []
-        metric, share = ("params", self.params) if self.params is not None else ("flops", self.flops)
-        assert share is not None
+        metric, share = self.of
         if any(metric not in curve.costs for curve in curves):
-            raise PlanError(
-                f"{_WORDS[metric]} of the sites are unknown: give example inputs, or a budget of parameters"
-            )
+            how = "let compress time the sites" if metric == "latency" else "give example inputs"
+            raise PlanError(f"the {_WORDS[metric]} of the sites are unknown: {how}, or give a budget of parameters")
         room = share - curves[0].costs[metric].rest
         points = [points_of(curve, metric) for curve in curves]
         least = sum(row[0][0] for row in points)
@@ -67,7 +73,7 @@ def points_of(curve: Curve, metric: str) -> list[Point]:
     total = float(energy.sum()) or 1.0
     tail = (energy.sum() - energy.cumsum(0)).clamp_min(0).tolist()
     ranks = curve.rungs or range(1, curve.max_rank + 1)
-    points = [(cost.at(r), tail[r - 1] / total, r) for r in ranks if cost.at(r) < cost.dense]
+    points = [(cost.at(r), curve.weight * tail[r - 1] / total, r) for r in ranks if cost.at(r) < cost.dense]
     return [*points, (cost.dense, 0.0, curve.max_rank)]
 
 

@@ -57,25 +57,35 @@ def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None =
     providers: by default CUDA where it works, else the CPU. Raises ExportError for a provider that does not come up,
     and for a file that cannot be run.
     """
-    ort, path = runtime(), Path(path)
+    path = Path(path)
     if not path.is_file():
         raise ExportError(f"there is no file {path} to run: export it first")
+    return _opened(os.fspath(path), path.name, providers)
+
+
+def session_of(model: bytes, provider: Provider) -> Any:
+    """As ``session``, of a serialized model and one provider."""
+    return _opened(model, "the model", (provider,))
+
+
+def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None) -> Any:
+    ort = runtime()
     available = ort.get_available_providers()
     cuda = "CUDAExecutionProvider" in available and torch.cuda.is_available()
     asked = list(providers or (*(("CUDAExecutionProvider",) if cuda else ()), "CPUExecutionProvider"))
     names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
-    for name in names:
-        if name not in available:
-            raise ExportError(f"this onnxruntime has no {name}: ask for one of {', '.join(available)}")
+    for each in names:
+        if each not in available:
+            raise ExportError(f"this onnxruntime has no {each}: ask for one of {', '.join(available)}")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong comes back as an exception, or as another provider
     try:
-        opened = ort.InferenceSession(os.fspath(path), options, providers=asked, enable_fallback=0)
+        opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as error:
         if cuda and not providers:
-            return session(path, ("CPUExecutionProvider",))
+            return _opened(source, name, ("CPUExecutionProvider",))
         raise ExportError(
-            f"onnxruntime cannot run {path.name} with {names[0]} ({reason(error)}): export it again, in another type, "
+            f"onnxruntime cannot run {name} with {names[0]} ({reason(error)}): export it again, in another type, "
             "or ask for another provider"
         ) from error
     used = opened.get_providers()[0]

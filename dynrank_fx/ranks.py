@@ -31,7 +31,8 @@ class Curve:
 
     max_rank: the rank that loses nothing. spectrum: singular values per group [g, max_rank], computed when asked for.
     matrix: rows and columns of a group. rungs: the ranks to choose from, rising; empty for all. costs: by what is
-    counted, ``params`` or ``flops`` (which are there only where the inputs are known).
+    counted, ``params`` or ``flops`` (which are there only where the inputs are known). weight: what an error of all its
+    energy does to the model, over what that of another site does; 1 where that is not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Curve:
     matrix: tuple[int, int] = (1, 1)
     rungs: tuple[int, ...] = ()
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 class RankPolicy(Protocol):

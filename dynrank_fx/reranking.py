@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -48,17 +48,38 @@ class RankUnit:
     def names(self) -> tuple[str, ...]:
         return tuple(row.site.name for row in self.rows)
 
-    def pays(self, rank: int) -> bool:
-        """Whether factors of this rank cost less than the dense weight, in everything that is counted."""
-        return all(cost.at(rank) < cost.dense for cost in self.curve.costs.values() if cost.dense)
+    def pays(self, rank: int, *what: str) -> bool:
+        """Whether factors of this rank cost less than the dense weight, in these things or in all that are counted."""
+        costs = [self.curve.costs[name] for name in what or self.curve.costs]
+        return all(cost.at(rank) < cost.dense for cost in costs if cost.dense)
 
+
+_EVEN: Mapping[str, float] = {}
 
 Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""
 
 
-def rank_units(net: nn.Module, *, ladder: int | None = None, spectrum: Spectrum | None = None) -> list[RankUnit]:
-    """What of the net gets ranks, with curves of its present weights. ladder: see ``reranked``; None for all ranks."""
+Timing: TypeAlias = Callable[[Sequence[PlannedSite]], Cost | None]
+"""What a site, or those that share a factor, take in measured time, in shares of the dense model's; None: not known."""
+
+
+def rank_units(
+    net: nn.Module,
+    *,
+    ladder: int | None = None,
+    multiple_of: int = 1,
+    spectrum: Spectrum | None = None,
+    timing: Timing | None = None,
+    margin: float | None = None,
+    weights: Mapping[str, float] = _EVEN,
+) -> list[RankUnit]:
+    """What of the net gets ranks, with curves of its present weights.
+
+    ladder: see ``reranked``; by default ranks are the multiples of multiple_of. timing: adds a cost of ``latency``;
+    margin: then leaves only the ranks that are faster than dense by more than this share of its time. weights: of the
+    curves, by the first name.
+    """
     plan, modules = plan_of(net), switched_modules(unwrap(net))
     totals = {"params": plan.total_params, "flops": plan.total_flops}
     rows = {row.site.name: row for row in plan.sites}
@@ -66,15 +87,29 @@ def rank_units(net: nn.Module, *, ladder: int | None = None, spectrum: Spectrum 
     for names in dict.fromkeys(row.pack or (row.site.name,) for row in plan.sites):
         unit = tuple(rows[name] for name in names)
         costs = costs_of([row.site for row in unit], unit[0].layout, totals)
-        firsts = [modules[name][0] for name in names]
-        found.append(RankUnit(unit, _curve(unit, firsts, ladder, costs, spectrum)))
+        curve = _curve(unit, [modules[name][0] for name in names], ladder, multiple_of, costs, spectrum)
+        curve = replace(curve, weight=weights.get(names[0], 1.0))
+        found.append(RankUnit(unit, curve if timing is None else _timed(curve, timing(unit), margin)))
     return found
+
+
+def _timed(curve: Curve, time: Cost | None, margin: float | None) -> Curve:
+    """The curve with measured times. What could not be timed counts nothing, and every rank of it stays."""
+    if time is None:
+        return replace(curve, costs={**curve.costs, "latency": Cost(0.0, lambda rank: 0.0)})
+    curve = replace(curve, costs={**curve.costs, "latency": time})
+    if margin is None:
+        return curve
+    ranks = curve.rungs or range(1, curve.max_rank + 1)
+    faster = tuple(rank for rank in ranks if time.at(rank) < (1 - margin) * time.dense)
+    return replace(curve, rungs=faster or (curve.max_rank,))
 
 
 def _curve(
     unit: Sequence[PlannedSite],
     modules: Sequence[Switched],
     ladder: int | None,
+    multiple_of: int,
     costs: dict[str, Cost],
     given: Spectrum | None,
 ) -> Curve:
@@ -91,5 +126,7 @@ def _curve(
             values = lowrank.singular_values(layout.to_matrix(torch.cat(weights)))
         return torch.nn.functional.pad(values, (0, limit - values.shape[-1]))
 
-    rungs = tuple(sorted({-(-limit * step // ladder) for step in range(1, ladder + 1)})) if ladder else ()
+    rungs: tuple[int, ...] = () if multiple_of == 1 else (*range(multiple_of, limit, multiple_of), limit)
+    if ladder is not None:
+        rungs = tuple(sorted({-(-limit * step // ladder) for step in range(1, ladder + 1)}))
     return Curve(unit[0].site.name, limit, spectrum, layout.matrix_shape(shape), rungs, costs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .budget import Budget
 from .calibration import Calibration, calibrate, checked_batches
 from .errors import CalibrationError, DynrankWarning, PlanError
 from .inlining import inline
@@ -20,7 +21,7 @@ from .net import unwrap
 from .overrides import ranks_by_policy
 from .phase import Phase
 from .ranks import RankPolicy, checked_policy
-from .reranking import rank_units
+from .reranking import RankUnit, rank_units
 from .rewrite import plan_of
 from .switched import Switched, switched_modules
 from .transition import enter_, phases_of, replan_
@@ -48,10 +49,10 @@ def truncate(
     Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan. calibration: batches of inputs,
     each as ``example_inputs``, or what ``calibrate`` made of them, to keep the *outputs* of each site best; without it,
     and where a site's outputs do not decide (a warning says which and why), the cut is a plain SVD of the weight, which
-    a dense-trained model rarely survives. rank: decides the ranks anew, on what the outputs hold where there is calibration; a site whose factors
-    would then cost no less than its dense weight becomes dense. sequential: sites are calibrated one after the other,
-    each on what the sites before it give after their cut; as many passes over the data as sites (it needs the
-    batches). The net stays as it is.
+    a dense-trained model rarely survives. rank: decides the ranks anew, on what the outputs hold where there is
+    calibration; a site whose factors would then cost no less than its dense weight becomes dense. sequential: sites are
+    calibrated one after the other, each on what the sites before it give after their cut; as many passes over the
+    batches as sites. The net stays as it is.
 
     Raises PlanError for a module that ``transform`` did not make, TransitionError for non-finite weights,
     CalibrationError for data that are empty, not finite or do not fit the model.
@@ -92,14 +93,20 @@ def cut_(
     data = None if calibration is None or isinstance(calibration, Calibration) else checked_batches(calibration)
     known = calibrate(net, data) if data is not None else calibration
     assert known is None or isinstance(known, Calibration)
-    ranks = _ranks(net, rank, known)
+    return apply_ranks_(net, ranks_of(net, rank, known), known, data if sequential else None)
+
+
+def apply_ranks_(
+    net: nn.Module, ranks: Mapping[str, int | None], known: Calibration | None, in_turn: Sequence[Any] | None = None
+) -> list[Cut]:
+    """Cut every site to its rank; None makes it dense. in_turn: batches to calibrate one site after the other on."""
     changing = {name for name, phase in phases_of(net).items() if phase is not Phase.LOW or _differs(net, name, ranks)}
     enter_(net, dict.fromkeys(changing, Phase.FULL))
     replan_(net, plan_of(net).with_ranks({name: r for name, r in ranks.items() if r is not None}))
     low = {name: Phase.LOW for name in changing if ranks[name] is not None}
     errors: dict[str, float] = {}
-    for some in _turns(low, known, sequential):
-        cutter = _Cutter(calibrate(net, data or (), sites=some) if sequential else known)
+    for some in _turns(low, known, in_turn is not None):
+        cutter = _Cutter(known if in_turn is None else calibrate(net, in_turn, sites=some))
         errors |= {change.site: change.error for change in enter_(net, some, split=cutter).changes}
         cutter.fold_(net)
     why = {} if known is None else known.plain
@@ -110,15 +117,21 @@ def cut_(
     ]
 
 
-def _ranks(net: nn.Module, policy: RankPolicy | None, known: Calibration | None) -> dict[str, int | None]:
-    """The ranks of the sites; None for those that are to be dense."""
+def ranks_of(
+    net: nn.Module, policy: RankPolicy | None, known: Calibration | None, units: Sequence[RankUnit] = ()
+) -> dict[str, int | None]:
+    """The ranks of the sites by the policy, or the plan's; None for those that are to be dense. units: as
+    ``rank_units`` makes them; by default all ranks, and what the outputs hold where that is known.
+    """
     if policy is None:
         return {row.site.name: row.rank for row in plan_of(net).sites}
-    units = rank_units(net, spectrum=None if known is None else known.spectrum)
+    units = units or rank_units(net, spectrum=None if known is None else known.spectrum)
     chosen = ranks_by_policy([checked_policy(policy)] * len(units), [unit.curve for unit in units])
+    counted = policy.of[:1] if isinstance(policy, Budget) else ()
     ranks: dict[str, int | None] = {}
-    for unit, r in zip(units, chosen, strict=True):
-        ranks |= dict.fromkeys(unit.names, r if r < unit.curve.max_rank and unit.pays(r) else None)
+    for unit, wanted in zip(units, chosen, strict=True):
+        r = min((rung for rung in unit.curve.rungs if rung >= wanted), default=wanted)
+        ranks |= dict.fromkeys(unit.names, r if r < unit.curve.max_rank and unit.pays(r, *counted) else None)
     return ranks
 
 
