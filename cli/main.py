@@ -10,6 +10,7 @@ import click
 from dynrank_fx import __version__
 from dynrank_fx.errors import DynrankError, DynrankWarning
 
+from .compress import compress
 from .export import export
 from .inspect import inspect
 from .report import report
@@ -38,6 +39,8 @@ def cli() -> None:
     dynrank-fx report run                   one page with pictures of what happened
     dynrank-fx export run -o model.onnx     truncate, export, compare in onnxruntime
     dynrank-fx inspect run --plot rank.png  spectra and ranks
+    dynrank-fx compress model.py --budget flops=0.5 -o small.onnx
+                                            make any trained model smaller, without phase training
 
     model.py defines model() and example_inputs(); to train also train_data() and loss(output, batch).
     """
@@ -59,7 +62,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|copyreg)")
 
 
-for command in (transform, train, report, export, inspect):
+for command in (transform, train, report, export, inspect, compress):
     cli.add_command(command)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,7 @@ FUNCTIONS = {
     "example_inputs": Function("", *_INPUTS),
     "train_data": Function("", *_DATA),
     "eval_data": Function("", *_DATA),
+    "calibration_data": Function("", *_DATA),
     "inputs": Function("batch", *_INPUTS),
     "loss": Function("output, batch", Tensor, "a tensor"),
     "metric": Function("output, batch", (Tensor, Real), "a number or a tensor"),
@@ -82,6 +84,18 @@ class ModelFile:
 
     def eval_data(self) -> Iterable[Any] | None:
         return self._call("eval_data") if self.has("eval_data") else None
+
+    def calibration_batches(self, count: int) -> list[Any]:
+        """The first batches that tell what the layers give: of ``calibration_data``, or those of training."""
+        if count == 0:
+            return []
+        name = "calibration_data" if self.has("calibration_data") else "train_data"
+        if not self.has(name):
+            raise ModelFileError(
+                f"{self.path.name} has neither calibration_data() nor train_data(), whose batches tell what the layers "
+                "give: add one, or ask for a plain SVD by --calibrate 0"
+            )
+        return list(islice(self._call(name), count))
 
     def inputs(self, batch: Any) -> Inputs:
         """The model's arguments in a batch: what the file's ``inputs(batch)`` says, or all elements but the last (the

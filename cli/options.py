@@ -59,6 +59,15 @@ _PLAN_OPTIONS = (
 )
 
 
+calibrate_option = click.option(
+    "--calibrate",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Batches of calibration_data() or train_data() that a cut looks at; 0 for a plain SVD.",
+)
+
 # The names under which a command gets them, in the order of `transformed`.
 PLAN_OPTIONS = (
     *("rank", "energy", "include", "exclude", "override", "multiple_of"),

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
     from .checkpoint import load as load
     from .checkpoint import save as save
+    from .compression import Compressed as Compressed
+    from .compression import MaxDrop as MaxDrop
+    from .compression import compress as compress
     from .decay import Decay as Decay
     from .decay import factor_decay_ as factor_decay_
     from .errors import CalibrationError as CalibrationError
@@ -52,11 +55,14 @@ if TYPE_CHECKING:
     from .ranks import Fixed as Fixed
     from .ranks import Ratio as Ratio
     from .ranks import StableRank as StableRank
+    from .recovery import recalibrate_ as recalibrate_
+    from .recovery import recover_ as recover_
     from .reranking import reranked as reranked
     from .rewarm import rewarm_ as rewarm_
     from .rewrite import factorize as factorize
     from .rewrite import plan_of as plan_of
     from .roles import Role as Role
+    from .sitetimes import SiteTimes as SiteTimes
     from .state import train_state as train_state
     from .tracing import Capture as Capture
     from .tracing import capture as capture
@@ -72,6 +78,7 @@ _HOME = {
     "budget": ("Budget",),
     "calibration": ("Calibration", "calibrate"),
     "checkpoint": ("load", "save"),
+    "compression": ("Compressed", "MaxDrop", "compress"),
     "decay": ("Decay", "factor_decay_"),
     "errors": (
         "CalibrationError",
@@ -97,10 +104,12 @@ _HOME = {
     "plan": ("Plan",),
     "planning": ("make_plan",),
     "ranks": ("Energy", "Fixed", "Ratio", "StableRank"),
+    "recovery": ("recalibrate_", "recover_"),
     "reranking": ("reranked",),
     "roles": ("Role",),
     "rewarm": ("rewarm_",),
     "rewrite": ("factorize", "plan_of"),
+    "sitetimes": ("SiteTimes",),
     "state": ("train_state",),
     "transition": ("Transition", "enter_", "phases_of", "replan_"),
     "truncation": ("truncate",),

@@ -18,8 +18,8 @@ from .inputs import fresh, split_inputs
 from .onnxcheck import tensors
 from .scopes import same_buffers
 
-Loss = Callable[[Any, Any], Tensor]
-"""(output, batch) to a number; the batch is that of the calibration data."""
+Loss = Callable[[Any, int], Tensor]
+"""(output, number of the calibration batch it is of) to the loss."""
 
 _TRAINING, _MOMENTUM = 5, 6  # the places of these arguments in aten.batch_norm
 _SHARE = 0.01  # of the root mean square of a parameter: the largest step of one of its numbers
@@ -98,7 +98,7 @@ def recover_(
                     target = call(dense, data[number], number)
                 found = distance(output, target)
             else:
-                found = loss(output, data[number])
+                found = loss(output, number)
             losses.append(float(found.detach()))
             if not math.isfinite(losses[-1]):
                 with torch.no_grad():

@@ -21,12 +21,12 @@ LEVELS = (
     "export landing planning presets recovery sitetimes task values",
     "checkpoint compare pipeline report reranking transition",
     "plots state truncation",
-    "compress phases runplots",
+    "compression phases runplots",
     "page train",
     "progress runfile",
     "cli.modelfile",
     "cli.options cli.runs cli.stopping cli.training",
-    "cli.export cli.inspect cli.report cli.train cli.transform",
+    "cli.compress cli.export cli.inspect cli.report cli.train cli.transform",
     "cli.main",
 )
 LEVEL = {module: level for level, row in enumerate(LEVELS) for module in row.split()}

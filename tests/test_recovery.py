@@ -88,7 +88,7 @@ def test_recovery_by_the_users_loss_and_of_some_parameters(small: nn.Module) -> 
         nn.Identity(),
         data,
         30,
-        loss=lambda z, batch: (z - batch[1]).square().mean(),
+        loss=lambda z, number: (z - data[number][1]).square().mean(),
         names=["inner.head.bias"],
     )
     assert losses[-1] < losses[0]
@@ -99,7 +99,7 @@ def test_a_loss_that_overflows_leaves_the_module_as_it_was(small: nn.Module) -> 
     before = {name: p.detach().clone() for name, p in small.named_parameters()}
     losses = iter([1.0, 1.0, float("inf")])
     with pytest.raises(CalibrationError, match="is inf at step 2"):
-        recover_(small, Net(), batches(), 5, loss=lambda z, batch: (z.square().sum() + 1) * next(losses))
+        recover_(small, Net(), batches(), 5, loss=lambda z, number: (z.square().sum() + 1) * next(losses))
     assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
 
 

@@ -75,6 +75,25 @@ OPTIONS = {
     "report": ["--help", "--out", "-h", "-o"],
     "export": ["--batch", "--help", "--model", "--opset", "--out", "--provider", "-h", "-o"],
     "inspect": ["--help", "--json", "--model", "--plot", "-h"],
+    "compress": [
+        "--budget",
+        "--calibrate",
+        "--exclude",
+        "--help",
+        "--include",
+        "--leave",
+        "--model",
+        "--multiple-of",
+        "--no-timing",
+        "--out",
+        "--provider",
+        "--recover-by",
+        "--recover-steps",
+        "--sequential",
+        "--weights",
+        "-h",
+        "-o",
+    ],
 }
 
 
@@ -83,7 +102,7 @@ def command(name: str) -> click.Command:
 
 
 def test_the_commands() -> None:
-    assert list(cli.commands) == ["transform", "train", "report", "export", "inspect"]
+    assert list(cli.commands) == ["transform", "train", "report", "export", "inspect", "compress"]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

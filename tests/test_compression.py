@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx import compress as module
+from dynrank_fx import compression as module
 from dynrank_fx.bench import Pair
-from dynrank_fx.compress import MaxDrop, compress
+from dynrank_fx.compression import MaxDrop, compress
 from dynrank_fx.errors import PlanError
 from dynrank_fx.onnxcheck import session_of
 from dynrank_fx.onnxsite import site_model

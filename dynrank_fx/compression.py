@@ -108,10 +108,10 @@ def compress(
     model: any nn.Module, or a net of ``transform`` in any phase. budget: ``Budget(flops=0.5)`` and the like,
     ``MaxDrop(0.01)`` of ``metric`` (larger is better), or any rank policy. calibration: batches of inputs; without
     them the cut is a plain SVD. recover_steps: of fine-tuning towards the dense model's outputs, or by ``loss(output,
-    batch)``. times: measures sites where the model is to run (the shapes are those of the example inputs); a site that
-    is not faster factored stays dense, and the whole is never slower than the dense model, unless the budget is one of
-    parameters. None to measure nothing. multiple_of: ranks are multiples of it. include, exclude, leave: as in
-    ``make_plan``. sequential: as in ``truncate``.
+    number of the calibration batch)``. times: measures sites where the model is to run (the shapes are those of the
+    example inputs); a site that is not faster factored stays dense, and the whole is never slower than the dense model,
+    unless the budget is one of parameters. None to measure nothing. multiple_of: ranks are multiples of it. include,
+    exclude, leave: as in ``make_plan``. sequential: as in ``truncate``.
 
     Raises PlanError for a budget that cannot be met (and says the least one that can), CalibrationError for data that
     do not serve; the model stays as it is.
@@ -202,9 +202,9 @@ class _Work:
         ranks = ranks_of(twin, policy, self.known, units)
         cuts = apply_ranks_(twin, ranks, self.known, self.data if self.sequential else None)
         module = inline(twin)
-        if self.data is not None:
+        if self.data is not None and any(cut.error > 0 for cut in cuts):
             recalibrate_(module, self.data)
-            if self.recover_steps and any(cut.rank is not None for cut in cuts):
+            if self.recover_steps:
                 recover_(module, self.dense, self.data, self.recover_steps, loss=self.loss)
         return _Candidate(module, tuple(cuts))
 

@@ -1,0 +1,105 @@
+"""``dynrank-fx compress``: from a trained model or a run to a smaller file, within the budget or in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import Result
+
+from dynrank_fx.cli.modelfile import load_model_file
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def weights(write: Run) -> str:
+    """Weights that are not those of ``model()``."""
+    torch.manual_seed(7)
+    model = load_model_file(Path(write())).model()
+    torch.save(model.state_dict(), "weights.pt")
+    return "weights.pt"
+
+
+def stored(path: str) -> int:
+    model = onnx.load(path)
+    return sum(int(np.prod(each.dims)) for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT)
+
+
+def test_a_model_becomes_a_smaller_file_with_its_plan(weights: str, run: Run, folder: Path) -> None:
+    result = run("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "-o", "m.onnx", "--no-timing")
+    assert "of dense)" in result.stdout
+    assert "metric      " in result.stdout
+    assert "agrees with PyTorch on batches 1, 2, 5" in result.stdout
+    model = load_model_file(Path("model.py")).model()
+    dense = sum(p.numel() for p in model.parameters())
+    assert stored("m.onnx") <= 0.6 * dense + 2 * 16  # the statistics of the batch norm
+    metadata = {p.key: p.value for p in onnx.load("m.onnx").metadata_props}
+    assert "dense: " in metadata["dynrank_metric"]
+    assert '"rank"' in metadata["dynrank_plan"]
+
+
+def test_with_all_parameters_it_computes_what_the_weights_do(weights: str, run: Run) -> None:
+    run("compress", "model.py", "--weights", weights, "--budget", "params=1", "-o", "m.onnx", "--no-timing")
+    model = load_model_file(Path("model.py")).model()
+    model.load_state_dict(torch.load(weights))
+    x = torch.randn(3, 3, 4, 4)
+    session = onnxruntime.InferenceSession("m.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(np.asarray(y)), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_pytorch_too_and_a_run_and_a_recovery_by_the_loss(write: Run, run: Run, folder: Path) -> None:
+    run("train", write(), "--no-compile", "--epochs", "1", "--schedule", "full", "--out", "r")
+    result = run(
+        *("compress", "r", "--budget", "flops=0.8", "-o", "m.pt", "--no-timing"),
+        *("--recover-steps", "3", "--recover-by", "loss"),
+    )
+    assert result.stdout.splitlines()[-1].startswith("m.pt: a PyTorch module")
+    small = torch.load("m.pt", weights_only=False)
+    assert small(torch.randn(3, 3, 4, 4)).shape == (3, 8)
+
+
+def test_sites_are_timed_by_default(weights: str, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    result = run("compress", "model.py", "--weights", weights, "--budget", "latency=1", "-o", "m.onnx")
+    assert "of dense, in onnxruntime" in result.stdout
+    assert (folder / "cache" / "dynrank-fx" / "times.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--budget", "size=0.5", "-o", "m.onnx"], "'size=0.5' is none: give params=0.5"),
+        (["--budget", "params=half", "-o", "m.onnx"], "'params=half' is none: give params=0.5"),
+        (["--budget", "params=1.5", "-o", "m.onnx"], "a budget of 1.5 is no share of the dense model"),
+        (["--budget", "params=0.01", "-o", "m.onnx"], "0.01 of the dense parameters cannot be met"),
+        (["--budget", "params=0.5", "-o", "m.bin"], "m.bin is neither an .onnx nor a .pt file"),
+        (["--budget", "params=0.5", "-o", "no/m.onnx"], "there is no folder no: make it first"),
+        (["--budget", "params=0.5", "-o", "m.onnx", "--weights", "no.pt"], "there is no file no.pt"),
+        (
+            ["--budget", "params=0.5", "-o", "m.onnx", "--weights", "model.py"],
+            "model.py could not be loaded into model()",
+        ),
+        (["--budget", "params=0.5", "-o", "m.onnx", "--provider", "Toaster"], "this onnxruntime has no Toaster"),
+    ],
+)
+def test_what_cannot_be_is_told(write: Run, refused: Run, folder: Path, options: list[str], sentence: str) -> None:
+    write()
+    assert sentence in refused("compress", "model.py", *options)
+    assert {p.name for p in folder.iterdir()} <= {"model.py", "__pycache__"}
+
+
+def test_a_file_without_data_is_told_what_to_add(write: Run, refused: Run) -> None:
+    write("del train_data")
+    said = refused("compress", "model.py", "--budget", "params=0.5", "-o", "m.onnx")
+    assert said.startswith("model.py has neither calibration_data() nor train_data()")
+    write("def calibration_data():\n        return [(torch.full((2, 3, 4, 4), float('nan')), torch.zeros(2))]")
+    said = refused("compress", "model.py", "--budget", "params=0.5", "-o", "m.onnx")
+    assert "calibration batch 0 holds numbers that are not finite" in said
