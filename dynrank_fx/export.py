@@ -15,19 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import __version__
+from .dynamic import Dynamic, name_dimensions_, named_shapes, sizes_of, with_sizes
 from .errors import CaptureError, ExportError
 from .inlining import holds_captured, inline
-from .inputs import batch_size, in_order, split_inputs
+from .inputs import Inputs, batch_size, in_order, split_inputs, with_batch
 from .net import unwrap
 from .onnxcheck import Agreement, Provider, check_batch_sizes, compare, onnx_inputs, runtime, session
-from .onnxconvert import converted, parameter_count, reason
+from .onnxconvert import converted, parameter_count, reason, renamed
+from .precision import Precision, cast, int8_weights_
 from .scopes import quiet
 
 __all__ = ["Agreement", "ExportReport", "Provider", "export_onnx", "onnx_inputs", "session", "verify_onnx"]
 
+_CPU = "CPUExecutionProvider"
 _MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
 
 
@@ -63,7 +67,13 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic_shapes: Any = None,
+    dynamic: Dynamic | None = None,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+    precision: Precision = Precision.FLOAT32,
+    external_data: bool | None = None,
     batch_sizes: Sequence[int] = (1, 2, 5),
+    more_inputs: Sequence[Any] = (),
     providers: Sequence[Provider] | None = None,
     tolerance: float | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -71,9 +81,14 @@ def export_onnx(
     """Write the module, in evaluation mode, to an ONNX file that onnxruntime agrees with.
 
     module: any nn.Module; a net of ``transform`` is exported in its present phases. dynamic_shapes: as in
-    torch.export; by default the first dimension of every tensor is free. Where the model fixes its batch, the report
-    says so and that batch alone is compared. providers: of onnxruntime; by default CUDA where it works, else the CPU.
-    batch_sizes, tolerance: see ``verify_onnx``. metadata: more ``metadata_props`` for the file.
+    torch.export; by default the first dimension of every tensor is free. dynamic: in its place, free dimensions by
+    argument, under a name, such as ``{"x": {0: "batch"}}``; each is compared at another size too. Where the model fixes
+    its batch, the report says so and that batch alone is compared. input_names, output_names: by default the arguments'
+    own, and ``output`` or what the model calls them. precision: see ``Precision``; compared with the module as it is.
+    external_data: weights in a file of their own, ``path`` with ``.data`` added; by default where one file cannot hold
+    them. batch_sizes, tolerance: see ``verify_onnx``. more_inputs: real inputs to compare on besides. providers: of
+    onnxruntime; by default CUDA where it works, else the CPU; where another ran, the CPU is compared too. metadata:
+    more ``metadata_props`` for the file.
 
     Raises ExportError; then there is no new file, and one that was there is as it was.
     """
@@ -81,22 +96,42 @@ def export_onnx(
     runtime()
     plain = _in_evaluation(module)
     inputs = in_order(plain, split_inputs(example_inputs))
-    _refuse_large(plain)
+    large = _bytes(plain) > _MAX_BYTES
+    if large and external_data is False:
+        raise ExportError(
+            f"{type(module).__name__} has {_bytes(plain) / 1e9:.1f} GB of weights and one ONNX file holds "
+            "2 GB: leave external_data out"
+        )
+    if dynamic is not None and dynamic_shapes is not None:
+        raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
+    shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
     with _replacing(Path(path)) as beside:
-        model, free = converted(plain, inputs, dynamic_shapes, opset)
+        model, free = converted(cast(plain, precision), inputs, shapes, opset)
+        renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
+        if dynamic is not None:
+            name_dimensions_(model, dynamic)
+        reference = _quantized(plain, model) if precision is Precision.INT8_WEIGHTS else plain
+        feeds = list(map(str, (value.name for value in model.graph.input)))
+        _name(model, "input", input_names)
+        _name(model, "output", output_names)
         found = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
         if opset not in (None, found):
             raise ExportError(f"the exporter made opset {found} where {opset} was asked for: leave opset out")
         model.producer_name, model.producer_version = "dynrank-fx", __version__
-        for key, value in {"dynrank_fx_version": __version__, **(metadata or {})}.items():
+        told = {"dynrank_fx_version": __version__, "torch_version": torch.__version__, "precision": precision.value}
+        for key, value in {**told, **(metadata or {})}.items():
             model.metadata_props.add(key=key, value=value)
-        beside.write_bytes(model.SerializeToString())
+        params, outside = parameter_count(model), large or bool(external_data)
+        _write(model, beside, outside)
         _check_file(beside)
+        allowed = precision.tolerance if tolerance is None else tolerance
+        cases = _cases(plain, inputs, batch_sizes if free else (batch_size(inputs) or 1,), dynamic, more_inputs)
         opened = session(beside, providers)
-        sizes = batch_sizes if free else (batch_size(inputs) or 1,)
-        agreements = compare(opened, plain, inputs, sizes, tolerance)
-        file_size = beside.stat().st_size
-    params, provider = parameter_count(model), opened.get_providers()[0]
+        agreements = compare(opened, reference, cases, allowed, feeds)
+        provider = opened.get_providers()[0]
+        if provider != _CPU and providers is None:
+            compare(session(beside, (_CPU,)), reference, cases, allowed, feeds)
+        file_size = sum(file.stat().st_size for file in beside.parent.iterdir())
     return ExportReport(Path(path), provider, found, file_size, params, free, agreements)
 
 
@@ -118,8 +153,8 @@ def verify_onnx(
     Raises ExportError naming the output, the batch, the error and the tolerance, or why the file cannot be run.
     """
     check_batch_sizes(batch_sizes)
-    opened = session(path, providers)
-    agreements = compare(opened, _in_evaluation(module), split_inputs(example_inputs), batch_sizes, tolerance)
+    opened, plain = session(path, providers), _in_evaluation(module)
+    agreements = compare(opened, plain, _cases(plain, split_inputs(example_inputs), batch_sizes), tolerance)
     return opened.get_providers()[0], agreements
 
 
@@ -144,13 +179,48 @@ def _in_evaluation(module: nn.Module) -> nn.Module:
     return inline(twin) if holds_captured(twin) else twin
 
 
-def _refuse_large(module: nn.Module) -> None:
-    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    if size > _MAX_BYTES:
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _quantized(module: nn.Module, model: Any) -> nn.Module:
+    """Store the file's weights as int8; a copy of the module that computes with what they have become."""
+    became = int8_weights_(model)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if name in became and became[name].shape == parameter.shape:
+                parameter.copy_(became[name])
+    return twin
+
+
+def _name(model: Any, what: str, names: Sequence[str]) -> None:
+    """Names for the file's inputs or outputs, in their order."""
+    if not names:
+        return
+    values = list(getattr(model.graph, what))
+    if len(names) != len(values) or len(set(names)) < len(names):
         raise ExportError(
-            f"{type(module).__name__} has {size / 1e9:.1f} GB of weights and one ONNX file holds 2 GB: "
-            "truncate to lower ranks, or export in float16 (external data is not supported yet)"
+            f"the file has {len(values)} {what}s ({', '.join(value.name for value in values)}): give as many {what} "
+            "names, each once"
         )
+    new = dict(zip((value.name for value in values), names, strict=True))
+    renamed(model, lambda name: new.get(name, name))
+
+
+def _cases(
+    module: nn.Module,
+    inputs: Inputs,
+    batch_sizes: Sequence[int],
+    dynamic: Dynamic | None = None,
+    more: Sequence[Any] = (),
+) -> list[Inputs]:
+    """What to compare on: new rows, no two alike, at each batch size; other sizes of named dimensions; real inputs."""
+    cases = [with_batch(inputs, batch, seed=batch) for batch in batch_sizes]
+    if dynamic:
+        sizes = sizes_of(module, inputs, dynamic)
+        cases += [with_sizes(module, inputs, dynamic, {name: size + 1}) for name, size in sizes.items()]
+    return [*cases, *(split_inputs(each) for each in more)]
 
 
 # The file
@@ -167,12 +237,24 @@ def _replacing(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
             beside = Path(folder, path.name)
             yield beside
-            with open(beside, "r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+            # The weights first: a file without them would be none.
+            for made in sorted(Path(folder).iterdir(), key=lambda made: made == beside):
+                with open(made, "r+b") as file:
+                    os.fsync(file.fileno())
+                os.replace(made, path.with_name(made.name))
     except OSError as error:
         why = error.strerror or error
         raise ExportError(f"{path} could not be written ({why}); what was there before is unchanged") from error
+
+
+def _write(model: Any, path: Path, outside: bool) -> None:
+    """One file, or the graph and beside it the weights."""
+    import onnx
+
+    if not outside:
+        path.write_bytes(model.SerializeToString())
+        return
+    onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
 
 
 def _check_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import ExportError
-from .inputs import Inputs, with_batch
+from .inputs import Inputs, batch_size
 from .onnxconvert import joined, reason, tensors
 from .scopes import same_buffers, slow_attention
 
@@ -94,13 +94,19 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     return opened
 
 
-def onnx_inputs(session: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def onnx_inputs(
+    session: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """The arrays to feed: keyword arguments by name, the others in their order.
+
+    names: what the arguments are called, input by input, where the file's inputs have other names.
 
     Tensors the file has no input for (unused ones may have been dropped) are passed over; among positional ones, type
     and shape tell which. Raises ExportError for an input of the file that nothing fits.
     """
-    specs = {spec.name: spec for spec in session.get_inputs()}
+    inputs = session.get_inputs()
+    called = {argument: spec.name for argument, spec in zip(names, inputs, strict=False)}
+    specs = dict(zip(names or [spec.name for spec in inputs], inputs, strict=True))
     leaves = [("", leaf) for leaf in pytree.tree_leaves(list(args))]
     leaves += [(joined(path), leaf) for path, leaf in pytree.tree_flatten_with_path(dict(kwargs))[0]]
     chosen = {name: leaf for name, leaf in leaves if name in specs and isinstance(leaf, Tensor)}
@@ -122,7 +128,7 @@ def onnx_inputs(session: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             )
         if tensor.dtype is torch.bfloat16:
             raise ExportError(f"the ONNX input {name} is bfloat16, which NumPy has not: export in another type")
-        feeds[name] = tensor.detach().cpu().numpy()
+        feeds[called.get(name, name)] = tensor.detach().cpu().numpy()
     return feeds
 
 
@@ -134,14 +140,16 @@ def _fits(tensor: Tensor, spec: Any) -> bool:
 
 
 def compare(
-    opened: Any, module: nn.Module, inputs: Inputs, batch_sizes: Sequence[int], tolerance: float | None
+    opened: Any, module: nn.Module, cases: Sequence[Inputs], tolerance: float | None, names: Sequence[str] = ()
 ) -> tuple[Agreement, ...]:
-    """Both sides on new rows, no two alike, at each batch size."""
-    names = [output.name for output in opened.get_outputs()]
+    """Both sides on each of the inputs. names: what the file's inputs were called after the module's arguments, if they
+    have other names now.
+    """
+    outputs = [output.name for output in opened.get_outputs()]
     agreements = []
-    for batch in batch_sizes:
-        args, kwargs = with_batch(inputs, batch, seed=batch)
-        feeds = onnx_inputs(opened, args, kwargs)
+    for args, kwargs in cases:
+        batch = batch_size((args, kwargs)) or 1
+        feeds = onnx_inputs(opened, args, kwargs, names)
         side = "onnxruntime"
         try:
             got = [torch.from_numpy(np.asarray(array)) for array in opened.run(None, feeds)]
@@ -159,7 +167,7 @@ def compare(
             ) from error
         if len(got) != len(expected):
             raise ExportError(f"the ONNX file has {len(got)} outputs and the module {len(expected)}: export it again")
-        for name, have, want in zip(names, got, expected, strict=True):
+        for name, have, want in zip(outputs, got, expected, strict=True):
             limit = _tolerance(module, args, kwargs, want) if tolerance is None else tolerance
             agreements.append(_agreement(batch, name, have, want, limit))
     return tuple(agreements)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -100,6 +100,23 @@ def _names(program: ExportedProgram) -> list[str]:
             name += "_out"
         names.append(name)
     return names
+
+
+def renamed(model: Any, new: Callable[[str], str]) -> None:
+    """Give every value of the graph, and of the graphs inside it, the name that ``new`` makes of its own."""
+
+    def rename(graph: Any) -> None:
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            value.name = new(value.name)
+        for node in graph.node:
+            for names in (node.input, node.output):
+                names[:] = [new(name) for name in names]
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    if inner.node:
+                        rename(inner)
+
+    rename(model.graph)
 
 
 def _batch_is_free(model: Any, inputs: Inputs) -> bool:

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     "bench errors lowrank lrplan origin phase products randomness table",
-    "auto convolutions inputs net ranks rewarm scopes statetree store",
-    "budget exported onnxconvert ops sameness schedules",
+    "auto convolutions inputs net precision ranks rewarm scopes statetree store",
+    "budget dynamic exported onnxconvert ops sameness schedules",
     "factorlayout onnxcheck recognize sites weightviews",
     "calls symbolic tensorlayouts twofactors",
     "convlayout locate matrixlayout",
