@@ -85,12 +85,17 @@ class ModelFile:
     def eval_data(self) -> Iterable[Any] | None:
         return self._call("eval_data") if self.has("eval_data") else None
 
+    @property
+    def has_calibration(self) -> bool:
+        """Whether the file has batches that tell what the layers give."""
+        return self.has("calibration_data") or self.has("train_data")
+
     def calibration_batches(self, count: int) -> list[Any]:
         """The first batches that tell what the layers give: of ``calibration_data``, or those of training."""
         if count == 0:
             return []
         name = "calibration_data" if self.has("calibration_data") else "train_data"
-        if not self.has(name):
+        if not self.has_calibration:
             raise ModelFileError(
                 f"{self.path.name} has neither calibration_data() nor train_data(), whose batches tell what the layers "
                 "give: add one, or ask for a plain SVD by --calibrate 0"

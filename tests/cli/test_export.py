@@ -34,7 +34,7 @@ def answers(path: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_run_becomes_a_file_that_computes_what_its_truncation_does(trained: str, run: Run, folder: Path) -> None:
-    result = run("export", trained, "-o", "model.onnx")
+    result = run("export", trained, "-o", "model.onnx", "--calibrate", "0")
     assert result.stdout.startswith("model.onnx: ")
     assert "agrees with PyTorch on batches 1, 2, 5" in result.stdout
     assert "CPUExecutionProvider" in result.stdout
@@ -79,7 +79,7 @@ def test_a_run_in_a_folder_of_transform_is_what_is_exported(write: Run, run: Run
     """Not the untrained weights that lie there too."""
     run("transform", write(), "--out", "both")
     run("train", "model.py", "--from", "both", "--no-compile", "--epochs", "1", "--schedule", "full", "--out", "both")
-    run("export", "both", "-o", "model.onnx")
+    run("export", "both", "-o", "model.onnx", "--calibrate", "0")
     bias = store.read(Path("both/checkpoint.safetensors"))[0]["net.6.bias"]
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load("model.onnx").graph.initializer]
     assert any(array.shape == (8,) and np.array_equal(array, bias.numpy()) for array in stored)
@@ -133,3 +133,18 @@ def test_a_folder_that_is_neither(write: Run, refused: Callable[..., str], folde
     assert refused("export", "empty", "-o", "x.onnx") == f"empty {sentence}"
     assert refused("export", "model.py", "-o", "x.onnx") == f"model.py {sentence}"
     assert refused("inspect", "empty") == f"empty {sentence}"
+
+
+def test_types_names_and_free_dimensions(trained: str, run: Run, refused: Run, folder: Path) -> None:
+    run(
+        *("export", trained, "-o", "m.onnx", "--precision", "int8", "--dynamic", "input:0=images"),
+        *("--input-name", "pixels", "--output-name", "scores", "--external-data"),
+    )
+    assert {"m.onnx", "m.onnx.data"} <= {path.name for path in folder.iterdir()}
+    graph = onnx.load("m.onnx").graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["pixels", "scores"]
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "images"
+    assert any(each.data_type == onnx.TensorProto.INT8 for each in graph.initializer)
+    assert "'input=0' is not ARG:AXIS=NAME" in refused("export", trained, "-o", "n.onnx", "--dynamic", "input=0")
+    assert "takes no tensor 'x'" in refused("export", trained, "-o", "n.onnx", "--dynamic", "x:0=batch")
+    assert not Path("n.onnx").exists()
