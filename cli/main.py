@@ -10,12 +10,14 @@ import click
 from dynrank_fx import __version__
 from dynrank_fx.errors import DynrankError, DynrankWarning
 
+from .bench import bench
 from .compress import compress
 from .export import export
 from .inspect import inspect
 from .report import report
 from .train import train
 from .transform import transform
+from .verify import verify
 
 
 class _Commands(click.Group):
@@ -41,6 +43,9 @@ def cli() -> None:
     dynrank-fx inspect run --plot rank.png  spectra and ranks
     dynrank-fx compress model.py --budget flops=0.5 -o small.onnx
                                             make any trained model smaller, without phase training
+    dynrank-fx verify a.onnx b.onnx         whether they compute the same, and which layer does not
+    dynrank-fx bench a.onnx --against b.onnx
+                                            latency, throughput, and the ratio of neighbouring runs
 
     model.py defines model() and example_inputs(); to train also train_data() and loss(output, batch).
     """
@@ -62,7 +67,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|copyreg)")
 
 
-for command in (transform, train, report, export, inspect, compress):
+for command in (transform, train, report, export, inspect, compress, verify, bench):
     cli.add_command(command)
 
 

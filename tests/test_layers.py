@@ -19,14 +19,14 @@ LEVELS = (
     "finding optim overrides plan switched tokens tracing",
     "calibration decay inlining onnxsite packs parameters rewrite setting",
     "export landing planning presets recovery sitetimes task values",
-    "checkpoint compare pipeline report reranking transition",
-    "plots state truncation",
+    "checkpoint compare onnxbench pipeline report reranking transition",
+    "onnxdiff plots state truncation",
     "compression phases runplots",
     "page train",
     "progress runfile",
     "cli.modelfile",
     "cli.options cli.runs cli.stopping cli.training",
-    "cli.compress cli.export cli.inspect cli.report cli.train cli.transform",
+    "cli.bench cli.compress cli.export cli.inspect cli.report cli.train cli.transform cli.verify",
     "cli.main",
 )
 LEVEL = {module: level for level, row in enumerate(LEVELS) for module in row.split()}

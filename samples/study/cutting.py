@@ -1,4 +1,4 @@
-"""How to cut a dense-trained model: `python samples/study/cutting.py`. Prints a Markdown table, accuracy by way and size.
+"""How to cut a dense-trained model: `python samples/study/cutting.py`. Prints accuracy by way and size.
 
 Each row has as many parameters as one rank ratio for all sites gives; seed 0, 16 batches of training inputs.
 """

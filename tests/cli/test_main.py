@@ -109,6 +109,8 @@ OPTIONS = {
         "-h",
         "-o",
     ],
+    "verify": ["--batch", "--help", "--provider", "--tolerance", "-h"],
+    "bench": ["--against", "--batch", "--help", "--json", "--provider", "--repeats", "-h"],
 }
 
 
@@ -117,7 +119,7 @@ def command(name: str) -> click.Command:
 
 
 def test_the_commands() -> None:
-    assert list(cli.commands) == ["transform", "train", "report", "export", "inspect", "compress"]
+    assert list(cli.commands) == ["transform", "train", "report", "export", "inspect", "compress", "verify", "bench"]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

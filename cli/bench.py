@@ -1,0 +1,43 @@
+"""``dynrank-fx bench``: how fast an ONNX file runs, alone or against another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("file", type=Path)
+@click.option("--against", type=Path, metavar="FILE", help="Another file of the same inputs, run in turn with it.")
+@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="By default 1, 8 and 32.")
+@click.option("--provider", metavar="NAME", help="Of onnxruntime; by default the best there is.")
+@click.option("--repeats", type=click.IntRange(min=5), default=100, show_default=True, help="Runs that are timed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+def bench(
+    file: Path, against: Path | None, batches: tuple[int, ...], provider: str | None, repeats: int, as_json: bool
+) -> None:
+    """Time an ONNX file in onnxruntime on random inputs: median, p90 and p99, throughput, memory.
+
+    The provider that really ran is named; one that does not come up is an error. The ratio is the median over pairs of
+    neighbouring runs of FILE and the other, below 1 where FILE is faster.
+
+    \b
+    Example:
+      dynrank-fx bench small.onnx --against dense.onnx
+    """
+    from dynrank_fx.bench import machine
+    from dynrank_fx.onnxbench import bench_onnx, table
+
+    timings = bench_onnx(
+        file,
+        against,
+        batch_sizes=batches or (1, 8, 32),
+        providers=[provider] if provider else None,
+        repeats=repeats,
+    )
+    if as_json:
+        click.echo(json.dumps({"machine": machine(), "timings": [each.to_json() for each in timings]}, indent=1))
+    else:
+        click.echo(f"{table(timings)}\n\n{machine()}")

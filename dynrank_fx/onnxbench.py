@@ -1,0 +1,136 @@
+"""How fast an ONNX file runs, by the provider that really runs it, alone or in turn with another file."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bench import interleaved
+from .errors import ExportError
+from .onnxcheck import Provider, session
+from .sitetimes import bound
+from .table import text_table
+
+_TYPES = {"float": "float32", "double": "float64", "float16": "float16", "int64": "int64", "int32": "int32"}
+_TYPES |= {"bool": "bool", "uint8": "uint8", "int8": "int8"}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One file at one batch size. Times in seconds; ratio: the median of neighbouring pairs, over the other file.
+
+    memory: bytes by which the process grew from before the session was made to after it ran.
+    """
+
+    file: str
+    provider: str
+    batch: int
+    median: float
+    p90: float
+    p99: float
+    throughput: float
+    memory: int
+    ratio: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench_onnx(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    providers: Sequence[Provider] | None = None,
+    repeats: int = 100,
+    warmup: int = 10,
+) -> list[Timing]:
+    """Latencies on random inputs that lie where the provider wants them (IO binding), after a warm-up.
+
+    against: another file of the same inputs, run in turn with the first. A file whose batch is fixed is run at that
+    alone. Raises ExportError for a file that cannot be run, and for a provider that does not come up.
+    """
+    files = [Path(path), *([Path(against)] if against is not None else [])]
+    before = _resident()
+    opened, sizes = [], []
+    for file in files:
+        opened.append(session(file, providers))
+        sizes.append(_resident())
+    found = []
+    for batch in _batches(opened[0], batch_sizes):
+        calls = [bound(each, random_inputs(each, batch)) for each in opened]
+        for call in calls * warmup:
+            call()
+        grown = [size - base for size, base in zip(sizes, [before, *sizes], strict=False)]
+        ratio = interleaved(calls[-1], calls[0], repeats=max(repeats // 2, 5), warmup=0).ratio if against else None
+        times = [_times(call, repeats) for call in calls]
+        for i, (file, each) in enumerate(zip(files, opened, strict=True)):
+            ordered = sorted(times[i])
+            p90, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.9, 0.99))
+            median = statistics.median(ordered)
+            over = ratio if i == 0 else None
+            provider = each.get_providers()[0]
+            found.append(Timing(str(file), provider, batch, median, p90, p99, batch / median, max(0, grown[i]), over))
+    return found
+
+
+def random_inputs(opened: Any, batch: int, seed: int = 0) -> dict[str, Any]:
+    """Inputs of a session's types and shapes: normal floats, zeros and ones for integers, free sizes all the batch."""
+    generator, feeds = np.random.default_rng(seed), {}
+    for spec in opened.get_inputs():
+        kind = _TYPES.get(spec.type.removeprefix("tensor(").removesuffix(")"))
+        if kind is None:
+            raise ExportError(f"the input {spec.name} is {spec.type}, of which no random values can be made")
+        shape = [
+            size if isinstance(size, int) else (batch if axis == 0 else 16) for axis, size in enumerate(spec.shape)
+        ]
+        if kind.startswith("float"):
+            feeds[spec.name] = generator.standard_normal(shape).astype(kind)
+        else:
+            feeds[spec.name] = generator.integers(0, 2, shape).astype(kind)
+    return feeds
+
+
+def table(timings: Sequence[Timing]) -> str:
+    """The timings as text."""
+    head = ("file", "provider", "batch", "median ms", "p90", "p99", "per second", "memory MB", "ratio")
+    rows = [
+        (
+            t.file,
+            t.provider.removesuffix("ExecutionProvider"),
+            str(t.batch),
+            *(f"{1e3 * value:.3f}" for value in (t.median, t.p90, t.p99)),
+            f"{t.throughput:,.0f}",
+            f"{t.memory / 1e6:.0f}",
+            "" if t.ratio is None else f"{t.ratio:.2f}",
+        )
+        for t in timings
+    ]
+    return text_table(head, rows, right=range(2, 9))
+
+
+def _batches(opened: Any, wanted: Sequence[int]) -> list[int]:
+    first = opened.get_inputs()[0].shape
+    return [first[0]] if first and isinstance(first[0], int) else list(wanted)
+
+
+def _times(call: Callable[[], None], repeats: int) -> list[float]:
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def _resident() -> int:
+    """Bytes of the process at its highest so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

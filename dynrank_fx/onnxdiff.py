@@ -1,0 +1,153 @@
+"""Two ONNX files of one model, compared: their outputs, and which site is the first to differ."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ExportError
+from .onnxbench import random_inputs
+from .onnxcheck import Provider, session, session_of
+from .onnxconvert import reason
+
+_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
+_FACTORS = re.compile(r"\.(weight|left|right|core|first|second|along|across)(_int8)?$")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An output, or the value of a site: errors over all batches, ‖a − b‖ / ‖a‖ and the largest."""
+
+    name: str
+    relative: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """outputs: of both files. sites: what both have, in the order of the first file. tolerance: of ``relative``."""
+
+    outputs: tuple[Difference, ...]
+    sites: tuple[Difference, ...]
+    tolerance: float
+
+    @property
+    def same(self) -> bool:
+        return all(each.relative <= self.tolerance for each in self.outputs)
+
+    @property
+    def first(self) -> Difference | None:
+        """The first site that differs by more than the tolerance."""
+        return next((each for each in self.sites if not each.relative <= self.tolerance), None)
+
+    def __str__(self) -> str:
+        lines = [f"{each.name}: {each.relative:.2g} relative, {each.largest:.2g} at most" for each in self.outputs]
+        if self.first is not None:
+            lines.append(f"the first site to differ is {self.first.name} ({self.first.relative:.2g} relative)")
+        lines.append(f"{'the same' if self.same else 'NOT the same'} within {self.tolerance:g}")
+        return "\n".join(lines)
+
+
+def compare_onnx(
+    one: str | os.PathLike[str],
+    other: str | os.PathLike[str],
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 5),
+    provider: Provider = "CPUExecutionProvider",
+    tolerance: float = 1e-4,
+) -> Verdict:
+    """Both files on the same random inputs. Raises ExportError for a file that is none, and for other inputs or
+    outputs.
+    """
+    plain = [session(path, (provider,)) for path in (one, other)]
+    signatures = [[(spec.name, spec.type) for spec in each.get_inputs()] for each in plain]
+    if signatures[0] != signatures[1]:
+        raise ExportError(
+            f"{Path(one).name} takes {signatures[0]} and {Path(other).name} {signatures[1]}: they are of "
+            "two models, or were exported with other names"
+        )
+    outputs = [[spec.name for spec in each.get_outputs()] for each in plain]
+    if outputs[0] != outputs[1]:
+        raise ExportError(
+            f"{Path(one).name} gives {outputs[0]} and {Path(other).name} {outputs[1]}: they are of two "
+            "models, or were exported with other names"
+        )
+    models = [_loaded(path) for path in (one, other)]
+    values = [_site_values(model) for model in models]
+    shared = [name for name in values[0] if name in values[1]]
+    inside = [
+        _with_outputs(model, [of[name] for name in shared], provider) for model, of in zip(models, values, strict=True)
+    ]
+    at_end: dict[str, list[tuple[Any, Any]]] = {}
+    at_sites: dict[str, list[tuple[Any, Any]]] = {}
+    for batch in batch_sizes:
+        feeds = random_inputs(plain[0], batch, seed=batch)
+        try:
+            got = [_by_name(each, feeds) for each in inside]
+        except Exception as error:
+            raise ExportError(
+                f"a batch of {batch} cannot be run ({reason(error)}): give batch sizes it takes"
+            ) from error
+        for name in outputs[0]:
+            at_end.setdefault(name, []).append((got[0][name], got[1][name]))
+        for name in shared:
+            at_sites.setdefault(name, []).append((got[0][values[0][name]], got[1][values[1][name]]))
+    return Verdict(_differences(at_end), _differences(at_sites), tolerance)
+
+
+def _by_name(opened: Any, feeds: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip((spec.name for spec in opened.get_outputs()), opened.run(None, feeds), strict=True))
+
+
+def _loaded(path: str | os.PathLike[str]) -> Any:
+    import onnx
+
+    try:
+        return onnx.load(path)
+    except Exception as error:
+        raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
+
+
+def _site_values(model: Any) -> dict[str, str]:
+    """By site, the value that its last product gives, in the order of the graph."""
+    weights = {each.name for each in model.graph.initializer}
+    made = {name: node for node in model.graph.node for name in node.output}
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type not in _HEAVY:
+            continue
+        for name in node.input:
+            while (
+                name not in weights and name in made and made[name].op_type in ("DequantizeLinear", "Transpose", "Cast")
+            ):
+                name = made[name].input[0]
+            if name in weights and _FACTORS.search(name):
+                found[_FACTORS.sub("", name)] = node.output[0]  # the last of its factors stays
+    return found
+
+
+def _with_outputs(model: Any, values: Sequence[str], provider: Provider) -> Any:
+    import onnx
+
+    present = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in present)
+    return session_of(model.SerializeToString(), provider)
+
+
+def _differences(found: dict[str, list[tuple[Any, Any]]]) -> tuple[Difference, ...]:
+    return tuple(_difference(name, pairs) for name, pairs in found.items())
+
+
+def _difference(name: str, pairs: Sequence[tuple[Any, Any]]) -> Difference:
+    if any(np.shape(a) != np.shape(b) for a, b in pairs):
+        return Difference(name, float("inf"), float("inf"))
+    a, b = (np.concatenate([np.asarray(pair[i], dtype=np.float64).ravel() for pair in pairs]) for i in (0, 1))
+    gap = a - b
+    scale = float(np.linalg.norm(a)) or 1.0
+    return Difference(name, float(np.linalg.norm(gap)) / scale, float(np.abs(gap).max(initial=0.0)))

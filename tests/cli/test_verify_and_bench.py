@@ -1,0 +1,100 @@
+"""``verify`` names the first layer that differs; ``bench`` times what really runs, or says that it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+
+import dynrank_fx as dr
+from dynrank_fx.cli.modelfile import load_model_file
+from dynrank_fx.onnxdiff import compare_onnx
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def files(write: Run) -> tuple[str, str]:
+    """The model of the model file, and the same with another weight in its second matrix."""
+    torch.manual_seed(0)
+    file = load_model_file(Path(write()))
+    model = file.model()
+    dr.export_onnx(model, file.example_inputs(), "one.onnx")
+    with torch.no_grad():
+        model[4].weight[3, 5] += 1
+    dr.export_onnx(model, file.example_inputs(), "other.onnx")
+    return "one.onnx", "other.onnx"
+
+
+def test_a_file_is_the_same_as_itself_and_the_first_layer_that_differs_is_named(
+    files: tuple[str, str], run: Run, refused: Run
+) -> None:
+    assert run("verify", "one.onnx", "one.onnx").stdout.splitlines()[-1] == "the same within 0.0001"
+    verdict = compare_onnx(*files)
+    assert [each.name for each in verdict.sites] == ["0", "4", "6"]
+    assert verdict.sites[0].relative == 0
+    assert verdict.first is not None
+    assert verdict.first.name == "4"
+    assert "one.onnx and other.onnx differ by more than 0.0001" in refused("verify", *files)
+
+
+def test_factors_are_the_same_site_as_their_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 14))
+    x = torch.randn(3, 12)
+    net = dr.transform(model, (x,), rank=dr.ranks.Fixed(3), exclude=("0.*",))
+    dr.export_onnx(model, (x,), "dense.onnx")
+    dr.export_onnx(dr.truncate(net, [(torch.randn(50, 12),)]), (x,), "small.onnx")
+    verdict = compare_onnx("dense.onnx", "small.onnx")
+    assert [(each.name, each.relative > 1e-4) for each in verdict.sites] == [("0", False), ("2", True)]
+
+
+def test_against_a_model_file(write: Run, run: Run) -> None:
+    write("torch.manual_seed(0)")
+    file = load_model_file(Path("model.py"))
+    dr.export_onnx(file.model(), file.example_inputs(), "m.onnx")
+    assert "the same within" in run("verify", "m.onnx", "model.py").stdout
+
+
+def test_what_cannot_be_compared_is_told(files: tuple[str, str], refused: Run) -> None:
+    Path("bad.onnx").write_bytes(Path("one.onnx").read_bytes()[:300])
+    assert "onnxruntime cannot run bad.onnx" in refused("verify", "one.onnx", "bad.onnx")
+    assert "there is no file no.onnx" in refused("verify", "one.onnx", "no.onnx")
+    dr.export_onnx(nn.Linear(3, 3), torch.randn(2, 3), "linear.onnx", output_names=["y"])
+    assert "they are of two models" in refused("verify", "one.onnx", "linear.onnx")
+
+
+def test_timings_name_the_provider_and_the_ratio(files: tuple[str, str], run: Run) -> None:
+    result = run("bench", files[0], "--against", files[1], "--batch", "2", "--batch", "3", "--repeats", "7", "--json")
+    timings = json.loads(result.stdout)["timings"]
+    assert [(t["file"], t["batch"]) for t in timings] == [(name, batch) for batch in (2, 3) for name in files]
+    for t in timings:
+        assert t["provider"] == "CPUExecutionProvider"
+        assert 0 < t["median"] <= t["p90"] <= t["p99"]
+        assert t["throughput"] == pytest.approx(t["batch"] / t["median"])
+        assert (t["ratio"] is None) == (t["file"] == files[1])
+    table = run("bench", files[0], "--batch", "2", "--repeats", "5").stdout
+    assert "median ms" in table
+    assert "CPU" in table
+
+
+def test_a_provider_that_is_not_there_is_an_error(files: tuple[str, str], refused: Run) -> None:
+    assert "this onnxruntime has no Toaster" in refused("bench", files[0], "--provider", "Toaster")
+    assert "this onnxruntime has no Toaster" in refused("verify", *files, "--provider", "Toaster")
+
+
+def test_a_file_of_one_batch_is_run_at_that(run: Run) -> None:
+    class One(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(4, 3) * 2
+
+    dr.export_onnx(One(), torch.randn(4, 3), "fixed.onnx")
+    assert isinstance(onnx.load("fixed.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value, int)
+    timings = json.loads(run("bench", "fixed.onnx", "--repeats", "5", "--json").stdout)["timings"]
+    assert [t["batch"] for t in timings] == [4]
