@@ -110,7 +110,8 @@ def export_onnx(
         renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
         if dynamic is not None:
             name_dimensions_(model, dynamic)
-        reference = _quantized(plain, model) if precision is Precision.INT8_WEIGHTS else plain
+        if precision is Precision.INT8_WEIGHTS:
+            int8_weights_(model)
         feeds = list(map(str, (value.name for value in model.graph.input)))
         _name(model, "input", input_names)
         _name(model, "output", output_names)
@@ -127,10 +128,10 @@ def export_onnx(
         allowed = precision.tolerance if tolerance is None else tolerance
         cases = _cases(plain, inputs, batch_sizes if free else (batch_size(inputs) or 1,), dynamic, more_inputs)
         opened = session(beside, providers)
-        agreements = compare(opened, reference, cases, allowed, feeds)
+        agreements = compare(opened, plain, cases, allowed, feeds)
         provider = opened.get_providers()[0]
         if provider != _CPU and providers is None:
-            compare(session(beside, (_CPU,)), reference, cases, allowed, feeds)
+            compare(session(beside, (_CPU,)), plain, cases, allowed, feeds)
         file_size = sum(file.stat().st_size for file in beside.parent.iterdir())
     return ExportReport(Path(path), provider, found, file_size, params, free, agreements)
 
@@ -181,17 +182,6 @@ def _in_evaluation(module: nn.Module) -> nn.Module:
 
 def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _quantized(module: nn.Module, model: Any) -> nn.Module:
-    """Store the file's weights as int8; a copy of the module that computes with what they have become."""
-    became = int8_weights_(model)
-    twin = copy.deepcopy(module)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            if name in became and became[name].shape == parameter.shape:
-                parameter.copy_(became[name])
-    return twin
 
 
 def _name(model: Any, what: str, names: Sequence[str]) -> None:

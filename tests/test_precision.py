@@ -159,3 +159,16 @@ def test_real_inputs_are_compared_too(tmp_path: Path, tagger: Any) -> None:
         model, inputs, tmp_path / "m.onnx", more_inputs=[tuple(t.repeat_interleave(3, 0) for t in inputs)]
     )
     assert [agreement.batch for agreement in report.agreements] == [1, 2, 5, 9]
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8_WEIGHTS, Precision.FLOAT16])
+def test_a_batch_norm_that_the_exporter_folds_into_a_convolution(tmp_path: Path, precision: Precision) -> None:
+    """The file's weight is then not the module's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    model(torch.randn(16, 3, 9, 9) * 3 + 1)
+    x = torch.randn(4, 3, 9, 9)
+    export_onnx(model, x, tmp_path / "m.onnx", precision=precision)
+    with torch.no_grad():
+        y = model.eval()(x)
+    assert float((run(tmp_path / "m.onnx", x) - y).norm()) < 0.02 * float(y.norm())
