@@ -13,7 +13,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import schedules as schedules
     from .budget import Budget as Budget
-    from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
     from .checkpoint import load as load
     from .checkpoint import save as save
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from .layout import TuckerLayout as TuckerLayout
     from .lowrank import effective_rank as effective_rank
     from .lowrank import stable_rank as stable_rank
+    from .moments import Calibration as Calibration
     from .optim import Carry as Carry
     from .overrides import Override as Override
     from .phase import Phase as Phase
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 _HOME = {
     "tracing": ("Capture", "capture"),
     "budget": ("Budget",),
-    "calibration": ("Calibration", "calibrate"),
+    "calibration": ("calibrate",),
     "checkpoint": ("load", "save"),
     "compression": ("Compressed", "MaxDrop", "compress"),
     "decay": ("Decay", "factor_decay_"),
@@ -96,6 +96,7 @@ _HOME = {
     "inlining": ("inline",),
     "layout": ("CPLayout", "ChannelLayout", "SpatialLayout", "TuckerLayout"),
     "lowrank": ("effective_rank", "stable_rank"),
+    "moments": ("Calibration",),
     "optim": ("Carry",),
     "overrides": ("Override",),
     "phase": ("Phase", "TrainState"),

@@ -1,8 +1,5 @@
-"""Output statistics of sites over calibration data, and the cut that keeps the outputs (not the weights) best.
+"""Collecting what the outputs of sites hold, over calibration data: see ``moments`` for what decides a cut.
 
-Of the outputs y = W x [m] before the bias, over all rows of all batches, the second moment C [m, m] about their mean
-decides: W' = V Vᵀ W with V the top eigenvectors of C has the least E‖y − y'‖² of all rank-r weights, when
-(I − V Vᵀ) E[y] goes into the bias. Where n < m the moment of the inputs is collected in its place, C = W E[x xᵀ] Wᵀ.
 Sums are kept in float64, one moment per site, and added batch by batch.
 """
 
@@ -10,19 +7,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import lowrank
+from .batches import call, checked_batches
 from .errors import CalibrationError
-from .inputs import fresh, split_inputs
-from .layout import Factors, Layout
 from .locate import regions, untraced
+from .moments import Calibration, Moments
 from .net import evaluating, unwrap
 from .ops import ConvOp, LinearOp, MatmulOp, Op
 from .scopes import same_buffers
@@ -32,79 +27,6 @@ from .twofactors import TwoFactors
 
 _BYTES = 4 * 2**30
 """Moments of so many bytes are collected in one pass over the data; sites beyond that take another."""
-
-
-@dataclass
-class Moments:
-    """What was seen of one site, or of the sites that share a right factor.
-
-    sites: the site's name, or those of all that share. rows: whether outputs go along the rows of the matrix view.
-    of_inputs: the sums are over what goes in, not over what comes out. second: Σ y yᵀ [g, k, k]. sums: by name of
-    a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose mean it can take up.
-    """
-
-    sites: tuple[str, ...]
-    layout: TwoFactors
-    rows: bool
-    of_inputs: bool
-    second: Tensor
-    count: int = 0
-    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-
-    def centred(self) -> Tensor:
-        """The moment about the means that a bias can take up."""
-        second = self.second
-        for total, n in self.sums.values():
-            second = second - total[..., :, None] * total[..., None, :] / n
-        return second / max(self.count, 1)
-
-    def oriented(self, weight: Tensor) -> Tensor:
-        """The matrix view with outputs along the rows."""
-        matrix = self.layout.to_matrix(weight)
-        return matrix if self.rows else matrix.mT
-
-    def basis(self, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
-        """Directions of the outputs and the root of what each holds, see ``lowrank.output_basis``.
-
-        shrink: by default k / (k + rows seen), k the size of the moment: as much as C itself
-        where there are hardly any data, and next to nothing where there are plenty.
-        """
-        if shrink is None:
-            k = self.second.shape[-1]
-            shrink = k / (k + self.count)
-        return lowrank.output_basis(self.oriented(weight), self.centred(), shrink, of_inputs=self.of_inputs)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Moments by site. plain: why a site is cut by plain SVD all the same."""
-
-    moments: Mapping[str, Moments]
-    plain: Mapping[str, str]
-    order: tuple[str, ...]
-    """Sites by their first call, those that share a factor by its owner."""
-    shrink: float | None = None
-
-    def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
-        """Factors that keep the outputs of these sites best; None where nothing is known of them."""
-        found = self.moments.get(sites[0])
-        if found is None:
-            return None
-        V = found.basis(weight, self.shrink)[0][..., :rank]
-        if V.shape[-1] < rank:  # the outputs have fewer directions: all of them are kept, and zeros beside
-            return None
-        left, right = lowrank.projected(found.oriented(weight), V)
-        matrices = (left, right) if found.rows else (right.mT, left.mT)
-        return found.layout.from_matrices(matrices, tuple(weight.shape))
-
-    def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
-        """Roots of what each direction of the outputs holds, [g, min(m, n)], largest first: the error of a cut to rank
-        r is the sum of squares beyond it.
-        """
-        found = self.moments.get(site)
-        if found is None:
-            return None
-        return found.basis(weight, 0.0)[1][..., : min(found.layout.matrix_shape(tuple(weight.shape)))].cpu()
 
 
 def calibrate(
@@ -135,23 +57,6 @@ def calibrate(
         plain |= dict.fromkeys(moments.pop(name).sites, "the calibration data never reach it")
     everywhere = {name: found for found in moments.values() for name in found.sites}
     return Calibration(everywhere, plain, tuple(order), shrink)
-
-
-def checked_batches(batches: Iterable[Any]) -> list[Any]:
-    """The batches as a list. Raises CalibrationError for none, and for numbers that are not finite."""
-    try:
-        data = list(batches)
-    except TypeError as error:
-        raise CalibrationError(
-            f"calibration data of type {type(batches).__name__} are no batches: give a list"
-        ) from error
-    if not data or not any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(data)):
-        raise CalibrationError("the calibration data are empty: give at least one batch of inputs")
-    for number, batch in enumerate(data):
-        for leaf in pytree.tree_leaves(batch):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-                raise CalibrationError(f"calibration batch {number} holds numbers that are not finite: take them out")
-    return data
 
 
 def _units(root: nn.Module, sites: Collection[str] | None) -> list[list[list[Switched]]]:
@@ -224,18 +129,15 @@ def _run(
         for module in unit[0] if len(unit) > 1 else [module for modules in unit for module in modules]:
             hook = _Watch(found, unit, order, free, paths[id(module)])
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    device = next((p.device for p in root.parameters()), torch.device("cpu"))
     try:
         for number, batch in enumerate(data):
-            args, kwargs = split_inputs(pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(batch)))
             try:
-                root(*args, **kwargs)
-            except Exception as error:
-                raise CalibrationError(
-                    f"calibration batch {number} does not fit the model ({type(error).__name__}: "
-                    f"{str(error).splitlines()[0] if str(error) else 'no message'}): give batches of the form of the "
-                    "example inputs"
-                ) from error
+                call(root, batch, number)
+            except CalibrationError as error:
+                for handle in handles:
+                    handle.remove()
+                call(root, batch, number)
+                raise error.__cause__ or error from None  # the model takes the batch: what failed is ours
             for unit in units:
                 if not bool(torch.isfinite(moments[unit[0][0].site].second).all()):
                     raise CalibrationError(

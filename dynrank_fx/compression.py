@@ -10,27 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batches import call, checked_batches
 from .bench import Pair, interleaved
 from .budget import Budget
-from .calibration import Calibration, calibrate, checked_batches
+from .calibration import calibrate
 from .errors import ExportError, PlanError
 from .inlining import holds_captured, inline
 from .inputs import in_order, split_inputs
+from .moments import Calibration
 from .net import unwrap
 from .onnxcheck import onnx_inputs, session_of
 from .onnxconvert import converted
 from .phase import Phase
 from .pipeline import transform
 from .plan import Plan
+from .precision import Precision, cast
 from .ranks import RankPolicy, Ratio
-from .recovery import Loss, call, distance, recalibrate_, recover_
+from .recovery import Loss, distance, recalibrate_, recover_
 from .reranking import rank_units
 from .rewrite import plan_of
 from .roles import Role
 from .sitetimes import SiteTimes, bound
 from .table import text_table
 from .transition import enter_
-from .truncation import Cut, a_twin, apply_ranks_, ranks_of
+from .truncation import Cut, a_twin, apply_ranks_, cut_plainly, ranks_of
 
 _MARGINS = (0.0, 0.15, 0.35, 1.0)
 """How much faster than dense a site has to be, tried in turn until the whole model is no slower; at 1 all are dense."""
@@ -181,6 +184,7 @@ class _Work:
     loss: Loss | None
     sequential: bool
     _dense_time: float | None = None
+    _untimed: str = ""
     _weights: dict[str, float] | None = None
 
     def candidate(self, policy: RankPolicy, margin: float | None) -> _Candidate:
@@ -239,7 +243,13 @@ class _Work:
             return self.result(make(None))
         notes: list[str] = []
         for margin in _MARGINS:
-            found = self.result(make(margin))
+            try:
+                found = self.result(make(margin))
+            except PlanError as error:
+                raise PlanError(
+                    f"{error}. Only layers that are faster than dense count here; a budget of parameters asks for size "
+                    "alone"
+                ) from error
             assert found.times is not None
             if margin == _MARGINS[-1] or found.times.ratio <= 1 + _NOISE:
                 break
@@ -265,46 +275,48 @@ class _Work:
         )
 
     def _notes(self, candidate: _Candidate, times: Pair | None) -> tuple[str, ...]:
-        notes = []
-        plain = [cut for cut in candidate.cuts if cut.why and cut.error > 0]
-        if plain:
-            names = ", ".join(cut.site for cut in plain[:3]) + (f" and {len(plain) - 3} more" if plain[3:] else "")
-            notes.append(f"Cut by plain SVD, since {plain[0].why}: {names}.")
+        notes = [f"{sentence}." for sentence in cut_plainly(candidate.cuts)]
         dense = [cut.site for cut in candidate.cuts if cut.rank is None]
         if dense and times is not None:
             notes.append(
                 f"{len(dense)} of {len(candidate.cuts)} sites are dense, where factors are not faster or "
                 "the budget leaves room."
             )
-        if times is not None and times.ratio > 1 + _NOISE:
+        if times is not None and times.ratio > 1 + _NOISE and len(dense) < len(candidate.cuts):
             notes.append(
                 f"It is slower than the dense model ({times.ratio:.2f} of its time): a budget of parameters "
                 "asks for size alone; latency=1 asks for speed."
             )
         if self.times is not None and times is None:
-            notes.append("Nothing was timed: onnxruntime cannot run the dense model.")
+            notes.append(f"Nothing was timed, since the dense model does not become an ONNX file: {self._untimed}")
         return tuple(notes)
 
     def dense_time(self) -> float | None:
         """Seconds of the dense model in onnxruntime; None where it cannot be run there."""
         if self._dense_time is None:
             try:
-                self._run_dense = self._runner(self.dense)
-            except ExportError:
-                self._dense_time = math.nan
+                model = self._onnx(self.dense)
+            except ExportError as error:
+                self._dense_time, self._untimed = math.nan, str(error)
             else:
+                self._run_dense = self._runner(model)
                 self._dense_time = interleaved(self._run_dense, self._run_dense, repeats=11).first
         return None if math.isnan(self._dense_time) else self._dense_time
 
     def _compared(self, module: nn.Module) -> Pair | None:
-        return interleaved(self._run_dense, self._runner(module), repeats=31)
+        return interleaved(self._run_dense, self._runner(self._onnx(module)), repeats=31)
 
-    def _runner(self, module: nn.Module) -> Callable[[], None]:
+    def _onnx(self, module: nn.Module) -> bytes:
         assert self.times is not None
         inputs = in_order(module, split_inputs(self.example_inputs))
-        model, _ = converted(module, inputs, None, None)
-        session = session_of(model.SerializeToString(), self.times.provider)
-        args, kwargs = inputs
+        model, _ = converted(cast(module, Precision(self.times.element)), inputs, None, None)
+        serialized: bytes = model.SerializeToString()
+        return serialized
+
+    def _runner(self, model: bytes) -> Callable[[], None]:
+        assert self.times is not None
+        session = session_of(model, self.times.provider)
+        args, kwargs = in_order(self.dense, split_inputs(self.example_inputs))
         run: Callable[[], None] = bound(session, onnx_inputs(session, args, kwargs))
         return run
 

@@ -17,7 +17,7 @@ from .onnxcheck import Provider, session, session_of
 from .onnxconvert import reason
 
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
-_FACTORS = re.compile(r"\.(weight|left|right|core|first|second|along|across)(_int8)?$")
+_FACTORS = re.compile(r"(\.(weight|left|right|core|along|across))?(_int8)?$")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
 
 def _site_values(model: Any) -> dict[str, str]:
     """By site, the value that its last product gives, in the order of the graph."""
-    weights = {each.name for each in model.graph.initializer}
+    weights = {each.name for each in model.graph.initializer if len(each.dims) > 1}
     made = {name: node for node in model.graph.node for name in node.output}
     found: dict[str, str] = {}
     for node in model.graph.node:
@@ -127,8 +127,8 @@ def _site_values(model: Any) -> dict[str, str]:
                 name not in weights and name in made and made[name].op_type in ("DequantizeLinear", "Transpose", "Cast")
             ):
                 name = made[name].input[0]
-            if name in weights and _FACTORS.search(name):
-                found[_FACTORS.sub("", name)] = node.output[0]  # the last of its factors stays
+            if name in weights:
+                found[_FACTORS.sub("", name, count=1)] = node.output[0]  # the last of its factors stays
     return found
 
 

@@ -1,4 +1,4 @@
-"""After a truncation: batch norms that fit what now comes in, and a short fine-tune of the factors."""
+"""After a truncation: batch norms that fit what now comes in, and a short fine-tune of its parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
-from .calibration import checked_batches
+from .batches import call, checked_batches
 from .errors import CalibrationError
-from .inputs import fresh, split_inputs
 from .onnxcheck import tensors
 from .scopes import same_buffers
 
@@ -133,19 +131,6 @@ def _norms_of(module: fx.GraphModule) -> list[fx.Node]:
         for node in module.graph.nodes
         if node.target is torch.ops.aten.batch_norm.default and node.args[3] is not None and len(node.args) > _MOMENTUM
     ]
-
-
-def call(module: nn.Module, batch: Any, number: int) -> Any:
-    """The module's output for a batch of inputs. Raises CalibrationError, naming its number, where that fails."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    args, kwargs = split_inputs(pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(batch)))
-    try:
-        return module(*args, **kwargs)
-    except Exception as error:
-        raise CalibrationError(
-            f"calibration batch {number} does not fit the model ({type(error).__name__}: {str(error)[:200]}): give "
-            "batches of the form of the example inputs"
-        ) from error
 
 
 @contextmanager

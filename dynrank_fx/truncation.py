@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import checked_batches
 from .budget import Budget
-from .calibration import Calibration, calibrate, checked_batches
+from .calibration import calibrate
 from .errors import CalibrationError, DynrankWarning, PlanError
 from .inlining import inline
 from .layout import Factors, Layout
 from .locate import is_captured
+from .moments import Calibration
 from .net import unwrap
 from .overrides import ranks_by_policy
 from .phase import Phase
@@ -59,11 +61,21 @@ def truncate(
     """
     twin = a_twin(net)
     cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
-    plain = [cut for cut in cuts if cut.why and cut.error > 0]
-    if plain:
-        names = ", ".join(cut.site for cut in plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
-        warnings.warn(f"{names}: cut by plain SVD, since {plain[0].why}", DynrankWarning, stacklevel=2)
+    for sentence in cut_plainly(cuts):
+        warnings.warn(sentence, DynrankWarning, stacklevel=2)
     return inline(twin)
+
+
+def cut_plainly(cuts: Sequence[Cut]) -> list[str]:
+    """The sites that lost something to a cut by plain SVD, a sentence for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for cut in cuts:
+        if cut.why and cut.error > 0:
+            by_reason.setdefault(cut.why, []).append(cut.site)
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: cut by plain SVD, since {why}"
+        for why, names in by_reason.items()
+    ]
 
 
 def a_twin(net: nn.Module) -> nn.Module:

@@ -347,3 +347,15 @@ def test_modes_buffers_and_weights_are_as_before() -> None:
     assert {name: module.training for name, module in net.named_modules()} == modes
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert net(torch.zeros(50, 12)).eq(0).any()  # dropout is on again
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("dynrank_fx.calibration.output_tokens", broken)
+    net = dr.transform(nn.Linear(12, 8), (torch.randn(2, 12),), rank=Fixed(2))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        dr.calibrate(net, [(torch.randn(2, 12),)])
+    monkeypatch.undo()
+    assert dr.calibrate(net, [(torch.randn(2, 12),)]).moments["weight"].count == 2

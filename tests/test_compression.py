@@ -21,6 +21,7 @@ from dynrank_fx.onnxcheck import session_of
 from dynrank_fx.onnxsite import site_model
 from dynrank_fx.ranks import Cost
 from dynrank_fx.sitetimes import SiteTimes, paying_limit
+from dynrank_fx.truncation import Cut, cut_plainly
 
 
 def model() -> nn.Module:
@@ -151,7 +152,7 @@ def test_what_is_not_faster_as_a_whole_gives_way_site_by_site(monkeypatch: pytes
 def test_latency_is_measured_where_it_runs(tmp_path: Path) -> None:
     """Sites large enough that half the products are half the time; the cache then answers without a measurement."""
     torch.manual_seed(0)
-    dense, x = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)), torch.randn(128, 512)
+    dense, x = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)), torch.randn(256, 1024)
     times = SiteTimes(cache=tmp_path / "times.json", repeats=5)
     found = compress(dense, (x,), dr.Budget(latency=0.7), [(x,)], times=times)
     assert found.times is not None
@@ -239,4 +240,20 @@ def test_what_is_printed(tmp_path: Path) -> None:
 
 def test_without_data_it_says_so() -> None:
     found = compress(model(), batches()[0], dr.Budget(params=0.5))
-    assert any("plain SVD, since there are no calibration data" in note for note in found.notes)
+    assert any("cut by plain SVD, since there are no calibration data" in note for note in found.notes)
+
+
+def test_a_provider_that_is_not_there_is_no_untimed_success() -> None:
+    with pytest.raises(dr.ExportError, match="this onnxruntime has no Toaster"):
+        compress(model(), batches()[0], dr.Budget(flops=0.6), batches(), times=SiteTimes("Toaster", cache=None))
+
+
+def test_a_budget_that_only_slow_layers_could_meet_says_so() -> None:
+    times = Times({"0.weight": 1.2, "2.weight": 1.2, "4.weight": 1.2})
+    with pytest.raises(PlanError, match=r"cannot be met.*Only layers that are faster than dense count here"):
+        compress(model(), batches()[0], dr.Budget(flops=0.5), batches(), times=times)
+
+
+def test_every_reason_for_a_plain_cut_has_its_sites() -> None:
+    cuts = [Cut("a", 2, 0.5, "one"), Cut("b", 2, 0.5, "other"), Cut("c", 2, 0.5, "one"), Cut("d", 2, 0.0, "one")]
+    assert cut_plainly(cuts) == ["a, c: cut by plain SVD, since one", "b: cut by plain SVD, since other"]

@@ -98,3 +98,22 @@ def test_a_file_of_one_batch_is_run_at_that(run: Run) -> None:
     assert isinstance(onnx.load("fixed.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value, int)
     timings = json.loads(run("bench", "fixed.onnx", "--repeats", "5", "--json").stdout)["timings"]
     assert [t["batch"] for t in timings] == [4]
+
+
+def test_a_parameter_that_stands_bare_is_a_site_too() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x @ self.w)
+
+    torch.manual_seed(0)
+    model, x = Bare(), torch.randn(3, 12)
+    net = dr.transform(model, (x,), rank=dr.ranks.Fixed(3))
+    dr.export_onnx(model, (x,), "dense.onnx")
+    dr.export_onnx(dr.truncate(net, [(torch.randn(50, 12),)]), (x,), "small.onnx")
+    first = compare_onnx("dense.onnx", "small.onnx").first
+    assert first is not None
+    assert first.name == "w"
