@@ -123,7 +123,10 @@ def paying_limit(rows: Sequence[PlannedSite]) -> int:
 
 
 def bound(session: Any, feeds: dict[str, Any]) -> Any:
-    """A call that runs the session on values that are where the provider wants them, inputs and outputs alike."""
+    """A call that runs the session on values that are where the provider wants them, inputs and outputs alike.
+
+    Outputs stay where the first run put them, as a CUDA graph needs it.
+    """
     ort = runtime()
     device = "cuda" if session.get_providers()[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
     binding = session.io_binding()
@@ -131,6 +134,9 @@ def bound(session: Any, feeds: dict[str, Any]) -> Any:
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0))
     for output in session.get_outputs():
         binding.bind_output(output.name, device, 0)
+    session.run_with_iobinding(binding)
+    for output, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
+        binding.bind_ortvalue_output(output.name, value)
 
     def run() -> None:
         session.run_with_iobinding(binding)

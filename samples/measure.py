@@ -1,7 +1,8 @@
 """The figures of the README, measured: `python samples/measure.py` for all, or name parts of it.
 
-Parts: steps, switch, memory, peak, truncation, startup, scale, shared. Each prints a Markdown table. Both sides
-of a ratio are timed in turn in one run; ratios are medians. `--quick` does less of everything, to see that it runs.
+Parts: steps, switch, memory, peak, truncation, startup, scale, shared, onnx, and large, which runs unasked on a GPU
+alone. Each prints a Markdown table. Both sides of a ratio are timed in turn in one run; ratios are medians. `--quick`
+does less of everything, to see that it runs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import ModuleType
 
 import chars
 import digits
+import measure_large
 import measure_passes
 import torch
 from measuring import DEVICE, stepper, table, timed
@@ -45,9 +47,11 @@ def main(parts: Sequence[str], *, quick: bool = False) -> None:
         "startup": startup,
         "scale": measure_passes.scale,
         "shared": measure_passes.shared,
+        "large": measure_large.large,
+        "onnx": measure_large.onnx,
     }
     print(f"{machine()}\n")
-    for name in parts or known:
+    for name in parts or [name for name in known if name != "large" or DEVICE == "cuda" or quick]:
         if name not in known:
             sys.exit(f"there is no part {name!r}; choose from {', '.join(known)}")
         known[name](quick)

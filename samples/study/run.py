@@ -34,6 +34,7 @@ import dynrank_fx as dr
 from dynrank_fx.bench import interleaved, machine
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.state import cost_of
+from dynrank_fx.task import precision
 from dynrank_fx.train import Run, Settings, Task, fit
 
 HERE = Path(__file__).parent
@@ -43,6 +44,7 @@ MAIN = tuple(list(METHODS)[:8])
 PARTS = tuple(list(METHODS)[8:12])
 PLACEMENT = tuple(list(METHODS)[12:16])
 STATE = tuple(list(METHODS)[16:])
+GPT = ("auto", "low, spectral + Frobenius", "warm-up, then low", "dense", "low, random init", "paper, truncated")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def cells() -> Iterator[Cell]:
         yield Cell("chars-128", "dense", 0.25, "equal epochs", seed)
     for seed in SEEDS:
         yield from (Cell("chars-64", method, 0.25, "equal time", seed) for method in MAIN if method != "auto")
+    for seed in SEEDS:
+        yield Cell("gpt", "dense", 0.25, "equal epochs", seed)
+        yield from (Cell("gpt", method, 0.25, "equal compute", seed) for method in GPT)
 
 
 def train(cell: Cell) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def train(cell: Cell) -> dict[str, Any]:
     way = METHODS[cell.method](epochs, costs)
     optimizer = task.optimizer(net.parameters())
     run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
-    settings = Settings(epochs, compile=False, **way.settings)
+    settings = Settings(epochs, compile=False, device=task.device, amp=task.amp, **way.settings)
     if cell.method == "spectral norm held":
         SpectralGuard(net, optimizer)
     data = task.data()
@@ -150,12 +155,13 @@ def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
     seed_all(0)
     data = task.data()
     batch = next(iter(data.train_data))
+    settings = Settings(1, device=task.device, amp=task.amp)
     steps, found = {}, {}
     for phase in dr.Phase:
         net = task.transformed(dr.ranks.Ratio(rank))
         optimizer = task.optimizer(net.parameters())
         dr.enter_(net, phase, optimizer)
-        steps[phase] = partial(_step, net, optimizer, data, batch)
+        steps[phase] = partial(_step, net, optimizer, data, settings, batch)
         with FlopCounterMode(display=False) as counter:
             steps[phase]()
         held = list(net.parameters())
@@ -165,7 +171,7 @@ def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
         found[phase.name] = {
             "flops": counter.get_total_flops(),
             "bytes": held_bytes,
-            "peak": held_bytes + _most_allocated(steps[phase]),
+            "peak": held_bytes + _most_allocated(steps[phase], task.device),
         }
     for phase in dr.Phase:
         found[phase.name]["time"] = interleaved(steps[dr.Phase.FULL], steps[phase], repeats=30).ratio
@@ -175,16 +181,25 @@ def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
     return found
 
 
-def _most_allocated(step: Callable[[], None]) -> int:
-    """The most bytes that the step has allocated at once, by torch's profiler: activations, gradients, temporaries."""
+def _most_allocated(step: Callable[[], None], device: str) -> int:
+    """The most bytes that the step has allocated at once: activations, gradients, temporaries. On the CPU by torch's
+    profiler.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def _step(net: nn.Module, optimizer: Optimizer, data: Task, batch: Any) -> None:
-    data.loss(net(batch[0]), batch).backward()
+def _step(net: nn.Module, optimizer: Optimizer, data: Task, settings: Settings, batch: Any) -> None:
+    with precision(settings):
+        loss = data.loss(net(batch[0]), batch)
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -215,7 +230,9 @@ def main() -> None:
     wanted = [
         cell
         for cell in dict.fromkeys(cells())
-        if cell not in done and any(fnmatch.fnmatchcase(f"{cell.task}/{cell.method}", p) for p in options.only)
+        if cell not in done
+        and (TASKS[cell.task].device == "cpu" or torch.cuda.is_available())
+        and any(fnmatch.fnmatchcase(f"{cell.task}/{cell.method}", p) for p in options.only)
     ]
     print(f"{len(wanted)} runs to do, {len(done)} are done", file=sys.stderr)
     if wanted:
@@ -225,10 +242,13 @@ def main() -> None:
                 file.flush()
                 what = f"{row['task']} / {row['method']} / {row['rank']} / {row['compute']} / {row['seed']}"
                 print(f"{i + 1}/{len(wanted)} {what}: {row['truncated']:.4f} in {row['seconds']:.0f} s", flush=True)
-    if options.time or not PHASES.exists():
+    phases = json.loads(PHASES.read_text()) if PHASES.exists() else {}
+    if options.time or not phases:
         torch.set_num_threads(1)
-        PHASES.write_text(json.dumps({name: measured(task, 0.25) for name, task in TASKS.items()}, indent=1) + "\n")
-    write_results(list(kept().values()), json.loads(PHASES.read_text()), HERE)
+        there = "cuda" if torch.cuda.is_available() else "cpu"
+        phases |= {name: measured(task, 0.25) for name, task in TASKS.items() if task.device == there}
+        PHASES.write_text(json.dumps(phases, indent=1) + "\n")
+    write_results(list(kept().values()), phases, HERE)
 
 
 if __name__ == "__main__":
