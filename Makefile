@@ -19,7 +19,7 @@ test: $(INSTALLED)          ## the everyday tests; one thread each, so that JOBS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 test-gpu: $(INSTALLED)      ## what needs a CUDA device
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m gpu $(addprefix tests/test_,gpu.py compile.py contracts.py optim.py export.py)
 
 fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz -n $(JOBS)

@@ -8,6 +8,7 @@ import copy
 import math
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,12 @@ PROVIDER = "CUDAExecutionProvider" if DEVICE == "cuda" else "CPUExecutionProvide
 
 def large(quick: bool) -> None:
     """A step of the GPT under torch.compile and bfloat16 autocast, AdamW: time, and memory at its peak."""
-    width, size = (64, 2) if quick else (gpt.WIDTH, gpt.BATCH)
+    size = 2 if quick else gpt.BATCH
     batch = next(iter(gpt.Windows(torch.randint(256, (100_000,), dtype=torch.uint8, device=DEVICE), 1, size)))
     rows = []
-    for ratio in (0.25,) if quick else (0.25, 0.125):
-        model = gpt.GPT(width, max(1, width // 64), 2 if quick else gpt.LAYERS)
+    shapes = ((gpt.WIDTH, gpt.LAYERS, 0.25), (gpt.WIDTH, gpt.LAYERS, 0.125), (2048, 4, 0.25), (2048, 4, 0.125))
+    for width, layers, ratio in ((64, 2, 0.25),) if quick else shapes:
+        model = gpt.GPT(width, width // 64, layers)
         net = dr.transform(model, (batch[0][:2].cpu(),), rank=dr.Ratio(ratio), leave=tuple(dr.Role))
         plan = dr.plan_of(net)
         sides = {"original": model.to(DEVICE)}
@@ -50,7 +52,7 @@ def large(quick: bool) -> None:
             share = (plan.low_flops or 0) / (plan.total_flops or 1) if name == "LOW" else 1.0
             rows.append(
                 (
-                    f"{plan.total_params / 1e6:.0f} M, rank {ratio:g}, {name}",
+                    f"d = {width}, {plan.total_params / 1e6:.0f} M, rank {ratio:g}, {name}",
                     f"{pair.first * 1e3:.1f} ms",
                     f"{pair.second * 1e3:.1f} ms",
                     f"{pair.ratio:.3f}",
@@ -59,6 +61,7 @@ def large(quick: bool) -> None:
                     f"{peaks[name] / max(peaks['original'], 1):.3f}",
                 )
             )
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)  # a table that is cut short is lost
     head = ("GPT", "original step", "its step", "ratio", "ratio of FLOPs", "original's peak memory", "ratio of peaks")
     table(head, rows)
 
@@ -183,7 +186,7 @@ def onnx(quick: bool) -> None:
                             f"{moved[0] / bandwidth * 1e3:.3f} ms",
                         )
                     )
-                print(f"<!-- {name} {precision.value} done -->", flush=True)
+                    print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     print(f"{PROVIDER}, a copy moves {bandwidth / 1e9:.0f} GB/s:\n")
     head = (
         "model",

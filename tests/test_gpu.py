@@ -26,13 +26,15 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, width: int = 1024) ->
 
 
 def test_low_holds_half_the_memory_at_a_quarter_of_the_rank():
+    step(deep(1), torch.optim.AdamW([torch.zeros(1, device="cuda", requires_grad=True)]))  # cuBLAS takes its workspace
+    own = torch.cuda.memory_allocated()
     net = deep()
     optimizer = torch.optim.AdamW(net.parameters())
     step(net, optimizer)
     torch.cuda.empty_cache()
-    full = torch.cuda.memory_allocated()
+    full = torch.cuda.memory_allocated() - own
     dr.enter_(net, dr.Phase.LOW, optimizer)
-    assert torch.cuda.memory_allocated() < 0.6 * full
+    assert torch.cuda.memory_allocated() - own < 0.6 * full
 
 
 def test_the_peak_of_a_switch_stays_within_a_few_sites_of_the_steady_state():

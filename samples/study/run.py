@@ -205,7 +205,8 @@ def _step(net: nn.Module, optimizer: Optimizer, data: Task, settings: Settings, 
 
 
 def _work(cell: Cell) -> dict[str, Any]:
-    torch.set_num_threads(1)
+    if TASKS[cell.task].device == "cpu":
+        torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     return train(cell)
 
