@@ -13,10 +13,23 @@ import click
 @click.option("--against", type=Path, metavar="FILE", help="Another file of the same inputs, run in turn with it.")
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="By default 1, 8 and 32.")
 @click.option("--provider", metavar="NAME", help="Of onnxruntime; by default the best there is.")
+@click.option(
+    "--provider-option",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of the provider, such as enable_cuda_graph=1; may be given several times.",
+)
 @click.option("--repeats", type=click.IntRange(min=5), default=100, show_default=True, help="Runs that are timed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
 def bench(
-    file: Path, against: Path | None, batches: tuple[int, ...], provider: str | None, repeats: int, as_json: bool
+    file: Path,
+    against: Path | None,
+    batches: tuple[int, ...],
+    provider: str | None,
+    settings: tuple[str, ...],
+    repeats: int,
+    as_json: bool,
 ) -> None:
     """Time an ONNX file in onnxruntime on random inputs: median, p90 and p99, throughput, memory.
 
@@ -26,7 +39,16 @@ def bench(
     \b
     Example:
       dynrank-fx bench small.onnx --against dense.onnx
+      dynrank-fx bench small.onnx --batch 1 --provider CUDAExecutionProvider --provider-option enable_cuda_graph=1
+      dynrank-fx bench small.onnx --provider TensorrtExecutionProvider --provider-option trt_fp16_enable=1
     """
+    if settings and not provider:
+        raise click.UsageError("--provider-option is of a provider: give --provider too")
+    pairs = [setting.partition("=") for setting in settings]
+    for setting, (key, equals, value) in zip(settings, pairs, strict=True):
+        if not (key and equals and value):
+            raise click.UsageError(f"--provider-option {setting}: write KEY=VALUE, such as enable_cuda_graph=1")
+    chosen = (provider, {key: value for key, _, value in pairs}) if provider and settings else provider
     from dynrank_fx.bench import machine
     from dynrank_fx.onnxbench import bench_onnx, table
 
@@ -34,7 +56,7 @@ def bench(
         file,
         against,
         batch_sizes=batches or (1, 8, 32),
-        providers=[provider] if provider else None,
+        providers=[chosen] if chosen else None,
         repeats=repeats,
     )
     if as_json:

@@ -56,8 +56,14 @@ def bench_onnx(
     """Latencies on random inputs that lie where the provider wants them (IO binding), after a warm-up.
 
     against: another file of the same inputs, run in turn with the first. A file whose batch is fixed is run at that
-    alone. Raises ExportError for a file that cannot be run, and for a provider that does not come up.
+    alone. Raises ExportError for a file that cannot be run, for a provider that does not come up, and for a CUDA graph
+    (the provider's ``enable_cuda_graph``) of several batch sizes.
     """
+    graphs = any(
+        not isinstance(each, str) and str(each[1].get("enable_cuda_graph", 0)) != "0" for each in providers or ()
+    )
+    if graphs and len(batch_sizes) > 1:
+        raise ExportError("a CUDA graph is of one batch size: give one alone")
     files = [Path(path), *([Path(against)] if against is not None else [])]
     before = _resident()
     opened, sizes = [], []

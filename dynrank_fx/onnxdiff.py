@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def compare_onnx(
     values = [_site_values(model) for model in models]
     shared = [name for name in values[0] if name in values[1]]
     inside = [
-        _with_outputs(model, [of[name] for name in shared], provider) for model, of in zip(models, values, strict=True)
+        _with_outputs(model, Path(path).parent, [of[name] for name in shared], provider)
+        for model, path, of in zip(models, (one, other), values, strict=True)
     ]
     at_end: dict[str, list[tuple[Any, Any]]] = {}
     at_sites: dict[str, list[tuple[Any, Any]]] = {}
@@ -109,7 +111,7 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
     import onnx
 
     try:
-        return onnx.load(path)
+        return onnx.load(path, load_external_data=False)  # names and shapes are enough
     except Exception as error:
         raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
 
@@ -132,12 +134,26 @@ def _site_values(model: Any) -> dict[str, str]:
     return found
 
 
-def _with_outputs(model: Any, values: Sequence[str], provider: Provider) -> Any:
+def _with_outputs(model: Any, folder: Path, values: Sequence[str], provider: Provider) -> Any:
+    """A session that gives these values too. What has its weights in a file of its own is opened from the folder of
+    that file, where a graph without weights lies for as long as that takes.
+    """
     import onnx
 
     present = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in present)
-    return session_of(model.SerializeToString(), provider)
+    if not any(each.data_location == onnx.TensorProto.EXTERNAL for each in model.graph.initializer):
+        return session_of(model.SerializeToString(), provider)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".verify-", suffix=".onnx") as beside:
+            beside.write(model.SerializeToString())
+            beside.flush()
+            return session(beside.name, (provider,))
+    except OSError as error:
+        raise ExportError(
+            f"{folder} cannot be written to ({reason(error)}), where a file with weights beside it is opened from: "
+            "compare copies of the files"
+        ) from error
 
 
 def _differences(found: dict[str, list[tuple[Any, Any]]]) -> tuple[Difference, ...]:

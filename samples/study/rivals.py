@@ -150,7 +150,7 @@ def torch_pruning(on: Field) -> None:
             ignored_layers=ignored,
             num_heads=heads,
             round_to=max([1, *heads.values()]),
-            unwrapped_parameters={p: p.ndim - 1 for n, p in model.named_parameters() if n == "positions"},
+            unwrapped_parameters=[(p, p.ndim - 1) for n, p in model.named_parameters() if n == "positions"],
         )
         if taylor:
             for batch in on.batches:

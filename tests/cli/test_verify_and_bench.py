@@ -117,3 +117,24 @@ def test_a_parameter_that_stands_bare_is_a_site_too() -> None:
     first = compare_onnx("dense.onnx", "small.onnx").first
     assert first is not None
     assert first.name == "w"
+
+
+def test_files_with_their_weights_beside_them_are_compared_inside_too(files: tuple[str, str]) -> None:
+    for name in files:
+        model = onnx.load(name)
+        onnx.save(model, f"large-{name}", save_as_external_data=True, location=f"{name}.data", size_threshold=64)
+    before = sorted(path.name for path in Path().iterdir())
+    verdict = compare_onnx("large-one.onnx", "large-other.onnx")
+    assert verdict.first is not None
+    assert verdict.first.name == "4"
+    assert sorted(path.name for path in Path().iterdir()) == before, "nothing is left in the folder"
+
+
+def test_options_of_a_provider(files: tuple[str, str], run: Run, refused: Run) -> None:
+    provider = ("--provider", "CPUExecutionProvider")
+    timed = run("bench", files[0], "--batch", "2", "--repeats", "5", *provider, "--provider-option", "use_arena=0")
+    assert "median ms" in timed.stdout
+    assert "give --provider too" in refused("bench", files[0], "--provider-option", "a=b")
+    assert "write KEY=VALUE" in refused("bench", files[0], *provider, "--provider-option", "arena")
+    graph = ("--provider", "CUDAExecutionProvider", "--provider-option", "enable_cuda_graph=1")
+    assert "a CUDA graph is of one batch size" in refused("bench", files[0], *graph)
