@@ -10,6 +10,7 @@ import click
 from dynrank_fx.errors import StoreError
 
 from .options import calibrate_option
+from .runs import metric_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +85,7 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
         file.example_inputs(),
         asked,
         [file.inputs(batch) for batch in batches] or None,
-        metric=_metric(file),
+        metric=metric_of(file),
         recover_steps=options["recover_steps"],
         loss=_loss(file, batches) if by_loss else None,
         times=None if options["no_timing"] else SiteTimes(options["provider"]),
@@ -150,17 +151,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise StoreError(
             f"{path} could not be loaded into model() ({what[:200]}): give a state_dict of that model"
         ) from error
-
-
-def _metric(file: ModelFile) -> Any:
-    """Of a module on eval_data(); None where there is none."""
-    from dynrank_fx.task import Settings, Task, evaluate
-
-    data = file.eval_data()
-    if data is None or file.metric is None or not file.has("loss"):
-        return None
-    task = Task((), file.loss, file.inputs, data, file.metric)
-    return lambda module: evaluate(module, task, Settings(1, compile=False))["eval_metric"]
 
 
 def _loss(file: ModelFile, batches: list[Any]) -> Any:

@@ -46,23 +46,18 @@ def export(run: Path, out: Path, model_file: Path | None, calibrate: int, **opti
       dynrank-fx export digits-run -o digits.onnx
     """
     from dynrank_fx.export import export_onnx
-    from dynrank_fx.phase import Phase
     from dynrank_fx.precision import Precision
     from dynrank_fx.rewrite import plan_of
-    from dynrank_fx.transition import phases_of
-    from dynrank_fx.truncation import truncate
 
-    from .runs import open_run
+    from .runs import open_run, truncated
 
     opened = open_run(run, model_file)
-    batches = []
-    if set(phases_of(opened.net).values()) - {Phase.LOW} and opened.file.has_calibration:
-        batches = [opened.file.inputs(batch) for batch in opened.file.calibration_batches(calibrate)]
+    final = truncated(opened, calibrate)
     metadata = {"dynrank_plan": plan_of(opened.net).to_json()}
-    if opened.history and (scored := opened.history[-1].get("truncated")) and scored.get("eval_metric") is not None:
-        metadata["dynrank_metric"] = f"{scored['eval_metric']:.6g}"
+    if final.metric is not None:
+        metadata["dynrank_metric"] = f"{final.metric:.6g}"
     report = export_onnx(
-        truncate(opened.net, batches or None),
+        final.module,
         opened.file.example_inputs(),
         out,
         opset=options["opset"],
@@ -72,7 +67,7 @@ def export(run: Path, out: Path, model_file: Path | None, calibrate: int, **opti
         precision=Precision(options["precision"]),
         external_data=options["external_data"] or None,
         batch_sizes=options["batches"] or (1, 2, 5),
-        more_inputs=batches[:1],
+        more_inputs=final.batches[:1],
         providers=[options["provider"]] if options["provider"] else None,
         metadata=metadata,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,46 @@ class Opened:
     net: nn.Module
     file: ModelFile
     history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """What is exported of a run. batches: inputs that its cut was calibrated on. metric: None where none is known."""
+
+    module: nn.Module
+    batches: list[Any]
+    metric: float | None
+
+
+def truncated(opened: Opened, calibrate: int) -> Truncated:
+    """The net with all of its sites in factors; those that are dense at the end are cut on so many calibration batches,
+    the same ones every time.
+    """
+    from dynrank_fx.phase import Phase
+    from dynrank_fx.randomness import seed_all
+    from dynrank_fx.transition import phases_of
+    from dynrank_fx.truncation import truncate
+
+    if not set(phases_of(opened.net).values()) - {Phase.LOW}:
+        known = opened.history[-1].get("truncated") if opened.history else None
+        return Truncated(truncate(opened.net), [], (known or {}).get("eval_metric"))
+    batches = []
+    if opened.file.has_calibration:
+        seed_all(0)
+        batches = [opened.file.inputs(batch) for batch in opened.file.calibration_batches(calibrate)]
+    module, metric = truncate(opened.net, batches or None), metric_of(opened.file)
+    return Truncated(module, batches, None if metric is None else metric(module))
+
+
+def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
+    """The metric of a module on eval_data(); None where there is none."""
+    from dynrank_fx.task import Settings, Task, evaluate
+
+    data = file.eval_data()
+    if data is None or file.metric is None or not file.has("loss"):
+        return None
+    task = Task((), file.loss, file.inputs, data, file.metric)
+    return lambda module: float(evaluate(module, task, Settings(1, compile=False))["eval_metric"] or 0)
 
 
 def write_run_file(folder: Path, model_file: Path, options: dict[str, Any]) -> None:

@@ -9,14 +9,17 @@ import click
 
 from dynrank_fx.errors import ExportError
 
+from .options import calibrate_option
+
 
 @click.command()
 @click.argument("one", type=Path)
 @click.argument("other", type=Path)
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="By default 1, 2 and 5.")
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Of the relative error of an output.")
+@calibrate_option
 @click.option("--provider", default="CPUExecutionProvider", show_default=True, help="Of onnxruntime.")
-def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, provider: str) -> None:
+def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, calibrate: int, provider: str) -> None:
     """Compare an ONNX file with another, or with a model file or run, on random inputs of several batch sizes.
 
     Says how far every output is off, and names the first layer whose value differs. Exits with 1 where they differ.
@@ -29,25 +32,24 @@ def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, p
 
     with tempfile.TemporaryDirectory() as folder:
         if other.suffix != ".onnx":
-            other = _exported(other, Path(folder))
+            other = _exported(other, Path(folder), calibrate)
         verdict = compare_onnx(one, other, batch_sizes=batches or (1, 2, 5), provider=provider, tolerance=tolerance)
     click.echo(str(verdict))
     if not verdict.same:
         raise ExportError(f"{one} and {other.name} differ by more than {tolerance:g}")
 
 
-def _exported(source: Path, folder: Path) -> Path:
+def _exported(source: Path, folder: Path, calibrate: int) -> Path:
     """The model of a model file, or of a run, as an ONNX file."""
     from dynrank_fx.export import export_onnx
-    from dynrank_fx.truncation import truncate
 
     from .modelfile import load_model_file
-    from .runs import open_run
+    from .runs import open_run, truncated
 
     path = folder / f"{source.stem}.onnx"
     if source.is_dir():
         opened = open_run(source)
-        export_onnx(truncate(opened.net), opened.file.example_inputs(), path)
+        export_onnx(truncated(opened, calibrate).module, opened.file.example_inputs(), path)
     else:
         file = load_model_file(source)
         export_onnx(file.model(), file.example_inputs(), path)

@@ -44,7 +44,7 @@ def test_the_readmes_example_runs_and_writes_its_file(tmp_path, monkeypatch, cap
 
 
 def test_the_readmes_commands_run(tmp_path, monkeypatch):
-    (block,) = re.findall(r"```sh\n(dynrank-fx transform.*?)```", README, re.DOTALL)
+    first, second = re.findall(r"```sh\n(dynrank-fx .*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "samples").symlink_to(ROOT / "samples")
@@ -52,14 +52,15 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
         "train": ["--epochs", "2", "--schedule", "interleave", "--no-compile"],
         "export": [],
         "inspect": ["--model", "samples/digits.py"],
+        "bench": ["--repeats", "5"],
     }
-    for line in block.splitlines():
+    for line in (first + second).splitlines():
         command = shlex.split(line, comments=True)
         assert command[0] == "dynrank-fx"
         result = CliRunner().invoke(cli, [*command[1:], *extra.get(command[1], [])])
         assert result.exit_code == 0, result.output
     assert (tmp_path / "digits.onnx").exists()
-    assert (tmp_path / "small.onnx").exists()
+    assert all((tmp_path / name).exists() for name in ("small.onnx", "smaller.onnx", "faster.onnx", "small.pt"))
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 

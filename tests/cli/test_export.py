@@ -53,6 +53,15 @@ def test_a_run_becomes_a_file_that_computes_what_its_truncation_does(trained: st
     )
 
 
+def test_a_run_that_ends_full_is_cut_the_same_way_again_and_scored_as_it_was_written(trained: str, run: Run) -> None:
+    run("export", trained, "-o", "model.onnx")
+    assert run("verify", "model.onnx", trained).stdout.splitlines()[-1] == "the same within 0.0001"
+    (x, labels), *_ = load_model_file(Path("model.py")).eval_data()
+    accuracy = float((answers("model.onnx", x).argmax(1) == labels).float().mean())
+    said = {p.key: p.value for p in onnx.load("model.onnx").metadata_props}["dynrank_metric"]
+    assert float(said) == pytest.approx(accuracy)
+
+
 def test_options_reach_the_export(trained: str, run: Run) -> None:
     result = run(
         *("export", trained, "-o", "model.onnx", "--opset", "18", "--batch", "3", "--batch", "9"),
