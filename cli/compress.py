@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,8 +166,10 @@ def _written(found: Any, file: ModelFile, out: Path, provider: str) -> str:
     if out.suffix == ".pt":
         import torch
 
+        stored = io.BytesIO()  # torch's own writer does not say that a disk is full
+        torch.save(found.module, stored)
         with replacing(out) as beside:
-            torch.save(found.module, beside)
+            beside.write_bytes(stored.getbuffer())
         return f"{out}: a PyTorch module, for torch.load(..., weights_only=False)"
     metadata = {"dynrank_plan": found.plan.to_json()}
     if found.metrics is not None:

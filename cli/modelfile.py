@@ -100,7 +100,12 @@ class ModelFile:
                 f"{self.path.name} has neither calibration_data() nor train_data(), whose batches tell what the layers "
                 "give: add one, or ask for a plain SVD by --calibrate 0"
             )
-        return list(islice(self._call(name), count))
+        batches = list(islice(self._call(name), count))
+        if not batches:
+            raise ModelFileError(
+                f"{name}() of {self.path.name} gave no batch: give one or more, or ask for a plain SVD by --calibrate 0"
+            )
+        return batches
 
     def inputs(self, batch: Any) -> Inputs:
         """The model's arguments in a batch: what the file's ``inputs(batch)`` says, or all elements but the last (the

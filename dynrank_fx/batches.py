@@ -39,6 +39,6 @@ def call(module: nn.Module, batch: Any, number: int) -> Any:
         return module(*args, **kwargs)
     except Exception as error:
         raise CalibrationError(
-            f"calibration batch {number} does not fit the model ({type(error).__name__}: {reason(error)[:200]}): give "
+            f"calibration batch {number} does not fit the model ({reason(error)[:200]}): give "
             "batches of the form of the example inputs"
         ) from error

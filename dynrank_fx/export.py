@@ -117,7 +117,9 @@ def export_onnx(
         _name(model, "output", output_names)
         found = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
         if opset not in (None, found):
-            raise ExportError(f"the exporter made opset {found} where {opset} was asked for: leave opset out")
+            raise ExportError(
+                f"torch's exporter makes no opset {opset} of this model, but {found}: ask for that, or leave opset out"
+            )
         model.producer_name, model.producer_version = "dynrank-fx", __version__
         told = {"dynrank_fx_version": __version__, "torch_version": torch.__version__, "precision": precision.value}
         for key, value in {**told, **(metadata or {})}.items():

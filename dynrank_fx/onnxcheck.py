@@ -23,6 +23,8 @@ Provider: TypeAlias = str | tuple[str, dict[str, Any]]
 # The largest error as a share of the output's largest value, by the coarsest type that takes part: about a thousand
 # roundings of float32 and ten of float16. What differs by more was computed in another way.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_SILENT, _WARNING = 4, 2  # severities of onnxruntime's log, the second its default
+_DAMAGED = ("Protobuf parsing failed", "No graph was found in the protobuf")
 _TF32 = 5e-3  # float32 on CUDA: both sides may multiply with float16's ten bits
 
 
@@ -78,16 +80,21 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
         if each not in available:
             raise ExportError(f"this onnxruntime has no {each}: ask for one of {', '.join(available)}")
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong comes back as an exception, or as another provider
+    options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
+    ort.set_default_logger_severity(_SILENT)
     try:
         opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as error:
+        if any(sign in str(error) for sign in _DAMAGED):
+            raise ExportError(f"{name} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
         if cuda and not providers:
             return _opened(source, name, ("CPUExecutionProvider",))
         raise ExportError(
             f"onnxruntime cannot run {name} with {names[0]} ({reason(error)}): export it again, in another type, "
             "or ask for another provider"
         ) from error
+    finally:
+        ort.set_default_logger_severity(_WARNING)
     used = opened.get_providers()[0]
     if providers and used != names[0]:
         raise ExportError(f"{names[0]} did not come up: install the libraries it needs, or ask for {used}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +102,23 @@ def test_a_file_without_data_is_told_what_to_add(write: Run, refused: Run) -> No
     write("del train_data")
     said = refused("compress", "model.py", "--budget", "params=0.5", "-o", "m.onnx")
     assert said.startswith("model.py has neither calibration_data() nor train_data()")
+    write("def calibration_data():\n        return []")
+    said = refused("compress", "model.py", "--budget", "params=0.5", "-o", "m.onnx")
+    assert said.startswith("calibration_data() of model.py gave no batch: give one or more")
+    write("def calibration_data():\n        return [(torch.zeros(2, 3, 5, 5), torch.zeros(2))]")
+    said = refused("compress", "model.py", "--budget", "params=0.5", "-o", "m.onnx")
+    assert "calibration batch 0 does not fit the model (RuntimeError: mat1 and mat2" in said
     write("def calibration_data():\n        return [(torch.full((2, 3, 4, 4), float('nan')), torch.zeros(2))]")
     said = refused("compress", "model.py", "--budget", "params=0.5", "-o", "m.onnx")
     assert "calibration batch 0 holds numbers that are not finite" in said
+
+
+def test_a_full_disk_is_told_for_a_module_too(write: Run, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Path("m.pt").write_bytes(b"before")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    said = refused("compress", write(), "--budget", "params=0.6", "-o", "m.pt", "--no-timing")
+    assert said == "m.pt could not be written (No space left on device); what was there before is unchanged"
+    assert Path("m.pt").read_bytes() == b"before"

@@ -72,6 +72,13 @@ def test_options_reach_the_export(trained: str, run: Run) -> None:
     assert onnx.load("model.onnx").opset_import[0].version == 18
 
 
+@pytest.mark.parametrize("opset", ["5", "99"])
+def test_an_opset_that_cannot_be_made_is_told(trained: str, refused: Callable[..., str], opset: str) -> None:
+    said = refused("export", trained, "-o", "model.onnx", "--opset", opset)
+    assert said.startswith(f"torch's exporter makes no opset {opset} of this model, but ")
+    assert not Path("model.onnx").exists()
+
+
 def test_a_folder_of_transform_is_exported_with_its_model_file(
     write: Run, run: Run, refused: Callable[..., str]
 ) -> None:

@@ -64,7 +64,10 @@ def test_against_a_model_file(write: Run, run: Run) -> None:
 
 def test_what_cannot_be_compared_is_told(files: tuple[str, str], refused: Run) -> None:
     Path("bad.onnx").write_bytes(Path("one.onnx").read_bytes()[:300])
-    assert "onnxruntime cannot run bad.onnx" in refused("verify", "one.onnx", "bad.onnx")
+    Path("empty.onnx").write_bytes(b"")
+    for name in ("bad.onnx", "empty.onnx"):
+        assert f"{name} is no ONNX file, or is damaged" in refused("verify", "one.onnx", name)
+        assert f"{name} is no ONNX file, or is damaged" in refused("bench", name)
     assert "there is no file no.onnx" in refused("verify", "one.onnx", "no.onnx")
     dr.export_onnx(nn.Linear(3, 3), torch.randn(2, 3), "linear.onnx", output_names=["y"])
     assert "they are of two models" in refused("verify", "one.onnx", "linear.onnx")
