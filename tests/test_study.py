@@ -21,7 +21,7 @@ COSTS = {dr.Phase.FULL: 1.0, dr.Phase.LOW: 0.4, dr.Phase.ADAPTOR: 1.05}
 def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     for folder in (STUDY, STUDY.parent):
         monkeypatch.syspath_prepend(str(folder))
-    for name in ("guard", "methods", "results", "run", "tasks"):
+    for name in ("cutting", "gpt", "guard", "methods", "results", "run", "tasks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
 
@@ -94,3 +94,22 @@ def test_a_cell_trains(study, monkeypatch):
     assert row["spent"] <= 0.75
     assert len(row["metrics"]) == row["epochs"] == 2
     json.dumps(row)
+
+
+def test_the_table_of_cuts_has_every_way_and_size(study, tmp_path, monkeypatch):
+    import cutting
+
+    monkeypatch.setattr(cutting, "HERE", tmp_path)
+    found = []
+    for t, training in enumerate(cutting.TRAININGS):
+        point = {"task": "net", "training": training, "params": 1000, "latency": 1.0, "accuracy": 0.9}
+        found.append({**point, "way": "", "ratio": None})
+        for ratio in cutting.RATIOS:
+            for w, way in enumerate(cutting.WAYS):
+                known = {"ratio": ratio, "params": int(1000 * ratio), "accuracy": 0.1 * t + 0.01 * w, "latency": ratio}
+                found.append({**point, "way": way, **known})
+    cutting.write(found)
+    text = (tmp_path / "CUTTING.md").read_text()
+    assert "| dense | 125 | 0.00 % (0.12) | 1.00 % (0.12) | 2.00 % (0.12) | 3.00 % (0.12) |" in text
+    assert "| LOW (rank 1/4) | 500 | 30.00 % (0.50) | 31.00 % (0.50) | 32.00 % (0.50) | 33.00 % (0.50) |" in text
+    assert (tmp_path / "cutting-net.png").read_bytes().startswith(b"\x89PNG")
