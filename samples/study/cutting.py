@@ -82,7 +82,7 @@ def exported(model: nn.Module, inputs: tuple[torch.Tensor], folder: str, name: s
 
 def latency(path: Path, against: Path, batch: int) -> float:
     """Time of a file over that of the other in onnxruntime, median of pairs."""
-    return float(bench_onnx(path, against, batch_sizes=(batch,), repeats=200)[0].ratio or 0)
+    return float(bench_onnx(path, against, batch_sizes=(batch,), repeats=40)[0].ratio or 0)
 
 
 def cuts(net: nn.Module, ratio: float, batches: Sequence[Any], known: Any) -> dict[str, nn.Module]:
