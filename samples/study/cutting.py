@@ -32,7 +32,7 @@ from dynrank_fx.train import Run, Settings, Task, evaluate, fit
 HERE = Path(__file__).parent
 RATIOS = (0.0625, 0.125, 0.25, 0.5)
 WAYS = ("plain SVD", "calibrated", "budget on outputs", "+ 100 steps")
-STYLES = dict(zip(WAYS, (":", "--", "-.", "-"), strict=True))
+STYLES = dict(zip(WAYS, ("v:", "s--", "^-.", "o-"), strict=True))
 BATCH = {"digits-conv": 64, "chars-64": 8, "digits-vit": 64}
 """Of the latencies."""
 
@@ -134,9 +134,9 @@ def draw(found: Sequence[dict[str, Any]], name: str) -> None:
                 axis.plot(
                     [p[what] / unit for p in ordered],
                     [100 * p["accuracy"] for p in ordered],
-                    STYLES[way],
+                    STYLES[way] if what == "params" else STYLES[way][0],  # small times scatter too much for a line
                     color=f"C{color}",
-                    marker=".",
+                    markersize=4,
                     linewidth=1.2,
                     label=f"{training}: {way}",
                 )
@@ -172,7 +172,8 @@ _ABOUT = (
     "Held-out accuracy, and in brackets the time in onnxruntime over that of the dense model (median of interleaved "
     "pairs, batch 64 for digits, 8 for characters). One rank ratio for all sites (1/16, 1/8, 1/4, 1/2) sets the number "
     "of parameters; *calibrated* has its batch norms recalibrated; *budget on outputs* is `compress` at as many "
-    "parameters, then with 100 steps of recovery. *Auto* and *LOW* end with factors of rank 1/4."
+    "parameters, then with 100 steps of recovery. *Auto* and *LOW* end with factors of rank 1/4. A dense "
+    "model against another of its shape shows how far times scatter: 1.00 to 1.03 on digits, 0.93 to 1.11 on characters."
 )
 
 

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import chars
 import torch
 from cutting import BATCH, accuracy, calibration, exported, latency, params, trained
 from methods import METHODS
-from tasks import TASKS
+from tasks import TASKS, chars
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
