@@ -173,7 +173,8 @@ _ABOUT = (
     "pairs, batch 64 for digits, 8 for characters). One rank ratio for all sites (1/16, 1/8, 1/4, 1/2) sets the number "
     "of parameters; *calibrated* has its batch norms recalibrated; *budget on outputs* is `compress` at as many "
     "parameters, then with 100 steps of recovery. *Auto* and *LOW* end with factors of rank 1/4. A dense "
-    "model against another of its shape shows how far times scatter: 1.00 to 1.03 on digits, 0.93 to 1.11 on characters."
+    "model against another of its shape shows how far times scatter: 1.00 to 1.03 on digits, 0.93 to 1.11 on "
+    "characters."
 )
 
 
