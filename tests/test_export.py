@@ -310,7 +310,7 @@ class TestRefusals:
         with pytest.raises(dr.ExportError, match="there is no file"):
             verify_onnx(tmp_path / "m.onnx", model, x)
         (tmp_path / "m.onnx").write_bytes(good.read_bytes()[:-200])
-        with pytest.raises(dr.ExportError, match=r"onnxruntime cannot run m\.onnx with CPUExecutionProvider"):
+        with pytest.raises(dr.ExportError, match=r"m\.onnx is no ONNX file, or is damaged"):
             verify_onnx(tmp_path / "m.onnx", model, x)
 
     @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ class TestRefusals:
         assert_refused(tmp_path, "torch.export cannot trace Linear", linear, torch.randn(2, 5))
         assert_refused(tmp_path, "leave nothing to compare", linear, x, batch_sizes=())
         assert_refused(tmp_path, "each 1 or more", linear, x, batch_sizes=(2, 0))
-        assert_refused(tmp_path, "where 99 was asked for", linear, x, opset=99)
+        assert_refused(tmp_path, "makes no opset 99", linear, x, opset=99)
         assert_refused(tmp_path, "this onnxruntime has no Abacus", linear, x, providers=["Abacus"])
         large = nn.Linear(30000, 30000, device="meta")
         assert_refused(tmp_path, "holds 2 GB", large, x, external_data=False)

@@ -109,8 +109,8 @@ OPTIONS = {
         "-h",
         "-o",
     ],
-    "verify": ["--batch", "--help", "--provider", "--tolerance", "-h"],
-    "bench": ["--against", "--batch", "--help", "--json", "--provider", "--repeats", "-h"],
+    "verify": ["--batch", "--calibrate", "--help", "--provider", "--tolerance", "-h"],
+    "bench": ["--against", "--batch", "--help", "--json", "--provider", "--provider-option", "--repeats", "-h"],
 }
 
 
