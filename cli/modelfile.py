@@ -100,7 +100,9 @@ class ModelFile:
                 f"{self.path.name} has neither calibration_data() nor train_data(), whose batches tell what the layers "
                 "give: add one, or ask for a plain SVD by --calibrate 0"
             )
-        batches = list(islice(self._call(name), count))
+        data = self._call(name)
+        with _users_code(self.path, f"{name}()"):  # a generator runs only now
+            batches = list(islice(data, count))
         if not batches:
             raise ModelFileError(
                 f"{name}() of {self.path.name} gave no batch: give one or more, or ask for a plain SVD by --calibrate 0"

@@ -58,13 +58,21 @@ def truncated(opened: Opened, calibrate: int) -> Truncated:
 
 def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     """The metric of a module on eval_data(); None where there is none."""
+    import torch
+
     from dynrank_fx.task import Settings, Task, evaluate
 
     data = file.eval_data()
-    if data is None or file.metric is None or not file.has("loss"):
+    if data is None or file.metric is None:
         return None
-    task = Task((), file.loss, file.inputs, data, file.metric)
-    return lambda module: float(evaluate(module, task, Settings(1, compile=False))["eval_metric"] or 0)
+    task = Task((), lambda output, batch: torch.zeros(()), file.inputs, data, file.metric)
+
+    def score(module: nn.Module) -> float:
+        found = evaluate(module, task, Settings(1, compile=False))["eval_metric"]
+        assert found is not None
+        return found
+
+    return score
 
 
 def write_run_file(folder: Path, model_file: Path, options: dict[str, Any]) -> None:

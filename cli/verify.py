@@ -30,13 +30,18 @@ def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, c
     """
     from dynrank_fx.onnxdiff import compare_onnx
 
+    if not 0 <= tolerance < float("inf"):
+        raise click.BadParameter(
+            f"{tolerance} is no error that can be allowed: give 0 or more", param_hint="--tolerance"
+        )
+    given = other
     with tempfile.TemporaryDirectory() as folder:
         if other.suffix != ".onnx":
             other = _exported(other, Path(folder), calibrate)
         verdict = compare_onnx(one, other, batch_sizes=batches or (1, 2, 5), provider=provider, tolerance=tolerance)
     click.echo(str(verdict))
     if not verdict.same:
-        raise ExportError(f"{one} and {other.name} differ by more than {tolerance:g}")
+        raise ExportError(f"{one} and {given} differ by more than {tolerance:g}")
 
 
 def _exported(source: Path, folder: Path, calibrate: int) -> Path:

@@ -122,6 +122,8 @@ def compress(
     data = None if calibration is None else checked_batches(calibration)
     if sequential and data is None:
         raise PlanError("to calibrate the sites one after the other takes calibration data: give batches")
+    if recover_steps and data is None:
+        raise PlanError("to recover takes calibration data: give batches, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:
         raise PlanError("a budget of the metric's fall takes a metric: give metric=, a function of the module")
     net = _in_full(model, example_inputs, include, exclude, leave)
@@ -138,7 +140,7 @@ def compress(
         found = work.fit(lambda margin: work.candidate(budget, margin))
     if times is not None:
         times.save()
-    metrics = None if metric is None else (metric(dense), metric(found.module))
+    metrics = None if metric is None else (_scored(metric, dense), _scored(metric, found.module))
     return replace(found, metrics=metrics)
 
 
@@ -323,7 +325,7 @@ class _Work:
 
 def _least(work: _Work, drop: float, metric: Callable[[nn.Module], float], margin: float | None) -> _Candidate:
     """The candidate of fewest parameters whose metric is within the drop, by bisection of the budget."""
-    wanted = metric(work.dense) - drop
+    wanted = _scored(metric, work.dense) - drop
     low, high, best = 0.0, 1.0, work.candidate(Budget(params=1.0), margin)
     for _ in range(8):
         share = (low + high) / 2
@@ -332,11 +334,18 @@ def _least(work: _Work, drop: float, metric: Callable[[nn.Module], float], margi
         except PlanError:  # rank 1 everywhere is still larger
             low = share
             continue
-        if metric(found.module) >= wanted:
+        if metric(found.module) >= wanted:  # not where it is no number
             high, best = share, found
         else:
             low = share
     return best
+
+
+def _scored(metric: Callable[[nn.Module], float], module: nn.Module) -> float:
+    value = float(metric(module))
+    if not math.isfinite(value):
+        raise PlanError(f"the metric is {value}, which nothing can be compared with: see that it is a finite number")
+    return value
 
 
 def _change(before: int, after: int) -> str:

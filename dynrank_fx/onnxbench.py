@@ -6,7 +6,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from .bench import interleaved
 from .errors import ExportError
 from .onnxcheck import Provider, session
+from .onnxconvert import reason
 from .sitetimes import bound
 from .table import text_table
 
@@ -70,9 +71,10 @@ def bench_onnx(
     for file in files:
         opened.append(session(file, providers))
         sizes.append(_resident())
+    rows = table_rows(loaded(files[0]))
     found = []
     for batch in _batches(opened[0], batch_sizes):
-        calls = [bound(each, random_inputs(each, batch)) for each in opened]
+        calls = [bound(each, random_inputs(each, batch, rows=rows)) for each in opened]
         for call in calls * warmup:
             call()
         grown = [size - base for size, base in zip(sizes, [before, *sizes], strict=False)]
@@ -88,8 +90,38 @@ def bench_onnx(
     return found
 
 
-def random_inputs(opened: Any, batch: int, seed: int = 0) -> dict[str, Any]:
-    """Inputs of a session's types and shapes: normal floats, zeros and ones for integers, free sizes all the batch."""
+def loaded(path: str | os.PathLike[str]) -> Any:
+    """The graph of an ONNX file, without weights that lie in a file of their own. Raises ExportError."""
+    import onnx
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
+
+
+def table_rows(model: Any) -> dict[str, int]:
+    """By input of integers, the rows of the least table that the graph looks them up in."""
+    weights = {each.name: each.dims[0] for each in model.graph.initializer if len(each.dims) > 1}
+    made = {name: node for node in model.graph.node for name in node.output}
+    found: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.op_type != "Gather" or any(a.name == "axis" and a.i != 0 for a in node.attribute):
+            continue
+        table, name = node.input
+        while table in made and made[table].op_type in ("DequantizeLinear", "Cast"):
+            table = made[table].input[0]
+        while name in made and made[name].op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze"):
+            name = made[name].input[0]
+        if table in weights and name not in made:
+            found[name] = min(weights[table], found.get(name, weights[table]))
+    return found
+
+
+def random_inputs(opened: Any, batch: int, seed: int = 0, rows: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Inputs of a session's types and shapes: normal floats, integers below their ``table_rows``, or zeros and ones
+    where none are known, free sizes all the batch.
+    """
     generator, feeds = np.random.default_rng(seed), {}
     for spec in opened.get_inputs():
         kind = _TYPES.get(spec.type.removeprefix("tensor(").removesuffix(")"))
@@ -101,7 +133,8 @@ def random_inputs(opened: Any, batch: int, seed: int = 0) -> dict[str, Any]:
         if kind.startswith("float"):
             feeds[spec.name] = generator.standard_normal(shape).astype(kind)
         else:
-            feeds[spec.name] = generator.integers(0, 2, shape).astype(kind)
+            limit = 2 if kind == "bool" else (rows or {}).get(spec.name, 2)
+            feeds[spec.name] = generator.integers(0, limit, shape).astype(kind)
     return feeds
 
 

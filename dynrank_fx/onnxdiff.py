@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ExportError
-from .onnxbench import random_inputs
+from .onnxbench import loaded, random_inputs, table_rows
 from .onnxcheck import Provider, session, session_of
 from .onnxconvert import reason
 
@@ -79,7 +79,8 @@ def compare_onnx(
             f"{Path(one).name} gives {outputs[0]} and {Path(other).name} {outputs[1]}: they are of two "
             "models, or were exported with other names"
         )
-    models = [_loaded(path) for path in (one, other)]
+    models = [loaded(path) for path in (one, other)]
+    rows = table_rows(models[0])
     values = [_site_values(model) for model in models]
     shared = [name for name in values[0] if name in values[1]]
     inside = [
@@ -89,7 +90,7 @@ def compare_onnx(
     at_end: dict[str, list[tuple[Any, Any]]] = {}
     at_sites: dict[str, list[tuple[Any, Any]]] = {}
     for batch in batch_sizes:
-        feeds = random_inputs(plain[0], batch, seed=batch)
+        feeds = random_inputs(plain[0], batch, seed=batch, rows=rows)
         try:
             got = [_by_name(each, feeds) for each in inside]
         except Exception as error:
@@ -107,19 +108,13 @@ def _by_name(opened: Any, feeds: dict[str, Any]) -> dict[str, Any]:
     return dict(zip((spec.name for spec in opened.get_outputs()), opened.run(None, feeds), strict=True))
 
 
-def _loaded(path: str | os.PathLike[str]) -> Any:
-    import onnx
-
-    try:
-        return onnx.load(path, load_external_data=False)  # names and shapes are enough
-    except Exception as error:
-        raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
-
-
 def _site_values(model: Any) -> dict[str, str]:
-    """By site, the value that its last product gives, in the order of the graph."""
+    """By use of a site, the value that its last product gives, in the order of the graph. A use after the first has its
+    number behind the name.
+    """
     weights = {each.name for each in model.graph.initializer if len(each.dims) > 1}
     made = {name: node for node in model.graph.node for name in node.output}
+    seen: dict[str, int] = {}
     found: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type not in _HEAVY:
@@ -130,7 +125,10 @@ def _site_values(model: Any) -> dict[str, str]:
             ):
                 name = made[name].input[0]
             if name in weights:
-                found[_FACTORS.sub("", name, count=1)] = node.output[0]  # the last of its factors stays
+                seen[name] = seen.get(name, 0) + 1
+                use = _FACTORS.sub("", name, count=1) + (f" (use {seen[name]})" if seen[name] > 1 else "")
+                found.pop(use, None)  # the last of its factors stays, where it stands
+                found[use] = node.output[0]
     return found
 
 

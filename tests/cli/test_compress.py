@@ -113,6 +113,21 @@ def test_a_file_without_data_is_told_what_to_add(write: Run, refused: Run) -> No
     assert "calibration batch 0 holds numbers that are not finite" in said
 
 
+def test_a_metric_needs_no_loss_and_must_be_a_number(write: Run, run: Run, refused: Run) -> None:
+    command = ("compress", "model.py", "--budget", "params=0.6", "-o", "m.onnx", "--no-timing")
+    write("del loss")
+    assert "metric      " in run(*command).stdout
+    write("metric = lambda output, batch: float('nan')")
+    assert "the metric is nan, which nothing can be compared with" in refused(*command)
+
+
+def test_data_that_fail_while_they_are_drawn_and_recovery_without_data_are_told(write: Run, refused: Run) -> None:
+    command = ("compress", "model.py", "--budget", "params=0.6", "-o", "m.onnx", "--no-timing")
+    write("def calibration_data():\n        yield torch.zeros(2, 3, 4, 4)\n        raise OSError('disk gone')")
+    assert "OSError: disk gone" in refused(*command)
+    assert "to recover takes calibration data" in refused(*command, "--calibrate", "0", "--recover-steps", "5")
+
+
 def test_a_full_disk_is_told_for_a_module_too(write: Run, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

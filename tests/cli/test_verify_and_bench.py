@@ -141,3 +141,48 @@ def test_options_of_a_provider(files: tuple[str, str], run: Run, refused: Run) -
     assert "write KEY=VALUE" in refused("bench", files[0], *provider, "--provider-option", "arena")
     graph = ("--provider", "CUDAExecutionProvider", "--provider-option", "enable_cuda_graph=1")
     assert "a CUDA graph is of one batch size" in refused("bench", files[0], *graph)
+
+
+class Tokens(nn.Module):
+    """A layer called twice, between a table and a head that is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.shared = nn.Embedding(200, 16), nn.Linear(16, 16)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.shared(torch.relu(self.shared(self.table(tokens))))
+        return x @ self.table.weight.T
+
+
+def exported(model: nn.Module, path: str) -> str:
+    dr.export_onnx(model, (torch.randint(200, (2, 40)),), path)
+    return path
+
+
+def test_every_row_of_a_table_is_looked_at_and_uses_of_one_weight_are_told_apart() -> None:
+    torch.manual_seed(0)
+    model = Tokens()
+    one = exported(model, "one.onnx")
+    rows = model.table.weight.detach().clone()
+    with torch.no_grad():
+        model.table.weight[2:] += 1
+    verdict = compare_onnx(one, exported(model, "rows.onnx"))
+    assert not verdict.same
+    assert verdict.first is not None
+    assert verdict.first.name == "table"
+    with torch.no_grad():
+        model.table.weight.copy_(rows)
+        model.shared.weight[0, 0] += 1
+    verdict = compare_onnx(one, exported(model, "shared.onnx"))
+    assert [(each.name, each.relative > 0) for each in verdict.sites] == [
+        ("table", False),
+        ("shared", True),
+        ("shared (use 2)", True),
+        ("table (use 2)", True),
+    ]
+
+
+def test_what_differs_is_called_as_it_was_given(write: Run, refused: Run, files: tuple[str, str]) -> None:
+    assert "other.onnx and model.py differ" in refused("verify", "other.onnx", "model.py")
+    assert "give 0 or more" in refused("verify", *files, "--tolerance", "nan")
