@@ -114,7 +114,8 @@ def _budget(text: str) -> RankPolicy | MaxDrop:
         raise click.BadParameter(
             f"{text!r} is none: give params=0.5, flops=0.5, latency=0.7 or max_drop=0.01", param_hint="--budget"
         )
-    return MaxDrop(value) if what == "max_drop" else Budget(**{what: value})
+    shares: dict[str, Any] = {what: value}
+    return MaxDrop(value) if what == "max_drop" else Budget(**shares)
 
 
 def _opened(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:

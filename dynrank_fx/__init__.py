@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
     from .checkpoint import load as load
     from .checkpoint import save as save
-    from .compression import Compressed as Compressed
+    from .compressed import Compressed as Compressed
     from .compression import MaxDrop as MaxDrop
     from .compression import compress as compress
     from .decay import Decay as Decay
@@ -78,7 +78,8 @@ _HOME = {
     "budget": ("Budget",),
     "calibration": ("calibrate",),
     "checkpoint": ("load", "save"),
-    "compression": ("Compressed", "MaxDrop", "compress"),
+    "compressed": ("Compressed",),
+    "compression": ("MaxDrop", "compress"),
     "decay": ("Decay", "factor_decay_"),
     "errors": (
         "CalibrationError",

@@ -20,6 +20,7 @@ Point: TypeAlias = tuple[float, float, int]
 """(cost, error, rank) of a site."""
 
 _ROUNDING = 1e-12
+_NOTHING = 1e-10  # of a weight's energy: what rounding leaves beyond its rank
 _WORDS = {"params": "parameters", "flops": "FLOPs", "latency": "measured times"}
 
 
@@ -28,16 +29,18 @@ class Budget:
     """The ranks of least error with which the whole model takes this share of the dense one's parameters, FLOPs or
     measured latency (where sites have been timed: ``compress``).
 
-    Give one of the three. A site whose factors would cost no less than its dense weight gets its full rank. Raises
-    PlanError for a share that even rank 1 everywhere cannot meet, and says the least one that can.
+    Give one of the three. A site whose factors would cost no less than its dense weight gets its full rank. even: one
+    ratio of the full rank for all sites, in place of the least error. Raises PlanError for a share that even rank 1
+    everywhere cannot meet, and says the least one that can.
     """
 
     params: float | None = None
     flops: float | None = None
     latency: float | None = None
+    even: bool = False
 
     def __post_init__(self) -> None:
-        given = [share for share in (self.params, self.flops, self.latency) if share is not None]
+        given = list(self._given.values())
         if len(given) != 1:
             raise PlanError("a budget is of one thing: give params=0.5, flops=0.5 or latency=0.8")
         if not 0 < given[0] <= 1:
@@ -46,7 +49,12 @@ class Budget:
     @property
     def of(self) -> tuple[str, float]:
         """What it is a budget of, and the share."""
-        return next((what, share) for what, share in vars(self).items() if share is not None)
+        return next(iter(self._given.items()))
+
+    @property
+    def _given(self) -> dict[str, float]:
+        shares = {"params": self.params, "flops": self.flops, "latency": self.latency}
+        return {what: share for what, share in shares.items() if share is not None}
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         if not curves:
@@ -63,18 +71,41 @@ class Budget:
                 f"{share:g} of the dense {_WORDS[metric]} cannot be met: with the least ranks the model still takes "
                 f"{least + curves[0].costs[metric].rest:.4f} of them; give that or more, or leave less of it dense"
             )
-        return [row[i][2] for row, i in zip(points, allocate(points, room), strict=True)]
+        chosen = _even(points, room) if self.even else allocate(points, room)
+        return [row[i][2] for row, i in zip(points, chosen, strict=True)]
 
 
 def points_of(curve: Curve, metric: str) -> list[Point]:
-    """The ranks worth having, by rising cost: those that cost less than dense, and dense itself as the full rank."""
+    """The ranks worth having, by rising cost: those that cost less than dense, up to the first that loses nothing; else
+    dense itself as the full rank.
+    """
     spectrum, cost = curve.spectrum(), curve.costs[metric]
     energy = spectrum.square().sum(0)
     total = float(energy.sum()) or 1.0
     tail = (energy.sum() - energy.cumsum(0)).clamp_min(0).tolist()
     ranks = curve.rungs or range(1, curve.max_rank + 1)
-    points = [(cost.at(r), curve.weight * tail[r - 1] / total, r) for r in ranks if cost.at(r) < cost.dense]
+    points: list[Point] = []
+    for r in ranks:
+        if cost.at(r) < cost.dense:
+            lost = tail[r - 1] / total
+            if lost <= _NOTHING:
+                return [*points, (cost.at(r), 0.0, r)]
+            points.append((cost.at(r), curve.weight * lost, r))
     return [*points, (cost.dense, 0.0, curve.max_rank)]
+
+
+def _even(points: Sequence[Sequence[Point]], room: float) -> list[int]:
+    """An index into each site's points: those of the largest ratio of the last rank at which all costs fit."""
+
+    def at(ratio: float) -> list[int]:
+        return [max(0, sum(p[2] <= ratio * row[-1][2] for p in row) - 1) for row in points]
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = sum(row[i][0] for row, i in zip(points, at(middle), strict=True)) <= room + _ROUNDING
+        low, high = (middle, high) if fits else (low, middle)
+    return at(low)
 
 
 def allocate(points: Sequence[Sequence[Point]], room: float) -> list[int]:

@@ -8,55 +8,72 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from .batches import call, checked_batches
+from .batchnorms import Norm, batch_statistics, norms_of
 from .errors import CalibrationError
+from .inputs import batch_size, split_inputs
 from .onnxcheck import tensors
 from .scopes import same_buffers
 
 Loss = Callable[[Any, int], Tensor]
 """(output, number of the calibration batch it is of) to the loss."""
 
-_TRAINING, _MOMENTUM = 5, 6  # the places of these arguments in aten.batch_norm
 _SHARE = 0.01  # of the root mean square of a parameter: the largest step of one of its numbers
 
 
 @torch.no_grad()
-def recalibrate_(module: nn.Module, batches: Iterable[Any]) -> int:
+def recalibrate_(module: nn.Module, batches: Iterable[Any], *, like: nn.Module | None = None) -> int:
     """Give the batch norms of a truncated module the means and variances that its inputs now have over the batches.
 
-    Their statistics were those of the dense model's outputs, of which a cut takes some variance away. Everything else
-    stays in evaluation mode. Returns how many batch norms there are. Raises CalibrationError as ``calibrate`` does.
+    Their statistics were those of the dense model's outputs, of which a cut takes some variance away. A batch counts
+    by its rows; one of a single row, which has no variance, is passed over where there are others. Everything else
+    stays in evaluation mode. like: the module before the cut; batch norms that no cut site feeds keep what they have.
+    Returns how many batch norms were given new statistics. Raises CalibrationError as ``calibrate`` does.
     """
     data = checked_batches(batches)
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
-    nodes = [(part, node) for part in module.modules() if isinstance(part, fx.GraphModule) for node in _norms_of(part)]
-    if not norms and not nodes:
+    rows = [batch_size(split_inputs(batch)) or 1 for batch in data]
+    most = max(rows)
+    used = [(number, batch) for number, batch in enumerate(data) if rows[number] > 1 or most == 1]
+    norms = norms_of(module)
+    if like is not None:
+        norms = _moved(module, norms, like, used[0])
+    if not norms:
         return 0
-    momenta = [norm.momentum for norm in norms]
-    modes = [norm.training for norm in norms]
-    arguments = [node.args for _, node in nodes]
+    with batch_statistics(norms) as weigh:
+        seen = 0
+        for number, batch in used:
+            seen += rows[number]
+            weigh(rows[number] / seen)  # the mean over all rows so far
+            _observed(module, batch, number)
+    return len(norms)
+
+
+def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, Any]) -> list[Norm]:
+    """The batch norms whose input is another one than in the module before the cut, on one batch."""
+    before = norms_of(like)
+    if len(before) != len(norms):
+        return norms
+    number, batch = first
+    seen = []
+    for part, some in ((module, norms), (like, before)):
+        with same_buffers(part), batch_statistics(some) as weigh:
+            weigh(1.0)
+            _observed(part, batch, number)
+            seen.append([torch.cat([value.double() for value in norm.statistics]) for norm in some])
+    return [norm for norm, now, then in zip(norms, *seen, strict=True) if not torch.allclose(now, then, rtol=1e-5)]
+
+
+def _observed(module: nn.Module, batch: Any, number: int) -> None:
     try:
-        for norm in norms:
-            norm.train()
-        for number, batch in enumerate(data):
-            for norm in norms:
-                norm.momentum = 1 / (number + 1)  # the mean of what each batch has
-            for _, node in nodes:
-                node.args = (*node.args[:_TRAINING], True, 1 / (number + 1), *node.args[_MOMENTUM + 1 :])
-            for part in {id(part): part for part, _ in nodes}.values():
-                part.recompile()
-            call(module, batch, number)
-    finally:
-        for norm, momentum, mode in zip(norms, momenta, modes, strict=True):
-            norm.momentum = momentum
-            norm.train(mode)
-        for (part, node), args in zip(nodes, arguments, strict=True):
-            node.args = args
-            part.recompile()
-    return len(norms) + len(nodes)
+        call(module, batch, number)
+    except CalibrationError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise CalibrationError(
+            f"a batch norm has no statistics of calibration batch {number}, which has one row: give batches of more"
+        ) from error
 
 
 def recover_(
@@ -122,15 +139,6 @@ def distance(output: Any, target: Any) -> Tensor:
             spread = torch.where(finite, y - y.mean(0, keepdim=True), 0).float().square().sum()
             total = total.to(y.device) + torch.where(finite, z - y, 0).float().square().sum() / spread.clamp_min(1e-12)
     return total
-
-
-def _norms_of(module: fx.GraphModule) -> list[fx.Node]:
-    """The batch norms of a graph by torch.export, which are functions of their statistics."""
-    return [
-        node
-        for node in module.graph.nodes
-        if node.target is torch.ops.aten.batch_norm.default and node.args[3] is not None and len(node.args) > _MOMENTUM
-    ]
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class RankUnit:
 
 
 _EVEN: Mapping[str, float] = {}
+_NONE: Mapping[str, int] = {}
 
 Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""
@@ -73,12 +74,13 @@ def rank_units(
     timing: Timing | None = None,
     margin: float | None = None,
     weights: Mapping[str, float] = _EVEN,
+    extra: Mapping[str, int] = _NONE,
 ) -> list[RankUnit]:
     """What of the net gets ranks, with curves of its present weights.
 
     ladder: see ``reranked``; by default ranks are the multiples of multiple_of. timing: adds a cost of ``latency``;
     margin: then leaves only the ranks that are faster than dense by more than this share of its time. weights: of the
-    curves, by the first name.
+    curves, by the first name. extra: parameters that a cut adds besides the factors, by the first name.
     """
     plan, modules = plan_of(net), switched_modules(unwrap(net))
     totals = {"params": plan.total_params, "flops": plan.total_flops}
@@ -87,10 +89,15 @@ def rank_units(
     for names in dict.fromkeys(row.pack or (row.site.name,) for row in plan.sites):
         unit = tuple(rows[name] for name in names)
         costs = costs_of([row.site for row in unit], unit[0].layout, totals)
+        costs["params"] = _with_extra(costs["params"], extra.get(names[0], 0) / max(plan.total_params, 1))
         curve = _curve(unit, [modules[name][0] for name in names], ladder, multiple_of, costs, spectrum)
         curve = replace(curve, weight=weights.get(names[0], 1.0))
         found.append(RankUnit(unit, curve if timing is None else _timed(curve, timing(unit), margin)))
     return found
+
+
+def _with_extra(cost: Cost, extra: float) -> Cost:
+    return replace(cost, at=lambda rank: cost.at(rank) + extra) if extra else cost
 
 
 def _timed(curve: Curve, time: Cost | None, margin: float | None) -> Curve:

@@ -129,6 +129,20 @@ def apply_ranks_(
     ]
 
 
+def added_biases(net: nn.Module, known: Calibration) -> dict[str, int]:
+    """How many bias values a cut adds to a site without a bias, or to the sites that share its factor, by the first
+    name: for each module of it whose mean output a bias has to take up.
+    """
+    parameters = dict(net.named_parameters())
+    found: dict[str, int] = {}
+    for moments in known.moments.values():
+        modules = [net.get_submodule(key) for key in moments.sums if key not in parameters]
+        weights = [module.weight for module in modules if module._parameters["bias"] is None]
+        count = sum(moments.oriented(weight).shape[:-1].numel() for weight in weights if isinstance(weight, Tensor))
+        found[moments.sites[0]] = count
+    return found
+
+
 def ranks_of(
     net: nn.Module, policy: RankPolicy | None, known: Calibration | None, units: Sequence[RankUnit] = ()
 ) -> dict[str, int | None]:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    "bench errors lowrank lrplan origin phase products randomness table",
+    "batchnorms bench errors lowrank lrplan origin phase products randomness table",
     "auto convolutions inputs net precision ranks rewarm scopes statetree store",
     "budget dynamic exported onnxconvert ops sameness schedules",
     "batches factorlayout onnxcheck recognize sites weightviews",
@@ -19,10 +19,10 @@ LEVELS = (
     "finding moments optim overrides plan switched tokens tracing",
     "calibration decay inlining onnxsite packs parameters rewrite setting",
     "export landing planning presets sitetimes task values",
-    "checkpoint compare onnxbench pipeline report reranking transition",
+    "checkpoint compare modeltimes onnxbench pipeline report reranking transition",
     "onnxdiff plots state truncation",
-    "compression phases runplots",
-    "page train",
+    "candidates compressed phases runplots",
+    "compression page train",
     "progress runfile",
     "cli.modelfile",
     "cli.options cli.runs cli.stopping cli.training",

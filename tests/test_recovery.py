@@ -106,3 +106,47 @@ def test_a_loss_that_overflows_leaves_the_module_as_it_was(small: nn.Module) -> 
 def test_a_batch_that_does_not_fit_is_named(small: nn.Module) -> None:
     with pytest.raises(CalibrationError, match="calibration batch 1 does not fit"):
         recalibrate_(small, [*batches(1), (torch.randn(2, 5),)])
+
+
+class Two(nn.Module):
+    """A batch norm before the layer that is cut, and one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.second = nn.BatchNorm1d(12), nn.Linear(12, 16), nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.layer(self.first(x)))
+
+
+def cut_between(how: dr.Capture) -> tuple[nn.Module, nn.Module]:
+    """The model dense, with statistics of its own, and cut."""
+    torch.manual_seed(0)
+    model = Two()
+    for _ in range(20):
+        model(torch.randn(32, 12))
+    x = (torch.randn(8, 12),)
+    net = dr.transform(model, x, rank=Fixed(2), how=how, allow_unprofitable=True)
+    dense = dr.inline(net.eval() if how is dr.Capture.SYMBOLIC else net)
+    return dense.eval() if how is dr.Capture.SYMBOLIC else dense, dr.truncate(net, [x])
+
+
+@pytest.mark.parametrize("how", [dr.Capture.SYMBOLIC, dr.Capture.EXPORT])
+def test_batch_norms_that_no_cut_feeds_keep_their_statistics(how: dr.Capture) -> None:
+    dense, small = cut_between(how)
+    before = {name: b.clone() for name, b in small.named_buffers()}
+    data = [(3 + torch.randn(32, 12),) for _ in range(3)]
+    assert recalibrate_(small, data, like=dense) == 1
+    after = dict(small.named_buffers())
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("first"))
+    assert not torch.equal(before["second.running_mean"], after["second.running_mean"])
+
+
+def test_batches_count_by_their_rows_and_a_single_row_not_at_all() -> None:
+    _, small = cut_between(dr.Capture.SYMBOLIC)
+    data = [(torch.randn(30, 12),), (5 + torch.randn(10, 12),), (torch.full((1, 12), 1e3),)]
+    recalibrate_(small, data)
+    mean = torch.cat([batch for (batch,) in data[:2]]).mean(0)
+    torch.testing.assert_close(small.get_buffer("first.running_mean"), mean, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CalibrationError, match="has one row: give batches of more"):
+        recalibrate_(small, [(torch.randn(1, 12),)])
