@@ -101,15 +101,18 @@ def test_the_table_of_cuts_has_every_way_and_size(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cutting, "HERE", tmp_path)
     found = []
-    for t, training in enumerate(cutting.TRAININGS):
-        point = {"task": "net", "training": training, "params": 1000, "latency": 1.0, "accuracy": 0.9}
-        found.append({**point, "way": "", "ratio": None})
+    for seed, t, training in ((s, *each) for s in (0, 1) for each in enumerate(cutting.TRAININGS)):
+        point = {"task": "net", "seed": seed, "training": training, "params": 1000, "accuracy": 0.9}
+        timed = {"latency": 1.0} if seed == 0 else {}
+        found.append({**point, **timed, "way": "", "ratio": None})
         for ratio in cutting.RATIOS:
+            timed = {"latency": ratio} if seed == 0 else {}
             for w, way in enumerate(cutting.WAYS):
-                known = {"ratio": ratio, "params": int(1000 * ratio), "accuracy": 0.1 * t + 0.01 * w, "latency": ratio}
-                found.append({**point, "way": way, **known})
+                known = {"ratio": ratio, "params": int(1000 * ratio), "accuracy": 0.1 * t + 0.01 * w + 0.02 * seed}
+                found.append({**point, **timed, "way": way, **known})
     cutting.write(found)
     text = (tmp_path / "CUTTING.md").read_text()
-    assert "| dense | 125 | 0.00 % (0.12) | 1.00 % (0.12) | 2.00 % (0.12) | 3.00 % (0.12) |" in text
-    assert "| LOW (rank 1/4) | 500 | 30.00 % (0.50) | 31.00 % (0.50) | 32.00 % (0.50) | 33.00 % (0.50) |" in text
+    assert "| dense | 0.12 | 1.00 ± 1.41 % (0.12) | 2.00 ± 1.41 % (0.12) | 3.00 ± 1.41 % (0.12) |" in text
+    assert "| LOW (rank 1/4) | 0.50 | 31.00 ± 1.41 % (0.50) | 32.00 ± 1.41 % (0.50) |" in text
+    assert "1.00 to 1.00 on net" in text
     assert (tmp_path / "cutting-net.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,8 @@
 """How to cut a trained model, and which training leaves one that is cut best: `python samples/study/cutting.py`.
 
-Writes cutting.json, a picture for each network and the table in CUTTING.md. Seed 0, 16 batches of training inputs.
+Writes cutting.json, a picture for each network and the tables in CUTTING.md. Three seeds, 16 batches of training
+inputs each; the files of seed 0 are timed when nothing else runs any more. Started anew it goes on: a seed of a network
+that is in cutting.json is not made again, and files wait to be timed in runs/cutting.
 """
 
 from __future__ import annotations
@@ -8,8 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import statistics
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from methods import METHODS
 from run import costs_of
 from tasks import TASKS, StudyTask
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
 from dynrank_fx.bench import machine
@@ -30,9 +33,11 @@ from dynrank_fx.randomness import seed_all
 from dynrank_fx.train import Run, Settings, Task, evaluate, fit
 
 HERE = Path(__file__).parent
+FILES = HERE.parents[1] / "runs" / "cutting"
+SEEDS = (0, 1, 2)
 RATIOS = (0.0625, 0.125, 0.25, 0.5)
-WAYS = ("plain SVD", "calibrated", "budget on outputs", "+ 100 steps")
-STYLES = dict(zip(WAYS, ("v:", "s--", "^-.", "o-"), strict=True))
+WAYS = ("plain SVD", "calibrated", "budget", "+ 100 steps", "budget of FLOPs")
+STYLES = dict(zip(WAYS, ("v:", "s--", "^-.", "o-", "x-."), strict=True))
 BATCH = {"digits-conv": 64, "chars-64": 8, "digits-vit": 64}
 """Of the latencies."""
 
@@ -51,9 +56,9 @@ TRAININGS: dict[str, Callable[[int, Any], Preset]] = {
 }
 
 
-def trained(task: StudyTask, way: Callable[[int, Any], Preset]) -> nn.Module:
-    """A net of seed 0 after the task's epochs, inflated, so that every way of cutting starts from dense weights."""
-    seed_all(0)
+def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0) -> nn.Module:
+    """A net after the task's epochs, inflated, so that every way of cutting starts from dense weights."""
+    seed_all(seed)
     net = task.transformed(dr.ranks.Ratio(0.25))
     preset, optimizer = way(task.epochs, costs_of(net)), task.optimizer(net.parameters())
     run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, task.epochs))
@@ -74,8 +79,8 @@ def params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def exported(model: nn.Module, inputs: tuple[torch.Tensor], folder: str, name: str) -> Path:
-    path = Path(folder) / f"{name}.onnx"
+def exported(model: nn.Module, inputs: tuple[torch.Tensor], folder: Path, name: str) -> Path:
+    path = folder / f"{name}.onnx"
     dr.export_onnx(model, inputs, path, batch_sizes=(1,), tolerance=1e-3)
     return path
 
@@ -86,33 +91,43 @@ def latency(path: Path, against: Path, batch: int) -> float:
 
 
 def cuts(net: nn.Module, ratio: float, batches: Sequence[Any], known: Any) -> dict[str, nn.Module]:
-    """The net cut in every way, to as many parameters as one rank ratio for all sites gives."""
+    """The net cut in every way, to as many parameters (or FLOPs) as one rank ratio for all sites gives."""
     policy = dr.ranks.Ratio(ratio)
     plain = dr.truncate(net, rank=policy)
     calibrated = dr.truncate(net, known, rank=policy)
-    dr.recalibrate_(calibrated, batches)
-    budget = dr.Budget(params=params(calibrated) / params(dr.inline(net)))
-    best = dr.compress(net, batches[0], budget, batches).module
+    dr.recalibrate_(calibrated, batches, like=dr.inline(net))
+    dense = dr.inline(net)
+    size = dr.Budget(params=params(calibrated) / params(dense))
+    flops = dr.Budget(flops=flops_of(calibrated, batches[0]) / flops_of(dense, batches[0]))
+    best, quick = (dr.compress(net, batches[0], budget, batches).module for budget in (size, flops))
     recovered = copy.deepcopy(best)
-    dr.recover_(recovered, dr.inline(net), batches, 100)
-    return dict(zip(WAYS, (plain, calibrated, best, recovered), strict=True))
+    dr.recover_(recovered, dense, batches, 100)
+    return dict(zip(WAYS, (plain, calibrated, best, recovered, quick), strict=True))
 
 
-def points(name: str, folder: str) -> list[dict[str, Any]]:
-    """Every training, way and size of a network, each with its file in the folder."""
+def flops_of(model: nn.Module, inputs: tuple[torch.Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+def points(name: str, seed: int) -> list[dict[str, Any]]:
+    """Every training, way and size of a network and a seed; those of seed 0 have their file."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     task = TASKS[name]
-    data, batches, found = task.data(), calibration(task), []
+    found: list[dict[str, Any]] = []
 
     def add(training: str, way: str, ratio: float | None, model: nn.Module) -> None:
-        file = exported(model, batches[0], folder, f"{name}-{len(found)}")
-        point = {"task": name, "training": training, "way": way, "ratio": ratio, "params": params(model)}
-        found.append({**point, "accuracy": accuracy(model, data), "file": str(file)})
+        point = {"task": name, "seed": seed, "training": training, "way": way, "ratio": ratio, "params": params(model)}
+        found.append({**point, "flops": flops_of(model, batches[0]), "accuracy": accuracy(model, data)})
+        if seed == 0:
+            found[-1]["file"] = exported(model, batches[0], FILES, f"{name}-{len(found)}").name
         print(found[-1], file=sys.stderr, flush=True)
 
     for training, way in TRAININGS.items():
-        net = trained(task, way)
+        net = trained(task, way, seed)
+        data, batches = task.data(), calibration(task)
         add(training, "", None, dr.inline(net))
         known = dr.calibrate(net, batches)
         for ratio in RATIOS:
@@ -121,19 +136,38 @@ def points(name: str, folder: str) -> list[dict[str, Any]]:
     return found
 
 
+def time_all(found: Sequence[dict[str, Any]]) -> None:
+    """Put the latencies, over the dense model's, in the place of files."""
+    for point in [point for point in found if "file" in point]:
+        dense = FILES / f"{point['task']}-1.onnx"
+        point["latency"] = latency(FILES / point.pop("file"), dense, BATCH[point["task"]])
+
+
+def mean(found: Sequence[dict[str, Any]], what: str) -> float:
+    """Over the seeds; latencies are of one."""
+    return statistics.mean(point[what] for point in found if what in point)
+
+
+def share(found: Sequence[dict[str, Any]]) -> str:
+    """Mean and spread of an accuracy over the seeds."""
+    values = [100 * point["accuracy"] for point in found]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} %"
+
+
 def draw(found: Sequence[dict[str, Any]], name: str) -> None:
     """Accuracy against parameters and against latency; a colour for each training, a line style for each way."""
     figure = Figure(figsize=(11, 5), layout="constrained", dpi=110)
     axes = figure.subplots(1, 2, sharey=True)
-    dense = next(p for p in found if p["training"] == "dense" and not p["way"])
+    dense = of(found, "dense", "", None)
     for color, training in enumerate(TRAININGS):
         for way in WAYS:
-            some = [p for p in found if (p["training"], p["way"]) == (training, way)]
-            for axis, what, unit in ((axes[0], "params", dense["params"]), (axes[1], "latency", 1.0)):
-                ordered = sorted(some, key=lambda p: p[what])
+            sizes = [of(found, training, way, ratio) for ratio in RATIOS]
+            for axis, what, unit in ((axes[0], "params", mean(dense, "params")), (axes[1], "latency", 1.0)):
+                ordered = sorted(sizes, key=lambda some: mean(some, what))
                 axis.plot(
-                    [p[what] / unit for p in ordered],
-                    [100 * p["accuracy"] for p in ordered],
+                    [mean(some, what) / unit for some in ordered],
+                    [100 * mean(some, "accuracy") for some in ordered],
                     STYLES[way] if what == "params" else STYLES[way][0],  # small times scatter too much for a line
                     color=f"C{color}",
                     markersize=4,
@@ -141,56 +175,81 @@ def draw(found: Sequence[dict[str, Any]], name: str) -> None:
                     label=f"{training}: {way}",
                 )
     for axis, label in zip(axes, ("parameters over dense", "time in onnxruntime over dense"), strict=True):
-        axis.axhline(100 * dense["accuracy"], color="black", linewidth=0.8)
+        axis.axhline(100 * mean(dense, "accuracy"), color="black", linewidth=0.8)
         axis.set_xlabel(label)
     axes[0].set_ylabel("held-out accuracy, % (black: dense)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     figure.savefig(HERE / f"cutting-{name}.png")
 
 
+def of(found: Sequence[dict[str, Any]], training: str, way: str, ratio: float | None) -> list[dict[str, Any]]:
+    return [p for p in found if (p["training"], p["way"], p["ratio"]) == (training, way, ratio)]
+
+
+def _scatter(found: Sequence[dict[str, Any]]) -> str:
+    """Of the times of uncut models, by network."""
+    uncut = [p for p in found if not p["way"] and "latency" in p]
+    each = {
+        name: [p["latency"] for p in uncut if p["task"] == name] for name in dict.fromkeys(p["task"] for p in uncut)
+    }
+    return ", ".join(f"{min(values):.2f} to {max(values):.2f} on {name}" for name, values in each.items())
+
+
 def write(found: Sequence[dict[str, Any]]) -> None:
     """CUTTING.md and the pictures."""
-    parts = [f"# How to cut\n\nWritten by `python samples/study/cutting.py`; seed 0; {machine()}. {_ABOUT}"]
+    about = _ABOUT.format(scatter=_scatter(found))
+    parts = [f"# How to cut\n\nWritten by `python samples/study/cutting.py`; {machine()}. {about}"]
     for name in dict.fromkeys(p["task"] for p in found):
         mine = [p for p in found if p["task"] == name]
         draw(mine, name)
-        lines = ["| training | parameters | " + " | ".join(WAYS) + " |", "| --- " * (len(WAYS) + 2) + "|"]
+        lines = ["| training | size | " + " | ".join(WAYS) + " |", "| --- " * (len(WAYS) + 2) + "|"]
+        total = mean(of(mine, "dense", "", None), "params")
         for training in TRAININGS:
-            dense = next(p for p in mine if p["training"] == training and not p["way"])
-            lines.append(
-                f"| {training} | {dense['params']:,} | {100 * dense['accuracy']:.2f} % not cut |" + "  |" * len(WAYS)
-            )
+            dense = of(mine, training, "", None)
+            lines.append(f"| {training} | 1.00 | not cut: {share(dense)} |" + "  |" * (len(WAYS) - 1))
             for ratio in RATIOS:
-                some = {p["way"]: p for p in mine if p["training"] == training and p.get("ratio") == ratio}
-                cells = (f"{100 * some[way]['accuracy']:.2f} % ({some[way]['latency']:.2f})" for way in WAYS)
-                lines.append(f"| {training} | {some[WAYS[0]]['params']:,} | " + " | ".join(cells) + " |")
-        parts += [f"## {name}", "\n".join(lines), f"![{name}](cutting-{name}.png)"]
+                some = {way: of(mine, training, way, ratio) for way in WAYS}
+                cells = (f"{share(some[way])} ({mean(some[way], 'latency'):.2f})" for way in WAYS)
+                size = mean(some[WAYS[0]], "params") / total
+                lines.append(f"| {training} | {size:.2f} | " + " | ".join(cells) + " |")
+        seeds = len({p["seed"] for p in mine})
+        parts += [
+            f"## {name}, {seeds} seeds, {total:,.0f} parameters",
+            "\n".join(lines),
+            f"![{name}](cutting-{name}.png)",
+        ]
     (HERE / "CUTTING.md").write_text("\n\n".join(parts) + "\n")
 
 
 _ABOUT = (
-    "Held-out accuracy, and in brackets the time in onnxruntime over that of the dense model (median of interleaved "
-    "pairs, batch 64 for digits, 8 for characters). One rank ratio for all sites (1/16, 1/8, 1/4, 1/2) sets the number "
-    "of parameters; *calibrated* has its batch norms recalibrated; *budget on outputs* is `compress` at as many "
-    "parameters, then with 100 steps of recovery. *Auto* and *LOW* end with factors of rank 1/4. A dense "
-    "model against another of its shape shows how far times scatter: 1.00 to 1.03 on digits, 0.93 to 1.11 on "
-    "characters."
+    "Held-out accuracy, mean and deviation over the seeds, and in brackets the time in onnxruntime over that of "
+    "the dense model of seed 0 (median of interleaved pairs, batch 64 for digits, 8 for characters). One rank "
+    "ratio for all sites (1/16, 1/8, 1/4, 1/2) sets the size, a share of the dense parameters; *calibrated* has "
+    "its batch norms recalibrated; *budget* is `compress` at as many parameters, then with 100 steps of recovery; "
+    "*budget of FLOPs* is `compress` at as many FLOPs as *calibrated* has, whatever its parameters. *Auto* and "
+    "*LOW* end with factors of rank 1/4, of which `compress` takes nothing away where the size allows it. A dense "
+    "model against another of its shape (the rows of size 1.00) shows how far times scatter: {scatter}."
 )
 
 
 def main() -> None:
     names, path = sys.argv[1:] or list(BATCH), HERE / "cutting.json"
     known = json.loads(path.read_text()) if path.exists() else []
-    with tempfile.TemporaryDirectory() as folder:
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            made = pool.starmap(points, [(name, folder) for name in names], chunksize=1)
-        for found in made:  # timed when nothing else runs any more
-            files = [Path(point.pop("file")) for point in found]
-            for point, file in zip(found, files, strict=True):
-                point["latency"] = latency(file, files[0], BATCH[point["task"]])
-            known = [point for point in known if point["task"] != found[0]["task"]] + found
+    FILES.mkdir(parents=True, exist_ok=True)
+    there = {(point["task"], point["seed"]) for point in known}
+    missing = [(name, seed) for name in names for seed in SEEDS if (name, seed) not in there]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for found in pool.imap(_points, missing):
+            known += found
+            path.write_text(json.dumps(known, indent=1) + "\n")
+    time_all(known)
+    known.sort(key=lambda point: (list(BATCH).index(point["task"]), point["seed"]))
     path.write_text(json.dumps(known, indent=1) + "\n")
     write(known)
+
+
+def _points(cell: tuple[str, int]) -> list[dict[str, Any]]:
+    return points(*cell)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cutting import BATCH, accuracy, calibration, exported, latency, params, trained
+from cutting import BATCH, accuracy, calibration, exported, flops_of, latency, params, trained
 from methods import METHODS
 from tasks import TASKS, chars
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
 from dynrank_fx.bench import machine
@@ -45,7 +44,7 @@ class Field:
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def file(self, model: nn.Module, name: str) -> Path:
-        return exported(model, self.batches[0], self.folder, name)
+        return exported(model, self.batches[0], Path(self.folder), name)
 
     def add(self, tool: str, model: nn.Module) -> None:
         """A row of a module."""
@@ -58,7 +57,7 @@ class Field:
             after = f"{100 * accuracy(recovered, data):.2f} %"
         path = self.file(model, "other" if tool != "dense" else "dense")
         size = f"{params(model) / params(self.dense):.2f}"
-        flops = f"{_flops(model, self.batches[0]) / _flops(self.dense, self.batches[0]):.2f}"
+        flops = f"{flops_of(model, self.batches[0]) / flops_of(self.dense, self.batches[0]):.2f}"
         self._row(tool, f"{100 * plain:.2f} %", after, size, flops, path)
 
     def add_file(self, tool: str, path: Path) -> None:
@@ -77,12 +76,6 @@ class Field:
         length = path.stat().st_size / (Path(self.folder) / "dense.onnx").stat().st_size
         self.rows.append((self.name, tool, plain, after, size, flops, f"{length:.2f}", f"{ratio:.2f}"))
         print(self.rows[-1], file=sys.stderr, flush=True)
-
-
-def _flops(model: nn.Module, inputs: tuple[torch.Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs)
-    return counter.get_total_flops()
 
 
 def ours(on: Field, net: nn.Module) -> None:
