@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from .inputs import fresh, split_inputs
 from .onnxconvert import reason
 
 
-def checked_batches(batches: Iterable[Any]) -> list[Any]:
-    """The batches as a list. Raises CalibrationError for none, and for numbers that are not finite."""
+def checked_batches(batches: Iterable[Any], like: Any = None) -> list[Any]:
+    """The batches as a list. like: example inputs. Raises CalibrationError for none, for numbers that are not finite,
+    and for tensors of other dimensions than those of the example inputs.
+    """
     try:
         data = list(batches)
     except TypeError as error:
@@ -28,7 +30,26 @@ def checked_batches(batches: Iterable[Any]) -> list[Any]:
         for leaf in pytree.tree_leaves(batch):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise CalibrationError(f"calibration batch {number} holds numbers that are not finite: take them out")
+        if like is not None:
+            _check_dimensions(batch, number, like)
     return data
+
+
+def _check_dimensions(batch: Any, number: int, like: Any) -> None:
+    """Many a layer takes any number of dimensions, and would calibrate on the wrong ones without a word."""
+    given, wanted = (
+        [leaf.ndim for leaf in pytree.tree_leaves(split_inputs(each)) if isinstance(leaf, Tensor)]
+        for each in (batch, like)
+    )
+    if len(given) == len(wanted) and given != wanted:
+        raise CalibrationError(
+            f"the tensors of calibration batch {number} have {_listed(given)} dimensions and those of the example "
+            f"inputs {_listed(wanted)}: give batches like these"
+        )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def call(module: nn.Module, batch: Any, number: int) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .bench import Pair
+from .moments import Calibration
 from .plan import Plan
 from .table import text_table
 from .truncation import Cut, cut_plainly
@@ -55,8 +56,17 @@ class Compressed:
         return "\n".join((*lines, *self.notes))
 
 
-def compressed(plan: Plan, module: nn.Module, cuts: Sequence[Cut], times: Pair | None, untimed: str) -> Compressed:
-    """The result by its parts. plan: with every site as it may be factored. untimed: why there are no times, or ""."""
+def compressed(
+    plan: Plan,
+    module: nn.Module,
+    cuts: Sequence[Cut],
+    known: Calibration | None,
+    times: Pair | None,
+    untimed: str,
+) -> Compressed:
+    """The result by its parts. plan: with every site as it may be factored. known: what the cuts were calibrated on.
+    untimed: why there are no times, or "".
+    """
     ranks = {cut.site: cut.rank for cut in cuts}
     low = [replace(row, rank=rank) for row in plan.sites if (rank := ranks[row.site.name]) is not None]
     flops = None
@@ -64,11 +74,19 @@ def compressed(plan: Plan, module: nn.Module, cuts: Sequence[Cut], times: Pair |
         flops = plan.total_flops, plan.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in low)
     made = plan.with_ranks({name: rank for name, rank in ranks.items() if rank is not None})
     params = plan.total_params, sum(p.numel() for p in module.parameters())
-    return Compressed(module, made, tuple(cuts), params, flops, times, None, _notes(cuts, times, untimed))
+    return Compressed(module, made, tuple(cuts), params, flops, times, None, _notes(cuts, known, times, untimed))
 
 
-def _notes(cuts: Sequence[Cut], times: Pair | None, untimed: str) -> tuple[str, ...]:
+def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, untimed: str) -> tuple[str, ...]:
     notes = [f"{sentence}." for sentence in cut_plainly(cuts)]
+    lossy = {cut.site for cut in cuts if cut.error > _NOTHING}
+    scarce = [] if known is None else [name for name in known.scarce if name in lossy]
+    if scarce:
+        fewest = min(known.moments[name].count for name in scarce) if known else 0
+        notes.append(
+            f"The calibration data are few for {len(scarce)} of {len(cuts)} weights ({scarce[0]} was seen to give "
+            f"{fewest} outputs): give more batches."
+        )
     dense = [cut for cut in cuts if cut.rank is None]
     kept = [cut for cut in cuts if cut.rank is not None and cut.error <= _NOTHING]
     if kept and len(kept) + len(dense) == len(cuts):

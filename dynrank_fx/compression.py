@@ -73,11 +73,11 @@ def compress(
     Raises PlanError for a budget that cannot be met (and says the least one that can), CalibrationError for data that
     do not serve; the model stays as it is.
     """
-    data = None if calibration is None else checked_batches(calibration)
+    data = None if calibration is None else checked_batches(calibration, like=example_inputs)
     if sequential and data is None:
-        raise PlanError("to calibrate the sites one after the other takes calibration data: give batches")
+        raise PlanError("to calibrate one layer after the other takes calibration data, and there are none: give some")
     if recover_steps and data is None:
-        raise PlanError("to recover takes calibration data: give batches, or leave the recovery out")
+        raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:
         raise PlanError("a budget of the metric's fall takes a metric: give metric=, a function of the module")
     net = _in_full(model, example_inputs, include, exclude, leave)
@@ -100,7 +100,7 @@ def compress(
         else:
             found = made(budget, margin)
         pair, why = (None, "") if whole is None else (whole.pair(found.module), whole.why)
-        return compressed(plan_of(net), found.module, found.cuts, pair, why)
+        return compressed(plan_of(net), found.module, found.cuts, known, pair, why)
 
     size_asked = isinstance(budget, Budget) and budget.params is not None
     found = at(None) if size_asked or whole is None or whole.dense is None else _no_slower(at)

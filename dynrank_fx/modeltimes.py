@@ -45,7 +45,10 @@ class ModelTimes:
     def _onnx(self, module: nn.Module) -> bytes:
         made = cast(module, Precision(self.sites.element))
         model, _ = converted(made, in_order(module, self._inputs), None, None)
-        serialized: bytes = model.SerializeToString()
+        try:
+            serialized: bytes = model.SerializeToString()
+        except ValueError as error:
+            raise ExportError("it is too large for one file (2 GB)") from error
         return serialized
 
     def _runner(self, model: bytes) -> Callable[[], None]:

@@ -78,6 +78,11 @@ class Calibration:
         matrices = (left, right) if found.rows else (right.mT, left.mT)
         return found.layout.from_matrices(matrices, tuple(weight.shape))
 
+    @property
+    def scarce(self) -> list[str]:
+        """Sites of which fewer outputs were seen than these have entries: what they hold is hardly known."""
+        return [name for name, found in self.moments.items() if found.count < found.second.shape[-1]]
+
     def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
         """Roots of what each direction of the outputs holds, [g, min(m, n)], largest first: the error of a cut to rank
         r is the sum of squares beyond it.

@@ -73,7 +73,10 @@ def transform(
     else:
         plan = fit_plan(net, plan, example_inputs)
     if not plan.sites and not allow_empty:
-        raise PlanError(f"nothing would be factored: {_reasons(plan)}; give allow_empty=True if that is intended")
+        raise PlanError(
+            f"nothing would be factored: {_reasons(plan)}; choose other weights or another rank (`transform --dry-run` "
+            "shows the plan, in Python allow_empty=True)"
+        )
     factorize_(net, plan)
     return net
 

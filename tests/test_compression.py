@@ -327,6 +327,20 @@ def test_without_data_it_says_so() -> None:
     assert any("cut by plain SVD, since there are no calibration data" in note for note in found.notes)
 
 
+def test_few_calibration_data_are_told_of() -> None:
+    found = compress(model(), batches()[0], dr.Budget(params=0.5), [(torch.randn(1, 32),)])
+    assert any(
+        "calibration data are few for 3 of 3 weights (0.weight was seen to give 1 outputs)" in n for n in found.notes
+    )
+    assert not any("few" in note for note in compress(model(), batches()[0], dr.Budget(params=0.5), batches()).notes)
+
+
+def test_batches_of_other_dimensions_than_the_example_inputs_are_refused() -> None:
+    """A linear layer takes them without a word."""
+    with pytest.raises(dr.CalibrationError, match=r"batch 1 have 3 dimensions and those of the example inputs 2"):
+        compress(model(), batches()[0], dr.Budget(params=0.5), [*batches()[:1], (torch.randn(2, 3, 32),)])
+
+
 def test_a_provider_that_is_not_there_is_no_untimed_success() -> None:
     with pytest.raises(dr.ExportError, match="this onnxruntime has no Toaster"):
         compress(model(), batches()[0], dr.Budget(flops=0.6), batches(), times=SiteTimes("Toaster", cache=None))
