@@ -20,7 +20,6 @@ Point: TypeAlias = tuple[float, float, int]
 """(cost, error, rank) of a site."""
 
 _ROUNDING = 1e-12
-_NOTHING = 1e-10  # of a weight's energy: what rounding leaves beyond its rank
 _WORDS = {"params": "parameters", "flops": "FLOPs", "latency": "measured times"}
 
 
@@ -76,7 +75,7 @@ class Budget:
 
 
 def points_of(curve: Curve, metric: str) -> list[Point]:
-    """The ranks worth having, by rising cost: those that cost less than dense, up to the first that loses nothing; else
+    """The ranks worth having, by rising cost: those that cost less than dense, up to the rank that the weight has; else
     dense itself as the full rank.
     """
     spectrum, cost = curve.spectrum(), curve.costs[metric]
@@ -87,10 +86,9 @@ def points_of(curve: Curve, metric: str) -> list[Point]:
     points: list[Point] = []
     for r in ranks:
         if cost.at(r) < cost.dense:
-            lost = tail[r - 1] / total
-            if lost <= _NOTHING:
+            if r >= curve.rank > 0:
                 return [*points, (cost.at(r), 0.0, r)]
-            points.append((cost.at(r), curve.weight * lost, r))
+            points.append((cost.at(r), curve.weight * tail[r - 1] / total, r))
     return [*points, (cost.dense, 0.0, curve.max_rank)]
 
 

@@ -45,7 +45,8 @@ class Candidates:
     """Cuts of one net, dense in evaluation mode, and of what ``inline`` makes of it.
 
     data, known: calibration batches and what they tell of the net; None for cuts by plain SVD. timing: measured times
-    of sites, see ``rank_units``. sequential: as in ``truncate``.
+    of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the
+    weights that were factored before.
     """
 
     net: nn.Module
@@ -55,6 +56,7 @@ class Candidates:
     timing: Timing | None = None
     multiple_of: int = 1
     sequential: bool = False
+    low: Mapping[str, int] = field(default_factory=dict)
     _measured: dict[tuple[str, int], float] = field(default_factory=dict)
     _spectra: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -107,7 +109,9 @@ class Candidates:
 
     def _units(self, **more: Any) -> list[RankUnit]:
         extra = {} if self.known is None else added_biases(self.net, self.known)
-        return rank_units(self.net, multiple_of=self.multiple_of, spectrum=self._spectrum, extra=extra, **more)
+        return rank_units(
+            self.net, multiple_of=self.multiple_of, spectrum=self._spectrum, extra=extra, known=self.low, **more
+        )
 
     def _spectrum(self, site: str, weight: Tensor) -> Tensor | None:
         if site not in self._spectra:

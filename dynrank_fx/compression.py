@@ -26,7 +26,7 @@ from .reranking import Timing
 from .rewrite import plan_of
 from .roles import Role
 from .sitetimes import SiteTimes
-from .transition import enter_
+from .transition import enter_, phases_of
 from .truncation import a_twin
 
 _MARGINS = (0.0, 0.15, 0.35, 1.0)
@@ -80,11 +80,11 @@ def compress(
         raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:
         raise PlanError("a budget of the metric's fall takes a metric: give metric=, a function of the module")
-    net = _in_full(model, example_inputs, include, exclude, leave)
+    net, low = _in_full(model, example_inputs, include, exclude, leave)
     dense = inline(net)
     known = None if data is None else calibrate(net, data)
     whole = None if times is None else ModelTimes(dense, example_inputs, times)
-    candidates = Candidates(net, dense, data, known, _timing(whole), multiple_of, sequential)
+    candidates = Candidates(net, dense, data, known, _timing(whole), multiple_of, sequential, low)
 
     def made(policy: RankPolicy, margin: float | None) -> Candidate:
         found = candidates.best(policy, margin)
@@ -112,8 +112,8 @@ def compress(
 
 def _in_full(
     model: nn.Module, example_inputs: Any, include: Sequence[str], exclude: Sequence[str], leave: Collection[Role]
-) -> nn.Module:
-    """The model as a net in evaluation mode, every site dense."""
+) -> tuple[nn.Module, dict[str, int]]:
+    """The model as a net in evaluation mode, every site dense, and the ranks of those that were factored before."""
     if holds_captured(unwrap(model)):
         net = a_twin(model)
     else:
@@ -127,8 +127,10 @@ def _in_full(
             allow_unprofitable=True,
         )
         net = a_twin(made)
+    phases = phases_of(net)
+    low = {row.site.name: row.rank for row in plan_of(net).sites if phases[row.site.name] is Phase.LOW}
     enter_(net, Phase.FULL)
-    return net
+    return net, low
 
 
 def _timing(whole: ModelTimes | None) -> Timing | None:

@@ -32,7 +32,8 @@ class Curve:
     max_rank: the rank that loses nothing. spectrum: singular values per group [g, max_rank], computed when asked for.
     matrix: rows and columns of a group. rungs: the ranks to choose from, rising; empty for all. costs: by what is
     counted, ``params`` or ``flops`` (which are there only where the inputs are known). weight: what an error of all its
-    energy does to the model, over what that of another site does; 1 where that is not known.
+    energy does to the model, over what that of another site does; 1 where that is not known. rank: of the weight, where
+    it was factored before; else 0.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Curve:
     rungs: tuple[int, ...] = ()
     costs: Mapping[str, Cost] = field(default_factory=dict)
     weight: float = 1.0
+    rank: int = 0
 
 
 class RankPolicy(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ class RankUnit:
         return all(cost.at(rank) < cost.dense for cost in costs if cost.dense)
 
 
-_EVEN: Mapping[str, float] = {}
-_NONE: Mapping[str, int] = {}
+_NONE: Mapping[str, Any] = {}
 
 Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""
@@ -73,14 +72,16 @@ def rank_units(
     spectrum: Spectrum | None = None,
     timing: Timing | None = None,
     margin: float | None = None,
-    weights: Mapping[str, float] = _EVEN,
+    weights: Mapping[str, float] = _NONE,
     extra: Mapping[str, int] = _NONE,
+    known: Mapping[str, int] = _NONE,
 ) -> list[RankUnit]:
     """What of the net gets ranks, with curves of its present weights.
 
     ladder: see ``reranked``; by default ranks are the multiples of multiple_of. timing: adds a cost of ``latency``;
     margin: then leaves only the ranks that are faster than dense by more than this share of its time. weights: of the
-    curves, by the first name. extra: parameters that a cut adds besides the factors, by the first name.
+    curves, by the first name. extra: parameters that a cut adds besides the factors, by the first name. known: ranks
+    that weights have, by the first name.
     """
     plan, modules = plan_of(net), switched_modules(unwrap(net))
     totals = {"params": plan.total_params, "flops": plan.total_flops}
@@ -91,7 +92,7 @@ def rank_units(
         costs = costs_of([row.site for row in unit], unit[0].layout, totals)
         costs["params"] = _with_extra(costs["params"], extra.get(names[0], 0) / max(plan.total_params, 1))
         curve = _curve(unit, [modules[name][0] for name in names], ladder, multiple_of, costs, spectrum)
-        curve = replace(curve, weight=weights.get(names[0], 1.0))
+        curve = replace(curve, weight=weights.get(names[0], 1.0), rank=known.get(names[0], 0))
         found.append(RankUnit(unit, curve if timing is None else _timed(curve, timing(unit), margin)))
     return found
 

@@ -118,16 +118,6 @@ def test_one_ratio_for_all_that_keeps_to_a_budget():
     assert plan.low_params <= 0.5 * plan.total_params < plan.low_params + 2 * 80 + more
 
 
-def test_no_rank_is_spent_on_what_rounding_leaves():
-    """A weight of rank 4 gets 4, whatever the budget has room for."""
-    torch.manual_seed(0)
-    model = Net()
-    with torch.no_grad():
-        model.a.weight.copy_(torch.randn(40, 4) @ torch.randn(4, 40))
-    net = dr.transform(model, (torch.randn(3, 40),), rank=dr.Budget(params=0.95))
-    assert {row.site.name: row.rank for row in dr.plan_of(net).sites}["a.weight"] == 4
-
-
 @pytest.mark.parametrize(
     ("budget", "words"),
     [

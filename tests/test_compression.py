@@ -329,9 +329,7 @@ def test_without_data_it_says_so() -> None:
 
 def test_few_calibration_data_are_told_of() -> None:
     found = compress(model(), batches()[0], dr.Budget(params=0.5), [(torch.randn(1, 32),)])
-    assert any(
-        "calibration data are few for 3 of 3 weights (0.weight was seen to give 1 outputs)" in n for n in found.notes
-    )
+    assert any(re.search(r"data are few for \d of 3 weights \(.* was seen to give 1 outputs\)", n) for n in found.notes)
     assert not any("few" in note for note in compress(model(), batches()[0], dr.Budget(params=0.5), batches()).notes)
 
 

@@ -198,7 +198,8 @@ def test_a_rank_over_every_limit_raises_and_a_plan_without_sites_is_refused_by_t
     with pytest.raises(dr.PlanError, match="rank 100 is over the limit of every site \\(the largest is 24\\)"):
         several(rank=dr.Fixed(100))
     with pytest.raises(
-        dr.PlanError, match=r"nothing would be factored: stem.weight .*, deep.weight .*, and 2 more; give allow_empty"
+        dr.PlanError,
+        match=r"nothing would be factored: stem.weight .*, deep.weight .*, and 2 more; choose other weights",
     ):
         dr.transform(Several(), X, rank=dr.Ratio(1.0))
     with pytest.raises(dr.PlanError, match="nothing would be factored: the model has no matrix"):

@@ -71,7 +71,7 @@ def test_pytorch_too_and_a_run_and_a_recovery_by_the_loss(write: Run, run: Run, 
 def test_sites_are_timed_by_default(weights: str, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     result = run("compress", "model.py", "--weights", weights, "--budget", "latency=1", "-o", "m.onnx")
-    assert "of dense, in onnxruntime" in result.stdout
+    assert "in onnxruntime" in result.stdout
     assert (folder / "cache" / "dynrank-fx" / "times.json").exists()
 
 
