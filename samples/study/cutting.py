@@ -57,13 +57,12 @@ TRAININGS: dict[str, Callable[[int, Any], Preset]] = {
 
 
 def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0) -> nn.Module:
-    """A net after the task's epochs, inflated, so that every way of cutting starts from dense weights."""
+    """A net after the task's epochs."""
     seed_all(seed)
     net = task.transformed(dr.ranks.Ratio(0.25))
     preset, optimizer = way(task.epochs, costs_of(net)), task.optimizer(net.parameters())
     run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, task.epochs))
     fit(run, task.data(), Settings(task.epochs, compile=False, **preset.settings))
-    dr.enter_(net, dr.Phase.FULL)
     return net.eval()
 
 
@@ -90,13 +89,15 @@ def latency(path: Path, against: Path, batch: int) -> float:
     return float(bench_onnx(path, against, batch_sizes=(batch,), repeats=40)[0].ratio or 0)
 
 
-def cuts(net: nn.Module, ratio: float, batches: Sequence[Any], known: Any) -> dict[str, nn.Module]:
-    """The net cut in every way, to as many parameters (or FLOPs) as one rank ratio for all sites gives."""
+def cuts(net: nn.Module, full: nn.Module, ratio: float, batches: Sequence[Any], known: Any) -> dict[str, nn.Module]:
+    """The net cut in every way, to as many parameters (or FLOPs) as one rank ratio for all sites gives. full: the same
+    in FULL, of which a cut can ask for any rank; known: what it gives.
+    """
     policy = dr.ranks.Ratio(ratio)
-    plain = dr.truncate(net, rank=policy)
-    calibrated = dr.truncate(net, known, rank=policy)
-    dr.recalibrate_(calibrated, batches, like=dr.inline(net))
-    dense = dr.inline(net)
+    dense = dr.inline(full)
+    plain = dr.truncate(full, rank=policy)
+    calibrated = dr.truncate(full, known, rank=policy)
+    dr.recalibrate_(calibrated, batches, like=dense)
     size = dr.Budget(params=params(calibrated) / params(dense))
     flops = dr.Budget(flops=flops_of(calibrated, batches[0]) / flops_of(dense, batches[0]))
     best, quick = (dr.compress(net, batches[0], budget, batches).module for budget in (size, flops))
@@ -128,10 +129,12 @@ def points(name: str, seed: int) -> list[dict[str, Any]]:
     for training, way in TRAININGS.items():
         net = trained(task, way, seed)
         data, batches = task.data(), calibration(task)
-        add(training, "", None, dr.inline(net))
-        known = dr.calibrate(net, batches)
+        full = copy.deepcopy(net)
+        dr.enter_(full, dr.Phase.FULL)
+        add(training, "", None, dr.inline(full))
+        known = dr.calibrate(full, batches)
         for ratio in RATIOS:
-            for cut, model in cuts(net, ratio, batches, known).items():
+            for cut, model in cuts(net, full, ratio, batches, known).items():
                 add(training, cut, ratio, model)
     return found
 
