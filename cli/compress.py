@@ -10,8 +10,15 @@ import click
 
 from dynrank_fx.errors import StoreError
 
-from .options import calibrate_option
-from .runs import metric_of
+from .options import (
+    calibrate_option,
+    export_arguments,
+    export_options,
+    refuse_export_options,
+    roles_of,
+    weights_option,
+)
+from .runs import calibration_inputs, metric_of, model_with_weights, open_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
     help="params=0.5, flops=0.5 or latency=0.7 of the dense model, or max_drop=0.01 of the metric.",
 )
 @click.option("--out", "-o", type=Path, required=True, metavar="FILE", help="model.onnx, or model.pt for PyTorch.")
-@click.option("--weights", type=Path, metavar="FILE", help="A state_dict for model(): .pt or .safetensors.")
+@weights_option
 @click.option("--model", "model_file", type=Path, metavar="MODEL.PY", help="A run's model file, where it has moved.")
 @calibrate_option
 @click.option("--sequential", is_flag=True, help="Calibrate every layer on what the cut ones before it give.")
@@ -58,6 +65,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Weights that stay dense by what they are for; may be repeated.",
 )
+@export_options
 def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
     """Cut a trained model so that its outputs change least, within a budget; SOURCE is a model file or a run.
 
@@ -70,15 +78,23 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
       dynrank-fx compress digits.py --weights digits.pt --budget flops=0.5 -o small.onnx
     """
     from dynrank_fx.compression import compress as compressed
-    from dynrank_fx.roles import Role
+    from dynrank_fx.export import export_onnx
+    from dynrank_fx.onnxcheck import check_provider
+    from dynrank_fx.randomness import seed_all
     from dynrank_fx.sitetimes import SiteTimes
 
-    asked = _budget(budget)
+    asked, leave = _budget(budget), roles_of(options["leave"])
     if out.suffix not in (".onnx", ".pt"):
         raise click.BadParameter(f"{out} is neither an .onnx nor a .pt file", param_hint="--out")
     if not out.parent.is_dir():
         raise StoreError(f"{out} cannot be written because there is no folder {out.parent}: make it first")
+    if out.suffix == ".pt":
+        refuse_export_options(out)
+    arguments = export_arguments(options)
+    check_provider(options["provider"])
+    element = "float16" if options["precision"] == "float16" else "float32"
     net, file = _opened(source, options["model_file"], options["weights"])
+    seed_all(0)
     batches = file.calibration_batches(options["calibrate"])
     by_loss = options["recover_by"] == "loss" and options["recover_steps"]
     found = compressed(
@@ -89,16 +105,31 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
         metric=metric_of(file),
         recover_steps=options["recover_steps"],
         loss=_loss(file, batches) if by_loss else None,
-        times=None if options["no_timing"] else SiteTimes(options["provider"]),
+        times=None if options["no_timing"] else SiteTimes(options["provider"], element),
         multiple_of=options["multiple_of"],
         include=options["include"],
         exclude=options["exclude"],
-        leave=[Role[name.upper()] for name in options["leave"] if "none" not in options["leave"]],
+        leave=leave,
         sequential=options["sequential"],
     )
     click.echo(str(found))
     click.echo()
-    click.echo(_written(found, file, out, options["provider"]))
+    if out.suffix == ".pt":
+        click.echo(_stored(found.module, out))
+        return
+    metadata = {"dynrank_plan": found.plan.to_json()}
+    if found.metrics is not None:
+        metadata["dynrank_metric"] = f"{found.metrics[1]:.6g} (dense: {found.metrics[0]:.6g})"
+    report = export_onnx(
+        found.module,
+        file.example_inputs(),
+        out,
+        more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
+        providers=[options["provider"]],
+        metadata=metadata,
+        **arguments,
+    )
+    click.echo(str(report))
 
 
 def _budget(text: str) -> RankPolicy | MaxDrop:
@@ -119,40 +150,12 @@ def _budget(text: str) -> RankPolicy | MaxDrop:
 
 
 def _opened(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:
-    from .modelfile import load_model_file
-    from .runs import open_run
-
-    if source.is_dir():
-        if weights is not None:
-            raise click.UsageError("a run has its own weights: leave out --weights")
-        opened = open_run(source, model_file)
-        return opened.net, opened.file
-    file = load_model_file(source)
-    model = file.model()
+    if not source.is_dir():
+        return model_with_weights(source, weights)
     if weights is not None:
-        _load_weights(model, weights)
-    return model, file
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-        model.load_state_dict(state)
-    except FileNotFoundError as error:
-        raise StoreError(f"there is no file {path}") from error
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        what = (
-            "it is no file of tensors alone"
-            if "weights_only" in str(error)
-            else " ".join(map(str.strip, lines[1:3] or lines))
-        )
-        raise StoreError(
-            f"{path} could not be loaded into model() ({what[:200]}): give a state_dict of that model"
-        ) from error
+        raise click.UsageError("a run has its own weights: leave out --weights")
+    opened = open_run(source, model_file)
+    return opened.net, opened.file
 
 
 def _loss(file: ModelFile, batches: list[Any]) -> Any:
@@ -160,19 +163,13 @@ def _loss(file: ModelFile, batches: list[Any]) -> Any:
     return lambda output, number: file.loss(output, batches[number])
 
 
-def _written(found: Any, file: ModelFile, out: Path, provider: str) -> str:
-    from dynrank_fx.export import export_onnx
+def _stored(module: nn.Module, out: Path) -> str:
+    import torch
+
     from dynrank_fx.store import replacing
 
-    if out.suffix == ".pt":
-        import torch
-
-        stored = io.BytesIO()  # torch's own writer does not say that a disk is full
-        torch.save(found.module, stored)
-        with replacing(out) as beside:
-            beside.write_bytes(stored.getbuffer())
-        return f"{out}: a PyTorch module, for torch.load(..., weights_only=False)"
-    metadata = {"dynrank_plan": found.plan.to_json()}
-    if found.metrics is not None:
-        metadata["dynrank_metric"] = f"{found.metrics[1]:.6g} (dense: {found.metrics[0]:.6g})"
-    return str(export_onnx(found.module, file.example_inputs(), out, providers=[provider], metadata=metadata))
+    stored = io.BytesIO()  # torch's own writer does not say that a disk is full
+    torch.save(module, stored)
+    with replacing(out) as beside:
+        beside.write_bytes(stored.getbuffer())
+    return f"{out}: a PyTorch module, for torch.load(..., weights_only=False)"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dynrank_fx.layout import ConvLayout
     from dynrank_fx.overrides import Override
     from dynrank_fx.ranks import RankPolicy
+    from dynrank_fx.roles import Role
 
     from .modelfile import ModelFile
 
@@ -59,6 +60,34 @@ _PLAN_OPTIONS = (
 )
 
 
+_EXPORT_OPTIONS = (
+    click.option("--opset", type=int, metavar="N", help="ONNX opset; by default the exporter's own."),
+    click.option(
+        "--batch", "batches", type=int, multiple=True, help="A batch size to compare on; by default 1, 2 and 5."
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+        default="float32",
+        show_default=True,
+        help="Of the file's numbers; int8 stores weights alone. Inputs and outputs stay float32.",
+    ),
+    click.option(
+        "--dynamic",
+        multiple=True,
+        metavar="ARG:AXIS=NAME",
+        help="A free dimension under a name, such as x:0=batch; may be repeated. By default the first of every input.",
+    ),
+    click.option("--input-name", "inputs", multiple=True, metavar="NAME", help="Names of the file's inputs, in order."),
+    click.option("--output-name", "outputs", multiple=True, metavar="NAME", help="Names of its outputs, in order."),
+    click.option("--external-data", is_flag=True, help="Weights in FILE.data, which above 2 GB they are anyway."),
+)
+_OF_EXPORT = ("opset", "batches", "precision", "dynamic", "inputs", "outputs", "external_data")
+
+weights_option = click.option(
+    "--weights", type=Path, metavar="FILE", help="A state_dict for model(): .pt or .safetensors."
+)
+
 calibrate_option = click.option(
     "--calibrate",
     type=click.IntRange(min=0),
@@ -80,6 +109,58 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_PLAN_OPTIONS):
         command = option(command)
     return command
+
+
+def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what an ONNX file is like."""
+    for option in reversed(_EXPORT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def export_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """What ``export_options`` were given, as arguments of ``export_onnx``."""
+    from dynrank_fx.precision import Precision
+
+    return {
+        "opset": options["opset"],
+        "batch_sizes": options["batches"] or (1, 2, 5),
+        "precision": Precision(options["precision"]),
+        "dynamic": _dynamic(options["dynamic"]),
+        "input_names": options["inputs"],
+        "output_names": options["outputs"],
+        "external_data": options["external_data"] or None,
+    }
+
+
+def refuse_export_options(out: Path) -> None:
+    """Refuse the options of an ONNX file for a file that is none."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is not click.core.ParameterSource.DEFAULT
+        if parameter.name in _OF_EXPORT and given:
+            raise click.UsageError(f"{parameter.opts[0]} is of an ONNX file, and {out} is none: leave it out")
+
+
+def _dynamic(texts: tuple[str, ...]) -> dict[str, dict[int, str]] | None:
+    """The free dimensions by argument, from ``ARG:AXIS=NAME``."""
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        place, equals, name = text.partition("=")
+        argument, colon, axis = place.rpartition(":")
+        if not (equals and colon and argument and axis.isdigit() and name.isidentifier()):
+            raise click.BadParameter(f"{text!r} is not ARG:AXIS=NAME, such as x:0=batch", param_hint="--dynamic")
+        found.setdefault(argument, {})[int(axis)] = name
+    return found or None
+
+
+def roles_of(leave: tuple[str, ...]) -> list[Role]:
+    """The roles that ``--leave`` names; none beside others is a contradiction."""
+    from dynrank_fx.roles import Role
+
+    if "none" in leave and len(set(leave)) > 1:
+        raise click.BadParameter("none beside others says two things: give one of them", param_hint="--leave")
+    return [Role[name.upper()] for name in leave if name != "none"]
 
 
 def refuse_beside(flag: str, options: dict[str, Any]) -> None:
@@ -152,7 +233,6 @@ def transformed(
     """The model of a model file, transformed as the options say. policy: in place of ``rank`` and ``energy``."""
     from dynrank_fx.checkpoint import read_plan
     from dynrank_fx.pipeline import transform
-    from dynrank_fx.roles import Role
     from dynrank_fx.tracing import Capture
 
     if plan_file is not None:
@@ -168,7 +248,7 @@ def transformed(
         multiple_of=multiple_of,
         conv_layout=_conv_layout(layout),
         share_inputs=share_inputs,
-        leave=[Role[name.upper()] for name in leave if "none" not in leave],
+        leave=roles_of(leave),
         how=None if how is None else Capture[how.upper()],
         plan=None if plan_file is None else read_plan(plan_file),
         allow_empty=allow_empty,

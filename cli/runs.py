@@ -28,32 +28,117 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Truncated:
-    """What is exported of a run. batches: inputs that its cut was calibrated on. metric: None where none is known."""
+class FinalForm:
+    """A module to export. real: calibration batches to compare it on. metadata: for its file."""
 
     module: nn.Module
-    batches: list[Any]
-    metric: float | None
+    file: ModelFile
+    real: list[Any]
+    metadata: dict[str, str]
 
 
-def truncated(opened: Opened, calibrate: int) -> Truncated:
+def final_form(source: Path, model_file: Path | None, weights: Path | None, calibrate: int) -> FinalForm:
+    """What is deployed of a run or a folder of ``transform`` (its truncation), of a model file (the model), or of a
+    .pt file of ``compress``. Raises StoreError and ModelFileError.
+    """
+    if not source.is_dir():
+        module, file = _module_of(source, model_file, weights)
+        return FinalForm(module.eval(), file, calibration_inputs(file, calibrate), {})
+    if weights is not None:
+        raise StoreError(f"{source} has its own weights: leave out --weights")
+    return _truncated(open_run(source, model_file), calibrate)
+
+
+def _truncated(opened: Opened, calibrate: int) -> FinalForm:
     """The net with all of its sites in factors; those that are dense at the end are cut on so many calibration batches,
     the same ones every time.
     """
+    from dynrank_fx.inlining import inline
     from dynrank_fx.phase import Phase
-    from dynrank_fx.randomness import seed_all
+    from dynrank_fx.recovery import recalibrate_
+    from dynrank_fx.rewrite import plan_of
     from dynrank_fx.transition import phases_of
     from dynrank_fx.truncation import truncate
 
-    if not set(phases_of(opened.net).values()) - {Phase.LOW}:
+    batches = calibration_inputs(opened.file, calibrate)
+    if set(phases_of(opened.net).values()) - {Phase.LOW}:
+        module, metric = truncate(opened.net, batches or None), metric_of(opened.file)
+        if batches:
+            recalibrate_(module, batches, like=inline(opened.net.eval()))
+        score = None if metric is None else metric(module)
+    else:
         known = opened.history[-1].get("truncated") if opened.history else None
-        return Truncated(truncate(opened.net), [], (known or {}).get("eval_metric"))
-    batches = []
-    if opened.file.has_calibration:
-        seed_all(0)
-        batches = [opened.file.inputs(batch) for batch in opened.file.calibration_batches(calibrate)]
-    module, metric = truncate(opened.net, batches or None), metric_of(opened.file)
-    return Truncated(module, batches, None if metric is None else metric(module))
+        module, score = truncate(opened.net), (known or {}).get("eval_metric")
+    metadata = {"dynrank_plan": plan_of(opened.net).to_json()}
+    if score is not None:
+        metadata["dynrank_metric"] = f"{score:.6g}"
+    return FinalForm(module, opened.file, batches, metadata)
+
+
+def _module_of(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:
+    from .modelfile import load_model_file
+
+    if source.suffix != ".pt":
+        return model_with_weights(source, weights)
+    if model_file is None:
+        raise StoreError(f"{source} has no example inputs: add --model MODEL.PY, the model file that it was made from")
+    if weights is not None:
+        raise StoreError(f"{source} has its own weights: leave out --weights")
+    return _stored_module(source), load_model_file(model_file)
+
+
+def _stored_module(path: Path) -> nn.Module:
+    import torch
+    from torch import nn
+
+    try:
+        found = torch.load(path, weights_only=False)
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no file {path}") from error
+    except Exception as error:
+        raise StoreError(f"{path} could not be loaded ({str(error).strip().splitlines()[0][:200]})") from error
+    if not isinstance(found, nn.Module):
+        raise StoreError(
+            f"{path} holds a {type(found).__name__} and no module: give weights by --weights, and MODEL.PY"
+        )
+    return found
+
+
+def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, ModelFile]:
+    """``model()`` of a model file, with a state_dict. Raises StoreError where that does not fit."""
+    import torch
+    from safetensors.torch import load_file
+
+    from .modelfile import load_model_file
+
+    file = load_model_file(source)
+    model = file.model()
+    if weights is None:
+        return model, file
+    try:
+        state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
+        model.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no file {weights}") from error
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        what = " ".join(map(str.strip, lines[1:3] or lines))
+        if "weights_only" in str(error):
+            what = "it is no file of tensors alone"
+        raise StoreError(
+            f"{weights} could not be loaded into model() ({what[:200]}): give a state_dict of that model"
+        ) from error
+    return model, file
+
+
+def calibration_inputs(file: ModelFile, count: int) -> list[Any]:
+    """Inputs of so many calibration batches, the same ones every time; none where the file has no data."""
+    from dynrank_fx.randomness import seed_all
+
+    if not file.has_calibration:
+        return []
+    seed_all(0)
+    return [file.inputs(batch) for batch in file.calibration_batches(count)]
 
 
 def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dynrank_fx.errors import ExportError
 
-from .options import calibrate_option
+from .options import calibrate_option, weights_option
 
 
 @click.command()
@@ -17,16 +18,20 @@ from .options import calibrate_option
 @click.argument("other", type=Path)
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="By default 1, 2 and 5.")
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Of the relative error of an output.")
+@click.option("--model", "model_file", type=Path, metavar="MODEL.PY", help="The model file of a run or a .pt file.")
+@weights_option
 @calibrate_option
 @click.option("--provider", default="CPUExecutionProvider", show_default=True, help="Of onnxruntime.")
-def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, calibrate: int, provider: str) -> None:
-    """Compare an ONNX file with another, or with a model file or run, on random inputs of several batch sizes.
+def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, provider: str, **options: Any) -> None:
+    """Compare an ONNX file with another, or with a model file, a run or a .pt file, on random inputs.
 
-    Says how far every output is off, and names the first layer whose value differs. Exits with 1 where they differ.
+    Says how far every output is off, and names the first layer whose value differs. Exits with 1 where they differ. A
+    .pt file of `compress` takes --model, and runs code as it is loaded: only one of your own.
 
     \b
     Example:
       dynrank-fx verify small.onnx dense.onnx --tolerance 0.05
+      dynrank-fx verify dense.onnx model.py --weights model.pt
     """
     from dynrank_fx.onnxdiff import compare_onnx
 
@@ -34,28 +39,22 @@ def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, c
         raise click.BadParameter(
             f"{tolerance} is no error that can be allowed: give 0 or more", param_hint="--tolerance"
         )
-    given = other
+    if ".onnx" not in (one.suffix, other.suffix):
+        raise click.UsageError(f"neither {one} nor {other} is an .onnx file: export one of them first")
     with tempfile.TemporaryDirectory() as folder:
-        if other.suffix != ".onnx":
-            other = _exported(other, Path(folder), calibrate)
-        verdict = compare_onnx(one, other, batch_sizes=batches or (1, 2, 5), provider=provider, tolerance=tolerance)
+        files = [each if each.suffix == ".onnx" else _exported(each, Path(folder), **options) for each in (one, other)]
+        verdict = compare_onnx(*files, batch_sizes=batches or (1, 2, 5), provider=provider, tolerance=tolerance)
     click.echo(str(verdict))
     if not verdict.same:
-        raise ExportError(f"{one} and {given} differ by more than {tolerance:g}")
+        raise ExportError(f"{one} and {other} differ by more than {tolerance:g}")
 
 
-def _exported(source: Path, folder: Path, calibrate: int) -> Path:
-    """The model of a model file, or of a run, as an ONNX file."""
+def _exported(source: Path, folder: Path, model_file: Path | None, weights: Path | None, calibrate: int) -> Path:
+    """The final form of what is no ONNX file, as one."""
     from dynrank_fx.export import export_onnx
 
-    from .modelfile import load_model_file
-    from .runs import open_run, truncated
+    from .runs import final_form
 
-    path = folder / f"{source.stem}.onnx"
-    if source.is_dir():
-        opened = open_run(source)
-        export_onnx(truncated(opened, calibrate).module, opened.file.example_inputs(), path)
-    else:
-        file = load_model_file(source)
-        export_onnx(file.model(), file.example_inputs(), path)
+    path, final = folder / f"{source.stem}.onnx", final_form(source, model_file, weights, calibrate)
+    export_onnx(final.module, final.file.example_inputs(), path)
     return path

@@ -53,6 +53,13 @@ def runtime() -> Any:
     return onnxruntime
 
 
+def check_provider(provider: Provider) -> None:
+    """Raises ExportError for one that this onnxruntime has not."""
+    name, available = provider if isinstance(provider, str) else provider[0], runtime().get_available_providers()
+    if name not in available:
+        raise ExportError(f"this onnxruntime has no {name}: ask for one of {', '.join(available)}")
+
+
 def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> Any:
     """An InferenceSession whose first provider, ``get_providers()[0]``, is the one asked for and really works.
 
@@ -76,9 +83,8 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     cuda = "CUDAExecutionProvider" in available and torch.cuda.is_available()
     asked = list(providers or (*(("CUDAExecutionProvider",) if cuda else ()), "CPUExecutionProvider"))
     names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
-    for each in names:
-        if each not in available:
-            raise ExportError(f"this onnxruntime has no {each}: ask for one of {', '.join(available)}")
+    for each in asked:
+        check_provider(each)
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
     ort.set_default_logger_severity(_SILENT)

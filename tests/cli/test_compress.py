@@ -137,3 +137,19 @@ def test_a_full_disk_is_told_for_a_module_too(write: Run, refused: Run, monkeypa
     said = refused("compress", write(), "--budget", "params=0.6", "-o", "m.pt", "--no-timing")
     assert said == "m.pt could not be written (No space left on device); what was there before is unchanged"
     assert Path("m.pt").read_bytes() == b"before"
+
+
+def test_what_the_file_is_like_is_said_as_for_export(weights: str, run: Run, refused: Run) -> None:
+    given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "--no-timing")
+    run(*given, "-o", "m.onnx", "--precision", "float16", "--input-name", "image", "--output-name", "score")
+    model = onnx.load("m.onnx")
+    assert [model.graph.input[0].name, model.graph.output[0].name] == ["image", "score"]
+    assert onnx.TensorProto.FLOAT16 in {each.data_type for each in model.graph.initializer}
+    assert "--precision is of an ONNX file, and m.pt is none" in refused(*given, "-o", "m.pt", "--precision", "int8")
+    assert not Path("m.pt").exists()
+
+
+def test_what_would_be_without_effect_is_refused_before_any_work(weights: str, refused: Run) -> None:
+    given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "--no-timing", "-o", "m.pt")
+    assert "this onnxruntime has no Toaster" in refused(*given, "--provider", "Toaster")
+    assert "none beside others says two things" in refused(*given, "--leave", "none", "--leave", "head")

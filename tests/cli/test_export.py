@@ -147,8 +147,55 @@ def test_a_folder_that_is_neither(write: Run, refused: Callable[..., str], folde
     (folder / "empty").mkdir()
     sentence = "is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`"
     assert refused("export", "empty", "-o", "x.onnx") == f"empty {sentence}"
-    assert refused("export", "model.py", "-o", "x.onnx") == f"model.py {sentence}"
+    assert refused("export", "nowhere", "-o", "x.onnx")
     assert refused("inspect", "empty") == f"empty {sentence}"
+
+
+def test_a_model_file_is_exported_as_it_is_with_weights_of_its_own(write: Run, run: Run, refused: Run) -> None:
+    torch.manual_seed(3)
+    model = load_model_file(Path(write())).model().eval()
+    torch.save(model.state_dict(), "w.pt")
+    run("export", "model.py", "--weights", "w.pt", "-o", "dense.onnx")
+    x = torch.randn(7, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(answers("dense.onnx", x), model(x), atol=1e-5)
+    assert run("verify", "model.py", "dense.onnx", "--weights", "w.pt").stdout.splitlines()[-1] == (
+        "the same within 0.0001"
+    )
+    assert "neither model.py nor w.pt is an .onnx file" in refused("verify", "model.py", "w.pt")
+
+
+def test_what_compress_stored_is_exported_and_compared_with_its_model_file(write: Run, run: Run, refused: Run) -> None:
+    write("torch.manual_seed(0)")
+    run("compress", "model.py", "--budget", "params=0.6", "-o", "small.pt", "--no-timing")
+    assert "small.pt has no example inputs: add --model" in refused("export", "small.pt", "-o", "small.onnx")
+    run("export", "small.pt", "--model", "model.py", "-o", "small.onnx")
+    x = torch.randn(7, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(answers("small.onnx", x), torch.load("small.pt", weights_only=False)(x), atol=1e-5)
+    assert "the same within" in run("verify", "small.onnx", "small.pt", "--model", "model.py").stdout
+    torch.save({"a": 1}, "state.pt")
+    assert "state.pt holds a dict and no module" in refused("export", "state.pt", "--model", "model.py", "-o", "x.onnx")
+
+
+def test_the_file_is_an_onnx_file(trained: str, refused: Run) -> None:
+    assert "p.txt is no .onnx file" in refused("export", trained, "-o", "p.txt")
+
+
+def test_a_run_that_ends_low_is_compared_on_real_inputs_too(
+    write: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("train", write(), "--no-compile", "--epochs", "1", "--schedule", "low", "--out", "r")
+    seen = []
+
+    def watched(*args: object, **settings: object) -> object:
+        seen.append(settings["more_inputs"])
+        return export_onnx(*args, **settings)
+
+    export_onnx = exporting.export_onnx
+    monkeypatch.setattr(exporting, "export_onnx", watched)
+    run("export", "r", "-o", "model.onnx")
+    assert [len(more) for more in seen] == [1]
 
 
 def test_types_names_and_free_dimensions(trained: str, run: Run, refused: Run, folder: Path) -> None:
