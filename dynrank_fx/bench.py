@@ -61,7 +61,9 @@ def _synchronize() -> None:
 def machine() -> str:
     """The machine in one line, for a table."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, no GPU"
-    return f"{device}; {torch.get_num_threads()} threads; torch {torch.__version__}; Python {platform.python_version()}"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
+    return f"{device}; {threads}; torch {torch.__version__}; Python {platform.python_version()}"
 
 
 def processor() -> str:

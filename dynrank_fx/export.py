@@ -24,7 +24,7 @@ from .errors import CaptureError, ExportError
 from .inlining import holds_captured, inline
 from .inputs import Inputs, batch_size, in_order, split_inputs, with_batch
 from .net import unwrap
-from .onnxcheck import Agreement, Provider, check_batch_sizes, compare, onnx_inputs, runtime, session
+from .onnxcheck import Agreement, Provider, check_batch_sizes, check_provider, compare, onnx_inputs, runtime, session
 from .onnxconvert import converted, parameter_count, reason, renamed
 from .precision import Precision, cast, int8_weights_
 from .scopes import quiet
@@ -32,6 +32,7 @@ from .scopes import quiet
 __all__ = ["Agreement", "ExportReport", "Provider", "export_onnx", "onnx_inputs", "session", "verify_onnx"]
 
 _CPU = "CPUExecutionProvider"
+_WORTH_A_FILE = 1024  # bytes of a tensor that is stored outside
 _MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
 
 
@@ -93,7 +94,9 @@ def export_onnx(
     Raises ExportError; then there is no new file, and one that was there is as it was.
     """
     check_batch_sizes(batch_sizes)
-    runtime()
+    for each in providers or ():
+        check_provider(each)
+    newest = _check_opset(opset)
     plain = _in_evaluation(module)
     inputs = in_order(plain, split_inputs(example_inputs))
     large = _bytes(plain) > _MAX_BYTES
@@ -118,15 +121,16 @@ def export_onnx(
         found = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
         if opset not in (None, found):
             raise ExportError(
-                f"torch's exporter makes no opset {opset} of this model, but {found}: ask for that, or leave opset out"
+                f"torch's exporter makes no opset {opset} of this model, but {found}: ask for one from {found} to "
+                f"{newest}, or leave opset out"
             )
         model.producer_name, model.producer_version = "dynrank-fx", __version__
-        told = {"dynrank_fx_version": __version__, "torch_version": torch.__version__, "precision": precision.value}
+        told = {**_versions(), "precision": precision.value}
         for key, value in {**told, **(metadata or {})}.items():
             model.metadata_props.add(key=key, value=value)
         params, outside = parameter_count(model), large or bool(external_data)
         _write(model, beside, outside)
-        _check_file(beside)
+        _check_file(beside, precision)
         allowed = precision.tolerance if tolerance is None else tolerance
         cases = _cases(plain, inputs, batch_sizes if free else (batch_size(inputs) or 1,), dynamic, more_inputs)
         opened = session(beside, providers)
@@ -186,17 +190,42 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
+def _check_opset(opset: int | None) -> int:
+    """The newest opset there is. Raises ExportError for one that is none."""
+    import onnx
+
+    newest: int = onnx.defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise ExportError(
+            f"there is no opset {opset}: this onnx knows 1 to {newest}, of which 18 and up are well tried"
+        )
+    return newest
+
+
+def _versions() -> dict[str, str]:
+    import onnx
+
+    made = {"dynrank_fx": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
+    return {f"{name}_version": version for name, version in {**made, "onnxruntime": runtime().__version__}.items()}
+
+
 def _name(model: Any, what: str, names: Sequence[str]) -> None:
-    """Names for the file's inputs or outputs, in their order."""
+    """Names for the file's inputs or outputs, in their order; values inside that have one of them get another."""
     if not names:
         return
     values = list(getattr(model.graph, what))
-    if len(names) != len(values) or len(set(names)) < len(names):
+    if len(names) != len(values) or len(set(names)) < len(names) or not all(names):
         raise ExportError(
             f"the file has {len(values)} {what}s ({', '.join(value.name for value in values)}): give as many {what} "
             "names, each once"
         )
     new = dict(zip((value.name for value in values), names, strict=True))
+    others = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in new]
+    for name in names:
+        if name in others or any(each.name == name for each in model.graph.initializer):
+            raise ExportError(f"{name!r} is the name of another input, output or weight: choose another {what} name")
+    inside = {name for node in model.graph.node for name in node.output} - set(new)
+    new |= {name: f"{name}_inside" for name in names if name in inside}
     renamed(model, lambda name: new.get(name, name))
 
 
@@ -246,13 +275,25 @@ def _write(model: Any, path: Path, outside: bool) -> None:
     if not outside:
         path.write_bytes(model.SerializeToString())
         return
-    onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+    beside = path.with_name(f"{path.name}.data")
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) >= _WORTH_A_FILE:  # not by save_model, which looks for the file in the working folder
+            onnx.external_data_helper.set_external_data(tensor, beside.name)
+    onnx.save_model(model, path)
+    if not beside.exists():
+        return
+    beside.chmod(path.stat().st_mode)  # onnx lets nobody else read it
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, precision: Precision) -> None:
     import onnx
 
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
     except Exception as error:
+        if "unsupported type" in str(error) and precision is not Precision.FLOAT32:
+            raise ExportError(
+                f"ONNX of this opset has not every operation of the model in {precision.value} ({reason(error)}): "
+                "export in float32 or float16, or with a newer opset"
+            ) from error
         raise ExportError(f"the exporter made an invalid ONNX file ({reason(error)}): give another opset") from error

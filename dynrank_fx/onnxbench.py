@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from .bench import interleaved
 from .errors import ExportError
 from .onnxcheck import Provider, session
 from .onnxconvert import reason
+from .onnxmemory import memory_of
 from .sitetimes import bound
 from .table import text_table
 
@@ -28,7 +28,7 @@ _TYPES |= {"bool": "bool", "uint8": "uint8", "int8": "int8"}
 class Timing:
     """One file at one batch size. Times in seconds; ratio: the median of neighbouring pairs, over the other file.
 
-    memory: bytes by which the process grew from before the session was made to after it ran.
+    memory, gpu_memory: bytes that a process of its own takes for the file, see ``memory_of``; None where unknown.
     """
 
     file: str
@@ -38,7 +38,8 @@ class Timing:
     p90: float
     p99: float
     throughput: float
-    memory: int
+    memory: int | None
+    gpu_memory: int | None
     ratio: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -66,18 +67,14 @@ def bench_onnx(
     if graphs and len(batch_sizes) > 1:
         raise ExportError("a CUDA graph is of one batch size: give one alone")
     files = [Path(path), *([Path(against)] if against is not None else [])]
-    before = _resident()
-    opened, sizes = [], []
-    for file in files:
-        opened.append(session(file, providers))
-        sizes.append(_resident())
+    opened = [session(file, providers) for file in files]
     rows = table_rows(loaded(files[0]))
     found = []
     for batch in _batches(opened[0], batch_sizes):
-        calls = [bound(each, random_inputs(each, batch, rows=rows)) for each in opened]
+        feeds = [random_inputs(each, batch, rows=rows) for each in opened]
+        calls = [bound(each, given) for each, given in zip(opened, feeds, strict=True)]
         for call in calls * warmup:
             call()
-        grown = [size - base for size, base in zip(sizes, [before, *sizes], strict=False)]
         ratio = interleaved(calls[-1], calls[0], repeats=max(repeats // 2, 5), warmup=0).ratio if against else None
         times = [_times(call, repeats) for call in calls]
         for i, (file, each) in enumerate(zip(files, opened, strict=True)):
@@ -86,7 +83,8 @@ def bench_onnx(
             median = statistics.median(ordered)
             over = ratio if i == 0 else None
             provider = each.get_providers()[0]
-            found.append(Timing(str(file), provider, batch, median, p90, p99, batch / median, max(0, grown[i]), over))
+            memory = memory_of(file, (provider, each.get_provider_options()[provider]), feeds[i])
+            found.append(Timing(str(file), provider, batch, median, p90, p99, batch / median, *memory, over))
     return found
 
 
@@ -140,7 +138,7 @@ def random_inputs(opened: Any, batch: int, seed: int = 0, rows: Mapping[str, int
 
 def table(timings: Sequence[Timing]) -> str:
     """The timings as text."""
-    head = ("file", "provider", "batch", "median ms", "p90", "p99", "per second", "memory MB", "ratio")
+    head = ("file", "provider", "batch", "median ms", "p90", "p99", "per second", "memory MB", "GPU MB", "ratio")
     rows = [
         (
             t.file,
@@ -148,12 +146,13 @@ def table(timings: Sequence[Timing]) -> str:
             str(t.batch),
             *(f"{1e3 * value:.3f}" for value in (t.median, t.p90, t.p99)),
             f"{t.throughput:,.0f}",
-            f"{t.memory / 1e6:.0f}",
+            _megabytes(t.memory),
+            _megabytes(t.gpu_memory),
             "" if t.ratio is None else f"{t.ratio:.2f}",
         )
         for t in timings
     ]
-    return text_table(head, rows, right=range(2, 9))
+    return text_table(head, rows, right=range(2, 10))
 
 
 def _batches(opened: Any, wanted: Sequence[int]) -> list[int]:
@@ -170,6 +169,5 @@ def _times(call: Callable[[], None], repeats: int) -> list[float]:
     return found
 
 
-def _resident() -> int:
-    """Bytes of the process at its highest so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f}"

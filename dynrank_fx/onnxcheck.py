@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ Provider: TypeAlias = str | tuple[str, dict[str, Any]]
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _SILENT, _WARNING = 4, 2  # severities of onnxruntime's log, the second its default
 _DAMAGED = ("Protobuf parsing failed", "No graph was found in the protobuf")
+_WITHOUT_WEIGHTS = ("External data path", "External initializer")
+_TOO_NEW = ("Unsupported model IR version", "guarantees* support for models stamped with official released onnx opset")
+_NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from \S+ failed:|\S+\.(cc|h):\d+ .*\) ")
 _TF32 = 5e-3  # float32 on CUDA: both sides may multiply with float16's ten bits
 
 
@@ -91,20 +95,41 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     try:
         opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as error:
-        if any(sign in str(error) for sign in _DAMAGED):
-            raise ExportError(f"{name} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
-        if cuda and not providers:
+        if cuda and not providers and not _of_the_file(str(error)):
             return _opened(source, name, ("CPUExecutionProvider",))
-        raise ExportError(
-            f"onnxruntime cannot run {name} with {names[0]} ({reason(error)}): export it again, in another type, "
-            "or ask for another provider"
-        ) from error
+        raise ExportError(_refusal(error, name, names[0], available)) from error
     finally:
         ort.set_default_logger_severity(_WARNING)
     used = opened.get_providers()[0]
     if providers and used != names[0]:
         raise ExportError(f"{names[0]} did not come up: install the libraries it needs, or ask for {used}")
     return opened
+
+
+def _of_the_file(said: str) -> bool:
+    return any(sign in said for sign in (*_DAMAGED, *_WITHOUT_WEIGHTS, *_TOO_NEW))
+
+
+def _refusal(error: Exception, name: str, provider: str, available: Sequence[str]) -> str:
+    """A sentence for what onnxruntime says when it does not open a file."""
+    said, why = str(error), _NOISE.sub("", reason(error))[:300]
+    if any(sign in said for sign in _DAMAGED):
+        return f"{name} is no ONNX file, or is damaged ({why}): export it again"
+    if any(sign in said for sign in _WITHOUT_WEIGHTS):
+        return f"the weights of {name} lie in a file beside it, which is missing or damaged: copy both, or export again"
+    if any(sign in said for sign in _TOO_NEW):
+        return (
+            f"{name} is of a newer ONNX than this onnxruntime knows: upgrade onnxruntime, or export with a lower opset"
+        )
+    if "NOT_IMPLEMENTED" in said:
+        return (
+            f"{provider} cannot run {name} ({why}): export it in float32 or float16, or ask for one of "
+            f"{', '.join(available)}"
+        )
+    if "install" in said.lower() and provider != "CPUExecutionProvider":
+        others = ", ".join(each for each in available if each != provider)
+        return f"{provider} did not come up: install the libraries it needs, or ask for one of {others}"
+    return f"onnxruntime cannot run {name} with {provider} ({why}): export it again, or ask for another provider"
 
 
 def onnx_inputs(

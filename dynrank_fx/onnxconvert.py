@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
@@ -43,6 +44,12 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int 
         try:
             program = torch.export.export(module, *inputs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
+            fixed = re.search(r"Constraints violated \((.+?)\)", str(error))
+            if fixed is not None:
+                raise ExportError(
+                    f"the model fixes {fixed[1]} at the size in the example: leave that dimension out of the free "
+                    "ones, or change what depends on it"
+                ) from error
             where = f"{origin(error, module)} ({reason(error)})"
             raise ExportError(f"torch.export cannot trace {where}: change the model or its inputs") from error
         names = _names(program)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import dynrank_fx as dr
 from dynrank_fx.export import Agreement, ExportReport, export_onnx, onnx_inputs, session, verify_onnx
 from dynrank_fx.onnxconvert import refuse_inflated
+from dynrank_fx.precision import Precision
 
 CPU = "CPUExecutionProvider"
 
@@ -245,7 +246,8 @@ class TestWhatIsStored:
         assert report.opset == loaded.opset_import[0].version == 18
         assert report.file_size == path.stat().st_size
         said = {"dynrank_fx_version": dr.__version__, "torch_version": torch.__version__, "precision": "float32"}
-        assert {p.key: p.value for p in loaded.metadata_props} == {**said, "key": "value"}
+        made = {"onnx_version": onnx.__version__, "onnxruntime_version": onnxruntime.__version__}
+        assert {p.key: p.value for p in loaded.metadata_props} == {**said, **made, "key": "value"}
         assert loaded.producer_name == "dynrank-fx"
         assert str(Path(__file__).parent).encode() not in path.read_bytes()
 
@@ -334,7 +336,7 @@ class TestRefusals:
         assert_refused(tmp_path, "torch.export cannot trace Linear", linear, torch.randn(2, 5))
         assert_refused(tmp_path, "leave nothing to compare", linear, x, batch_sizes=())
         assert_refused(tmp_path, "each 1 or more", linear, x, batch_sizes=(2, 0))
-        assert_refused(tmp_path, "makes no opset 99", linear, x, opset=99)
+        assert_refused(tmp_path, "there is no opset 99", linear, x, opset=99)
         assert_refused(tmp_path, "this onnxruntime has no Abacus", linear, x, providers=["Abacus"])
         large = nn.Linear(30000, 30000, device="meta")
         assert_refused(tmp_path, "holds 2 GB", large, x, external_data=False)
@@ -435,3 +437,69 @@ def test_the_report_is_one_line(exported):
     assert str(large).startswith(
         "m.onnx: 1.2 MB, opset 20, batch free; agrees with PyTorch on batch 4 (largest error 2.1e-07"
     )
+
+
+# What a file is called, and where its weights lie
+
+
+@pytest.fixture
+def perceptron() -> tuple[nn.Module, tuple[Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 8)).eval(), (torch.randn(2, 24),)
+
+
+def test_names_that_clash(perceptron: Any, tmp_path: Path) -> None:
+    """With a weight or another input: refused. With a value inside, which nobody named: that gets another."""
+    for names in ({"input_names": ["0.weight"]}, {"input_names": ["a"], "output_names": ["a"]}):
+        with pytest.raises(dr.ExportError, match="is the name of another input, output or weight: choose another"):
+            dr.export_onnx(*perceptron, tmp_path / "m.onnx", **names)
+    with pytest.raises(dr.ExportError, match="give as many output names"):
+        dr.export_onnx(*perceptron, tmp_path / "m.onnx", output_names=[""])
+    dr.export_onnx(*perceptron, tmp_path / "m.onnx")
+    inside = onnx.load(tmp_path / "m.onnx").graph.node[0].output[0]
+    dr.export_onnx(*perceptron, tmp_path / "m.onnx", output_names=[inside])
+    assert onnx.load(tmp_path / "m.onnx").graph.output[0].name == inside
+
+
+def test_a_dimension_that_the_model_fixes_is_named(perceptron: Any, tmp_path: Path) -> None:
+    with pytest.raises(dr.ExportError, match="the model fixes width at the size in the example: leave that dimension"):
+        dr.export_onnx(*perceptron, tmp_path / "m.onnx", dynamic={"input": {1: "width"}})
+
+
+def test_weights_in_a_file_of_their_own_can_be_read_by_all_and_written_again(
+    perceptron: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        dr.export_onnx(*perceptron, "m.onnx", external_data=True)
+    assert Path("m.onnx").stat().st_mode == Path("m.onnx.data").stat().st_mode
+    assert Path("m.onnx.data").stat().st_size >= 4 * 24 * 48
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+
+
+@pytest.mark.parametrize("broken", ["missing", "short", "newer IR", "newer opset"])
+def test_a_file_that_cannot_be_opened_says_which_and_why(perceptron: Any, tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "m.onnx"
+    dr.export_onnx(*perceptron, path, external_data=broken in ("missing", "short"))
+    weights, sentence = tmp_path / "m.onnx.data", "is of a newer ONNX than this onnxruntime knows"
+    if broken == "missing":
+        weights.unlink()
+    elif broken == "short":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        model = onnx.load(path)
+        if broken == "newer IR":
+            model.ir_version = 99
+        else:
+            model.opset_import[0].version = 99
+        path.write_bytes(model.SerializeToString())
+    if broken in ("missing", "short"):
+        sentence = "the weights of m.onnx lie in a file beside it, which is missing or damaged"
+    with pytest.raises(dr.ExportError, match=sentence):
+        session(path, ("CPUExecutionProvider",))
+
+
+def test_a_type_that_the_provider_has_not_is_told(perceptron: Any, tmp_path: Path) -> None:
+    with pytest.raises(dr.ExportError, match="float32 or float16") as told:
+        dr.export_onnx(*perceptron, tmp_path / "m.onnx", precision=Precision.BFLOAT16)
+    assert "onnxruntime_src" not in str(told.value)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    "batchnorms bench errors lowrank lrplan origin phase products randomness table",
+    "batchnorms bench errors lowrank lrplan onnxmemory origin phase products randomness table",
     "auto convolutions inputs net precision ranks rewarm scopes statetree store",
     "budget dynamic exported onnxconvert ops sameness schedules",
     "batches factorlayout onnxcheck recognize sites weightviews",
@@ -28,6 +28,7 @@ LEVELS = (
     "cli.options cli.runs cli.stopping cli.training",
     "cli.bench cli.compress cli.export cli.inspect cli.report cli.train cli.transform cli.verify",
     "cli.main",
+    "cli.__main__",
 )
 LEVEL = {module: level for level, row in enumerate(LEVELS) for module in row.split()}
 FILES = {path.stem: path for path in (ROOT / "dynrank_fx").glob("*.py")}

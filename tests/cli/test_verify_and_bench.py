@@ -186,3 +186,15 @@ def test_every_row_of_a_table_is_looked_at_and_uses_of_one_weight_are_told_apart
 def test_what_differs_is_called_as_it_was_given(write: Run, refused: Run, files: tuple[str, str]) -> None:
     assert "other.onnx and model.py differ" in refused("verify", "other.onnx", "model.py")
     assert "give 0 or more" in refused("verify", *files, "--tolerance", "nan")
+
+
+def test_memory_is_that_of_the_file_whichever_comes_first(run: Run) -> None:
+    """40 MB of weights, and 1 MB."""
+    x = torch.randn(2, 500)
+    dr.export_onnx(nn.Linear(500, 20000), (x,), "large.onnx", batch_sizes=(1,))
+    dr.export_onnx(nn.Linear(500, 500), (x,), "small.onnx", batch_sizes=(1,))
+    for first, second in (("large.onnx", "small.onnx"), ("small.onnx", "large.onnx")):
+        given = ("bench", first, "--against", second, "--batch", "1", "--repeats", "5", "--json")
+        taken = {t["file"]: t["memory"] / 1e6 for t in json.loads(run(*given).stdout)["timings"]}
+        assert 38 < taken["large.onnx"] < 200
+        assert taken["small.onnx"] < 0.4 * taken["large.onnx"]
