@@ -10,10 +10,10 @@ recover from. So every site starts FULL and is cut when the first of these holds
 A site has collapsed where the effective rank of what its rank keeps (the exp of the entropy of those singular values,
 normalised) is a small share of that rank. In LOW it is inflated again, the most collapsed site first, while the
 learning rate still to come and the budget allow it. It then stays FULL, even if its spectrum fits, until that share is
-half-way from there to the whole: what is just above the threshold would be below it again an epoch later.
+at the square root of the threshold: what is just above the threshold would be below it again an epoch later.
 
 A part of the budget can be held back for that. What is held back is spread evenly over the epochs that may be FULL, so
-that none of it is lost: what no collapsed site takes of it keeps those sites FULL that would lose most by a cut.
+that it is not lost: what no collapsed site takes of it keeps those sites FULL that would lose most by a cut.
 """
 
 from __future__ import annotations
@@ -56,14 +56,15 @@ class Auto:
 
         seen = {name: _Seen.of(state.spectra[name], site) for name, site in sites.items()}
         collapsed = self._collapsed(seen, full)
-        fitting = [name for name in full if name not in collapsed and seen[name].tail <= self.tail]
-        others = [name for name in full if name not in collapsed and name not in fitting]
-        others.sort(key=lambda name: -seen[name].tail)
+        first = _with_packs(collapsed, sites)
+        losing = [name for name in full if name not in first and seen[name].tail > self.tail]
+        others = _with_packs(sorted(losing, key=lambda name: -seen[name].tail), sites)
+        fitting = [name for name in full if name not in first and name not in others]
 
         low = 1 - sum(_price(site) for site in sites.values())
         free = self.cost * state.epochs - state.spent - low * (state.epochs - state.epoch)
         held = self.reserve * (self.cost - low) * state.epochs
-        kept = _affordable(collapsed, sites, free, due=free)
+        kept = _affordable(first, sites, free, due=free)
         spare = free - sum(_price(sites[name]) for name in kept)
         kept += _affordable(others, sites, spare, due=max(free - held, free / max(epochs, 1)))
 
@@ -93,7 +94,7 @@ class Auto:
         """The sites whose rank has collapsed, and those inflated that have not recovered yet: those first, since what
         was begun goes on, then the most collapsed.
         """
-        limits = {name: (1 + self.collapse) / 2 if name in full else self.collapse for name in seen}
+        limits = {name: math.sqrt(self.collapse) if name in full else self.collapse for name in seen}
         found = [name for name in seen if seen[name].share < limits[name]]
         return sorted(found, key=lambda name: (name not in full, seen[name].share))
 
@@ -144,12 +145,17 @@ def _price(site: SiteState) -> float:
     return site.dense - site.low
 
 
+def _with_packs(names: Sequence[str], sites: Mapping[str, SiteState]) -> list[str]:
+    """These sites, each with those that share a factor with it, and so its phase."""
+    return list(dict.fromkeys(mate for name in names for mate in (name, *sites[name].pack)))
+
+
 def _affordable(names: Sequence[str], sites: Mapping[str, SiteState], free: float, due: float) -> list[str]:
-    """The first of the sites that one more epoch of FULL can be paid for, until what is due is spent."""
+    """The first of the sites that one more epoch of FULL can be paid for, until what is due is spent; whole packs."""
     kept, paid = list[str](), 0.0
-    for name in names:
-        price = _price(sites[name])
+    for unit in dict.fromkeys(sites[name].pack or (name,) for name in names):
+        price = sum(_price(sites[name]) for name in unit)
         if paid + _ROUNDING < due and paid + price <= free + _ROUNDING:
-            kept.append(name)
+            kept += unit
             paid += price
     return kept

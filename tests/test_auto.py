@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -173,7 +175,7 @@ def test_an_inflated_site_stays_full_until_its_rank_is_back_and_does_not_flap():
         return (1.0, low, low, low, 0.0, 0.0, 0.0, 0.0)
 
     auto = dr.schedules.auto(1.0)
-    for share, in_low, in_full in ((0.45, "F", "F"), (0.55, "L", "F"), (0.7, "L", "F"), (0.8, "L", "L")):
+    for share, in_low, in_full in ((0.45, "F", "F"), (0.55, "L", "F"), (0.7, "L", "F"), (0.72, "L", "L")):
         spectra = (of(share), FLAT, FLAT, FLAT)
         assert letters(auto(four(4, "LLLL", spectra, spent=3.0)))[0] == in_low
         assert letters(auto(four(4, "FLLL", spectra, spent=3.0)))[0] == in_full
@@ -232,6 +234,24 @@ def test_what_is_held_back_leaves_sites_in_low_and_pays_for_the_one_that_collaps
     assert decisions[1].reasons[-1] == "cut the others: 0.90 dense epochs are held back for sites that may collapse"
     assert decisions[4].reasons[0] == "inflate s3: its effective rank is 1.1 of 4, 26%"
     assert decisions[5].reasons[0] == "keep s3 FULL: its effective rank is 1.1 of 4, 26%"
+
+
+def test_sites_that_share_a_factor_go_together():
+    def told(phases: str, spectra, spent: float) -> dr.TrainState:
+        found = four(4, phases, spectra, spent=spent)
+        pack = ("s0", "s2")
+        sites = {name: replace(site, pack=pack if name in pack else ()) for name, site in found.sites.items()}
+        return replace(found, sites=sites)
+
+    fits = (1.0,) * 4 + (1e-2,) * 4
+    auto = dr.schedules.auto(0.8)
+    inflated = auto(told("LLLL", (FLAT, FLAT, STEEPEST, FLAT), 3.0))
+    assert letters(inflated) == "FLFL"
+    assert inflated.reasons[0] == "inflate s2: its effective rank is 1.1 of 4, 26%"
+    assert inflated.reasons[1].startswith("FULL for 2 of 4 sites")
+    assert letters(auto(told("FFFF", (fits, fits, FLAT, FLAT), 3.0))) == "FLFF", "s0 would fit"
+    assert letters(auto(told("FFFF", (fits, fits, fits, FLAT), 3.0))) == "LLLF"
+    assert letters(dr.schedules.auto(0.61)(told("LLLL", (FLAT, FLAT, STEEPEST, FLAT), 2.4))) == "LLLL", "pays for one"
 
 
 # In a run
@@ -295,6 +315,28 @@ def test_the_state_of_a_net():
     assert found.sites["0.weight"] == SiteState(LOW, 8, 0.5, 0.25, groups=1)
     expected = torch.linalg.svdvals(net.get_submodule("2").weight.detach().double())
     torch.testing.assert_close(torch.tensor(found.spectra["2.weight"], dtype=torch.float64), expected)
+
+
+def test_a_run_with_shared_factors_keeps_them_together():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.q(x) * self.k(x))
+
+    torch.manual_seed(0)
+    net = dr.transform(Pair(), (torch.randn(4, 32),), share_inputs=True)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    schedule, seen = dr.schedules.auto(0.6, reserve=0.5), set()
+    phases = dr.Phases(net, optimizer, schedule, 8)
+    for epoch in range(8):
+        record = phases.begin(epoch)
+        assert record["phases"]["q.weight"] == record["phases"]["k.weight"]
+        seen.add(tuple(record["phases"].values()))
+    assert record["spent"] <= 0.6 * 8
+    assert len(seen) > 2, "FULL, LOW and mixed"
 
 
 def test_a_site_in_groups_is_measured_over_all_of_them():
