@@ -113,21 +113,23 @@ def _units(net: nn.Module) -> list[list[Switched]]:
 def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Phase]) -> dict[str, int]:
     """For every site that is FULL now, the epochs until the schedule will cut it, this one counted.
 
-    The schedule is asked ahead, with learning rates as planned, compute going on as now, and spectra as they are. Sites
-    that stay FULL to the end, or go on as an ADAPTOR, are left out.
+    The schedule is asked ahead, with learning rates as planned, compute as its own answers cost, and spectra as they
+    are. Sites that stay FULL to the end, or go on as an ADAPTOR, are left out.
     """
     if state.epochs is None:
         return {}
     waiting = {name for name, phase in phases.items() if phase is Phase.FULL}
-    now = 1 - sum(site.dense - site.low for name, site in state.sites.items() if name not in waiting)
     sites = {name: replace(site, phase=phases[name]) for name, site in state.sites.items()}
-    found: dict[str, int] = {}
+    spent, found = state.spent, dict[str, int]()
     for ahead in range(1, state.epochs - state.epoch):
+        if not waiting:
+            break
         epoch = state.epoch + ahead
         lr = state.lrs[epoch] if epoch < len(state.lrs) else state.lr
-        setting = schedule(replace(state, epoch=epoch, lr=lr, spent=state.spent + ahead * now, sites=sites))
-        asked = phases_in(setting, state.sites)
+        spent += 1 - sum(site.dense - site.low for site in sites.values() if site.phase is not Phase.FULL)
+        asked = phases_in(schedule(replace(state, epoch=epoch, lr=lr, spent=spent, sites=sites)), sites)
         cut = {name for name in waiting if asked.get(name, Phase.FULL) is not Phase.FULL}
         waiting -= cut
         found |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}
+        sites |= {name: replace(sites[name], phase=phase) for name, phase in asked.items()}
     return found

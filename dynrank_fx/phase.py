@@ -28,12 +28,17 @@ class Phase(enum.IntEnum):
 
 @dataclass(frozen=True)
 class SiteState:
-    """What is known of one site. dense, low: what it costs in a step of FULL and of LOW, in shares of a dense step."""
+    """What is known of one site. dense, low: what it costs in a step of FULL and of LOW, in shares of a dense step.
+    groups: of so many matrices, each of the rank, its spectrum has the singular values. pack: the sites that share a
+    factor, itself among them, which are in one phase; empty for a site by itself.
+    """
 
     phase: Phase
     rank: int
     dense: float
     low: float
+    groups: int = 1
+    pack: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

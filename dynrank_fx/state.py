@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def train_state(
     sites = {}
     for row in plan.sites:
         dense, low = _costs(row, plan.total_flops, plan.total_params)
-        sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low)
+        groups = row.site.params // math.prod(row.layout.matrix_shape(row.site.shape))
+        sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low, groups, row.pack)
     planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
     known = (*rates, *planned) if planned and len(rates) == epoch else ()
     lr = float(optimizer.param_groups[0]["lr"])

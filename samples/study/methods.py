@@ -61,6 +61,11 @@ def _interleaved(epochs: int, costs: Costs) -> Preset:
     return Preset(Chosen(frozenset(range(2, epochs - 1, 3))))
 
 
+def _tight(**options: float) -> Callable[[int, Costs], Preset]:
+    """``auto`` with half of what COST pays for above LOW."""
+    return lambda epochs, costs: Preset(dr.schedules.auto((COST + costs[LOW]) / 2, **options), landing=True)
+
+
 METHODS: dict[str, Callable[[int, Costs], Preset]] = {
     "dense": lambda epochs, costs: Preset(dr.schedules.always(FULL)),
     "low, random init": lambda epochs, costs: Preset(dr.schedules.always(LOW), decay=dr.Decay.EACH, random_init=True),
@@ -91,6 +96,12 @@ METHODS: dict[str, Callable[[int, Costs], Preset]] = {
     "state moved, re-warmed": lambda epochs, costs: Preset(_interleaved(epochs, costs).schedule, rewarm=30),
     # With guard.SpectralGuard beside it.
     "spectral norm held": _interleaved,
+    # What it is worth to hold a part of the budget back and to inflate sites again, where the budget does not last to
+    # the recovery point anyway: at the default threshold, below which no site falls here, and at one that some do.
+    "auto, tight": _tight(),
+    "auto, tight, a third held back": _tight(reserve=1 / 3),
+    "auto, tight, a third to inflate again": _tight(collapse=0.95, reserve=1 / 3),
+    "auto, tight, two thirds to inflate again": _tight(collapse=0.95, reserve=2 / 3),
 }
 
 

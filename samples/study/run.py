@@ -43,7 +43,8 @@ SEEDS = (0, 1, 2)
 MAIN = tuple(list(METHODS)[:8])
 PARTS = tuple(list(METHODS)[8:12])
 PLACEMENT = tuple(list(METHODS)[12:16])
-STATE = tuple(list(METHODS)[16:])
+STATE = tuple(list(METHODS)[16:21])
+AGAIN = tuple(list(METHODS)[21:])
 GPT = ("auto", "low, spectral + Frobenius", "warm-up, then low", "dense", "low, random init", "paper, truncated")
 
 
@@ -71,6 +72,8 @@ def cells() -> Iterator[Cell]:
             yield from (Cell(task, method, 0.25, "equal epochs", seed) for method in MAIN)
         for task in ("digits-conv", "chars-64"):
             yield from (Cell(task, method, 0.25, "equal epochs", seed) for method in (*PARTS, *PLACEMENT, *STATE))
+        for task in ("digits-conv", "digits-vit", "chars-64"):
+            yield from (Cell(task, method, 0.25, "equal epochs", seed) for method in AGAIN)
     for seed in SEEDS:
         yield Cell("chars-64", "low, spectral + Frobenius", 0.25, "three times the epochs", seed)
         for rank in (0.125, 0.5):
