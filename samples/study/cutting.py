@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
 from dynrank_fx.bench import machine
+from dynrank_fx.candidates import Candidates
 from dynrank_fx.onnxbench import bench_onnx
 from dynrank_fx.presets import Preset
 from dynrank_fx.randomness import seed_all
@@ -89,18 +90,17 @@ def latency(path: Path, against: Path, batch: int) -> float:
     return float(bench_onnx(path, against, batch_sizes=(batch,), repeats=40)[0].ratio or 0)
 
 
-def cuts(net: nn.Module, full: nn.Module, ratio: float, batches: Sequence[Any], known: Any) -> dict[str, nn.Module]:
-    """The net cut in every way, to as many parameters (or FLOPs) as one rank ratio for all sites gives. full: the same
-    in FULL, of which a cut can ask for any rank; known: what it gives.
+def cuts(full: nn.Module, ratio: float, candidates: Candidates) -> dict[str, nn.Module]:
+    """A net in FULL cut in every way, to as many parameters (or FLOPs) as one rank ratio for all sites gives.
+    candidates: what ``compress`` makes its cuts by, of the net as its training left it.
     """
-    policy = dr.ranks.Ratio(ratio)
-    dense = dr.inline(full)
+    policy, dense, batches = dr.ranks.Ratio(ratio), candidates.dense, candidates.data or ()
     plain = dr.truncate(full, rank=policy)
-    calibrated = dr.truncate(full, known, rank=policy)
+    calibrated = dr.truncate(full, candidates.known, rank=policy)
     dr.recalibrate_(calibrated, batches, like=dense)
     size = dr.Budget(params=params(calibrated) / params(dense))
     flops = dr.Budget(flops=flops_of(calibrated, batches[0]) / flops_of(dense, batches[0]))
-    best, quick = (dr.compress(net, batches[0], budget, batches).module for budget in (size, flops))
+    best, quick = (candidates.best(budget).module for budget in (size, flops))
     recovered = copy.deepcopy(best)
     dr.recover_(recovered, dense, batches, 100)
     return dict(zip(WAYS, (plain, calibrated, best, recovered, quick), strict=True))
@@ -131,10 +131,12 @@ def points(name: str, seed: int) -> list[dict[str, Any]]:
         data, batches = task.data(), calibration(task)
         full = copy.deepcopy(net)
         dr.enter_(full, dr.Phase.FULL)
-        add(training, "", None, dr.inline(full))
-        known = dr.calibrate(full, batches)
+        dense, phases = dr.inline(full), dr.phases_of(net)
+        add(training, "", None, dense)
+        low = {row.site.name: row.rank for row in dr.plan_of(net).sites if phases[row.site.name] is dr.Phase.LOW}
+        candidates = Candidates(full, dense, batches, dr.calibrate(full, batches), low=low)
         for ratio in RATIOS:
-            for cut, model in cuts(net, full, ratio, batches, known).items():
+            for cut, model in cuts(full, ratio, candidates).items():
                 add(training, cut, ratio, model)
     return found
 
@@ -240,7 +242,7 @@ def main() -> None:
     known = json.loads(path.read_text()) if path.exists() else []
     FILES.mkdir(parents=True, exist_ok=True)
     there = {(point["task"], point["seed"]) for point in known}
-    missing = [(name, seed) for name in names for seed in SEEDS if (name, seed) not in there]
+    missing = [(name, seed) for seed in SEEDS for name in names if (name, seed) not in there]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for found in pool.imap(_points, missing):
             known += found
