@@ -6,11 +6,9 @@ Weights are stored once, as they are: no product of factors is folded into a den
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,13 @@ from .inputs import Inputs, batch_size, in_order, split_inputs, with_batch
 from .net import unwrap
 from .onnxcheck import Agreement, Provider, check_batch_sizes, check_provider, compare, onnx_inputs, runtime, session
 from .onnxconvert import converted, parameter_count, reason, renamed
+from .onnxfile import check_file, replacing_file, write_file
 from .precision import Precision, cast, int8_weights_
 from .scopes import quiet
 
 __all__ = ["Agreement", "ExportReport", "Provider", "export_onnx", "onnx_inputs", "session", "verify_onnx"]
 
 _CPU = "CPUExecutionProvider"
-_WORTH_A_FILE = 1024  # bytes of a tensor that is stored outside
 _MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
 
 
@@ -108,7 +106,7 @@ def export_onnx(
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
-    with _replacing(Path(path)) as beside:
+    with replacing_file(Path(path)) as beside:
         model, free = converted(cast(plain, precision), inputs, shapes, opset)
         renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
         if dynamic is not None:
@@ -129,8 +127,8 @@ def export_onnx(
         for key, value in {**told, **(metadata or {})}.items():
             model.metadata_props.add(key=key, value=value)
         params, outside = parameter_count(model), large or bool(external_data)
-        _write(model, beside, outside)
-        _check_file(beside, precision)
+        write_file(model, beside, outside)
+        check_file(beside, precision)
         allowed = precision.tolerance if tolerance is None else tolerance
         cases = _cases(plain, inputs, batch_sizes if free else (batch_size(inputs) or 1,), dynamic, more_inputs)
         opened = session(beside, providers)
@@ -253,58 +251,3 @@ def _cases(
         sizes = sizes_of(module, inputs, dynamic)
         cases += [with_sizes(module, inputs, dynamic, {name: size + 1}) for name, size in sizes.items()]
     return [*cases, *(split_inputs(each) for each in more)]
-
-
-# The file
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path in a temporary folder beside ``path``, whose file takes its place if all goes well. Fails early."""
-    if not path.parent.is_dir():
-        raise ExportError(f"{path} cannot be written because there is no folder {path.parent}: make it first")
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder: give the name of a file")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
-            beside = Path(folder, path.name)
-            yield beside
-            # The weights first: a file without them would be none.
-            for made in sorted(Path(folder).iterdir(), key=lambda made: made == beside):
-                with open(made, "r+b") as file:
-                    os.fsync(file.fileno())
-                os.replace(made, path.with_name(made.name))
-    except OSError as error:
-        why = error.strerror or error
-        raise ExportError(f"{path} could not be written ({why}); what was there before is unchanged") from error
-
-
-def _write(model: Any, path: Path, outside: bool) -> None:
-    """One file, or the graph and beside it the weights."""
-    import onnx
-
-    if not outside:
-        path.write_bytes(model.SerializeToString())
-        return
-    beside = path.with_name(f"{path.name}.data")
-    for tensor in model.graph.initializer:
-        if len(tensor.raw_data) >= _WORTH_A_FILE:  # not by save_model, which looks for the file in the working folder
-            onnx.external_data_helper.set_external_data(tensor, beside.name)
-    onnx.save_model(model, path)
-    if not beside.exists():
-        return
-    beside.chmod(path.stat().st_mode)  # onnx lets nobody else read it
-
-
-def _check_file(path: Path, precision: Precision) -> None:
-    import onnx
-
-    try:
-        onnx.checker.check_model(os.fspath(path), full_check=True)
-    except Exception as error:
-        if "unsupported type" in str(error) and precision is not Precision.FLOAT32:
-            raise ExportError(
-                f"ONNX of this opset has not every operation of the model in {precision.value} ({reason(error)}): "
-                "export in float32 or float16, or with a newer opset"
-            ) from error
-        raise ExportError(f"the exporter made an invalid ONNX file ({reason(error)}): give another opset") from error

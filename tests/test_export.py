@@ -503,3 +503,16 @@ def test_a_type_that_the_provider_has_not_is_told(perceptron: Any, tmp_path: Pat
     with pytest.raises(dr.ExportError, match="float32 or float16") as told:
         dr.export_onnx(*perceptron, tmp_path / "m.onnx", precision=Precision.BFLOAT16)
     assert "onnxruntime_src" not in str(told.value)
+
+
+def test_a_batch_norm_folds_into_the_second_factor_and_the_factors_stay_two(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    model(torch.randn(8, 16, 8, 8))
+    model.eval()
+    x = (torch.randn(2, 16, 8, 8),)
+    small = dr.truncate(dr.transform(model, x, rank=dr.Fixed(4)), [x])
+    dr.export_onnx(small, x, tmp_path / "m.onnx")
+    assert [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node] == ["Conv", "Conv", "Relu"]
+    (y,) = session(tmp_path / "m.onnx", (CPU,)).run(None, {"input": x[0].numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), small(*x), rtol=1e-4, atol=1e-5)

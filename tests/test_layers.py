@@ -12,7 +12,7 @@ LEVELS = (
     "batchnorms bench errors lowrank lrplan onnxmemory origin phase products randomness table",
     "auto convolutions inputs net precision ranks rewarm scopes statetree store",
     "budget dynamic exported onnxconvert ops sameness schedules",
-    "batches factorlayout onnxcheck recognize sites weightviews",
+    "batches factorlayout onnxcheck onnxfile recognize sites weightviews",
     "calls recovery symbolic tensorlayouts twofactors",
     "convlayout locate matrixlayout",
     "interpret layout piecewise roles",
