@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-import torch
 from torch import Tensor
 
+from . import multilinear
 from .ops import Op, Shape
 
 Factors: TypeAlias = tuple[Tensor, ...]
@@ -88,6 +88,14 @@ class FactorLayout(abc.ABC):
         return counts[-1] if last_only else sum(counts)
 
     def pulled_back(self, factors: Factors, at_weight: Tensor) -> Factors:
-        """The vector-Jacobian product of ``join``: what a gradient at the weight is at each of the factors."""
-        pull = torch.func.vjp(lambda *each: self.join(each), *factors)[1]
-        return tuple(pull(at_weight))
+        """What a gradient or a moment at the weight is at each of the factors, see ``multilinear``."""
+        return multilinear.pulled_back(self.join, factors, at_weight)
+
+    def first_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        """That of the weight which best explains those of the factors."""
+        return multilinear.first_moment(self.join, factors, moments)
+
+    def second_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        """An estimate of the weight's from those of the factors."""
+        weight = tuple(self.join(factors).shape)
+        return multilinear.second_moment(self.join, factors, moments, self.factor_shapes(weight, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,3 +39,16 @@ class TwoFactors(FactorLayout):
         B, A = self.to_matrices(factors)
         left, right = factors
         return self.from_matrix(B @ A, self.weight_shape(tuple(left.shape), tuple(right.shape)))
+
+    # As in ``multilinear``, in closed form.
+
+    def first_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        return self._joined(lowrank.moments_to_dense, factors, moments)
+
+    def second_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        return self._joined(lowrank.second_moments_to_dense, factors, moments)
+
+    def _joined(self, to_dense: Callable[..., Tensor], factors: Factors, moments: Factors) -> Tensor:
+        left, right = factors
+        matrix = to_dense(*self.to_matrices(moments), *self.to_matrices(factors))
+        return self.from_matrix(matrix, self.weight_shape(tuple(left.shape), tuple(right.shape)))

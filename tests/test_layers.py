@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    "bench errors lowrank lrplan origin phase products randomness table",
+    "bench errors lowrank lrplan multilinear origin phase products randomness table",
     "auto convolutions inputs net precision ranks rewarm scopes statetree store",
     "budget dynamic exported onnxconvert ops sameness schedules",
     "batches factorlayout onnxcheck recognize sites weightviews",
