@@ -60,6 +60,15 @@ class FactorLayout(abc.ABC):
         """The best factors of this rank that are known to be found."""
 
     @abc.abstractmethod
+    def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
+        """What a cut of the weight (finite, float32 at least) to this rank keeps, and what tells it: orthonormal bases,
+        or the factors where not ``exact``.
+
+        last: what told it of the weight some steps ago, to go on from, cheaply and near enough; of another rank, or
+        empty, it is found anew.
+        """
+
+    @abc.abstractmethod
     def join(self, factors: Factors) -> Tensor:
         """The weight that the factors stand for."""
 
@@ -99,3 +108,8 @@ class FactorLayout(abc.ABC):
         """An estimate of the weight's from those of the factors."""
         weight = tuple(self.join(factors).shape)
         return multilinear.second_moment(self.join, factors, moments, self.factor_shapes(weight, 1))
+
+
+def shapes_of(tensors: Factors) -> tuple[Shape, ...]:
+    """Their shapes, to compare."""
+    return tuple(tuple(each.shape) for each in tensors)

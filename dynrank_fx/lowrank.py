@@ -65,6 +65,11 @@ def right_basis(W: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(W.double().cpu(), full_matrices=False).Vh[..., :rank, :].mT.to(W.device)
 
 
+def next_basis(W: Tensor, V: Tensor) -> Tensor:
+    """A right basis of a W that has moved since V [g, n, r] was one: a step of subspace iteration."""
+    return torch.linalg.qr(W.mT @ (W @ V)).Q.contiguous()
+
+
 @torch.no_grad()
 def truncate(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-r factors of W [g, m, n], balanced: B = U S^½ [g, m, r], A = S^½ Vᵀ [g, r, n].
