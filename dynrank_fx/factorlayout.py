@@ -96,13 +96,17 @@ class FactorLayout(abc.ABC):
             x = stage.output_shape(x, shapes[index])
         return counts[-1] if last_only else sum(counts)
 
+    def inner(self, one: Factors, other: Factors) -> Tensor:
+        """⟨W, W'⟩ of the weights that two sets of factors stand for."""
+        return (self.join(one) * self.join(other)).sum()
+
     def pulled_back(self, factors: Factors, at_weight: Tensor) -> Factors:
         """What a gradient or a moment at the weight is at each of the factors, see ``multilinear``."""
         return multilinear.pulled_back(self.join, factors, at_weight)
 
     def first_moment(self, factors: Factors, moments: Factors) -> Tensor:
         """That of the weight which best explains those of the factors."""
-        return multilinear.first_moment(self.join, factors, moments)
+        return multilinear.first_moment(self.join, self.inner, factors, moments)
 
     def second_moment(self, factors: Factors, moments: Factors) -> Tensor:
         """An estimate of the weight's from those of the factors."""

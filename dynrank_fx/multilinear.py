@@ -14,10 +14,12 @@ from torch import Tensor
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Map: TypeAlias = Callable[[Tensors], Tensor]
+Inner: TypeAlias = Callable[[Tensors, Tensors], Tensor]
 
 # Of conjugate gradients. Tucker factors take about 60, CP factors 100 to 300, the last of them for directions of W that
 # the factors hardly have.
 _STEPS = 300
+_NOISE = 1e-9  # of their gradient, in parts of the first one: JᵀJ shows half of the digits of float64
 
 
 def pulled_back(f: Map, factors: Tensors, at_weight: Tensor) -> Tensors:
@@ -33,33 +35,49 @@ def pulled_back(f: Map, factors: Tensors, at_weight: Tensor) -> Tensors:
 
 
 @torch.no_grad()
-def first_moment(f: Map, factors: Tensors, moments: Tensors) -> Tensor:
+def first_moment(f: Map, inner: Inner, factors: Tensors, moments: Tensors) -> Tensor:
     """The M that best explains the first moments of all factors: Σ_i ‖J_iᵀ M − M_i‖² is least, and then ‖M‖.
 
     Where M_i = J_iᵀ M holds for some M, the result reproduces all M_i, and is the part of M that the factors see.
     M = (Jᵀ)⁺ (M_1, ..., M_k) by conjugate gradients (CGLS) in float64: begun at zero, they stay in the range of J,
-    whence the least norm. What they have not reached in the end is what would take the largest M to explain the least.
+    whence the least norm, as M = J δ. What they have not reached in the end is what would take the largest M to explain
+    the least. inner(a, b) = ⟨f(a), f(b)⟩ may spare them every tensor of the size of W, as JᵀJ δ is its gradient.
     """
     exact, residual = (tuple(each.double() for each in tensors) for tensors in (factors, moments))
 
-    def pushed(at_factors: Tensors) -> Tensor:
-        terms = [f((*exact[:i], each, *exact[i + 1 :])) for i, each in enumerate(at_factors)]
-        return torch.stack(terms).sum(0)
+    def replaced(at_factors: Tensors) -> list[Tensors]:
+        return [(*exact[:i], each, *exact[i + 1 :]) for i, each in enumerate(at_factors)]
 
-    gradient = pushed(residual)
-    M, direction, size = torch.zeros_like(gradient), gradient, float(gradient.square().sum())
-    enough = torch.finfo(factors[0].dtype).eps ** 2 * size
+    def gram(at_factors: Tensors) -> Tensors:
+        """JᵀJ δ: the gradient of ⟨f(θ), J δ⟩ at θ, J δ held fixed."""
+
+        def along(*each: Tensor) -> Tensor:
+            return torch.stack([inner(each, other) for other in replaced(at_factors)]).sum()
+
+        return tuple(torch.func.grad(along, argnums=tuple(range(len(exact))))(*exact))
+
+    delta = tuple(torch.zeros_like(each) for each in residual)
+    direction, image = residual, gram(residual)
+    size = _dot(residual, image)
+    enough = max(torch.finfo(factors[0].dtype).eps, _NOISE) ** 2 * size
     for _ in range(_STEPS):
         if size <= enough:
             break
-        step = pulled_back(f, exact, direction)
-        length = size / float(sum(each.square().sum() for each in step))
-        M = M + length * direction
-        residual = tuple(old - length * each for old, each in zip(residual, step, strict=True))
-        gradient, last = pushed(residual), size
-        size = float(gradient.square().sum())
-        direction = gradient + size / last * direction
-    return M.to(factors[0].dtype)
+        length = size / _dot(image, image)
+        delta = _plus(delta, length, direction)
+        residual = _plus(residual, -length, image)
+        more, last = gram(residual), size
+        size = _dot(residual, more)
+        direction, image = _plus(residual, size / last, direction), _plus(more, size / last, image)
+    return torch.stack([f(each) for each in replaced(delta)]).sum(0).to(factors[0].dtype)
+
+
+def _dot(a: Tensors, b: Tensors) -> float:
+    return float(sum((x * y).sum() for x, y in zip(a, b, strict=True)))
+
+
+def _plus(a: Tensors, scale: float, b: Tensors) -> Tensors:
+    return tuple(x + scale * y for x, y in zip(a, b, strict=True))
 
 
 def second_moment(f: Map, factors: Tensors, moments: Tensors, ones: Sequence[Sequence[int]]) -> Tensor:

@@ -82,6 +82,12 @@ class TuckerLayout(TensorLayout):
         left, core, right = factors
         return torch.einsum("mr,rs...,sn->mn...", left.flatten(1), core, right.flatten(1))
 
+    def inner(self, one: Factors, other: Factors) -> Tensor:
+        """By products of the outer factors, [r, r] and [s, s]: no tensor is larger than the core."""
+        (L, C, R), (left, core, right) = one, other
+        outputs, inputs = left.flatten(1).T @ L.flatten(1), right.flatten(1) @ R.flatten(1).T
+        return (torch.einsum("ar,rs...,bs->ab...", outputs, C, inputs) * core).sum()
+
     @torch.no_grad()
     def split(self, weight: Tensor, rank: int) -> Factors:
         """The core in the best bases of the channels; the norm is spread evenly over the factors."""
@@ -140,6 +146,12 @@ class CPLayout(TensorLayout):
         left, along, across, right = factors
         shapes = left[:, :, 0, 0], along[:, 0, :, 0], across[:, 0, 0, :], right[:, :, 0, 0]
         return torch.einsum("mr,rh,rw,rn->mnhw", *shapes)
+
+    def inner(self, one: Factors, other: Factors) -> Tensor:
+        """Σ_ij Π over the axes of ⟨vector i of one, vector j of the other⟩."""
+        mine, its = ((left.transpose(0, 1), *others) for left, *others in (one, other))
+        grams = [a.flatten(1) @ b.flatten(1).T for a, b in zip(mine, its, strict=True)]
+        return math.prod(grams[1:], start=grams[0]).sum()
 
     @torch.no_grad()
     def split(self, weight: Tensor, rank: int) -> Factors:
