@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-import torch
 from torch import Tensor
 
+from . import multilinear
 from .ops import Op, Shape
 
 Factors: TypeAlias = tuple[Tensor, ...]
@@ -60,6 +60,15 @@ class FactorLayout(abc.ABC):
         """The best factors of this rank that are known to be found."""
 
     @abc.abstractmethod
+    def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
+        """What a cut of the weight (finite, float32 at least) to this rank keeps, and what tells it: orthonormal bases,
+        or the factors where not ``exact``.
+
+        last: what told it of the weight some steps ago, to go on from, cheaply and near enough; of another rank, or
+        empty, it is found anew.
+        """
+
+    @abc.abstractmethod
     def join(self, factors: Factors) -> Tensor:
         """The weight that the factors stand for."""
 
@@ -87,7 +96,24 @@ class FactorLayout(abc.ABC):
             x = stage.output_shape(x, shapes[index])
         return counts[-1] if last_only else sum(counts)
 
+    def inner(self, one: Factors, other: Factors) -> Tensor:
+        """⟨W, W'⟩ of the weights that two sets of factors stand for."""
+        return (self.join(one) * self.join(other)).sum()
+
     def pulled_back(self, factors: Factors, at_weight: Tensor) -> Factors:
-        """The vector-Jacobian product of ``join``: what a gradient at the weight is at each of the factors."""
-        pull = torch.func.vjp(lambda *each: self.join(each), *factors)[1]
-        return tuple(pull(at_weight))
+        """What a gradient or a moment at the weight is at each of the factors, see ``multilinear``."""
+        return multilinear.pulled_back(self.join, factors, at_weight)
+
+    def first_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        """That of the weight which best explains those of the factors."""
+        return multilinear.first_moment(self.join, self.inner, factors, moments)
+
+    def second_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        """An estimate of the weight's from those of the factors."""
+        weight = tuple(self.join(factors).shape)
+        return multilinear.second_moment(self.join, factors, moments, self.factor_shapes(weight, 1))
+
+
+def shapes_of(tensors: Factors) -> tuple[Shape, ...]:
+    """Their shapes, to compare."""
+    return tuple(tuple(each.shape) for each in tensors)

@@ -1,18 +1,18 @@
 """A soft landing: before a cut, what it will take away decays to nothing, so that the cut changes nothing.
 
 A weight that trains densely fills its whole spectrum, and truncating it throws away what the network has come to rely
-on. So in every few steps of FULL the part of W beyond its coming rank is scaled down,
+on. So in every few steps of FULL the part of W that the coming cut would not keep is scaled down,
 
-    W ← (1 − c) W + c W V Vᵀ,        V [n, r] an orthonormal basis of the top right singular vectors,
+    W ← (1 − c) W + c K,        K what the cut keeps: W V Vᵀ for two factors, V the top right singular vectors,
 
 with c = 1 / (applications left until the cut): what was there at the start falls linearly to zero, what the steps add
-since with it, and the dense optimizer moves into the rank-r part what matters. V follows W by one step of subspace
-iteration each time. Shapes as in ``lowrank``: W [g, m, n] with n ≤ m, or its transpose.
+since with it, and the dense optimizer moves into the kept part what matters. K follows W by one step of an iteration
+each time, see ``followed`` of the layouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import lowrank
+from .layout import Factors, Layout
 from .net import unwrap
 from .phase import Phase, Schedule, TrainState
 from .setting import phases_in
 from .switched import Switched, switched_modules
-from .twofactors import TwoFactors
 
 EVERY = 5
 """Steps from one application to the next: at rank r it costs about r / (5 · tokens of a batch) of a step."""
@@ -35,13 +35,14 @@ class Landing:
     """Hooks on ``optimizer.step()``. ``begin(left)`` at the start of an epoch says for each site how many steps of FULL
     are left until its cut; sites that are not named train as they are.
 
-    ``bases`` holds V by site: part of a checkpoint, so that a resumed run goes on bit by bit.
+    ``bases`` holds what tells K, by site: part of a checkpoint, so that a resumed run goes on bit by bit. ``split`` is
+    the cut that a landing leads to, for ``enter_``.
     """
 
     def __init__(self, net: nn.Module, optimizer: Optimizer, every: int = EVERY) -> None:
         self._units = _units(net)
         self.every, self.left = every, dict[str, int]()
-        self.bases: dict[str, Tensor] = {}
+        self.bases: dict[str, Factors] = {}
         self._handle = optimizer.register_step_post_hook(self._after)
 
     def remove(self) -> None:
@@ -56,12 +57,12 @@ class Landing:
         """Go on from there."""
         devices = {unit[0].site: unit[0].outline.device for unit in self._units}
         self.left = dict(state["left"])
-        self.bases = {site: V.to(devices[site]) for site, V in state["bases"].items()}
+        self.bases = {site: tuple(each.to(devices[site]) for each in basis) for site, basis in state["bases"].items()}
 
     def begin(self, left: Mapping[str, int]) -> None:
         """Steps of FULL until the cut by site, from now on."""
         self.left = dict(left)
-        self.bases = {site: V for site, V in self.bases.items() if site in self.left}
+        self.bases = {site: basis for site, basis in self.bases.items() if site in self.left}
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for unit in self._units:
@@ -78,34 +79,33 @@ class Landing:
         weights = [module._parameters["weight"] for module in unit]
         stacked = torch.cat([w for w in weights if w is not None]) if len(unit) > 1 else weights[0]
         assert stacked is not None
-        layout = unit[0].layout
-        W = layout.to_matrix(stacked)
-        wide = W.shape[-2] < W.shape[-1]
+        # Diverged: whoever trains will say so, and better.
+        W = torch.nan_to_num(_exact(stacked), 0.0, 0.0, 0.0)
+        site = unit[0].site
         with lowrank.full_precision():
-            X = (W.mT if wide else W).to(torch.promote_types(W.dtype, torch.float32))
-            V = self.bases[unit[0].site] = self._basis(unit[0], X)
-            kept = (X @ V) @ V.mT
-            X = torch.lerp(X, kept, c)
-        new = layout.from_matrix(X.mT if wide else X, tuple(stacked.shape))
+            kept, self.bases[site] = unit[0].layout.followed(W, unit[0].rank, self.bases.get(site, ()))
+            new = torch.lerp(_exact(stacked), kept, c)
         sizes = [module.shape[0] for module in unit]
         for weight, part in zip(weights, new.split(sizes) if len(unit) > 1 else [new], strict=True):
             assert weight is not None
             weight.copy_(part)
 
-    def _basis(self, module: Switched, X: Tensor) -> Tensor:
-        """The top right singular vectors [g, n, r] of X: followed from the last ones, or found anew."""
-        V = self.bases.get(module.site)
-        if V is None or V.shape[-1] != module.rank or V.shape[-2] != X.shape[-1]:
-            X = torch.nan_to_num(X, 0.0, 0.0, 0.0)  # diverged: whoever trains will say so, and better
-            return lowrank.right_basis(X, module.rank).to(X.dtype).contiguous()
-        return torch.linalg.qr(X.mT @ (X @ V)).Q.contiguous()
+    def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
+        """The factors that a landing came to, fitted to the weight once more; None where the plain cut finds them."""
+        last = self.bases.get(sites[0], ())
+        if layout.exact or not last:
+            return None
+        return tuple(each.to(weight.dtype) for each in layout.followed(_exact(weight), rank, last)[1])
+
+
+def _exact(weight: Tensor) -> Tensor:
+    """In float32 at least."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _units(net: nn.Module) -> list[list[Switched]]:
-    """The first module of every site of two factors, those that share one together, its owner first."""
-    # The nearest tensor of a Tucker or CP rank has no basis to follow: such sites are cut as they are.
-    sites = {name: modules[0] for name, modules in switched_modules(unwrap(net)).items()}
-    firsts = {name: site for name, site in sites.items() if isinstance(site.layout, TwoFactors)}
+    """The first module of every site, those that share a factor together, its owner first."""
+    firsts = {name: modules[0] for name, modules in switched_modules(unwrap(net)).items()}
     units = dict.fromkeys(module.pack or (name,) for name, module in firsts.items())
     return [[firsts[name] for name in unit] for unit in units]
 

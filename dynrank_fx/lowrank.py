@@ -65,6 +65,11 @@ def right_basis(W: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(W.double().cpu(), full_matrices=False).Vh[..., :rank, :].mT.to(W.device)
 
 
+def next_basis(W: Tensor, V: Tensor) -> Tensor:
+    """A right basis of a W that has moved since V [g, n, r] was one: a step of subspace iteration."""
+    return torch.linalg.qr(W.mT @ (W @ V)).Q.contiguous()
+
+
 @torch.no_grad()
 def truncate(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-r factors of W [g, m, n], balanced: B = U S^½ [g, m, r], A = S^½ Vᵀ [g, r, n].
@@ -188,14 +193,6 @@ def energy_rank(s: Tensor, share: float) -> int:
     return int(missing.sum(-1).max()) + 1
 
 
-def moments_to_factors(M: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """First moments of the factors from those of the dense weight: M_B = M Aᵀ, M_A = Bᵀ M.
-
-    The vector-Jacobian product of (B, A) ↦ BA: exact, since gradients map the same way.
-    """
-    return M @ A.mT, B.mT @ M
-
-
 def moments_to_dense(M_B: Tensor, M_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
     """The dense moment M [g, m, n] that best explains both factor moments (least squares, least norm).
 
@@ -221,14 +218,6 @@ def moments_to_dense(M_B: Tensor, M_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
     beyond_P = (M_B @ Y - P @ C1) * a_inverse[..., None, :]
     beyond_Q = (Xh @ M_A - C2 @ Qh) * b_inverse[..., :, None]
     return (P @ inside + beyond_P) @ Qh + P @ beyond_Q
-
-
-def second_moments_to_factors(V: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Second moments of the factors, taking the entries of G as uncorrelated: v_B ≈ V (A∘A)ᵀ, v_A ≈ (B∘B)ᵀ V.
-
-    Too small by up to √n where gradients share a mean: the caller keeps v ≥ m².
-    """
-    return V @ A.square().mT, B.square().mT @ V
 
 
 def second_moments_to_dense(V_B: Tensor, V_A: Tensor, B: Tensor, A: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Optimizer state across a change of parameters.
 
-First moments map exactly (``lowrank.moments_*``). Second moments only roughly, so they are mapped bias-corrected and
-kept at m² or more: no first step is then longer than the learning rate. The step counter goes along.
+First moments map exactly, as gradients do (see ``multilinear``). Second moments only roughly, so they are mapped
+bias-corrected and kept at m² or more: no first step is then longer than the learning rate. The step counter goes along.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from . import lowrank
 from .errors import DynrankWarning
 from .layout import Factors, Layout
-from .ops import Shape
-from .twofactors import TwoFactors
 
 State: TypeAlias = dict[str, Any]
 
@@ -68,70 +65,46 @@ def moved_to_factors(
     state, group = stacked_state([optimizer.state.get(w, {}) for w in weights]), group_of(optimizer, weights[0])
     if not state or group is None:
         return [{} for _ in factors]
-    if not isinstance(layout, TwoFactors):
-        return _pulled_back(group, state, factors, layout)
-    B, A = (t.float() if t.dtype.itemsize < 4 else t for t in layout.to_matrices(factors))
-    shape: Shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
-
-    def first(M: Tensor) -> tuple[Tensor, ...]:
-        return lowrank.moments_to_factors(layout.to_matrix(M).to(B.dtype), B, A)
-
-    def second(V: Tensor) -> tuple[Tensor, ...]:
-        return lowrank.second_moments_to_factors(layout.to_matrix(V).to(B.dtype), B, A)
-
-    def fold(pair: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return layout.from_matrices((pair[0], pair[1]), shape)
-
-    return _moved(group, [state], first=lambda M: first(M[0]), second=lambda V: second(V[0]), fold=fold, like=factors)
-
-
-def _pulled_back(group: dict[str, Any], state: State, factors: Factors, layout: Layout) -> list[State]:
-    """States for any number of factors: moments pulled back by ``join``, second ones at the squares of the factors.
-
-    Gradients map so, and with uncorrelated entries the second moments of a multilinear map do: what ``lowrank`` has in
-    closed form for two.
-    """
-    exact = tuple(factor.float() if factor.dtype.itemsize < 4 else factor for factor in factors)
+    exact = _exact(factors)
     squares = tuple(factor.square() for factor in exact)
     return _moved(
         group,
         [state],
         first=lambda M: layout.pulled_back(exact, M[0].to(exact[0].dtype)),
         second=lambda V: layout.pulled_back(squares, V[0].to(exact[0].dtype)),
-        fold=tuple,
         like=factors,
     )
 
 
 def moved_to_dense(
-    optimizer: Optimizer, lefts: Sequence[Parameter], right: Parameter, weight: Tensor, layout: Layout
+    optimizer: Optimizer, lefts: Sequence[Parameter], others: Sequence[Parameter], weight: Tensor, layout: Layout
 ) -> list[State]:
-    """The state for the dense weight from those of (left, right); an empty one where a factor has none yet.
+    """The state for the dense weight from those of its factors; an empty one where a factor has none yet.
 
-    lefts: the one, or those of several weights that are stacked in ``weight``. Of more than two factors the state
-    starts anew.
+    lefts: the first factor, or those of several weights that are stacked in ``weight``. others: the other factors.
     """
-    if not isinstance(layout, TwoFactors):
-        return [{}]
-    states = [stacked_state([optimizer.state.get(left, {}) for left in lefts]), optimizer.state.get(right)]
+    left = stacked_state([optimizer.state.get(each, {}) for each in lefts])
+    states = [left, *(optimizer.state.get(each, {}) for each in others)]
     group = group_of(optimizer, lefts[0])
     if group is None or not all(states):
         return [{}]
-    factors = (torch.cat([*lefts]) if len(lefts) > 1 else lefts[0], right)
-    B, A = (t.detach().float() if t.dtype.itemsize < 4 else t.detach() for t in layout.to_matrices(factors))
+    exact = _exact((torch.cat([*lefts]) if len(lefts) > 1 else lefts[0], *others))
 
-    def matrices(pair: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        P, Q = layout.to_matrices((pair[0], pair[1]))
-        return P.to(B.dtype), Q.to(B.dtype)
+    def moments(values: Sequence[Tensor]) -> Factors:
+        return tuple(value.to(exact[0].dtype) for value in values)
 
     return _moved(
         group,
-        [state for state in states if state],
-        first=lambda M: (lowrank.moments_to_dense(*matrices(M), B, A),),
-        second=lambda V: (lowrank.second_moments_to_dense(*matrices(V), B, A),),
-        fold=lambda one: (layout.from_matrix(one[0], tuple(weight.shape)),),
+        states,
+        first=lambda M: (layout.first_moment(exact, moments(M)),),
+        second=lambda V: (layout.second_moment(exact, moments(V)),),
         like=(weight,),
     )
+
+
+def _exact(factors: Factors) -> Factors:
+    """The factors in float32 at least."""
+    return tuple(f.detach().float() if f.dtype.itemsize < 4 else f.detach() for f in factors)
 
 
 def stacked_state(states: Sequence[State]) -> State:
@@ -168,15 +141,12 @@ def _moved(
     *,
     first: _Map,
     second: _Map,
-    fold: _Map,
     like: Sequence[Tensor],
 ) -> list[State]:
-    """New states, one for each tensor in ``like``. first and second map moments to matrices; fold gives those their
-    shape.
-    """
+    """New states, one for each tensor in ``like``, by what maps first and second moments to them."""
 
-    def done(matrices: Sequence[Tensor]) -> list[Tensor]:
-        return [t.to(p.dtype).contiguous().clone() for t, p in zip(fold(matrices), like, strict=True)]
+    def done(values: Sequence[Tensor]) -> list[Tensor]:
+        return [t.to(p.dtype).contiguous().clone() for t, p in zip(values, like, strict=True)]
 
     if "momentum_buffer" in states[0]:
         buffers = [state["momentum_buffer"] for state in states]

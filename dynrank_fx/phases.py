@@ -87,7 +87,8 @@ class Phases:
         changing = [name for name, phase in asked.items() if phase is not before[name]]
         watched = changing if self.spectra and epoch > 0 else []
         old = self._spectra(watched)
-        self.transition = enter_(self.net, setting, self.optimizer, carry=self.carry)
+        split = self.landing.split if self.landing is not None else None
+        self.transition = enter_(self.net, setting, self.optimizer, carry=self.carry, split=split)
         if self.random_init and epoch == 0 and Phase.LOW in phases_of(self.net).values():
             randomize_(self.net)
         if self.transition and self.rewarm and epoch > 0:

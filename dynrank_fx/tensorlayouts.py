@@ -13,11 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .factorlayout import FactorLayout, Factors
+from . import lowrank
+from .factorlayout import FactorLayout, Factors, shapes_of
 from .ops import ConvOp, Op, Shape
 
 # Of alternating least squares: Tucker starts close to its optimum, CP does not.
 _TUCKER_SWEEPS, _CP_SWEEPS = 8, 60
+_CP_FOLLOWING = 2  # from the factors of a few steps ago: 16 r FLOPs a number of W
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,42 @@ class TuckerLayout(TensorLayout):
         left, core, right = factors
         return torch.einsum("mr,rs...,sn->mn...", left.flatten(1), core, right.flatten(1))
 
+    def inner(self, one: Factors, other: Factors) -> Tensor:
+        """By products of the outer factors, [r, r] and [s, s]: no tensor is larger than the core."""
+        (L, C, R), (left, core, right) = one, other
+        outputs, inputs = left.flatten(1).T @ L.flatten(1), right.flatten(1) @ R.flatten(1).T
+        return (torch.einsum("ar,rs...,bs->ab...", outputs, C, inputs) * core).sum()
+
     @torch.no_grad()
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """Higher-order orthogonal iteration; the norm is spread evenly over the factors."""
+        """The core in the best bases of the channels; the norm is spread evenly over the factors."""
+        U, V = self._bases(weight, rank)
+        core = torch.einsum("mn...,mr,ns->rs...", weight.double(), U, V)
+        ones = [1] * (weight.ndim - 2)
+        return _balanced((U.reshape(*U.shape, *ones), core, V.T.reshape(*V.T.shape, *ones)), weight)
+
+    def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
+        """W projected on both bases of its channels, W ×₁ U Uᵀ ×₂ V Vᵀ, and (U [m, r], V [n, s])."""
+        m, n = weight.shape[:2]
+        r, s = self.channels(tuple(weight.shape), rank)
+        if shapes_of(last) == ((m, r), (n, s)):
+            U, V = last
+            U = lowrank.next_basis(torch.einsum("mn...,ns->s...m", weight, V).flatten(0, -2), U)
+            V = lowrank.next_basis(torch.einsum("mn...,mr->r...n", weight, U).flatten(0, -2), V)
+        else:
+            U, V = (each.to(weight.dtype) for each in self._bases(weight, rank))
+        core = torch.einsum("mn...,mr,ns->rs...", weight, U, V)
+        return torch.einsum("mr,rs...,ns->mn...", U, core, V), (U, V)
+
+    def _bases(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """U [m, r] and V [n, s] by higher-order orthogonal iteration, in float64."""
         r, s = self.channels(tuple(weight.shape), rank)
         W = weight.double().flatten(2)
         V = _top(W.transpose(0, 1).flatten(1), s)
         for _ in range(_TUCKER_SWEEPS):
             U = _top(torch.einsum("mnk,ns->msk", W, V).flatten(1), r)
             V = _top(torch.einsum("mnk,mr->nrk", W, U).flatten(1), s)
-        core = torch.einsum("mnk,mr,ns->rsk", W, U, V)
-        ones = [1] * (weight.ndim - 2)
-        left, right = U.reshape(-1, r, *ones), V.T.reshape(s, -1, *ones)
-        return _balanced((left, core.reshape(r, s, *weight.shape[2:]), right), weight)
+        return U, V
 
 
 @dataclass(frozen=True)
@@ -122,23 +147,46 @@ class CPLayout(TensorLayout):
         shapes = left[:, :, 0, 0], along[:, 0, :, 0], across[:, 0, 0, :], right[:, :, 0, 0]
         return torch.einsum("mr,rh,rw,rn->mnhw", *shapes)
 
+    def inner(self, one: Factors, other: Factors) -> Tensor:
+        """Σ_ij Π over the axes of ⟨vector i of one, vector j of the other⟩."""
+        mine, its = ((left.transpose(0, 1), *others) for left, *others in (one, other))
+        grams = [a.flatten(1) @ b.flatten(1).T for a, b in zip(mine, its, strict=True)]
+        return math.prod(grams[1:], start=grams[0]).sum()
+
     @torch.no_grad()
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """Alternating least squares, each vector of a product brought to the same length."""
+        """Alternating least squares from the singular vectors along each axis."""
+        return self._fitted(weight, [_start(weight.double(), axis, rank) for axis in range(4)], _CP_SWEEPS)
+
+    @torch.no_grad()
+    def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
+        """The product of factors that are fitted further, and those."""
+        if shapes_of(last) == self.factor_shapes(tuple(weight.shape), rank):
+            left, along, across, right = (each.double() for each in last)
+            axes = [left[:, :, 0, 0], right[:, :, 0, 0].T, along[:, 0, :, 0].T, across[:, 0, 0, :].T]
+            factors = self._fitted(weight, axes, _CP_FOLLOWING)
+        else:
+            factors = self.split(weight, rank)
+        return self.join(factors), factors
+
+    def _fitted(self, weight: Tensor, axes: list[Tensor], sweeps: int) -> Factors:
+        """Alternating least squares from the columns along each axis, in float64, as the systems may be nearly
+        singular; then each vector of a product is brought to the same length.
+        """
         W = weight.double()
-        axes = [_start(W, axis, rank) for axis in range(4)]
         if not bool(W.any()):
             # One zero factor of a zero weight, as the others have to pass gradients on.
             return self._folded([torch.zeros_like(axes[0]), *axes[1:]], weight)
-        for _ in range(_CP_SWEEPS):
-            for axis in range(4):
-                others = [axes[i] for i in range(4) if i != axis]
-                gram = math.prod((each.T @ each for each in others[1:]), start=others[0].T @ others[0])
-                subscripts = ",".join(f"{'mnhw'[i]}r" for i in range(4) if i != axis)
-                target = torch.einsum(f"mnhw,{subscripts}->{'mnhw'[axis]}r", W, *others)
-                # Products that come to be alike make the system singular: a little is added to its diagonal.
-                gram = gram + 1e-9 * gram.diagonal().mean() * torch.eye(rank, dtype=W.dtype, device=W.device)
-                axes[axis] = torch.linalg.solve(gram, target.T).T
+        for axis in [*range(4)] * sweeps:
+            others = [axes[i] for i in range(4) if i != axis]
+            gram = math.prod((each.T @ each for each in others[1:]), start=others[0].T @ others[0])
+            subscripts = ",".join(f"{'mnhw'[i]}r" for i in range(4) if i != axis)
+            target = torch.einsum(f"mnhw,{subscripts}->{'mnhw'[axis]}r", W, *others)
+            # Products that come to be alike make the system singular: a little holds each column to what it was, so
+            # that a weight of this rank stays as it is.
+            little = 1e-9 * gram.diagonal().mean()
+            gram.diagonal().add_(little)
+            axes[axis] = torch.linalg.solve(gram, (target + little * axes[axis]).T).T
         lengths = [each.norm(dim=0).clamp_min(1e-30) for each in axes]
         each_length = math.prod(lengths[1:], start=lengths[0]) ** 0.25
         return self._folded([each / length * each_length for each, length in zip(axes, lengths, strict=True)], weight)

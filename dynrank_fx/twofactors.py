@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from . import lowrank
-from .factorlayout import FactorLayout, Factors
+from .factorlayout import FactorLayout, Factors, shapes_of
 from .ops import Shape
 
 
@@ -34,7 +35,34 @@ class TwoFactors(FactorLayout):
         """The best factors of this rank per group (see ``lowrank.truncate`` for the bound on the error)."""
         return self.from_matrices(lowrank.truncate(self.to_matrix(weight), rank), tuple(weight.shape))
 
+    def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
+        """X V Vᵀ and (V,): X is the matrix view with n ≤ m, or its transpose, V [g, n, r] its top right singular
+        vectors.
+        """
+        W = self.to_matrix(weight)
+        wide = W.shape[-2] < W.shape[-1]
+        X = W.mT if wide else W
+        if shapes_of(last) == ((X.shape[0], X.shape[-1], rank),):
+            V = lowrank.next_basis(X, last[0])
+        else:
+            V = lowrank.right_basis(X, rank).to(X.dtype).contiguous()
+        kept = (X @ V) @ V.mT
+        return self.from_matrix(kept.mT if wide else kept, tuple(weight.shape)), (V,)
+
     def join(self, factors: Factors) -> Tensor:
         B, A = self.to_matrices(factors)
         left, right = factors
         return self.from_matrix(B @ A, self.weight_shape(tuple(left.shape), tuple(right.shape)))
+
+    # As in ``multilinear``, in closed form.
+
+    def first_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        return self._joined(lowrank.moments_to_dense, factors, moments)
+
+    def second_moment(self, factors: Factors, moments: Factors) -> Tensor:
+        return self._joined(lowrank.second_moments_to_dense, factors, moments)
+
+    def _joined(self, to_dense: Callable[..., Tensor], factors: Factors, moments: Factors) -> Tensor:
+        left, right = factors
+        matrix = to_dense(*self.to_matrices(moments), *self.to_matrices(factors))
+        return self.from_matrix(matrix, self.weight_shape(tuple(left.shape), tuple(right.shape)))

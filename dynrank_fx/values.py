@@ -53,9 +53,9 @@ def dense_of(firsts: list[Switched], weights: list[Tensor], optimizer: Optimizer
     """Per site the value of its dense weight with its optimizer state."""
     sizes, states = [weight.shape[0] for weight in weights], [State() for _ in weights]
     if optimizer is not None:
-        lefts, right = [module.factors[0] for module in firsts], firsts[0].factors[1]
+        lefts, others = [module.factors[0] for module in firsts], firsts[0].factors[1:]
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-        (state,) = optim.moved_to_dense(optimizer, lefts, right, stacked, firsts[0].layout)
+        (state,) = optim.moved_to_dense(optimizer, lefts, others, stacked, firsts[0].layout)
         states = optim.unstacked_state(state, sizes)
     return [[value] for value in zip(weights, states, strict=True)]
 

@@ -133,6 +133,89 @@ def test_other_ranks_and_layouts_of_memory():
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+# Tucker and CP
+
+BOTH = pytest.mark.parametrize("layout", [dr.TuckerLayout, dr.CPLayout], ids=lambda layout: layout.name)
+
+
+def convolutions(layout: type, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    """More output than input channels and fewer, and one in channels_last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 12, 3), nn.Tanh(), nn.Conv2d(12, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, (3, 2)))
+    model[2].to(memory_format=torch.channels_last)
+    x = torch.randn(3, 6, 9, 9, dtype=dtype)
+    net = dr.transform(model.to(dtype), (x,), rank=dr.Fixed(4), conv_layout=layout, allow_unprofitable=True)
+    return net, x
+
+
+def far_from_a_cut(net: nn.Module, start: dict[str, Tensor]) -> dict[str, float]:
+    """‖W − what the cut keeps of the weight it started from‖, by site."""
+    found = {}
+    for name, (site, *_) in switched_modules(net).items():
+        kept = site.layout.join(site.layout.split(start[name], site.rank))
+        found[name] = float((site.weight.detach() - kept).norm())
+    return found
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [1, 5, 23])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_of_tucker_and_cp_the_cut_changes_nothing_either(layout, steps, dtype):
+    net, x = convolutions(layout, dtype)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    landing = Landing(net, optimizer)
+    landing.begin(dict.fromkeys(switched_modules(net), steps))
+    for _ in range(steps):
+        step(net, x, optimizer)
+    dense = {name: site.weight.detach().double() for name, (site, *_) in switched_modules(net).items()}
+    before = net.eval()(x)
+    assert min(change.error for change in dr.enter_(convolutions(layout)[0], LOW).changes) > 0.2
+    dr.enter_(net, LOW, optimizer, split=landing.split)
+    small = 1e-10 if dtype is torch.float64 else 1e-5
+    for name, (site, *_) in switched_modules(net).items():
+        left = (site.layout.join(tuple(factor.detach().double() for factor in site.factors)) - dense[name]).norm()
+        assert left < small * dense[name].norm()
+    torch.testing.assert_close(net(x), before, rtol=small, atol=small)
+
+
+@BOTH
+def test_of_tucker_and_cp_it_falls_by_what_the_formula_says(layout):
+    """With steps of no length, but that the kept part is followed a little further each time."""
+    net, x = convolutions(layout)
+    start = {name: site.weight.detach().clone() for name, (site, *_) in switched_modules(net).items()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    Landing(net, optimizer, every=2).begin(dict.fromkeys(start, 8))
+    first = far_from_a_cut(net, start)
+    for done in range(1, 9):
+        step(net, x, optimizer)
+        for name, far in far_from_a_cut(net, start).items():
+            assert far == pytest.approx((1 - (done // 2) / 4) * first[name], rel=0.02, abs=0.05 * first[name])
+
+
+@BOTH
+def test_of_tucker_and_cp_a_landing_goes_on_from_its_state_and_with_another_rank(layout):
+    net, x = convolutions(layout)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    landing = Landing(net, optimizer, every=1)
+    landing.begin(dict.fromkeys(switched_modules(net), 9))
+    for _ in range(3):
+        step(net, x, optimizer)
+    dr.replan_(net, dr.plan_of(net).with_ranks({"0.weight": 2}), optimizer)
+    step(net, x, optimizer)
+    twin, twins = copy.deepcopy((net, optimizer))
+    state = copy.deepcopy(landing.state())
+    resumed = Landing(twin, twins, every=1)
+    resumed.load(state)
+    for one, its in ((net, optimizer), (twin, twins)):
+        for _ in range(5):
+            step(one, x, its)
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert switched_modules(net)["2.weight"][0].weight.is_contiguous(memory_format=torch.channels_last)
+    transition = dr.enter_(net, LOW, optimizer, split=landing.split)
+    assert max(change.error for change in transition.changes) < 1e-10
+
+
 # How far away the cut is
 
 
@@ -165,10 +248,11 @@ def test_the_schedule_is_asked_ahead(schedule, expected):
     assert ahead(schedule, phase=LOW) is None
 
 
-def test_a_run_lands_before_every_cut_and_says_how_far_it_is():
+@pytest.mark.parametrize("layout", [dr.ChannelLayout, dr.TuckerLayout, dr.CPLayout], ids=lambda layout: layout.name)
+def test_a_run_lands_before_every_cut_and_says_how_far_it_is(layout):
     from dynrank_fx.train import Run, Settings, Task, fit
 
-    net, x = made(torch.float32)
+    net, x = made(torch.float32) if layout is dr.ChannelLayout else convolutions(layout, torch.float32)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     task = Task([x] * 7, lambda output, batch: output.square().mean(), lambda batch: ((batch,), {}))
     run = Run(net, optimizer, dr.schedules.interleave(low=1, full=2))
@@ -178,3 +262,4 @@ def test_a_run_lands_before_every_cut_and_says_how_far_it_is():
     for record in run.history:
         if record["switch_error"] and record["phase"] == "LOW" and record["epoch"]:
             assert max(record["switch_error"].values()) < 1e-4
+    assert sum(bool(record["switch_error"]) for record in run.history) == 5

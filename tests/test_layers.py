@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    "batchnorms bench errors lowrank lrplan onnxmemory origin phase products randomness table",
+    "batchnorms bench errors lowrank lrplan multilinear onnxmemory origin phase products randomness table",
     "auto convolutions inputs net precision ranks rewarm scopes statetree store",
     "budget dynamic exported onnxconvert ops sameness schedules",
     "batches factorlayout onnxcheck onnxfile recognize sites weightviews",

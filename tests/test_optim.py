@@ -19,9 +19,11 @@ from dynrank_fx.switched import Switched, switched_modules
 
 STEPS = 12
 LAYERS = {
-    "linear": (lambda: nn.Linear(10, 8, bias=False), torch.randn(3, 10)),
-    "conv": (lambda: nn.Conv2d(4, 6, 3, bias=False), torch.randn(2, 4, 6, 6)),
-    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 6, 6)),
+    "linear": (lambda: nn.Linear(10, 8, bias=False), torch.randn(3, 10), dr.ChannelLayout),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, bias=False), torch.randn(2, 4, 6, 6), dr.ChannelLayout),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 6, 6), dr.ChannelLayout),
+    "tucker": (lambda: nn.Conv2d(4, 6, 3, bias=False), torch.randn(2, 4, 6, 6), dr.TuckerLayout),
+    "cp": (lambda: nn.Conv2d(4, 6, 3, bias=False), torch.randn(2, 4, 6, 6), dr.CPLayout),
 }
 SGD: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9),
@@ -45,8 +47,10 @@ ADAM: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def one_site(kind: str, rank: float = 0.5, device: str = "cpu") -> tuple[nn.Module, Switched]:
     torch.manual_seed(0)
-    make, x = LAYERS[kind]
-    net = dr.transform(nn.Sequential(make()), (x,), rank=dr.Ratio(rank), allow_unprofitable=True).to(device)
+    make, x, layout = LAYERS[kind]
+    net = dr.transform(
+        nn.Sequential(make()), (x,), rank=dr.Ratio(rank), conv_layout=layout, allow_unprofitable=True
+    ).to(device)
     return net, switched_modules(net)["0.weight"][0]
 
 
@@ -60,15 +64,15 @@ def history(shape: torch.Size, device: str = "cpu") -> list[Tensor]:
 def feed(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: list[list[Tensor]]) -> None:
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
-            parameter.grad = gradient.clone()
+            parameter.grad = gradient.clone(memory_format=torch.contiguous_format)  # as backward leaves it
         optimizer.step()
     optimizer.zero_grad()
 
 
 def in_factors(module: Switched, gradient: Tensor) -> list[Tensor]:
-    """G_B and G_A by autograd through the layout's join."""
+    """The gradients of all factors by autograd through the layout's join."""
     factors = [f.detach().clone().requires_grad_() for f in module.factors]
-    return list(torch.autograd.grad(module.layout.join((factors[0], factors[1])), factors, gradient))
+    return list(torch.autograd.grad(module.layout.join(tuple(factors)), factors, gradient))
 
 
 def freeze(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -117,16 +121,15 @@ def test_sgd_factors_to_dense_takes_the_step_of_the_moment_that_explains_both(ki
 
 
 def visible(module: Switched, factors: list[Tensor], gradient: Tensor) -> Tensor:
-    """The part of a dense gradient that reaches the factors: its projection on the row space of the map to (G_B,
-    G_A).
+    """The part of a dense gradient that reaches the factors: its projection on the row space of the map to
+    theirs.
     """
 
-    def to_factors(flat: Tensor) -> Tensor:
-        parts = [f.clone().requires_grad_() for f in factors]
-        joined = module.layout.join((parts[0], parts[1]))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(joined, parts, flat.view(joined.shape))])
-
-    matrix = torch.stack([to_factors(row) for row in torch.eye(gradient.numel())], dim=1).double()
+    parts = [f.clone().requires_grad_() for f in factors]
+    joined = module.layout.join(tuple(parts))
+    every = torch.eye(gradient.numel()).to(gradient).view(-1, *joined.shape)
+    rows = torch.autograd.grad(joined, parts, every, is_grads_batched=True)
+    matrix = torch.cat([row.flatten(1) for row in rows], dim=1).T.double()
     return (torch.linalg.pinv(matrix, rtol=1e-6) @ (matrix @ gradient.double().flatten())).float().view(gradient.shape)
 
 
@@ -160,12 +163,15 @@ class TestAdam:
         optimizer = make(net.parameters(), 0.0)
         dr.enter_(net, dr.Phase.LOW, optimizer)
         gradients = history(module.shape, device)
+        factors = [f.detach().clone() for f in module.factors]
         feed(optimizer, list(module.factors), [in_factors(module, g) for g in gradients[:-1]])
         dr.enter_(net, dr.Phase.FULL, optimizer)
-        replay = nn.Parameter(module.weight.detach().clone())
-        reference = make([replay], 0.0)
-        feed(reference, [replay], [[g] for g in gradients[:-1]])
+        # CP factors see part of a gradient at their full rank too; the second moment is to be that of all of it.
+        replay, shown = (nn.Parameter(module.weight.detach().clone()) for _ in range(2))
+        reference = make([replay, shown], 0.0)
+        feed(reference, [replay, shown], [[g, visible(module, factors, g)] for g in gradients[:-1]])
         mine, theirs = optimizer.state[module.weight], reference.state[replay]
+        theirs["exp_avg"] = reference.state[shown]["exp_avg"]
         torch.testing.assert_close(mine["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-4)
         assert float(mine["step"]) == STEPS
         ratio = (mine["exp_avg_sq"].sum() / theirs["exp_avg_sq"].sum()).sqrt()

@@ -103,10 +103,13 @@ class Recipe:
     data: Callable[[], Any] = loader
     settings: Settings = EAGER
     inputs: tuple[Tensor, ...] = (torch.zeros(2, 3, 5, 5),)
+    conv_layout: type = dr.ChannelLayout
 
     def set_up(self) -> tuple[Run, Task]:
         seed_all(0)
-        net = dr.transform(self.model(), self.inputs, rank=dr.Fixed(3), allow_unprofitable=True).train()
+        net = dr.transform(
+            self.model(), self.inputs, rank=dr.Fixed(3), conv_layout=self.conv_layout, allow_unprofitable=True
+        ).train()
         optimizer = self.optimizer(net.parameters())
         data = self.data()
         held_out = [(torch.linspace(0, 1, 5 * 75).view(5, 3, 5, 5), torch.arange(5))]
@@ -132,9 +135,20 @@ OTHERS = {
         partial(ReduceLROnPlateau, patience=0),
     ),
     "adaptors at the end": Recipe(schedule=adaptors),
-    "a soft landing": Recipe(
-        schedule=dr.schedules.warm_up(2), settings=Settings(epochs=EPOCHS, compile=False, landing=True)
-    ),
+    **{
+        f"a soft landing, {layout.name}": Recipe(
+            schedule=dr.schedules.warm_up(2),
+            settings=Settings(epochs=EPOCHS, compile=False, landing=True),
+            conv_layout=layout,
+        )
+        for layout in (dr.ChannelLayout, dr.TuckerLayout, dr.CPLayout)
+    },
+    **{
+        f"moved and landed in turn, {layout.name}": Recipe(
+            partial(AdamW, lr=0.01), settings=Settings(epochs=EPOCHS, compile=False, landing=True), conv_layout=layout
+        )
+        for layout in (dr.TuckerLayout, dr.CPLayout)
+    },
     "channels last": Recipe(
         partial(AdamW, lr=0.01),
         partial(CosineAnnealingLR, T_max=EPOCHS),
@@ -266,7 +280,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(case: Whole, moment: str, tmp_path: Pa
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimizers_data_and_settings_go_on_bit_by_bit(name: str, tmp_path: Path) -> None:
     case = whole(OTHERS[name], tmp_path)
-    for moment in ((0, 1), (0, 3), (1, 0), (1, 2), (2, 1)):
+    for moment in ((0, 1), (0, 3), (1, 0), (1, 2), (1, 3), (2, 0), (2, 1)):
         assert End.of(resumed(case.recipe, case.checkpoints[moment])).differences(case.end) == []
 
 
