@@ -77,7 +77,7 @@ def measure(net: nn.Module, example_inputs: Any) -> Measured:
     if isinstance(net, Net):
         _placeholders(net.graphs[False], args, kwargs)
     modes = {module: module.training for module in net.modules()}
-    measured, counter = Measured(), _flop_counter()
+    measured, counter = Measured(), flop_counter()
     try:
         for module in modes:
             module.training = False
@@ -115,7 +115,8 @@ def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any)
     return 2 * batch * heads * rows * key[-2] * (width + value[-1])
 
 
-def _flop_counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
+    """A context that counts FLOPs, those of the CPU's attention kernel too: ``get_total_flops()``."""
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=kernels)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]

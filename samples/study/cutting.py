@@ -23,15 +23,14 @@ from methods import METHODS
 from run import costs_of
 from tasks import TASKS, StudyTask
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
 from dynrank_fx.bench import machine
 from dynrank_fx.candidates import Candidates
+from dynrank_fx.interpret import flop_counter
 from dynrank_fx.onnxbench import bench_onnx
 from dynrank_fx.presets import Preset
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.scopes import slow_attention
 from dynrank_fx.train import Run, Settings, Task, evaluate, fit
 
 HERE = Path(__file__).parent
@@ -108,7 +107,7 @@ def cuts(full: nn.Module, ratio: float, candidates: Candidates) -> dict[str, nn.
 
 
 def flops_of(model: nn.Module, inputs: tuple[torch.Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), slow_attention():  # the fast one is not counted
+    with flop_counter() as counter, torch.no_grad():
         model(*inputs)
     return counter.get_total_flops()
 
