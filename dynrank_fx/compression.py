@@ -100,7 +100,12 @@ def compress(
         else:
             found = made(budget, margin)
         pair, why = (None, "") if whole is None else (whole.pair(found.module), whole.why)
-        return compressed(plan_of(net), found.module, found.cuts, known, pair, why)
+        result = compressed(plan_of(net), found.module, found.cuts, known, pair, why)
+        asked = budget.latency if isinstance(budget, Budget) else None
+        if asked is None or pair is None or pair.ratio <= asked * (1 + NOISE):
+            return result
+        more = f"By its layers it keeps to the {asked:g} asked for, as a whole it was measured at {pair.ratio:.2f}."
+        return replace(result, notes=(*result.notes, more))
 
     size_asked = isinstance(budget, Budget) and budget.params is not None
     found = at(None) if size_asked or whole is None or whole.dense is None else _no_slower(at)

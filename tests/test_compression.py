@@ -185,6 +185,12 @@ def test_a_budget_of_latency_is_met_by_the_measured_times_which_a_cache_keeps(tm
     assert SiteTimes(cache=tmp_path / "times.json")._known == {}
 
 
+def test_a_whole_that_takes_longer_than_its_layers_say_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelTimes, "pair", lambda self, small: Pair(1.0, 0.95, 0.95))
+    found = compress(model(), batches()[0], dr.Budget(latency=0.8), batches(), times=Times({}))
+    assert any("keeps to the 0.8 asked for, as a whole it was measured at 0.95" in n for n in found.notes)
+
+
 def low_rank_run() -> nn.Module:
     """A net that ends in LOW at a quarter of the rank, as its training leaves it."""
     torch.manual_seed(0)
