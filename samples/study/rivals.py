@@ -3,14 +3,14 @@ table.
 
 Needs `pip install comprexx tensorly tensorly-torch torch-pruning`. Seed 0, dense training, 16 batches of training
 inputs; every tool's result gets its batch norms recalibrated on them and, in a column of its own, the same 100 steps
-towards the dense model's outputs.
+towards the dense model's outputs. All files (runs/rivals) are timed at the end, when nothing else runs.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ import dynrank_fx as dr
 from dynrank_fx.bench import machine
 from dynrank_fx.onnxcheck import session
 
+FILES = Path(__file__).parents[2] / "runs" / "rivals"
 Batches = Sequence[tuple[torch.Tensor]]
 HEAD = ("network", "tool", "accuracy", "+ 100 steps", "parameters", "FLOPs", "file", "time")
 KEPT = 0.3
@@ -35,16 +36,19 @@ KEPT = 0.3
 
 @dataclass
 class Field:
-    """What is compared on: the dense model, its task, the batches, a folder, the rows so far."""
+    """What is compared on: the dense model, its task, the batches; the rows so far, each with its file, if any."""
 
     name: str
     dense: nn.Module
     batches: Batches
-    folder: str
-    rows: list[tuple[str, ...]] = field(default_factory=list)
+    rows: list[tuple[list[str], Path | None]] = field(default_factory=list)
 
     def file(self, model: nn.Module, name: str) -> Path:
-        return exported(model, self.batches[0], Path(self.folder), name)
+        return exported(model, self.batches[0], FILES, f"{self.name}-{name}")
+
+    @property
+    def reference(self) -> Path:
+        return FILES / f"{self.name}-dense.onnx"
 
     def add(self, tool: str, model: nn.Module) -> None:
         """A row of a module."""
@@ -55,7 +59,7 @@ class Field:
         if tool != "dense":
             dr.recover_(recovered, self.dense, self.batches, 100)
             after = f"{100 * accuracy(recovered, data):.2f} %"
-        path = self.file(model, "other" if tool != "dense" else "dense")
+        path = self.file(model, f"{len(self.rows)}" if tool != "dense" else "dense")
         size = f"{params(model) / params(self.dense):.2f}"
         flops = f"{flops_of(model, self.batches[0]) / flops_of(self.dense, self.batches[0]):.2f}"
         self._row(tool, f"{100 * plain:.2f} %", after, size, flops, path)
@@ -72,10 +76,14 @@ class Field:
         self._row(tool, f"{100 * sum(scores) / len(scores):.2f} %", "", "", "", path)
 
     def _row(self, tool: str, plain: str, after: str, size: str, flops: str, path: Path) -> None:
-        ratio = latency(path, Path(self.folder) / "dense.onnx", BATCH[self.name])
-        length = path.stat().st_size / (Path(self.folder) / "dense.onnx").stat().st_size
-        self.rows.append((self.name, tool, plain, after, size, flops, f"{length:.2f}", f"{ratio:.2f}"))
-        print(self.rows[-1], file=sys.stderr, flush=True)
+        length = path.stat().st_size / self.reference.stat().st_size
+        self.rows.append(([self.name, tool, plain, after, size, flops, f"{length:.2f}"], path))
+        print(self.rows[-1][0], file=sys.stderr, flush=True)
+
+    def timed(self) -> list[list[str]]:
+        """The rows, with their file's time over the dense model's."""
+        times = [None if path is None else latency(path, self.reference, BATCH[self.name]) for _, path in self.rows]
+        return [[*row, "" if each is None else f"{each:.2f}"] for (row, _), each in zip(self.rows, times, strict=True)]
 
 
 def ours(on: Field, net: nn.Module) -> None:
@@ -168,11 +176,11 @@ def quantization(on: Field, small: nn.Module) -> None:
             return next(self.feeds, None)
 
     for label, model in (("dense", on.dense), (f"dynrank-fx, params={KEPT}", small)):
-        source, ready = on.file(model, "toquant"), Path(on.folder) / "ready.onnx"
+        source, ready = on.file(model, "toquant"), FILES / "ready.onnx"
         quant_pre_process(str(source), str(ready))
         name = session(source, ("CPUExecutionProvider",)).get_inputs()[0].name
         for way in ("static", "dynamic"):
-            target = Path(on.folder) / f"{way}.onnx"
+            target = FILES / f"{on.name}-{len(on.rows)}.onnx"
             try:
                 if way == "static":
                     quantize_static(str(ready), str(target), Reader(name), per_channel=True)
@@ -192,36 +200,36 @@ def attempt(on: Field, label: str, make: Callable[[], nn.Module]) -> None:
 
 def failed(on: Field, label: str, error: Exception) -> None:
     said = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
-    on.rows.append((on.name, label, f"does not work: {said}", "", "", "", "", ""))
-    print(on.rows[-1], file=sys.stderr, flush=True)
+    on.rows.append(([on.name, label, f"does not work: {said}", "", "", "", ""], None))
+    print(on.rows[-1][0], file=sys.stderr, flush=True)
 
 
-def compared(name: str) -> list[tuple[str, ...]]:
+def compared(name: str) -> Field:
     task = TASKS[name]
     net = trained(task, METHODS["dense"])
-    with tempfile.TemporaryDirectory() as folder:
-        on = Field(name, dr.inline(net).eval(), calibration(task), folder)
-        original = task.model()  # the others look for layers of torch's classes
-        original.load_state_dict(net.state_dict())
-        on.dense = original.eval()
-        on.add("dense", on.dense)
-        ours(on, net)
-        small = dr.compress(net, on.batches[0], dr.Budget(params=KEPT), on.batches).module
-        for other in (comprexx, tensorly_torch, torch_pruning):
-            try:
-                other(on)
-            except Exception as error:
-                failed(on, other.__name__, error)
-        quantization(on, small)
-    return on.rows
+    on = Field(name, dr.inline(net).eval(), calibration(task))
+    original = task.model()  # the others look for layers of torch's classes
+    original.load_state_dict(net.state_dict())
+    on.dense = original.eval()
+    on.add("dense", on.dense)
+    ours(on, net)
+    small = dr.compress(net, on.batches[0], dr.Budget(params=KEPT), on.batches).module
+    for other in (comprexx, tensorly_torch, torch_pruning):
+        try:
+            other(on)
+        except Exception as error:
+            failed(on, other.__name__, error)
+    quantization(on, small)
+    return on
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     warnings.simplefilter("ignore")
-    lines = [HEAD, ["---"] * len(HEAD)]
-    for name in sys.argv[1:] or ("digits-conv", "chars-64"):
-        lines += compared(name)
+    FILES.mkdir(parents=True, exist_ok=True)
+    fields = [compared(name) for name in sys.argv[1:] or ("digits-conv", "chars-64")]
+    input("Done but for the times: press Enter when nothing else runs. ")
+    lines = [HEAD, ["---"] * len(HEAD), *(row for each in fields for row in each.timed())]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
     print(f"\n{machine()}")
 
