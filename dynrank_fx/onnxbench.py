@@ -146,7 +146,7 @@ def table(timings: Sequence[Timing]) -> str:
             str(t.batch),
             *(f"{1e3 * value:.3f}" for value in (t.median, t.p90, t.p99)),
             f"{t.throughput:,.0f}",
-            _megabytes(t.memory),
+            _megabytes(t.memory) or "unknown",
             _megabytes(t.gpu_memory),
             "" if t.ratio is None else f"{t.ratio:.2f}",
         )

@@ -48,10 +48,16 @@ def memory_of(
 def _measured(path: str, provider: Any, names: list[str], folder: str) -> tuple[int, int | None]:
     import onnxruntime
 
+    if provider[0] != "CPUExecutionProvider" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # what torch's import does elsewhere
+
     def opened(file: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        return onnxruntime.InferenceSession(file, options, providers=[tuple(provider)])
+        session = onnxruntime.InferenceSession(file, options, providers=[tuple(provider)])
+        if session.get_providers()[0] != provider[0]:
+            sys.exit(1)  # the memory of another provider is not what was asked for
+        return session
 
     small = opened(os.path.join(folder, "trivial.onnx"))
     small.run(None, {"x": np.zeros(1, np.float32)})

@@ -13,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import dynrank_fx
 from dynrank_fx import checkpoint
 from dynrank_fx.cli.main import cli
 
@@ -86,21 +87,29 @@ OPTIONS = {
         "--output-name",
         "--precision",
         "--provider",
+        "--weights",
         "-h",
         "-o",
     ],
     "inspect": ["--help", "--json", "--model", "--plot", "-h"],
     "compress": [
+        "--batch",
         "--budget",
         "--calibrate",
+        "--dynamic",
         "--exclude",
+        "--external-data",
         "--help",
         "--include",
+        "--input-name",
         "--leave",
         "--model",
         "--multiple-of",
         "--no-timing",
+        "--opset",
         "--out",
+        "--output-name",
+        "--precision",
         "--provider",
         "--recover-by",
         "--recover-steps",
@@ -109,7 +118,16 @@ OPTIONS = {
         "-h",
         "-o",
     ],
-    "verify": ["--batch", "--calibrate", "--help", "--provider", "--tolerance", "-h"],
+    "verify": [
+        "--batch",
+        "--calibrate",
+        "--help",
+        "--model",
+        "--provider",
+        "--tolerance",
+        "--weights",
+        "-h",
+    ],
     "bench": ["--against", "--batch", "--help", "--json", "--provider", "--provider-option", "--repeats", "-h"],
 }
 
@@ -206,3 +224,10 @@ def test_the_installed_command_tells_a_mistake_without_a_traceback(folder: Path)
     assert done.stderr == "Error: gone.py does not exist: give the Python file that has model()\n"
     version = subprocess.run([installed, "--version"], capture_output=True, text=True, cwd=folder)
     assert version.stdout.startswith("dynrank-fx, version ")
+
+
+def test_the_package_of_the_commands_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dynrank_fx.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"dynrank-fx, version {dynrank_fx.__version__}"

@@ -13,6 +13,7 @@ from click.testing import Result
 from torch import nn
 
 import dynrank_fx as dr
+from dynrank_fx import onnxmemory
 from dynrank_fx.cli.modelfile import load_model_file
 from dynrank_fx.onnxdiff import compare_onnx
 
@@ -198,3 +199,12 @@ def test_memory_is_that_of_the_file_whichever_comes_first(run: Run) -> None:
         taken = {t["file"]: t["memory"] / 1e6 for t in json.loads(run(*given).stdout)["timings"]}
         assert 38 < taken["large.onnx"] < 200
         assert taken["small.onnx"] < 0.4 * taken["large.onnx"]
+
+
+def test_a_child_that_fails_leaves_the_memory_unknown_and_the_times_there(
+    files: tuple[str, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxmemory.sys, "executable", "/bin/false")
+    table = run("bench", files[0], "--batch", "2", "--repeats", "5").stdout.splitlines()
+    assert "unknown" in table[2]
+    assert "CPU" in table[2]
