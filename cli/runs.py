@@ -41,7 +41,7 @@ def final_form(source: Path, model_file: Path | None, weights: Path | None, cali
     """What is deployed of a run or a folder of ``transform`` (its truncation), of a model file (the model), or of a
     .pt file of ``compress``. Raises StoreError and ModelFileError.
     """
-    if not source.is_dir():
+    if source.suffix in (".py", ".pt") or source.is_file():
         module, file = _module_of(source, model_file, weights)
         return FinalForm(module.eval(), file, calibration_inputs(file, calibrate), {})
     if weights is not None:
