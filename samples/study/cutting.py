@@ -25,12 +25,14 @@ from tasks import TASKS, StudyTask
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.bench import machine
+from dynrank_fx.bench import interleaved, machine
 from dynrank_fx.candidates import Candidates
 from dynrank_fx.interpret import flop_counter
-from dynrank_fx.onnxbench import bench_onnx
+from dynrank_fx.onnxbench import loaded, random_inputs, table_rows
+from dynrank_fx.onnxcheck import session
 from dynrank_fx.presets import Preset
 from dynrank_fx.randomness import seed_all
+from dynrank_fx.sitetimes import bound
 from dynrank_fx.train import Run, Settings, Task, evaluate, fit
 
 HERE = Path(__file__).parent
@@ -86,8 +88,10 @@ def exported(model: nn.Module, inputs: tuple[torch.Tensor], folder: Path, name: 
 
 
 def latency(path: Path, against: Path, batch: int) -> float:
-    """Time of a file over that of the other in onnxruntime, median of pairs."""
-    return float(bench_onnx(path, against, batch_sizes=(batch,), repeats=40)[0].ratio or 0)
+    """Time of a file over that of the other in onnxruntime on the CPU, median of pairs."""
+    opened, rows = [session(each, ("CPUExecutionProvider",)) for each in (against, path)], table_rows(loaded(path))
+    first, second = (bound(each, random_inputs(each, batch, rows=rows)) for each in opened)
+    return interleaved(first, second, repeats=20, warmup=10).ratio
 
 
 def cuts(full: nn.Module, ratio: float, candidates: Candidates) -> dict[str, nn.Module]:
@@ -219,7 +223,7 @@ def write(found: Sequence[dict[str, Any]]) -> None:
                 lines.append(f"| {training} | {size:.2f} | " + " | ".join(cells) + " |")
         seeds = len({p["seed"] for p in mine})
         parts += [
-            f"## {name}, {seeds} seeds, {total:,.0f} parameters",
+            f"## {name}, {seeds} seed{'s' if seeds > 1 else ''}, {total:,.0f} parameters",
             "\n".join(lines),
             f"![{name}](cutting-{name}.png)",
         ]
