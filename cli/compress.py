@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from dynrank_fx.errors import StoreError
+from click.core import ParameterSource
 
 from .options import (
     calibrate_option,
@@ -41,7 +40,11 @@ if TYPE_CHECKING:
 @weights_option
 @click.option("--model", "model_file", type=Path, metavar="MODEL.PY", help="A run's model file, where it has moved.")
 @calibrate_option
-@click.option("--sequential", is_flag=True, help="Calibrate every layer on what the cut ones before it give.")
+@click.option(
+    "--sequential",
+    is_flag=True,
+    help="Calibrate every layer on what the cut ones before it give: slower, and not always better.",
+)
 @click.option(
     "--recover-steps", type=click.IntRange(min=0), default=0, metavar="N", help="Fine-tune the result for N steps."
 )
@@ -78,19 +81,25 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
       dynrank-fx compress digits.py --weights digits.pt --budget flops=0.5 -o small.onnx
     """
     from dynrank_fx.compression import compress as compressed
-    from dynrank_fx.export import export_onnx
-    from dynrank_fx.onnxcheck import check_provider
+    from dynrank_fx.export import check_opset, export_onnx
+    from dynrank_fx.onnxcheck import check_batch_sizes, check_provider
+    from dynrank_fx.onnxfile import check_place
     from dynrank_fx.randomness import seed_all
     from dynrank_fx.sitetimes import SiteTimes
 
     asked, leave = _budget(budget), roles_of(options["leave"])
     if out.suffix not in (".onnx", ".pt"):
         raise click.BadParameter(f"{out} is neither an .onnx nor a .pt file", param_hint="--out")
-    if not out.parent.is_dir():
-        raise StoreError(f"{out} cannot be written because there is no folder {out.parent}: make it first")
     if out.suffix == ".pt":
         refuse_export_options(out)
+    by = click.get_current_context().get_parameter_source("recover_by")
+    if by is not ParameterSource.DEFAULT and not options["recover_steps"]:
+        raise click.UsageError("--recover-by is of --recover-steps: give the number of steps too")
+    # What would stop the export is said before the work, not after it.
+    check_place(out)
     arguments = export_arguments(options)
+    check_opset(arguments["opset"])
+    check_batch_sizes(arguments["batch_sizes"])
     check_provider(options["provider"])
     element = "float16" if options["precision"] == "float16" else "float32"
     net, file = _opened(source, options["model_file"], options["weights"])
@@ -151,6 +160,8 @@ def _budget(text: str) -> RankPolicy | MaxDrop:
 
 def _opened(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:
     if not source.is_dir():
+        if model_file is not None:
+            raise click.UsageError(f"--model is of a run, and {source} is none: leave it out")
         return model_with_weights(source, weights)
     if weights is not None:
         raise click.UsageError("a run has its own weights: leave out --weights")

@@ -79,6 +79,8 @@ def _module_of(source: Path, model_file: Path | None, weights: Path | None) -> t
     from .modelfile import load_model_file
 
     if source.suffix != ".pt":
+        if model_file is not None:
+            raise StoreError(f"--model is of a run or a .pt file, and {source} is neither: leave it out")
         return model_with_weights(source, weights)
     if model_file is None:
         raise StoreError(f"{source} has no example inputs: add --model MODEL.PY, the model file that it was made from")

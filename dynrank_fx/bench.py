@@ -59,11 +59,18 @@ def _synchronize() -> None:
 
 
 def machine() -> str:
-    """The machine in one line, for a table."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, no GPU"
-    count = torch.get_num_threads()
-    threads = f"{count} thread{'s' if count > 1 else ''}"
-    return f"{device}; {threads}; torch {torch.__version__}; Python {platform.python_version()}"
+    """The machine and torch in one line, for a table."""
+    threads = threads_said(torch.get_num_threads())
+    return f"{device()}; {threads}; torch {torch.__version__}; Python {platform.python_version()}"
+
+
+def device() -> str:
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, no GPU"
+
+
+def threads_said(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def processor() -> str:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .batches import call, checked_batches
 from .errors import CalibrationError
-from .locate import regions, untraced
+from .locate import is_captured, regions, untraced
 from .moments import Calibration, Moments
 from .net import evaluating, unwrap
 from .ops import ConvOp, LinearOp, MatmulOp, Op
@@ -36,9 +36,14 @@ def calibrate(
 
     batches: each as ``example_inputs``. sites: by name; all by default. shrink: see ``Moments.basis``.
 
-    Raises CalibrationError where there is no batch, a batch does not fit the model, or numbers are not finite.
+    Raises CalibrationError for a module that ``transform`` did not make, and where there is no batch, a batch does not
+    fit the model, or numbers are not finite.
     """
     root = unwrap(net)
+    if not switched_modules(root) and not is_captured(root):
+        raise CalibrationError(
+            f"{type(net).__name__} has no sites to calibrate: give what transform or factorize made of it"
+        )
     data = checked_batches(batches)
     units = _units(root, sites)
     moments: dict[str, Moments] = {}

@@ -45,8 +45,8 @@ class Candidates:
     """Cuts of one net, dense in evaluation mode, and of what ``inline`` makes of it.
 
     data, known: calibration batches and what they tell of the net; None for cuts by plain SVD. timing: measured times
-    of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the
-    weights that were factored before.
+    of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the weights
+    that were factored before.
     """
 
     net: nn.Module
@@ -74,9 +74,9 @@ class Candidates:
                 return
             tried.add(key)
             candidate = self.cut(ranks)
-            distance = self._distance(candidate)
-            if found is None or distance < least:
-                least, found = distance, candidate
+            far = self._distance(candidate)
+            if found is None or far < least:
+                least, found = far, candidate
 
         attempt(policy, {})
         attempt(replace(policy, even=True), {})

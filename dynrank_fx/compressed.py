@@ -96,7 +96,7 @@ def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, u
         )
     elif dense and times is not None:
         notes.append(
-            f"{len(dense)} of {len(cuts)} weights are dense, where factors are not faster or the budget leaves room."
+            f"{len(dense)} of {len(cuts)} weights are dense, where factors save nothing or the budget leaves room."
         )
     if times is not None and times.ratio > 1 + NOISE and len(dense) < len(cuts):
         notes.append(

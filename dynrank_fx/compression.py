@@ -31,6 +31,7 @@ from .truncation import a_twin
 
 _MARGINS = (0.0, 0.15, 0.35, 1.0)
 """How much faster than dense a site has to be, tried in turn until the whole model is no slower; at 1 all are dense."""
+_TIGHTENINGS = 3
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ def compress(
     data = None if calibration is None else checked_batches(calibration, like=example_inputs)
     if sequential and data is None:
         raise PlanError("to calibrate one layer after the other takes calibration data, and there are none: give some")
+    if multiple_of < 1 or recover_steps < 0:
+        raise PlanError(f"multiple_of={multiple_of}, recover_steps={recover_steps}: give 1 or more, and 0 or more")
     if recover_steps and data is None:
         raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:
-        raise PlanError("a budget of the metric's fall takes a metric: give metric=, a function of the module")
+        raise PlanError("a budget of the metric's fall takes a metric, and data to score on: give both")
     net, low = _in_full(model, example_inputs, include, exclude, leave)
     dense = inline(net)
     known = None if data is None else calibrate(net, data)
@@ -93,19 +96,19 @@ def compress(
         return found
 
     def at(margin: float | None) -> Compressed:
-        if isinstance(budget, MaxDrop):
-            assert metric is not None
-            wanted = _scored(metric, dense) - budget.drop
-            found = _least(lambda policy: made(policy, margin), lambda module: metric(module) >= wanted)
-        else:
-            found = made(budget, margin)
-        pair, why = (None, "") if whole is None else (whole.pair(found.module), whole.why)
-        result = compressed(plan_of(net), found.module, found.cuts, known, pair, why)
-        asked = budget.latency if isinstance(budget, Budget) else None
-        if asked is None or pair is None or pair.ratio <= asked * (1 + NOISE):
-            return result
-        more = f"By its layers it keeps to the {asked:g} asked for, as a whole it was measured at {pair.ratio:.2f}."
-        return replace(result, notes=(*result.notes, more))
+        def result(policy: RankPolicy | MaxDrop) -> Compressed:
+            if isinstance(policy, MaxDrop):
+                assert metric is not None
+                wanted = _scored(metric, dense) - policy.drop
+                found = _least(lambda each: made(each, margin), lambda module: metric(module) >= wanted)
+            else:
+                found = made(policy, margin)
+            pair, why = (None, "") if whole is None else (whole.pair(found.module), whole.why)
+            return compressed(plan_of(net), found.module, found.cuts, known, pair, why)
+
+        if isinstance(budget, Budget) and budget.latency is not None:
+            return _in_time(budget, budget.latency, result)
+        return result(budget)
 
     size_asked = isinstance(budget, Budget) and budget.params is not None
     found = at(None) if size_asked or whole is None or whole.dense is None else _no_slower(at)
@@ -146,6 +149,27 @@ def _timing(whole: ModelTimes | None) -> Timing | None:
     return lambda rows: sites.cost(rows, total)
 
 
+def _in_time(budget: Budget, asked: float, result: Callable[[Budget], Compressed]) -> Compressed:
+    """The result that is measured to take the share of time that was asked for: the times of single sites may add up
+    to less than the whole takes, and the budget is tightened by what is missing.
+    """
+    best, share = result(budget), asked
+    for _ in range(_TIGHTENINGS):
+        if best.times is None or best.times.ratio <= asked + NOISE:
+            return best
+        share *= asked / best.times.ratio
+        try:
+            found = result(replace(budget, latency=share))
+        except PlanError:  # there is no less
+            break
+        if found.times is not None and found.times.ratio < best.times.ratio:
+            best = found
+    if best.times is None or best.times.ratio <= asked + NOISE:
+        return best
+    missed = f"Asked for {asked:g} of the dense model's time; the least that was reached is {best.times.ratio:.2f}."
+    return replace(best, notes=(*best.notes, missed))
+
+
 def _no_slower(at: Callable[[float], Compressed]) -> Compressed:
     """The first result that is not slower than the dense model, by rising margins."""
     notes: tuple[str, ...] = ()
@@ -155,7 +179,7 @@ def _no_slower(at: Callable[[float], Compressed]) -> Compressed:
         except PlanError as error:
             raise PlanError(
                 f"{error}. Only layers that are faster than dense count here: a budget of parameters asks for size "
-                "alone, and with nothing timed (--no-timing, times=None) all layers count"
+                "alone"
             ) from error
         assert found.times is not None
         if margin == _MARGINS[-1] or found.times.ratio <= 1 + NOISE:
@@ -185,7 +209,11 @@ def _least(made: Callable[[RankPolicy], Candidate], good: Callable[[nn.Module], 
 
 
 def _scored(metric: Callable[[nn.Module], float], module: nn.Module) -> float:
-    value = float(metric(module))
+    said = metric(module)
+    try:
+        value = float(said)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"the metric is {said!r} and no number: return one") from error
     if not math.isfinite(value):
         raise PlanError(f"the metric is {value}, which nothing can be compared with: see that it is a finite number")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -76,14 +77,18 @@ def free_dimensions(args: tuple[Any, ...], kwargs: dict[str, Any], *, only_first
     return shapes
 
 
-def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None) -> Inputs:
+def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None, limits: Sequence[int | None] = ()) -> Inputs:
     """The inputs at another batch size: rows of the example over again, in every tensor that shares its batch.
 
-    seed: draws new rows instead, so that no two are alike: floats from a normal distribution with the example's mean
-    and deviation, other values from the example's rows.
+    seed: draws new rows instead: floats from a normal distribution with the example's mean and deviation, other values
+    from the example's rows. Of an example of one value, such as zeros, all rows would be alike: its deviation is taken
+    as 1, and integers are drawn below a limit, where one is known. limits: by tensor, in order.
     """
     present = batch_size(inputs)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    below = {id(leaf): limit for leaf, limit in zip(given, limits, strict=False)}
 
     def resized(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != present:
@@ -93,7 +98,11 @@ def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None) -> Inputs
         if leaf.is_floating_point():
             noise = torch.randn((batch, *leaf.shape[1:]), generator=generator).to(leaf.device, leaf.dtype)
             std = leaf.std() if leaf.numel() > 1 else leaf.abs().mean()
-            return leaf.mean() + std * noise
+            return leaf.mean() + torch.where(std > 0, std, 1) * noise
+        limit = below.get(id(leaf))
+        if limit is not None and leaf.dtype is not torch.bool and bool((leaf == leaf.flatten()[:1]).all()):
+            drawn = torch.randint(limit, (batch, *leaf.shape[1:]), generator=generator)
+            return drawn.to(leaf.device, leaf.dtype)
         return leaf.detach()[torch.randint(leaf.shape[0], (batch,), generator=generator)]
 
     done: dict[int, Any] = {}  # one tensor stays one

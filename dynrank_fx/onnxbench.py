@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .bench import interleaved
+from .bench import device, interleaved, threads_said
 from .errors import ExportError
-from .onnxcheck import Provider, session
-from .onnxconvert import reason
+from .onnxcheck import Provider, runtime, session, threads
+from .onnxinputs import loaded, random_inputs, table_rows
 from .onnxmemory import memory_of
 from .sitetimes import bound
 from .table import text_table
-
-_TYPES = {"float": "float32", "double": "float64", "float16": "float16", "int64": "int64", "int32": "int32"}
-_TYPES |= {"bool": "bool", "uint8": "uint8", "int8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -88,54 +84,6 @@ def bench_onnx(
     return found
 
 
-def loaded(path: str | os.PathLike[str]) -> Any:
-    """The graph of an ONNX file, without weights that lie in a file of their own. Raises ExportError."""
-    import onnx
-
-    try:
-        return onnx.load(path, load_external_data=False)
-    except Exception as error:
-        raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
-
-
-def table_rows(model: Any) -> dict[str, int]:
-    """By input of integers, the rows of the least table that the graph looks them up in."""
-    weights = {each.name: each.dims[0] for each in model.graph.initializer if len(each.dims) > 1}
-    made = {name: node for node in model.graph.node for name in node.output}
-    found: dict[str, int] = {}
-    for node in model.graph.node:
-        if node.op_type != "Gather" or any(a.name == "axis" and a.i != 0 for a in node.attribute):
-            continue
-        table, name = node.input
-        while table in made and made[table].op_type in ("DequantizeLinear", "Cast"):
-            table = made[table].input[0]
-        while name in made and made[name].op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze"):
-            name = made[name].input[0]
-        if table in weights and name not in made:
-            found[name] = min(weights[table], found.get(name, weights[table]))
-    return found
-
-
-def random_inputs(opened: Any, batch: int, seed: int = 0, rows: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Inputs of a session's types and shapes: normal floats, integers below their ``table_rows``, or zeros and ones
-    where none are known, free sizes all the batch.
-    """
-    generator, feeds = np.random.default_rng(seed), {}
-    for spec in opened.get_inputs():
-        kind = _TYPES.get(spec.type.removeprefix("tensor(").removesuffix(")"))
-        if kind is None:
-            raise ExportError(f"the input {spec.name} is {spec.type}, of which no random values can be made")
-        shape = [
-            size if isinstance(size, int) else (batch if axis == 0 else 16) for axis, size in enumerate(spec.shape)
-        ]
-        if kind.startswith("float"):
-            feeds[spec.name] = generator.standard_normal(shape).astype(kind)
-        else:
-            limit = 2 if kind == "bool" else (rows or {}).get(spec.name, 2)
-            feeds[spec.name] = generator.integers(0, limit, shape).astype(kind)
-    return feeds
-
-
 def table(timings: Sequence[Timing]) -> str:
     """The timings as text."""
     head = ("file", "provider", "batch", "median ms", "p90", "p99", "per second", "memory MB", "GPU MB", "ratio")
@@ -167,6 +115,13 @@ def _times(call: Callable[[], None], repeats: int) -> list[float]:
         call()
         found.append(time.perf_counter() - started)
     return found
+
+
+def machine() -> str:
+    """The machine and onnxruntime in one line."""
+    count = threads()
+    said = threads_said(count) if count else "its own number of threads"
+    return f"{device()}; onnxruntime {runtime().__version__}, {said}; Python {platform.python_version()}"
 
 
 def _megabytes(size: int | None) -> str:

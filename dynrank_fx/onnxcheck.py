@@ -57,6 +57,14 @@ def runtime() -> Any:
     return onnxruntime
 
 
+def threads() -> int:
+    """How many threads a session runs on: OMP_NUM_THREADS, which onnxruntime itself does not heed; else 0, which leaves
+    it to onnxruntime (its own choice is one for each physical core).
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdigit() else 0
+
+
 def check_provider(provider: Provider) -> None:
     """Raises ExportError for one that this onnxruntime has not."""
     name, available = provider if isinstance(provider, str) else provider[0], runtime().get_available_providers()
@@ -90,6 +98,7 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     for each in asked:
         check_provider(each)
     options = ort.SessionOptions()
+    options.intra_op_num_threads = threads()
     options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
     ort.set_default_logger_severity(_SILENT)
     try:
@@ -103,7 +112,17 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     used = opened.get_providers()[0]
     if providers and used != names[0]:
         raise ExportError(f"{names[0]} did not come up: install the libraries it needs, or ask for {used}")
+    if providers and not isinstance(asked[0], str):
+        check_options(opened, *asked[0])
     return opened
+
+
+def check_options(opened: Any, provider: str, options: Mapping[str, Any]) -> None:
+    """Some providers take an option that they do not have without a word; the CPU's does not say which it has."""
+    known = opened.get_provider_options()[provider]
+    unknown = [name for name in options if known and name not in known]
+    if unknown:
+        raise ExportError(f"{provider} has no option {', '.join(unknown)}: its options are {', '.join(sorted(known))}")
 
 
 def _of_the_file(said: str) -> bool:
@@ -113,6 +132,8 @@ def _of_the_file(said: str) -> bool:
 def _refusal(error: Exception, name: str, provider: str, available: Sequence[str]) -> str:
     """A sentence for what onnxruntime says when it does not open a file."""
     said, why = str(error), _NOISE.sub("", reason(error))[:300]
+    others = ", ".join(each for each in available if each != provider)
+    ask = f", or ask for one of {others}" if others else ""
     if any(sign in said for sign in _DAMAGED):
         return f"{name} is no ONNX file, or is damaged ({why}): export it again"
     if any(sign in said for sign in _WITHOUT_WEIGHTS):
@@ -122,13 +143,9 @@ def _refusal(error: Exception, name: str, provider: str, available: Sequence[str
             f"{name} is of a newer ONNX than this onnxruntime knows: upgrade onnxruntime, or export with a lower opset"
         )
     if "NOT_IMPLEMENTED" in said:
-        return (
-            f"{provider} cannot run {name} ({why}): export it in float32 or float16, or ask for one of "
-            f"{', '.join(available)}"
-        )
+        return f"{provider} cannot run {name} ({why}): export it in float32 or float16{ask}"
     if "install" in said.lower() and provider != "CPUExecutionProvider":
-        others = ", ".join(each for each in available if each != provider)
-        return f"{provider} did not come up: install the libraries it needs, or ask for one of {others}"
+        return f"{provider} did not come up: install the libraries it needs{ask}"
     return f"onnxruntime cannot run {name} with {provider} ({why}): export it again, or ask for another provider"
 
 

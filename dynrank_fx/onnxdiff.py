@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from .errors import ExportError
-from .onnxbench import loaded, random_inputs, table_rows
 from .onnxcheck import Provider, session, session_of
 from .onnxconvert import reason
+from .onnxinputs import loaded, random_inputs, table_rows
 
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
 _FACTORS = re.compile(r"(\.(weight|left|right|core|along|across))?(_int8)?$")
@@ -50,7 +50,9 @@ class Verdict:
     def __str__(self) -> str:
         lines = [f"{each.name}: {each.relative:.2g} relative, {each.largest:.2g} at most" for each in self.outputs]
         if self.first is not None:
-            lines.append(f"the first site to differ is {self.first.name} ({self.first.relative:.2g} relative)")
+            tied = any(each.name.startswith(f"{self.first.name} (use ") for each in self.sites)
+            where = ", in the first of its uses" if tied else ""
+            lines.append(f"the first site to differ is {self.first.name} ({self.first.relative:.2g} relative){where}")
         lines.append(f"{'the same' if self.same else 'NOT the same'} within {self.tolerance:g}")
         return "\n".join(lines)
 
@@ -63,22 +65,11 @@ def compare_onnx(
     provider: Provider = "CPUExecutionProvider",
     tolerance: float = 1e-4,
 ) -> Verdict:
-    """Both files on the same random inputs. Raises ExportError for a file that is none, and for other inputs or
-    outputs.
+    """Both files on the same random inputs. What has another name in the other file goes by its place. Raises
+    ExportError for a file that is none, and for other inputs or outputs.
     """
     plain = [session(path, (provider,)) for path in (one, other)]
-    signatures = [[(spec.name, spec.type) for spec in each.get_inputs()] for each in plain]
-    if signatures[0] != signatures[1]:
-        raise ExportError(
-            f"{Path(one).name} takes {signatures[0]} and {Path(other).name} {signatures[1]}: they are of "
-            "two models, or were exported with other names"
-        )
-    outputs = [[spec.name for spec in each.get_outputs()] for each in plain]
-    if outputs[0] != outputs[1]:
-        raise ExportError(
-            f"{Path(one).name} gives {outputs[0]} and {Path(other).name} {outputs[1]}: they are of two "
-            "models, or were exported with other names"
-        )
+    inputs, outputs = _paired(plain, (one, other), "get_inputs"), _paired(plain, (one, other), "get_outputs")
     models = [loaded(path) for path in (one, other)]
     rows = table_rows(models[0])
     values = [_site_values(model) for model in models]
@@ -92,16 +83,29 @@ def compare_onnx(
     for batch in batch_sizes:
         feeds = random_inputs(plain[0], batch, seed=batch, rows=rows)
         try:
-            got = [_by_name(each, feeds) for each in inside]
+            renamed = {inputs[name]: value for name, value in feeds.items()}
+            got = [_by_name(each, given) for each, given in zip(inside, (feeds, renamed), strict=True)]
         except Exception as error:
             raise ExportError(
                 f"a batch of {batch} cannot be run ({reason(error)}): give batch sizes it takes"
             ) from error
-        for name in outputs[0]:
-            at_end.setdefault(name, []).append((got[0][name], got[1][name]))
+        for name, its in outputs.items():
+            at_end.setdefault(name, []).append((got[0][name], got[1][its]))
         for name in shared:
             at_sites.setdefault(name, []).append((got[0][values[0][name]], got[1][values[1][name]]))
     return Verdict(_differences(at_end), _differences(at_sites), tolerance)
+
+
+def _paired(opened: Sequence[Any], paths: Sequence[str | os.PathLike[str]], which: str) -> dict[str, str]:
+    """The names of the first file's inputs or outputs, each with that in the other."""
+    mine, its = ({spec.name: f"{spec.type}, {len(spec.shape)}-D" for spec in getattr(each, which)()} for each in opened)
+    if mine.keys() == its.keys():
+        its = {name: its[name] for name in mine}
+    if list(mine.values()) != list(its.values()):
+        one, other = (Path(path).name for path in paths)
+        verb = "takes" if which == "get_inputs" else "gives"
+        raise ExportError(f"{one} {verb} {mine} and {other} {its}: they are of two models")
+    return dict(zip(mine, its, strict=True))
 
 
 def _by_name(opened: Any, feeds: dict[str, Any]) -> dict[str, Any]:
@@ -109,11 +113,22 @@ def _by_name(opened: Any, feeds: dict[str, Any]) -> dict[str, Any]:
 
 
 def _site_values(model: Any) -> dict[str, str]:
-    """By use of a site, the value that its last product gives, in the order of the graph. A use after the first has its
-    number behind the name.
+    """By use of a site, the value that its last product gives, with the bias where that is added by itself, in the
+    order of the graph. A use after the first has its number behind the name.
     """
     weights = {each.name for each in model.graph.initializer if len(each.dims) > 1}
+    constants = {each.name for each in model.graph.initializer}
     made = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def biased(value: str) -> str:
+        after = readers.get(value, [])
+        added = len(after) == 1 and after[0].op_type == "Add" and any(name in constants for name in after[0].input)
+        return str(after[0].output[0]) if added else value
+
     seen: dict[str, int] = {}
     found: dict[str, str] = {}
     for node in model.graph.node:
@@ -128,7 +143,7 @@ def _site_values(model: Any) -> dict[str, str]:
                 seen[name] = seen.get(name, 0) + 1
                 use = _FACTORS.sub("", name, count=1) + (f" (use {seen[name]})" if seen[name] > 1 else "")
                 found.pop(use, None)  # the last of its factors stays, where it stands
-                found[use] = node.output[0]
+                found[use] = biased(node.output[0])
     return found
 
 

@@ -16,13 +16,19 @@ from .precision import Precision
 _WORTH_A_FILE = 1024  # bytes of a tensor that is stored outside
 
 
-@contextlib.contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A path in a temporary folder beside ``path``, whose file takes its place if all goes well. Fails early."""
+def check_place(path: Path) -> None:
+    """Raises ExportError for a path at which no file can be made."""
     if not path.parent.is_dir():
         raise ExportError(f"{path} cannot be written because there is no folder {path.parent}: make it first")
     if path.is_dir():
         raise ExportError(f"{path} is a folder: give the name of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise ExportError(f"{path} cannot be written because the folder is not open to you: choose another")
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A path in a temporary folder beside ``path``, whose file takes its place if all goes well."""
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
             beside = Path(folder, path.name)
@@ -60,7 +66,8 @@ def check_file(path: Path, precision: Precision) -> None:
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
     except Exception as error:
-        if "unsupported type" in str(error) and precision is not Precision.FLOAT32:
+        of_type = any(sign in str(error) for sign in ("unsupported type", "inconsistent type"))
+        if of_type and precision is not Precision.FLOAT32:
             raise ExportError(
                 f"ONNX of this opset has not every operation of the model in {precision.value} ({reason(error)}): "
                 "export in float32 or float16, or with a newer opset"

@@ -92,7 +92,12 @@ class Journal:
         """Note a site that is about to change. Raises OSError where the disk has no room."""
         states = [dict(self.optimizer.state.get(p, {})) if self.optimizer else {} for p in old]
         record = {"values": [p.detach() for p in old], "states": states, "base": modules[0]._buffers["base"]}
-        torch.save(record, self._path(len(self.entries)))
+        try:
+            torch.save(record, self._path(len(self.entries)))
+        except RuntimeError as error:  # what torch makes of a full disk
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"{self.folder.name} cannot be written to, its disk may be full") from error
         refs, grads = [weakref.ref(p) for p in old], [p.requires_grad for p in old]
         places = [optim.place_of(self.optimizer, p) if self.optimizer else None for p in old]
         self.entries.append(_Entry(modules, modules[0].phase, modules[0].rank, refs, grads, places))

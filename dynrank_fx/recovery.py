@@ -90,11 +90,18 @@ def recover_(
     loss: by default the distance to the dense model's outputs, Σ ‖z − y‖² / ‖y − ȳ‖² over its floating-point outputs
     (ȳ the mean over the batch). names: of the parameters to train; by default all. The largest change of a parameter in
     a step is a hundredth of its root mean square (Adam), falling to zero along a cosine. Returns the loss of every
-    step. Raises CalibrationError for data that do not fit, and where the loss is not finite; the module is then as it
-    was.
+    step. Raises CalibrationError for data and names that do not fit, and where the loss is not finite or has no
+    gradient; the module is then as it was.
     """
     data = checked_batches(batches)
     wanted = dict(module.named_parameters())
+    unknown = [name for name in names or () if name not in wanted]
+    if unknown:
+        raise CalibrationError(
+            f"the module has no parameter {', '.join(unknown)}: its names are like {next(iter(wanted))}"
+        )
+    if steps < 0:
+        raise CalibrationError(f"a recovery of {steps} steps is none: give 0 or more")
     chosen = [wanted[name] for name in (wanted if names is None else names)]
     chosen = [parameter for parameter in chosen if parameter.is_floating_point()]
     before = [parameter.detach().clone() for parameter in chosen]
@@ -103,31 +110,43 @@ def recover_(
     with _training(module, chosen), same_buffers(module):
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2
         )
-        for step in range(steps):
-            number = step % len(data)
-            output = call(module, data[number], number)
-            if loss is None:
-                with torch.no_grad():
-                    target = call(dense, data[number], number)
-                found = distance(output, target)
-            else:
-                found = loss(output, number)
-            losses.append(float(found.detach()))
-            if not math.isfinite(losses[-1]):
-                with torch.no_grad():
-                    for parameter, value in zip(chosen, before, strict=True):
-                        parameter.copy_(value)
-                raise CalibrationError(
-                    f"the loss of the recovery is {losses[-1]} at step {step}: look for a loss that overflows, or "
-                    "leave the recovery out"
-                )
-            optimizer.zero_grad()
-            found.backward()
-            optimizer.step()
-            scheduler.step()
+        try:
+            for step in range(steps):
+                found = _lost(module, dense, data, step % len(data), loss)
+                losses.append(float(found.detach()))
+                if not math.isfinite(losses[-1]):
+                    raise CalibrationError(
+                        f"the loss of the recovery is {losses[-1]} at step {step}: look for a loss that overflows, or "
+                        "leave the recovery out"
+                    )
+                optimizer.zero_grad()
+                found.backward()
+                optimizer.step()
+                scheduler.step()
+        except BaseException:
+            with torch.no_grad():
+                for parameter, value in zip(chosen, before, strict=True):
+                    parameter.copy_(value)
+            raise
     return losses
+
+
+def _lost(module: nn.Module, dense: nn.Module, data: Sequence[Any], number: int, loss: Loss | None) -> Tensor:
+    """The loss on one batch."""
+    output = call(module, data[number], number)
+    if loss is None:
+        with torch.no_grad():
+            target = call(dense, data[number], number)
+        return distance(output, target)
+    found = loss(output, number)
+    if not (isinstance(found, Tensor) and found.requires_grad):
+        raise CalibrationError(
+            "the loss of the recovery has no gradient: compute it from the output by torch's operations, without "
+            "item(), float() or detach()"
+        )
+    return found
 
 
 def distance(output: Any, target: Any) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .bench import Pair, interleaved, processor
-from .onnxcheck import Provider, runtime, session_of
+from .onnxcheck import Provider, runtime, session_of, threads
 from .onnxsite import site_model
 from .plan import PlannedSite
 from .ranks import Cost
@@ -89,8 +89,8 @@ class SiteTimes:
 
     def _key(self, rows: Sequence[PlannedSite], rank: int) -> str:
         uses = [[row.layout.name, row.site.shape, row.site.to_json()["uses"]] for row in rows]
-        where = [platform.node(), processor(), os.cpu_count(), runtime().__version__, self.provider, self.element]
-        said = json.dumps([where, os.environ.get("OMP_NUM_THREADS"), uses, rank], default=list)
+        where = [platform.node(), processor(), cores(), threads(), runtime().__version__, self.provider, self.element]
+        said = json.dumps([where, uses, rank], default=list)
         return hashlib.sha256(said.encode()).hexdigest()
 
     def _measured(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
@@ -105,6 +105,11 @@ class SiteTimes:
         once = interleaved(first, second, repeats=3)
         inner = max(1, round(_SECONDS / max(once.first, 1e-7)))
         return interleaved(first, second, repeats=self.repeats, inner=min(inner, 200))
+
+
+def cores() -> int:
+    """How many cores the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def paying_limit(rows: Sequence[PlannedSite]) -> int:

@@ -359,3 +359,8 @@ def test_a_mistake_of_ours_is_not_blamed_on_the_batch(monkeypatch: pytest.Monkey
         dr.calibrate(net, [(torch.randn(2, 12),)])
     monkeypatch.undo()
     assert dr.calibrate(net, [(torch.randn(2, 12),)]).moments["weight"].count == 2
+
+
+def test_a_module_without_sites_is_no_net_to_calibrate() -> None:
+    with pytest.raises(CalibrationError, match="Linear has no sites to calibrate"):
+        dr.calibrate(nn.Linear(4, 4), [(torch.randn(2, 4),)])

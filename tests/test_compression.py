@@ -185,10 +185,42 @@ def test_a_budget_of_latency_is_met_by_the_measured_times_which_a_cache_keeps(tm
     assert SiteTimes(cache=tmp_path / "times.json")._known == {}
 
 
-def test_a_whole_that_takes_longer_than_its_layers_say_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_that_takes_longer_than_its_layers_say_is_cut_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the whole takes a tenth more of the dense time than its parameters would say."""
+
+    def pair(self: ModelTimes, small: nn.Module) -> Pair:
+        ratio = 0.1 + params(small) / params(model())
+        return Pair(1.0, ratio, ratio)
+
+    class ByRank(Times):
+        def cost(self, rows: Any, total: float) -> Cost:
+            share = rows[0].site.params / params(model())
+            return Cost(share, lambda rank: share * rank / 64)
+
+    monkeypatch.setattr(ModelTimes, "pair", pair)
+    found = compress(model(), batches()[0], dr.Budget(latency=0.8), batches(), times=ByRank({}))
+    assert found.times is not None
+    assert found.times.ratio <= 0.82
+    assert not any("Asked for" in note for note in found.notes)
+
+
+def test_a_share_of_time_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelTimes, "pair", lambda self, small: Pair(1.0, 0.95, 0.95))
     found = compress(model(), batches()[0], dr.Budget(latency=0.8), batches(), times=Times({}))
-    assert any("keeps to the 0.8 asked for, as a whole it was measured at 0.95" in n for n in found.notes)
+    assert any("Asked for 0.8 of the dense model's time; the least that was reached is 0.95" in n for n in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"multiple_of": 0}, "give 1 or more"),
+        ({"recover_steps": -3}, "and 0 or more"),
+        ({"metric": lambda net: "good"}, "the metric is 'good' and no number"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PlanError, match=sentence):
+        compress(model(), batches()[0], dr.Budget(params=0.5), batches(), **options)
 
 
 def low_rank_run() -> nn.Module:

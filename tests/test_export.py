@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.export import Agreement, ExportReport, export_onnx, onnx_inputs, session, verify_onnx
+from dynrank_fx.onnxcheck import check_options, threads
 from dynrank_fx.onnxconvert import refuse_inflated
 from dynrank_fx.precision import Precision
 
@@ -516,3 +517,61 @@ def test_a_batch_norm_folds_into_the_second_factor_and_the_factors_stay_two(tmp_
     assert [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node] == ["Conv", "Conv", "Relu"]
     (y,) = session(tmp_path / "m.onnx", (CPU,)).run(None, {"input": x[0].numpy()})
     torch.testing.assert_close(torch.from_numpy(y), small(*x), rtol=1e-4, atol=1e-5)
+
+
+class Differences(nn.Module):
+    """What int8 weights spoil: neighbouring rows share one huge entry, which their difference does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        with torch.no_grad():
+            self.layer.weight[:, 0] = 1000.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y[:, 1:] - y[:, :-1]
+
+
+@pytest.mark.parametrize("example", [torch.zeros(2, 64), torch.ones(2, 64), torch.randn(2, 64), torch.zeros(1, 64)])
+def test_an_example_of_one_value_is_not_all_that_is_compared_on(example: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert_refused(
+        tmp_path, "onnxruntime and PyTorch differ by", Differences(), (example,), precision=Precision.INT8_WEIGHTS
+    )
+
+
+def test_so_with_tokens_that_are_all_the_same(tmp_path: Path) -> None:
+    """Only row 0 of the table is what int8 makes of it."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.rest = nn.Embedding(40, 64), Differences()
+            with torch.no_grad():
+                self.table.weight[0] = 0
+                self.rest.layer.bias.zero_()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.rest(self.table(ids).sum(1))
+
+    torch.manual_seed(0)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert_refused(tmp_path, "onnxruntime and PyTorch differ by", Tokens(), (ids,), precision=Precision.INT8_WEIGHTS)
+
+
+def test_an_option_that_the_provider_has_not_is_refused() -> None:
+    class Opened:
+        def get_provider_options(self) -> dict[str, dict[str, str]]:
+            return {"CUDAExecutionProvider": {"enable_cuda_graph": "1"}, CPU: {}}
+
+    check_options(Opened(), "CUDAExecutionProvider", {"enable_cuda_graph": "1"})
+    check_options(Opened(), CPU, {"use_arena": "0"})
+    with pytest.raises(dr.ExportError, match="CUDAExecutionProvider has no option nonsense"):
+        check_options(Opened(), "CUDAExecutionProvider", {"nonsense": "1"})
+
+
+def test_sessions_run_on_as_many_threads_as_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, count in (("3", 3), ("4,2", 4), ("", 0), ("many", 0)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert threads() == count

@@ -150,3 +150,24 @@ def test_batches_count_by_their_rows_and_a_single_row_not_at_all() -> None:
     torch.testing.assert_close(small.get_buffer("first.running_mean"), mean, rtol=1e-5, atol=1e-5)
     with pytest.raises(CalibrationError, match="has one row: give batches of more"):
         recalibrate_(small, [(torch.randn(1, 12),)])
+
+
+def test_a_loss_without_a_gradient_is_told_and_leaves_the_module_as_it_was(small: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    steps = iter(range(10))
+
+    def detached_later(z: Tensor, number: int) -> Any:
+        return z.square().mean() if next(steps) < 2 else z.detach().square().mean()
+
+    for loss in (detached_later, lambda z, number: 1.0):
+        with pytest.raises(CalibrationError, match="the loss of the recovery has no gradient"):
+            recover_(small, Net(), batches(), 5, loss=loss)
+        assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+
+
+def test_steps_and_names_that_are_none(small: nn.Module) -> None:
+    assert recover_(small, Net(), batches(), 0) == []
+    with pytest.raises(CalibrationError, match="a recovery of -1 steps is none"):
+        recover_(small, Net(), batches(), -1)
+    with pytest.raises(CalibrationError, match="no parameter nope: its names are like "):
+        recover_(small, Net(), batches(), 1, names=["nope"])

@@ -336,3 +336,19 @@ def test_a_compiled_net_can_be_given_in_place_of_the_net():
     assert len(dr.enter_(compiled, dr.Phase.LOW).changes) == 3
     assert set(dr.phases_of(compiled).values()) == {dr.Phase.LOW}
     assert dr.plan_of(compiled) is dr.plan_of(net)
+
+
+def test_a_full_disk_is_told_with_the_folder_and_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.save says it, in a RuntimeError of its own."""
+    from dynrank_fx import parameters
+
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    def full(record: object, path: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(parameters.torch, "save", full)
+    with pytest.raises(dr.TransitionError, match="cannot be written to, its disk may be full"):
+        dr.enter_(net, dr.Phase.LOW)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())

@@ -28,8 +28,8 @@ import dynrank_fx as dr
 from dynrank_fx.bench import interleaved, machine
 from dynrank_fx.candidates import Candidates
 from dynrank_fx.interpret import flop_counter
-from dynrank_fx.onnxbench import loaded, random_inputs, table_rows
 from dynrank_fx.onnxcheck import session
+from dynrank_fx.onnxinputs import loaded, random_inputs, table_rows
 from dynrank_fx.presets import Preset
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.sitetimes import bound

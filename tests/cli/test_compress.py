@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import Result
 
+from dynrank_fx import compression
 from dynrank_fx.cli.modelfile import load_model_file
 
 Run = Callable[..., Result]
@@ -153,3 +154,22 @@ def test_what_would_be_without_effect_is_refused_before_any_work(weights: str, r
     given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "--no-timing", "-o", "m.pt")
     assert "this onnxruntime has no Toaster" in refused(*given, "--provider", "Toaster")
     assert "none beside others says two things" in refused(*given, "--leave", "none", "--leave", "head")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["-o", "m.onnx", "--opset", "99"], "there is no opset 99"),
+        (["-o", "m.onnx", "--batch", "0"], "batch sizes [0]"),
+        (["-o", "folder.pt"], "folder.pt is a folder"),
+        (["-o", "m.pt", "--recover-by", "loss"], "--recover-by is of --recover-steps"),
+        (["-o", "m.pt", "--model", "model.py"], "--model is of a run, and model.py is none"),
+    ],
+)
+def test_what_would_stop_the_export_is_said_before_the_work(
+    weights: str, refused: Run, options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("folder.pt").mkdir()
+    monkeypatch.setattr(compression, "compress", None)
+    given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "--no-timing")
+    assert sentence in refused(*given, *options)

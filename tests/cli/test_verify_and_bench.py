@@ -208,3 +208,46 @@ def test_a_child_that_fails_leaves_the_memory_unknown_and_the_times_there(
     table = run("bench", files[0], "--batch", "2", "--repeats", "5").stdout.splitlines()
     assert "unknown" in table[2]
     assert "CPU" in table[2]
+
+
+class Biased(nn.Module):
+    """Linears on three dimensions, which become a product and a sum; the table is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.one, self.two = nn.Embedding(30, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 30)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(self.emb(ids))))))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [("one.bias", "one"), ("two.bias", "two"), ("head.bias", "head (use 2)"), ("emb.weight", "head")],
+)
+def test_a_bias_belongs_to_its_layer_and_a_tied_weight_is_told_by_its_use(changed: str, named: str) -> None:
+    torch.manual_seed(0)
+    model, ids = Biased(), (torch.randint(0, 30, (2, 7)),)
+    dr.export_onnx(model, ids, "one.onnx")
+    with torch.no_grad():
+        model.get_parameter(changed).add_(1)
+    dr.export_onnx(model, ids, "other.onnx")
+    verdict = compare_onnx("one.onnx", "other.onnx")
+    assert verdict.first is not None
+    assert verdict.first.name.replace("emb", "head") == named
+    assert (", in the first of its uses" in str(verdict)) == (changed == "emb.weight")
+
+
+def test_what_has_other_names_goes_by_its_place(write: Run, run: Run, refused: Run) -> None:
+    write("torch.manual_seed(0)")
+    file = load_model_file(Path("model.py"))
+    dr.export_onnx(file.model(), file.example_inputs(), "named.onnx", input_names=["image"], output_names=["score"])
+    assert "the same within" in run("verify", "named.onnx", "model.py").stdout
+    assert "the same within" in run("verify", "model.py", "named.onnx").stdout
+
+
+def test_the_threads_of_onnxruntime_are_told(files: tuple[str, str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert ", 1 thread; " in run("bench", files[0], "--batch", "2", "--repeats", "5").stdout
