@@ -236,6 +236,15 @@ def test_what_is_of_low_rank_already_gets_no_rank_that_it_has_not(budget: dr.Bud
     assert any("Nothing is lost: 3 of 3 weights are of low rank already" in note for note in found.notes)
 
 
+def test_a_cut_that_loses_nothing_adds_no_bias() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 48, bias=False), nn.ReLU(), nn.Linear(48, 32, bias=False))
+    net = dr.transform(dense, batches()[0], rank=dr.Ratio(0.25), allow_unprofitable=True)
+    dr.enter_(net, dr.Phase.LOW)
+    found = compress(net.eval(), batches()[0], dr.Budget(flops=0.9), batches())
+    assert params(found.module) == params(dr.truncate(net))
+
+
 def test_biases_that_a_cut_adds_count_as_parameters() -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(32, 48, bias=False), nn.ReLU(), nn.Linear(48, 48, bias=False), nn.ReLU(), nn.Linear(48, 32)]
