@@ -31,9 +31,14 @@ class PlannedSite:
     pack: tuple[str, ...] = ()
 
     @property
+    def shares_right(self) -> bool:
+        """Whether another site of the pack owns the ``right`` factor and applies it for this one."""
+        return self.pack[:1] not in ((), (self.site.name,))
+
+    @property
     def factor_names(self) -> tuple[str, ...]:
         """The factors that are this site's own."""
-        return self.layout.factor_names if self.pack[:1] in ((), (self.site.name,)) else self.layout.factor_names[:1]
+        return self.layout.factor_names[:1] if self.shares_right else self.layout.factor_names
 
     @property
     def params(self) -> int:
@@ -48,10 +53,9 @@ class PlannedSite:
         """
         if self.site.flops is None:
             return None
-        own = len(self.factor_names) == 2
         joins = self.site.reads * self.layout.join_flops(self.site.shape, self.rank)
         return joins + sum(
-            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank, last_only=not own)
+            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank, last_only=self.shares_right)
             for use in self.site.uses
             if use.input_shape is not None
         )
@@ -158,7 +162,7 @@ def _table_row(row: PlannedSite) -> tuple[str, ...]:
     flops = "" if row.flops is None or site.flops is None else f"{site.flops / 1e6:.4g} -> {row.flops / 1e6:.4g}"
     name = " = ".join((site.name, *site.aliases))
     calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
-    if len(row.factor_names) == 1:
+    if row.shares_right:
         calls = f"right of {row.pack[0]}"
     return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, calls, "")
 

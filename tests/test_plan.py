@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
 from dynrank_fx.finding import find_sites
+from dynrank_fx.layout import CONV_LAYOUTS
 from dynrank_fx.planning import break_even_rank, fit_plan
 
 
@@ -601,3 +602,24 @@ def test_make_plan_changes_nothing_in_the_net():
     assert net.code == code
     assert [module.training for module in net.modules()] == modes
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("layout", CONV_LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_flops_of_every_layout_are_those_that_torch_counts(layout, stride):
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(32, 64, 3, stride, padding=1), (torch.randn(2, 32, 9, 9),)
+    net = dr.transform(nn.Sequential(model), x, rank=dr.Fixed(8), conv_layout=layout)
+    dr.enter_(net, dr.Phase.LOW)
+    plan = dr.plan_of(net)
+    assert plan.sites[0].layout.name == layout.name
+    assert (plan.total_flops, plan.low_flops) == (flops(model, x[0]), flops(dr.truncate(net), x[0]))
+
+
+@pytest.mark.parametrize("layout", CONV_LAYOUTS, ids=lambda layout: layout.name)
+def test_a_budget_of_flops_is_kept_as_torch_counts_them(layout):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[nn.Conv2d(32, 32, 3, padding=1) for _ in range(3)]), (torch.randn(2, 32, 8, 8),)
+    net = dr.transform(model, x, rank=dr.Budget(flops=0.2), conv_layout=layout)
+    dr.enter_(net, dr.Phase.LOW)
+    assert 0.17 < flops(dr.truncate(net), x[0]) / flops(model, x[0]) <= 0.2
