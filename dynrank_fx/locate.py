@@ -7,13 +7,15 @@ or on a part of it, and a layer that untraced code calls, are the same Use.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .calls import Call, call_of
+from .errors import PlanError
 from .net import Net
 from .ops import LinearOp, Op, View
 from .products import WHOLE
@@ -159,6 +161,15 @@ def locate(root: nn.Module) -> dict[str, Located]:
     for found in by_id.values():
         found.read_outside = any(name.rpartition(".")[0] in read for name in found.names)
     return {found.names[0]: found for found in by_id.values()}
+
+
+def refuse_non_finite(names: Iterable[str], located: Mapping[str, Located]) -> None:
+    """Raises PlanError for a weight with a NaN or an infinity in it."""
+    for name in names:
+        if not bool(torch.isfinite(located[name].parameter).all()):
+            raise PlanError(
+                f"{name} has non-finite weights, which no factors can stand for: load sound weights, or exclude it"
+            )
 
 
 def untraced(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

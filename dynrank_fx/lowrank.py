@@ -115,10 +115,14 @@ def output_basis(W: Tensor, moment: Tensor, shrink: float, *, of_inputs: bool) -
     return Q.flip(-1), values.flip(-1).clamp_min(0).sqrt()
 
 
+# Up to this many rows or columns the SVD of Y itself is cheap.
+_DIRECT = 512
+
+
 def _left_basis(Y: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors and singular values, float64; of a large matrix by the Gram matrix of its short side."""
     m, n = Y.shape[-2:]
-    if min(m, n) <= 4 * _SMALL:
+    if min(m, n) <= _DIRECT:
         U, S, _ = torch.linalg.svd(Y, full_matrices=False)
         return U, S
     if m <= n:

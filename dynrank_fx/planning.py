@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .errors import PlanError
 from .finding import find_sites
 from .interpret import measure
 from .layout import ChannelLayout, ConvLayout, Layout, layout_for
-from .locate import Located, locate, meta_of
+from .locate import locate, meta_of, refuse_non_finite
 from .ops import ConvOp, ConvTransposeOp, Op
 from .overrides import Override, checked_conv_layout, matches, override_of, ranks_by_policy
 from .packs import curve_of, packs_of
@@ -62,7 +61,7 @@ def make_plan(
     located = locate(net)
     reasons = _left_alone(sites, include, exclude, said, roles_of(located) if leave else {}, leave)
     chosen = [site for site in sites if site.name not in reasons]
-    _check_finite(chosen, located)
+    refuse_non_finite((site.name for site in chosen), located)
     packs = packs_of(chosen, located, said) if share_inputs else [[site] for site in chosen]
     layouts = [layout_for(pack[0].uses[0].op, said[pack[0].name].layout or conv_layout) for pack in packs]
     total, flops = sum(p.numel() for p in net.parameters()), measured.flops if measured else None
@@ -166,14 +165,6 @@ def _check_layouts(overrides: Mapping[str, Override], sites: Sequence[Site]) -> 
             raise PlanError(f"the override of {pattern!r} asks for a layout of convolutions, and fits no convolution")
 
 
-def _check_finite(sites: Iterable[Site], located: Mapping[str, Located]) -> None:
-    for site in sites:
-        if not bool(torch.isfinite(located[site.name].parameter).all()):
-            raise PlanError(
-                f"{site.name} has non-finite weights, which no factors can stand for: load sound weights, or exclude it"
-            )
-
-
 def break_even_rank(site: Site, layout: Layout) -> tuple[int, int | None]:
     """The largest ranks that cost less than dense: in parameters, and in FLOPs (None without example shapes)."""
 
@@ -223,7 +214,7 @@ def fit_plan(net: nn.Module, plan: Plan, example_inputs: Any = None) -> Plan:
             for row, given in zip(rows, plan.sites, strict=True)
         ]
     located = locate(net)
-    _check_finite([row.site for row in rows], located)
+    refuse_non_finite((row.site.name for row in rows), located)
     given = {s.name: s.reason for s in plan.skipped}
     dense = [*skipped, *(s.left_dense(given.get(s.name, "left dense by the given plan")) for s in by_name.values())]
     order = {name: i for i, name in enumerate(located)}
