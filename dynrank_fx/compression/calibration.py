@@ -1,4 +1,4 @@
-"""Collecting what the outputs of sites hold, over calibration data: see ``moments`` for what decides a cut.
+"""Collecting what the outputs of sites hold, over calibration data: ``covariance`` says what decides a cut.
 
 Sums are kept in float64, one moment per site, and added batch by batch.
 """

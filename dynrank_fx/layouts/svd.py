@@ -1,4 +1,4 @@
-"""The mathematics of low rank: truncation, spectra, and how optimizer moments change coordinates.
+"""The mathematics of low rank: the best factors of a matrix, and bases that follow a matrix which changes.
 
 Shapes: g groups, m rows, n columns, r rank. W [g, m, n] ≈ B A with B (left) [g, m, r] and A (right) [g, r, n].
 G = ∂L/∂W gives G_B = G Aᵀ and G_A = Bᵀ G.

@@ -1,6 +1,6 @@
 """Optimizer state across a change of parameters.
 
-First moments map exactly, as gradients do (see ``multilinear``). Second moments only roughly, so they are mapped
+First moments map exactly, as gradients do (see ``layouts.moments``). Second moments only roughly, so they are mapped
 bias-corrected and kept at m² or more: no first step is then longer than the learning rate. The step counter goes along.
 """
 

@@ -17,7 +17,7 @@ def find_sites(
 ) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
     """Every matrix of the model, in the order of its parameters, as a Site or as Skipped.
 
-    shapes: of the nodes' outputs, and of the inputs of modules that untraced code calls (``interpret.measure``), for
+    shapes: of the nodes' outputs, and of the inputs of modules that untraced code calls (``tracing.measure``), for
     counting FLOPs; without them sites have parameter counts only.
     """
     sites, skipped = [], []
