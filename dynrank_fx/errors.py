@@ -44,6 +44,7 @@ class DynrankWarning(UserWarning):
 
 
 def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     if lines and "co_varnames is too small" in lines[0]:
         return "its forward has arguments that torch.fx cannot read (it is wrapped by a decorator)"

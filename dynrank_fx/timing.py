@@ -1,4 +1,4 @@
-"""Measurements: two things in one run, in turn, and where the time of an ONNX file goes."""
+"""Measured times: of two things that run in turn, and of the parts of an ONNX file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class Pair:
-    """Medians in seconds of two things run in turn, and the median of the ratios second / first of neighbours."""
+    """Times of two things that were run in turn.
+
+    Attributes:
+        first: The median of the first, in seconds.
+        second: The median of the second, in seconds.
+        ratio: The median of the ratios second / first of neighbouring runs.
+    """
 
     first: float
     second: float

@@ -22,7 +22,12 @@ from .groups import State, group_of
 
 
 class Carry(enum.Enum):
-    """What happens to the optimizer state of replaced parameters."""
+    """What happens to the optimizer state of replaced parameters.
+
+    Attributes:
+        MOVE: It is moved into the new coordinates for SGD, Adam and AdamW, whose state is known, and reset for others.
+        RESET: First and second moments and the step counter start anew.
+    """
 
     MOVE = "moved into the new coordinates where the optimizer's state is known, reset otherwise"
     RESET = "first and second moments and the step counter start anew"

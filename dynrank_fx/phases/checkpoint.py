@@ -24,10 +24,17 @@ _FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
 
 
 def save(net: nn.Module, folder: str | Path) -> None:
-    """Write the net as a folder: ``plan.json`` (may be edited), ``weights.safetensors``, ``graph.txt`` (to read).
+    """Write the net as a folder, which appears whole or not at all.
 
-    The folder appears whole or not at all. Raises PlanError for a module without a plan, StoreError where the disk
-    refuses or the folder holds other files.
+    It holds ``plan.json``, which may be edited, ``weights.safetensors``, and ``graph.txt``, to be read by people.
+
+    Args:
+        net: What ``transform`` made, in any phase.
+        folder: Where to write; a folder that ``save`` wrote before is replaced.
+
+    Raises:
+        PlanError: For a module without a plan.
+        StoreError: Where the disk refuses, or the folder holds other files.
     """
     root = _root(net)
     with files.replacing_folder(Path(folder), _FILES) as new:
@@ -37,11 +44,19 @@ def save(net: nn.Module, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """The net that ``save`` wrote, over a copy of ``model``, whose weights do not matter.
+    """The net that ``save`` wrote, in the phases that it was in.
 
-    An edited ``plan.json`` is honoured for sites that were FULL. Raises StoreError for a damaged file or weights of
-    another model, PlanError for a plan of another model or a newer version, or one that contradicts the factors of a
-    LOW site.
+    Args:
+        folder: What ``save`` wrote. An edited ``plan.json`` is honoured for sites that were FULL.
+        model: The model that was transformed; the net is made over a copy of it, and its weights do not matter.
+        example_inputs: As ``transform`` had them.
+
+    Returns:
+        The net.
+
+    Raises:
+        StoreError: For a damaged file, or weights of another model.
+        PlanError: For a plan of another model or of a newer version, or one that contradicts the factors of a LOW site.
     """
     folder = Path(folder)
     tensors, info = store.read(folder / "weights.safetensors")

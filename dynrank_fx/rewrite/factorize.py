@@ -17,9 +17,18 @@ from .switched import STEM, Switched
 
 
 def factorize(net: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of the net with a Switched module, in phase FULL, at every site of the plan. One graph node per use.
+    """A copy of a captured net with a switchable site, in phase FULL, at every weight of a plan. One graph node per
+    use.
 
-    Raises PlanError where the plan does not fit the net.
+    Args:
+        net: What ``capture`` made.
+        plan: The weights to factor; see ``make_plan``.
+
+    Returns:
+        The new net; the given one stays as it is.
+
+    Raises:
+        PlanError: Where the plan does not fit the net.
     """
     twin = copy.deepcopy(net)
     factorize_(twin, plan)
@@ -27,7 +36,15 @@ def factorize(net: nn.Module, plan: Plan) -> nn.Module:
 
 
 def factorize_(net: nn.Module, plan: Plan) -> None:
-    """As ``factorize``, in the net itself. Nothing is changed where the plan does not fit."""
+    """As ``factorize``, in the net itself.
+
+    Args:
+        net: What ``capture`` made; nothing of it is changed where the plan does not fit.
+        plan: The weights to factor.
+
+    Raises:
+        PlanError: Where the plan does not fit the net.
+    """
     located = locate(net)
     for row in plan.sites:
         found = located.get(row.site.name)

@@ -22,6 +22,15 @@ def inline(net: nn.Module) -> nn.Module:
     The result is a plain GraphModule over plain modules and parameters (where only parts of a model were captured, the
     model's own class around them): nothing of this package is left in it. Tied weights stay tied. A net with a
     training and an evaluation graph gives the graph of its present mode.
+
+    Args:
+        net: What ``transform`` or ``factorize`` made, in any phase.
+
+    Returns:
+        The copy; the net stays as it is.
+
+    Raises:
+        PlanError: For a module that this package did not make.
     """
     source = unwrap(net)
     if not holds_captured(source):

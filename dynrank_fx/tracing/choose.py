@@ -24,7 +24,13 @@ _RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_
 
 
 class Capture(enum.Enum):
-    """How a model becomes a graph."""
+    """How a model becomes a graph.
+
+    Attributes:
+        SYMBOLIC: By ``torch.fx.symbolic_trace``: the model's own code is run on stand-ins for its inputs.
+        EXPORT: By ``torch.export``, once for training and once for evaluation.
+        MODULES: Module by module: code that cannot be traced stays as it is, and the parts in it are captured.
+    """
 
     SYMBOLIC = "torch.fx.symbolic_trace"
     EXPORT = "torch.export"
@@ -38,18 +44,25 @@ def capture(
     dynamic_shapes: Any = None,
     how: Capture | None = None,
 ) -> nn.Module:
-    """A trainable net that computes what ``model`` computes, over a copy of its parameters.
+    """A trainable net that computes what a model computes, over a copy of its parameters.
 
-    A Net where the model was captured whole; where only parts of it could be, a copy of the model itself whose parts
-    are Nets. the plan says which and why.
+    It is one graph module where the model was captured whole. Where only parts of it could be, it is a copy of the
+    model itself whose parts are graph modules; the plan says which and why. What is a graph already stays the graph
+    that it is, whatever ``how`` says.
 
-    example_inputs: a tuple of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``. Needed for
-    torch.export, and to check the graph against the model; a GraphModule needs none. dynamic_shapes: as in
-    torch.export; by default every dimension is free that the model leaves free. how: by default symbolic tracing where
-    it works, opens every layer with weights, and reproduces the model on the example; torch.export otherwise; and
-    module by module where that fails too. What is a graph already stays the graph that it is, whatever ``how`` says.
+    Args:
+        model: An ``nn.Module``, a GraphModule, or an ExportedProgram.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
+            They are needed for torch.export, and to check the graph against the model; a GraphModule needs none.
+        dynamic_shapes: As in ``torch.export``; by default every dimension is free that the model leaves free.
+        how: The way to capture it. By default symbolic tracing where that works, opens every layer with weights, and
+            reproduces the model on the example; torch.export otherwise; module by module where that fails too.
 
-    Raises CaptureError naming the module and the line that cannot be traced, or what the example inputs do not fit.
+    Returns:
+        The net, in the mode (training or evaluation) of the model.
+
+    Raises:
+        CaptureError: Naming the module and the line that cannot be traced, or what the example inputs do not fit.
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module(check_guards=False)
