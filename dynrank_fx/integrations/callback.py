@@ -15,10 +15,17 @@ from ..training import Decay, Phases
 
 
 class PhasesHolder:
-    """A schedule with how it is entered; ``phases`` once training has begun.
+    """A schedule, with how its phases are entered, for the callbacks of other trainers.
 
-    carry, rewarm, decay, landing: as in ``dynrank_fx.Phases``; the defaults are those of the practical preset.
-    ``history`` has a record of every epoch.
+    Args:
+        schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
+        carry: What happens to the optimizer's state in a switch.
+        rewarm: Over how many steps the learning rate rises again after a switch; 0 for not at all.
+        decay: What decays where a site trains its factors.
+        landing: Whether, before a cut, what it will take away decays to nothing.
+
+    Attributes:
+        phases: The ``Phases`` at work once training has begun, None before.
     """
 
     def __init__(
@@ -36,11 +43,22 @@ class PhasesHolder:
 
     @property
     def history(self) -> list[dict[str, Any]]:
+        """A record of every epoch begun; empty before training has begun."""
         return self.phases.history if self.phases is not None else []
 
 
 def net_in(module: nn.Module) -> nn.Module:
-    """The outermost part of a module that ``transform`` made. Raises TransitionError where none with sites is."""
+    """The outermost part of a module that ``transform`` made.
+
+    Args:
+        module: The net itself, or a module that holds it.
+
+    Returns:
+        The net.
+
+    Raises:
+        TransitionError: Where the module holds no net with sites.
+    """
     for part in module.modules():
         if is_captured(part) and switched_modules(part):
             return part

@@ -22,7 +22,14 @@ from ..rewrite import Switched, switched_modules
 
 
 class Decay(enum.Enum):
-    """What decays where a site trains its factors. The rate is that of the factors' parameter group."""
+    """What decays where a site trains its factors. The rate is that of the factors' parameter group.
+
+    Attributes:
+        EACH: Each factor, as the optimizer does: the product W then decays at about k times the rate, for k factors.
+        HALVED: Each factor at the rate over the number of factors, half of it for two, so that W decays at the rate to
+            first order.
+        PRODUCT: The product of the factors, as a dense weight would (Frobenius decay, arXiv 2105.01029).
+    """
 
     EACH = "each factor, as the optimizer does"
     HALVED = "each factor, by its share: half of it for two"
@@ -35,7 +42,14 @@ _COUPLED = (SGD, Adam, NAdam, RAdam, Adagrad, Adamax, ASGD, RMSprop)
 
 
 class FactorDecay:
-    """The hooks of ``factor_decay_``; ``remove()``, or the end of a ``with`` block, takes them off."""
+    """The hooks of ``factor_decay_``; ``remove()``, or the end of a ``with`` block, takes them off.
+
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        decay: What decays.
+        decoupled: Whether the optimizer decays weights beside its step; None where that is known of it.
+    """
 
     def __init__(self, net: nn.Module, optimizer: Optimizer, decay: Decay, decoupled: bool | None) -> None:
         self.decay, self.decoupled = decay, decoupled
@@ -143,10 +157,21 @@ def factor_decay_(
     """Let the product of the factors decay in LOW, at the rate of their parameter group, and not each of them.
 
     Hooks on ``optimizer.step()`` add what is missing to the optimizer's own decay and take off what is too much, so
-    that groups, schedules and switches of phase go on as they are. decoupled: whether the optimizer decays weights
-    beside its step, as AdamW does, or through the gradient, as SGD does; None for torch's own, of which it is known.
+    that groups, schedules and switches of phase go on as they are. The decay of the product W = B A at the rate λ has
+    the gradients λ B A Aᵀ and λ Bᵀ B A (Frobenius decay, arXiv 2105.01029).
 
-    Raises TransitionError for another optimizer of which that is not said.
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        decay: What decays; see ``Decay``.
+        decoupled: Whether the optimizer decays weights beside its step, as AdamW does, or through the gradient, as SGD
+            does; None for torch's own optimizers, of which it is known.
+
+    Returns:
+        The hooks: ``remove()`` takes them off.
+
+    Raises:
+        TransitionError: For an optimizer of which it is neither known nor said how it decays weights.
     """
     if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(optimizer):
         raise TransitionError(

@@ -8,6 +8,9 @@ on. So in every few steps of FULL the part of W that the coming cut would not ke
 with c = 1 / (applications left until the cut): what was there at the start falls linearly to zero, what the steps add
 since with it, and the dense optimizer moves into the kept part what matters. K follows W by one step of an iteration
 each time, see ``followed`` of the layouts.
+
+Sources: the rule and its linear course are this project's. That training should lead a weight to low rank before the
+cut is older: trained rank pruning (arXiv 1910.04576) shrinks singular values between steps of dense training.
 """
 
 from __future__ import annotations
@@ -32,11 +35,16 @@ EVERY = 5
 
 
 class Landing:
-    """Hooks on ``optimizer.step()``. ``begin(left)`` at the start of an epoch says for each site how many steps of FULL
-    are left until its cut; sites that are not named train as they are.
+    """Hooks on ``optimizer.step()`` that prepare the sites of a net for their cuts.
 
-    ``bases`` holds what tells K, by site: part of a checkpoint, so that a resumed run goes on bit by bit. ``split`` is
-    the cut that a landing leads to, for ``enter_``.
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        every: Steps from one application to the next.
+
+    Attributes:
+        bases: What tells K, by site: part of a checkpoint, so that a resumed run goes on bit by bit.
+        left: Steps of FULL until the cut, by site.
     """
 
     def __init__(self, net: nn.Module, optimizer: Optimizer, every: int = EVERY) -> None:

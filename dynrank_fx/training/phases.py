@@ -24,14 +24,29 @@ _POINTS = 64  # of a spectrum in a record
 
 
 class Phases:
-    """A schedule for a training loop: ``begin(epoch)`` at the start of every epoch does the rest.
+    """A schedule for a training loop of your own: ``begin(epoch)`` at the start of every epoch does the rest.
 
-    lr_scheduler: with it, a schedule like ``auto`` knows the learning rates to come. steps: optimizer steps of an
-    epoch. lr_every_step: the scheduler is stepped after every one. carry, rewarm, decay, random_init, landing (which
-    needs steps), spectra: as in ``Settings``. ``history`` has a record of every epoch begun, to which the loop may add;
-    ``state_dict()`` and ``load_state_dict()`` keep it. ``transition`` is what the last epoch began with.
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
+        epochs: How many epochs the run has.
+        lr_scheduler: The learning-rate scheduler; with it a schedule like ``auto`` knows the learning rates to come.
+        steps: Optimizer steps of an epoch; ``landing`` needs them.
+        lr_every_step: Whether the scheduler is stepped after every optimizer step, and not after every epoch.
+        carry: What happens to the optimizer's state in a switch.
+        rewarm: Over how many steps the learning rate rises again after a switch; 0 for not at all.
+        decay: What decays where a site trains its factors.
+        random_init: Whether factors with which the run begins are random, and not those of the model's weights.
+        landing: Whether, before a cut, what it will take away decays to nothing.
+        spectra: Whether the singular values before and after a switch are recorded.
 
-    Raises TransitionError as ``enter_`` and ``factor_decay_`` do.
+    Attributes:
+        history: A record of every epoch begun, to which the loop may add.
+        transition: What the last epoch began with.
+
+    Raises:
+        TransitionError: For an optimizer of which it is not known how it decays weights, where ``decay`` asks for that.
     """
 
     def __init__(
@@ -61,11 +76,19 @@ class Phases:
         self._rewarm: Rewarm | None = None
 
     def begin(self, epoch: int) -> dict[str, Any]:
-        """Bring the net into the phases of this epoch, the optimizer along; returns the record of it.
+        """Bring the net into the phases of this epoch, and the optimizer along.
 
-        The record has the phases and ranks of the sites, the learning rate, the reasons, the epochs until each site is
-        cut, what a switch did to every site (``switch_error``, relative; ``switch_spectra``, before and after), and
-        ``spent``: compute to the end of the epoch, in dense epochs.
+        Args:
+            epoch: The epoch that begins, counted from 0.
+
+        Returns:
+            The record of the epoch: the phases and ranks of the sites, the learning rate, the reasons, the epochs until
+                each site is cut, what a switch did to every site (``switch_error``, relative; ``switch_spectra``,
+                before and after; ``switch_seconds``), and ``spent``, compute to the end of the epoch in epochs of the
+                dense model.
+
+        Raises:
+            TransitionError: As ``enter_`` does.
         """
         del self.history[epoch:]  # one that is begun again after a stop
         started = time.perf_counter()
@@ -118,23 +141,40 @@ class Phases:
         return {name: sites[name][0].spectrum().flatten().sort(descending=True).values for name in names}
 
     def hooks_state(self) -> dict[str, Any]:
-        """Where a re-warm-up and a landing stand: plain values and tensors."""
+        """Where a re-warm-up and a landing stand.
+
+        Returns:
+            Plain values and tensors, for ``load_hooks_state``.
+        """
         rewarm = [self._rewarm.steps, self._rewarm.left] if self._rewarm is not None and self._rewarm.left else None
         return {"rewarm": rewarm, "landing": self.landing.state() if self.landing is not None else None}
 
     def load_hooks_state(self, state: Mapping[str, Any]) -> None:
-        """Go on with them from there."""
+        """Go on with a re-warm-up and a landing from where they stood.
+
+        Args:
+            state: What ``hooks_state`` gave.
+        """
         if state.get("rewarm"):
             self._rewarm = Rewarm(self.optimizer, *state["rewarm"])
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the net's and the optimizer's state: plain values and tensors."""
+        """What a checkpoint needs beside the net's and the optimizer's state.
+
+        Returns:
+            Plain values and tensors, for ``load_state_dict``.
+        """
         return {"history": self.history, **self.hooks_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; ``resume_phases_`` has brought the net into its phases before its weights were loaded."""
+        """Go on from a checkpoint. ``resume_phases_`` has brought the net into its phases before its weights were
+        loaded.
+
+        Args:
+            state: What ``state_dict`` gave.
+        """
         self.history = list(state["history"])
         self.load_hooks_state(state)
 
@@ -169,9 +209,17 @@ def phase_label(net: nn.Module) -> str:
 
 
 def resume_phases_(net: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bring a freshly transformed net into the phases of a ``Phases.state_dict()``, so that its weights load by name.
+    """Bring a freshly transformed net into the phases of a checkpoint, so that its weights load by name.
 
-    Before the optimizer is made, and before weights are loaded. Raises PlanError for ranks that a site cannot have.
+    Call it before the optimizer is made, and before weights are loaded.
+
+    Args:
+        net: What ``transform`` made.
+        state: What ``Phases.state_dict()`` gave.
+
+    Raises:
+        PlanError: For ranks that a site cannot have.
+        TransitionError: For sites that the net does not have.
     """
     if not state["history"]:
         return

@@ -14,6 +14,14 @@ class Rewarm:
 
     The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
     ``left`` is how many steps remain, for a checkpoint; ``Rewarm(optimizer, steps, left=left)`` goes on from there.
+
+    Args:
+        optimizer: The optimizer.
+        steps: Over how many steps.
+        left: How many of them remain; by default all.
+
+    Raises:
+        TransitionError: For a negative number of steps.
     """
 
     def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
@@ -56,7 +64,18 @@ class Rewarm:
 
 
 def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
-    """Re-warm the learning rate after a switch: linearly from ``1/steps`` of it to all of it over the next ``steps``
-    steps.
+    """Re-warm the learning rate after a switch: linearly from ``1/steps`` of it to all of it.
+
+    The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
+
+    Args:
+        optimizer: The optimizer.
+        steps: Over how many of its next steps.
+
+    Returns:
+        The hooks, which take themselves off at the end; ``stop()`` does so at once.
+
+    Raises:
+        TransitionError: For a negative number of steps.
     """
     return Rewarm(optimizer, steps)
