@@ -111,8 +111,18 @@ def recalibrate_(module: nn.Module, batches: Iterable[Any], *, like: nn.Module |
 
     Their statistics were those of the dense model's outputs, of which a cut takes some variance away. A batch counts
     by its rows; one of a single row, which has no variance, is passed over where there are others. Everything else
-    stays in evaluation mode. like: the module before the cut; batch norms that no cut site feeds keep what they have.
-    Returns how many batch norms were given new statistics. Raises CalibrationError as ``calibrate`` does.
+    stays in evaluation mode.
+
+    Args:
+        module: The truncated module.
+        batches: Batches of inputs, each as ``example_inputs``.
+        like: The module before the cut, where there is one: batch norms that no cut site feeds keep what they have.
+
+    Returns:
+        How many batch norms were given new statistics.
+
+    Raises:
+        CalibrationError: As ``calibrate`` does.
     """
     data = checked_batches(batches)
     rows = [batch_size(split_inputs(batch)) or 1 for batch in data]

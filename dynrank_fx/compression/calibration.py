@@ -30,12 +30,24 @@ _BYTES = 4 * 2**30
 def calibrate(
     net: nn.Module, batches: Iterable[Any], *, sites: Collection[str] | None = None, shrink: float | None = None
 ) -> Calibration:
-    """Run the net on the batches, in its present phases and in evaluation mode, and collect what its sites give.
+    """Run the net on data, and collect what the outputs of its sites hold, for a cut that keeps the outputs.
 
-    batches: each as ``example_inputs``. sites: by name; all by default. shrink: see ``Moments.basis``.
+    It runs in its present phases and in evaluation mode.
 
-    Raises CalibrationError for a module that ``transform`` did not make, and where there is no batch, a batch does not
-    fit the model, or numbers are not finite.
+    Args:
+        net: What ``transform`` made; it stays as it is.
+        batches: Batches of inputs, each as ``example_inputs``.
+        sites: The names of the sites to look at; all by default.
+        shrink: How much of the weight's own spectrum is mixed in, which settles what too few data leave open: the share
+            of W Wᵀ, at the trace of C, that is added to the moment C of the outputs. By default k / (k + rows seen) for
+            k outputs: as much as C itself where there are hardly any data, and next to nothing where there are plenty.
+
+    Returns:
+        What is known of the outputs, for ``truncate`` and ``enter_(..., split=calibration.split)``.
+
+    Raises:
+        CalibrationError: For a module that ``transform`` did not make, and where there is no batch, a batch does not
+            fit the model, or numbers are not finite.
     """
     root = unwrap(net)
     if not switched_modules(root) and not is_captured(root):

@@ -1,4 +1,4 @@
-"""After a truncation: batch norms that fit what now comes in, and a short fine-tune of its parameters."""
+"""A short fine-tune of a truncated module, towards the outputs of the dense one or by a loss of one's own."""
 
 from __future__ import annotations
 
@@ -29,13 +29,26 @@ def recover_(
     loss: Loss | None = None,
     names: Sequence[str] | None = None,
 ) -> list[float]:
-    """Fine-tune a truncated module for so many steps, in evaluation mode (dropout off, batch norms as they are).
+    """Fine-tune a truncated module in evaluation mode: dropout off, batch norms as they are.
 
-    loss: by default the distance to the dense model's outputs, Σ ‖z − y‖² / ‖y − ȳ‖² over its floating-point outputs
-    (ȳ the mean over the batch). names: of the parameters to train; by default all. The largest change of a parameter in
-    a step is a hundredth of its root mean square (Adam), falling to zero along a cosine. Returns the loss of every
-    step. Raises CalibrationError for data and names that do not fit, and where the loss is not finite or has no
-    gradient; the module is then as it was.
+    The largest change of a parameter in a step is a hundredth of its root mean square (Adam), falling to zero along a
+    cosine.
+
+    Args:
+        module: The truncated module.
+        dense: The module before the cut.
+        batches: Batches of inputs, taken in turn.
+        steps: How many steps, 0 or more.
+        loss: (output, number of the calibration batch it is of) to a loss. By default the distance to the dense model's
+            outputs, Σ ‖z − y‖² / ‖y − ȳ‖² over its floating-point outputs, ȳ being the mean over the batch.
+        names: The parameters to train; all by default.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        CalibrationError: For data and names that do not fit, and where the loss is not finite or has no gradient; the
+            module is then as it was.
     """
     data = checked_batches(batches)
     wanted = dict(module.named_parameters())

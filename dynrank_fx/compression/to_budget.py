@@ -30,7 +30,14 @@ _TIGHTENINGS = 3
 
 @dataclass(frozen=True)
 class MaxDrop:
-    """The fewest parameters with which the metric falls by at most this much."""
+    """A budget of ``compress``: the fewest parameters with which the metric falls by at most so much.
+
+    Attributes:
+        drop: By how much the metric may fall, 0 or more, in the metric's own unit.
+
+    Raises:
+        PlanError: For a number that is negative or not finite.
+    """
 
     drop: float
 
@@ -57,16 +64,31 @@ def compress(
 ) -> Compressed:
     """Cut a trained model to a budget so that its outputs change least, and measure what became of it.
 
-    model: any nn.Module, or a net of ``transform`` in any phase. budget: ``Budget(flops=0.5)`` and the like,
-    ``MaxDrop(0.01)`` of ``metric`` (larger is better), or any rank policy. calibration: batches of inputs; without
-    them the cut is a plain SVD. recover_steps: of fine-tuning towards the dense model's outputs, or by ``loss(output,
-    number of the calibration batch)``. times: measures sites where the model is to run (the shapes are those of the
-    example inputs); a site that is not faster factored stays dense, and the whole is never slower than the dense model,
-    unless the budget is one of parameters. None to measure nothing. multiple_of: ranks are multiples of it. include,
-    exclude, leave: as in ``make_plan``. sequential: as in ``truncate``.
+    Args:
+        model: Any ``nn.Module``, or a net of ``transform`` in any phase; it stays as it is.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
+        budget: ``Budget(flops=0.5)`` and the like, ``MaxDrop(0.01)`` of ``metric``, or any rank policy.
+        calibration: Batches of inputs, each as ``example_inputs``; without them the cut is a plain SVD.
+        metric: Scores a module, larger being better.
+        recover_steps: How many steps the cut model is fine-tuned for, as ``recover_`` does.
+        loss: What the fine-tuning lowers, in place of the distance to the dense model's outputs; see ``recover_``.
+        times: Measures sites where the model is to run, at the shapes of the example inputs. A site that is not faster
+            factored then stays dense, and the whole is never slower than the dense model, unless the budget is one of
+            parameters. None to measure nothing.
+        multiple_of: Ranks are multiples of it, 1 or more.
+        include: As in ``PlanOptions``.
+        exclude: As in ``PlanOptions``.
+        leave: As in ``PlanOptions``.
+        sequential: As in ``truncate``.
 
-    Raises PlanError for a budget that cannot be met (and says the least one that can), CalibrationError for data that
-    do not serve; the model stays as it is.
+    Returns:
+        The compressed model, with what it costs and what it lost.
+
+    Raises:
+        PlanError: For a budget that cannot be met (the least one that can is said), and for arguments that do not go
+            together.
+        CalibrationError: For data that do not serve.
+        CaptureError: Where the model cannot be captured.
     """
     data = None if calibration is None else checked_batches(calibration, like=example_inputs)
     if sequential and data is None:

@@ -25,7 +25,14 @@ _ROUNDING = 1e-5  # of a mean output: what a cut that loses nothing seems to tak
 
 @dataclass(frozen=True)
 class Cut:
-    """What became of one site. rank: None where it is dense. error: ‖W − W'‖_F / ‖W‖_F. why: no calibrated cut."""
+    """What became of one site.
+
+    Attributes:
+        site: The site's name.
+        rank: The rank of its factors; None where it is dense.
+        error: ‖W − W'‖_F / ‖W‖_F.
+        why: Why the cut was not calibrated, or empty.
+    """
 
     site: str
     rank: int | None
@@ -40,18 +47,31 @@ def truncate(
     rank: RankPolicy | None = None,
     sequential: bool = False,
 ) -> nn.Module:
-    """The evaluation graph of the net with every site factored: plain torch, with nothing of this package left in it.
+    """The evaluation graph of the net with every site factored for good: plain torch, with nothing of this package in
+    it.
 
-    Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan. calibration: batches of inputs,
-    each as ``example_inputs``, or what ``calibrate`` made of them, to keep the *outputs* of each site best; without it,
-    and where a site's outputs do not decide (a warning says which and why), the cut is a plain SVD of the weight, which
-    a dense-trained model rarely survives. rank: decides the ranks anew, on what the outputs hold where there is
-    calibration; a site whose factors would then cost no less than its dense weight becomes dense. sequential: sites are
-    calibrated one after the other, each on what the sites before it give after their cut; as many passes over the
-    batches as sites. The net stays as it is.
+    Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan.
 
-    Raises PlanError for a module that ``transform`` did not make, TransitionError for non-finite weights,
-    CalibrationError for data that are empty, not finite or do not fit the model.
+    Args:
+        net: What ``transform`` made, in any phase; it stays as it is.
+        calibration: Batches of inputs, each as ``example_inputs``, or what ``calibrate`` made of them, to keep the
+            *outputs* of each site best. Without it, and where a site's outputs do not decide, the cut is a plain SVD of
+            the weight, which a dense-trained model rarely survives.
+        rank: Decides the ranks anew, on what the outputs hold where there is calibration; a site whose factors would
+            then cost no less than its dense weight becomes dense.
+        sequential: Whether sites are calibrated one after the other, each on what the sites before it give after their
+            cut; it takes as many passes over the batches as there are sites.
+
+    Returns:
+        The truncated module, in evaluation mode.
+
+    Raises:
+        PlanError: For a module that ``transform`` did not make.
+        TransitionError: For non-finite weights.
+        CalibrationError: For data that are empty, not finite or do not fit the model.
+
+    Warns:
+        DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
     twin = a_twin(net)
     cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
@@ -79,7 +99,7 @@ def cut_(
     rank: RankPolicy | None = None,
     sequential: bool = False,
 ) -> list[Cut]:
-    """Bring every site into its last form, in the net itself; see ``truncate``."""
+    """Bring every site into its last form, in the net itself; the arguments are those of ``truncate``."""
     if not switched_modules(net):
         return []
     if sequential and (calibration is None or isinstance(calibration, Calibration)):

@@ -22,7 +22,14 @@ _TF32 = 5e-3  # float32 on CUDA: both sides may multiply with float16's ten bits
 
 @dataclass(frozen=True)
 class Agreement:
-    """One output on one batch: the largest error, and its share of the largest value that PyTorch gives."""
+    """How far one output on one batch is from PyTorch's.
+
+    Attributes:
+        batch: The size of the batch.
+        output: The name of the output in the file.
+        max_abs: The largest error.
+        max_rel: The largest error as a share of the largest value that PyTorch gives.
+    """
 
     batch: int
     output: str

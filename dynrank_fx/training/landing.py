@@ -9,8 +9,8 @@ with c = 1 / (applications left until the cut): what was there at the start fall
 since with it, and the dense optimizer moves into the kept part what matters. K follows W by one step of an iteration
 each time, see ``followed`` of the layouts.
 
-Sources: the rule and its linear course are this project's. That training should lead a weight to low rank before the
-cut is older: trained rank pruning (arXiv 1910.04576) shrinks singular values between steps of dense training.
+Sources: the rule and its linear course are this project's. That low rank belongs into dense training, before the cut,
+is older: TRP (arXiv 2004.14566) puts a truncation between every few of its steps.
 """
 
 from __future__ import annotations
