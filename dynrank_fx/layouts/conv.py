@@ -40,8 +40,9 @@ class GroupedFactors(TwoFactors):
 
 @dataclass(frozen=True)
 class ChannelLayout(GroupedFactors):
-    """A k×k convolution to r channels, then 1×1 to all; transposed: 1×1 to r channels, then k×k (as in arXiv
-    2508.08625).
+    """A k×k convolution to r channels, then 1×1 to all (as in arXiv 2508.08625).
+
+    Of a transposed convolution 1×1 to r channels, then k×k.
 
     Attributes:
         groups: Groups of the convolution, each with r channels in between.

@@ -37,8 +37,7 @@ def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
 
 
 def effective_rank(s: Tensor) -> float:
-    """The effective rank: exp of the entropy of the normalised singular values σ_i / Σσ (Roy and Vetterli, EUSIPCO
-    2007).
+    """The effective rank: exp of the entropy of σ_i / Σσ (Roy and Vetterli, EUSIPCO 2007).
 
     Args:
         s: Singular values, of any shape; those of several groups count together.

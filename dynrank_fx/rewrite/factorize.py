@@ -17,8 +17,9 @@ from .switched import STEM, Switched
 
 
 def factorize(net: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of a captured net with a switchable site, in phase FULL, at every weight of a plan. One graph node per
-    use.
+    """A copy of a captured net with a switchable site, in phase FULL, at every weight of a plan.
+
+    Each use of a weight is one node of the graph.
 
     Args:
         net: What ``capture`` made.

@@ -169,8 +169,9 @@ class Phases:
         return {"history": self.history, **self.hooks_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. ``resume_phases_`` has brought the net into its phases before its weights were
-        loaded.
+        """Go on from a checkpoint.
+
+        ``resume_phases_`` has brought the net into its phases before its weights were loaded.
 
         Args:
             state: What ``state_dict`` gave.
