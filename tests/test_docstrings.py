@@ -122,13 +122,15 @@ def _of_a_function(name: str, function: Callable[..., object]) -> Iterator[str]:
 def _of_a_class(name: str, kind: type) -> Iterator[str]:
     yield from _of_any(name, kind)
     doc = inspect.getdoc(kind) or ""
-    section, wanted = "Attributes", list[str]()
     if issubclass(kind, enum.Enum):
-        wanted = list(kind.__members__)
+        section, wanted = "Attributes", list(kind.__members__)
     elif dataclasses.is_dataclass(kind):
-        wanted = [field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")]
+        fields = [field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")]
+        section, wanted = "Attributes", fields
     elif "__init__" in vars(kind):
         section, wanted = "Args", _parameters(inspect.signature(kind))
+    else:
+        return
     if _items(doc, section) != wanted:
         yield f"{name} has {wanted} and names {_items(doc, section)} under {section}"
 

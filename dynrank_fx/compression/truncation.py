@@ -49,7 +49,8 @@ def truncate(
 ) -> nn.Module:
     """The evaluation graph of the net with every site factored for good, as an ordinary torch module.
 
-    Nothing of this package is left in it. Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan.
+    Nothing of this package is left in it. Sites in LOW keep their factors; sites in FULL are cut to the ranks of the
+    plan.
 
     Args:
         net: What ``transform`` made, in any phase; it stays as it is.
