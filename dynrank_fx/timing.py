@@ -76,6 +76,7 @@ def device() -> str:
 
 
 def threads_said(count: int) -> str:
+    """A number of threads in words."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 

@@ -53,7 +53,7 @@ def test_a_fault_is_seen() -> None:
         """
         return shape
 
-    def bad(shape: int) -> int:
+    def bad(shape: int) -> int:  # noqa: D417
         """A sentence that goes on
         and on. Raises PlanError.
 

@@ -38,6 +38,7 @@ class Agreement:
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
+    """Raise ExportError where there is no batch size to compare on, or one below 1."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise ExportError(f"batch sizes {list(batch_sizes)} leave nothing to compare: give one or more, each 1 or more")
 

@@ -1,6 +1,4 @@
-"""Dense against truncated: parameters, FLOPs, file size, latency and accuracy, and the layers where factoring is not
-faster.
-"""
+"""Dense against truncated: parameters, FLOPs, file size, latency and accuracy, site by site where it matters."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from \S
 
 
 def runtime() -> Any:
+    """The module ``onnxruntime``, which is imported when it is needed. Raises ExportError where there is none."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -21,11 +21,13 @@ from .groups import State, place_of, put_back, swap_parameters
 
 
 def parameters_of(module: Switched) -> tuple[Parameter, ...]:
+    """The parameters that a site trains in its present phase, in the order of their names."""
     found = (module._parameters[name] for name in module.parameter_names)
     return tuple(p for p in found if p is not None)  # type: ignore[misc]
 
 
 def refuse_parameter(name: str, parameter: Parameter) -> None:
+    """Raise TransitionError for a parameter that is sharded or has a pending gradient."""
     if isinstance(parameter, torch.distributed.tensor.DTensor) if torch.distributed.is_available() else False:
         raise TransitionError(f"{name} is a DTensor, sharded over devices: gather it, switch, and shard it again")
     if parameter.grad is not None:

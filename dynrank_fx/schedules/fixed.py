@@ -112,8 +112,9 @@ class FullBetween:
 
 @dataclass(frozen=True)
 class Join:
-    """Schedules one after the other: ``schedules[i]`` rules from ``boundaries[i - 1]`` on, seeing epochs counted from
-    there.
+    """Schedules one after the other, each seeing epochs counted from its own start.
+
+    ``schedules[i]`` rules from ``boundaries[i - 1]`` on.
 
     Attributes:
         schedules: The schedules in their order.

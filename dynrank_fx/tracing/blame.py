@@ -14,6 +14,8 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Arguments in words: type and shape of tensors, the type of everything else."""
+
     def one(value: Any) -> str:
         return (
             f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -31,7 +33,7 @@ def origin(error: BaseException, root: nn.Module) -> str:
     for frame, number in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         owner = frame.f_locals.get("self")
-        if file.startswith((_TORCH, str(Path(__file__).parent))) or file.startswith("<") or id(owner) not in names:
+        if file.startswith((_TORCH, str(Path(__file__).parent), "<")) or id(owner) not in names:
             continue
         name = names[id(owner)]
         line = linecache.getline(file, number).strip()

@@ -117,4 +117,5 @@ def joined(path: Sequence[Any]) -> str:
 
 
 def tensors(values: Any) -> list[Tensor]:
+    """The tensors in nested values, in order."""
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
