@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import PlanError
 from ..layouts import layout_for
-from ..ops import ConvOp, ConvTransposeOp
+from ..ops import ConvolutionOp
 from ..tracing import measure, meta_of
 from .costs import costs_of, curve_of, rows_of
 from .find import find_sites
@@ -133,7 +133,7 @@ def _check_layouts(overrides: Mapping[str, Override], sites: Sequence[Site]) -> 
     """A layout may be asked of a pattern that fits other sites too, but not of one that fits no convolution."""
     for pattern, override in overrides.items():
         ops = [site.uses[0].op for site in sites if matches(site, [pattern])]
-        if override.layout is not None and not any(isinstance(op, ConvOp | ConvTransposeOp) for op in ops):
+        if override.layout is not None and not any(isinstance(op, ConvolutionOp) for op in ops):
             raise PlanError(f"the override of {pattern!r} asks for a layout of convolutions, and fits no convolution")
 
 
