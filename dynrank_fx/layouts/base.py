@@ -20,7 +20,7 @@ Factors: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class FactorLayout(abc.ABC):
+class Layout(abc.ABC):
     """How a weight becomes factors and one op becomes several. ``join`` is linear in each factor.
 
     Attributes:
@@ -35,7 +35,7 @@ class FactorLayout(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def for_op(cls, op: Op) -> FactorLayout:
+    def for_op(cls, op: Op) -> Layout:
         """The layout of this kind for a weight.
 
         Args:
@@ -103,11 +103,12 @@ class FactorLayout(abc.ABC):
         """
 
     @abc.abstractmethod
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
         """The ops that together do what one op does with the weight.
 
         Args:
             op: What applies the weight.
+            rank: The rank r.
 
         Returns:
             (op, index of its factor), in the order in which they apply; the bias goes to the last.
@@ -212,7 +213,7 @@ class FactorLayout(abc.ABC):
             The FLOPs of one application.
         """
         shapes, counts = self.factor_shapes(weight, rank), []
-        for stage, index in self.stages(op):
+        for stage, index in self.stages(op, rank):
             counts.append(stage.flops(x, shapes[index]))
             x = stage.output_shape(x, shapes[index])
         return counts[-1] if last_only else sum(counts)
@@ -270,6 +271,3 @@ class FactorLayout(abc.ABC):
 def shapes_of(tensors: Factors) -> tuple[Shape, ...]:
     """Their shapes, to compare."""
     return tuple(tuple(each.shape) for each in tensors)
-
-
-Layout: TypeAlias = FactorLayout

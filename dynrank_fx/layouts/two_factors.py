@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..ops import Shape
-from .base import FactorLayout, Factors, shapes_of
+from .base import Factors, Layout, shapes_of
 from .moments import moments_to_dense, second_moments_to_dense
 from .svd import next_basis, right_basis, truncate
 
 
 @dataclass(frozen=True)
-class TwoFactors(FactorLayout):
+class TwoFactors(Layout):
     """What the two-factor layouts share: everything but their matrix view.
 
     ``to_matrix`` serves moments of the weight too, ``to_matrices`` those of the factors.
@@ -94,7 +94,7 @@ class TwoFactors(FactorLayout):
         left, right = factors
         return self.from_matrix(B @ A, self.weight_shape(tuple(left.shape), tuple(right.shape)))
 
-    # As in ``moments``, in closed form.
+    # As in ``multilinear``, in closed form.
 
     def first_moment(self, factors: Factors, moments: Factors) -> Tensor:
         return self._joined(moments_to_dense, factors, moments)

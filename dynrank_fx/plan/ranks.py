@@ -6,6 +6,7 @@ scaled stable rank is that of Cuttlefish (arXiv 2305.02538).
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,20 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..layouts import energy_rank, stable_rank
+
+
+class Metric(enum.Enum):
+    """What is counted of a site and of a model. The value is how a message says it.
+
+    Attributes:
+        PARAMS: Parameters.
+        FLOPS: Floating-point operations on the example inputs, two a multiply-add.
+        LATENCY: Measured seconds on the example inputs.
+    """
+
+    PARAMS = "parameters"
+    FLOPS = "FLOPs"
+    LATENCY = "measured times"
 
 
 @dataclass(frozen=True)
@@ -42,8 +57,9 @@ class Curve:
         spectrum: Gives the singular values, [g, max_rank] for the g groups of the weight, largest first; they are
             computed when it is called.
         matrix: Rows and columns of the matrix of one group.
-        rungs: The ranks to choose from, rising; empty for all.
-        costs: What the site costs by what is counted: ``params``, and where it is known ``flops`` and ``latency``.
+        grid: The ranks to choose from, rising; empty for all.
+        costs: What the site costs, by what is counted: parameters, FLOPs where the inputs are known, times where sites
+            were timed.
         weight: What an error of all its energy does to the model, relative to other sites; 1 where that is not known.
         rank: The rank of the weight where it was factored before, else 0.
     """
@@ -52,8 +68,8 @@ class Curve:
     max_rank: int
     spectrum: Callable[[], Tensor]
     matrix: tuple[int, int] = (1, 1)
-    rungs: tuple[int, ...] = ()
-    costs: Mapping[str, Cost] = field(default_factory=dict)
+    grid: tuple[int, ...] = ()
+    costs: Mapping[Metric, Cost] = field(default_factory=dict)
     weight: float = 1.0
     rank: int = 0
 
@@ -233,11 +249,18 @@ def ranks_by_policy(policies: Sequence[RankPolicy], curves: Sequence[Curve]) -> 
     return ranks
 
 
-def _costs(curves: Sequence[Curve]) -> dict[str, list[Cost]]:
+def _costs(curves: Sequence[Curve]) -> dict[Metric, list[Cost]]:
     """The costs of all curves by what is counted, where all have it."""
     known = set.intersection(*(set(curve.costs) for curve in curves)) if curves else set()
-    return {what: [curve.costs[what] for curve in curves] for what in sorted(known)}
+    return {what: [curve.costs[what] for curve in curves] for what in Metric if what in known}
 
 
-def _told(curve: Curve, rest: Mapping[str, float]) -> Curve:
+def _told(curve: Curve, rest: Mapping[Metric, float]) -> Curve:
     return replace(curve, costs={what: replace(cost, rest=rest[what]) for what, cost in curve.costs.items()})
+
+
+def rank_grid(limit: int, multiple_of: int = 1, *, steps: int | None = None) -> tuple[int, ...]:
+    """The ranks to choose from, rising to the limit: multiples of a number, or so many even steps; empty for all."""
+    if steps is not None:
+        return tuple(sorted({-(-limit * step // steps) for step in range(1, steps + 1)}))
+    return () if multiple_of == 1 else (*range(multiple_of, limit, multiple_of), limit)
