@@ -74,13 +74,15 @@ class ModelFile:
             )
 
     def model(self) -> nn.Module:
-        return self._call("model")
+        made: nn.Module = self._call("model")
+        return made
 
     def example_inputs(self) -> Any:
         return self._call("example_inputs")
 
     def train_data(self) -> Iterable[Any]:
-        return self._call("train_data")
+        made: Iterable[Any] = self._call("train_data")
+        return made
 
     def eval_data(self) -> Iterable[Any] | None:
         return self._call("eval_data") if self.has("eval_data") else None
@@ -125,7 +127,8 @@ class ModelFile:
         )
 
     def loss(self, output: Any, batch: Any) -> Tensor:
-        return self._call("loss", output, batch)
+        found: Tensor = self._call("loss", output, batch)
+        return found
 
     @property
     def metric(self) -> Callable[[Any, Any], Any] | None:

@@ -172,7 +172,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     """What ``write_run_file`` noted. Raises StoreError."""
     path = folder / RUN_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         assert data["format"] == "dynrank-fx run"
     except OSError as error:
         raise StoreError(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--tensorboard", is_flag=True, help="Also write the epochs' records for TensorBoard, into --out.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.pass_context
-def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, **options: Any) -> None:
+def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, **options: Any) -> None:
     """Train through LOW and FULL phases; a checkpoint after every epoch.
 
     Ctrl-C saves between two steps and says how to go on. A resumed run ends bitwise equal to one that was never
@@ -101,7 +101,7 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
 
 def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options that the run was started with. Raises StoreError where one is given again with another value."""
-    started = read_run_file(folder)["options"]
+    started: dict[str, Any] = read_run_file(folder)["options"]
     for name, value in _plain(given).items():
         said = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if said and value != started.get(name):

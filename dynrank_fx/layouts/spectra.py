@@ -20,10 +20,11 @@ def singular_values(W: Tensor) -> Tensor:
     """
     X = W.double()
     if X.is_cuda:
-        with contextlib.suppress(torch.linalg.LinAlgError):
-            values = torch.linalg.eigvalsh(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
+        with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            values: Tensor = torch.linalg.eigvalsh(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
             return values.flip(-1).clamp_min(0).sqrt().cpu()
-    return torch.linalg.svdvals(X.cpu())
+    values = torch.linalg.svdvals(X.cpu())
+    return values
 
 
 @torch.no_grad()

@@ -261,8 +261,8 @@ class CPLayout(TensorLayout):
 
 def _top(matrix: Tensor, count: int) -> Tensor:
     """Orthonormal columns that span the top left singular vectors."""
-    vectors = torch.linalg.eigh(matrix @ matrix.T)[1].flip(-1)[:, :count]
-    return vectors.contiguous()
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+    return vectors.flip(-1)[:, :count].contiguous()
 
 
 def _start(W: Tensor, axis: int, rank: int) -> Tensor:

@@ -25,7 +25,7 @@ def plan_of(net: nn.Module) -> Plan:
         PlanError: For a module that has no plan.
     """
     root = unwrap(net)
-    plan = meta_of(root).get("dynrank") if is_captured(root) else None
+    plan: Plan | None = meta_of(root).get("dynrank") if is_captured(root) else None
     if plan is None:
         raise PlanError(f"{type(net).__name__} has no plan: it was not made by transform or factorize")
     return plan

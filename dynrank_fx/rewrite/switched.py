@@ -69,7 +69,8 @@ class Switched(nn.Module):
         at: which matrices of a stack the op gathers.
         """
         b = bias[0] if bias else self._parameters["bias"]
-        return self.compute(self.read, x, b, use, at)
+        y: Tensor = self.compute(self.read, x, b, use, at)
+        return y
 
     def read(self, name: str) -> Tensor | None:
         """A parameter or the base, by name."""

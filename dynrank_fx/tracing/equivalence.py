@@ -209,7 +209,7 @@ def lost_in_a_graph(model: nn.Module, example_inputs: Any) -> str:
     while waiting:
         node = waiting.pop()
         if isinstance(node, BackwardCFunction):
-            function = type(node)._forward_cls  # type: ignore[attr-defined]
+            function = type(node)._forward_cls
             if function is checkpoint.CheckpointFunction:
                 return _CHECKPOINTS
             if not function.__module__.startswith("torch."):

@@ -77,7 +77,7 @@ class Net(fx.GraphModule):
             self._graph = self.graphs[self.training]
             self.recompile()
             self._codes[key] = type(self).forward
-        type(self).forward = self._codes[key]  # type: ignore[method-assign]
+        type(self).forward = self._codes[key]
         self._graph = self.graphs[self.training]
         codegen = self._graph._codegen
         if isinstance(codegen, fx.graph._PyTreeCodeGen):  # the code reads these; the other graph's may differ
@@ -182,7 +182,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 def unwrap(net: nn.Module) -> nn.Module:
     """The module behind torch.compile's wrapper, or the module itself."""
-    return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net  # type: ignore[return-value]
+    return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net
 
 
 _META = "dynrank_meta"  # the attribute that stands in for GraphModule.meta where the model keeps its own class
