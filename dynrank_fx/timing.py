@@ -10,9 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import ModelProto, NodeProto
 
 _HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -33,7 +37,7 @@ class Pair:
 
 
 def interleaved(
-    first: Callable[[], Any], second: Callable[[], Any], *, repeats: int = 30, warmup: int = 3, inner: int = 1
+    first: Callable[[], object], second: Callable[[], object], *, repeats: int = 30, warmup: int = 3, inner: int = 1
 ) -> Pair:
     """Time both in turn, so that a slow moment of the machine hits both. inner: calls per measurement, of which the
     mean counts.
@@ -50,7 +54,7 @@ def interleaved(
     return Pair(statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios))
 
 
-def _seconds(call: Callable[[], Any], inner: int) -> float:
+def _seconds(call: Callable[[], object], inner: int) -> float:
     _synchronize()
     started = time.perf_counter()
     for _ in range(inner):
@@ -89,7 +93,7 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def weight_times(path: Path, feed: Mapping[str, Any], *, repeats: int = 20) -> dict[str, float]:
+def weight_times(path: Path, feed: Mapping[str, np.ndarray], *, repeats: int = 20) -> dict[str, float]:
     """Median microseconds that onnxruntime (CPU provider) spends on each weight of an ONNX file, by its own profile.
 
     By initializer name, for convolutions and matrix products; onnxruntime fuses what follows them (bias, batch norm,
@@ -115,12 +119,12 @@ def weight_times(path: Path, feed: Mapping[str, Any], *, repeats: int = 20) -> d
     return {weight: statistics.median(values[3:] or values) for weight, values in times.items()}
 
 
-def _kernel_names(model: Any) -> dict[str, str]:
+def _kernel_names(model: ModelProto) -> dict[str, str]:
     """The weight behind each name that onnxruntime may give a kernel: of the node, or of an output it was fused up
     to.
     """
     weights = {initializer.name for initializer in model.graph.initializer}
-    consumers: dict[str, list[Any]] = {}
+    consumers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)

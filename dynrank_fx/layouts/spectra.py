@@ -23,8 +23,7 @@ def singular_values(W: Tensor) -> Tensor:
         with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             values: Tensor = torch.linalg.eigvalsh(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
             return values.flip(-1).clamp_min(0).sqrt().cpu()
-    values = torch.linalg.svdvals(X.cpu())
-    return values
+    return torch.linalg.svdvals(X.cpu())  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, reason
 from ..tracing import Inputs, batch_size, joined, same_buffers, slow_attention, tensors
+from .session import Feeds, Session
 
 # The largest error as a share of the output's largest value, by the coarsest type that takes part: about a thousand
 # roundings of float32 and ten of float16. What differs by more was computed in another way.
@@ -43,9 +44,7 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
         raise ExportError(f"batch sizes {list(batch_sizes)} leave nothing to compare: give one or more, each 1 or more")
 
 
-def onnx_inputs(
-    session: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = ()
-) -> dict[str, np.ndarray]:
+def onnx_inputs(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = ()) -> Feeds:
     """The arrays to feed: keyword arguments by name, the others in their order.
 
     names: what the arguments are called, input by input, where the file's inputs have other names.
@@ -89,7 +88,7 @@ def _fits(tensor: Tensor, spec: Any) -> bool:
 
 
 def compare(
-    opened: Any, module: nn.Module, cases: Sequence[Inputs], tolerance: float | None, names: Sequence[str] = ()
+    opened: Session, module: nn.Module, cases: Sequence[Inputs], tolerance: float | None, names: Sequence[str] = ()
 ) -> tuple[Agreement, ...]:
     """Both sides on each of the inputs. names: what the file's inputs were called after the module's arguments, if they
     have other names now.
@@ -122,7 +121,7 @@ def compare(
     return tuple(agreements)
 
 
-def _tolerance(module: nn.Module, *values: Any) -> float:
+def _tolerance(module: nn.Module, *values: object) -> float:
     """That of the coarsest floating-point type among the module's tensors and these."""
     floats = [t for t in (*module.parameters(), *module.buffers(), *tensors(values)) if t.is_floating_point()]
     limits = [_TF32 if t.is_cuda and t.dtype is torch.float32 else _TOLERANCE.get(t.dtype, 0.1) for t in floats]

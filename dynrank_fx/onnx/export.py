@@ -11,14 +11,25 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..errors import CaptureError, ExportError, reason
 from ..rewrite import holds_captured, inline
-from ..tracing import Inputs, batch_size, in_order, quiet, split_inputs, tensors, unwrap, with_batch
+from ..tracing import (
+    DynamicShapes,
+    ExampleInputs,
+    Inputs,
+    batch_size,
+    in_order,
+    quiet,
+    split_inputs,
+    tensors,
+    unwrap,
+    with_batch,
+)
 from ..version import __version__
 from .agreement import Agreement, check_batch_sizes, compare
 from .convert import converted, parameter_count, renamed
@@ -27,6 +38,9 @@ from .file import check_file, check_place, replacing_file, write_file
 from .precision import Precision, cast, int8_weights_
 from .random_inputs import table_rows
 from .session import Provider, check_provider, runtime, session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _CPU = "CPUExecutionProvider"
 _MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
@@ -69,18 +83,18 @@ class ExportReport:
 
 def export_onnx(
     module: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     path: str | os.PathLike[str],
     *,
     opset: int | None = None,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
     dynamic: Dynamic | None = None,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
     precision: Precision = Precision.FLOAT32,
     external_data: bool | None = None,
     batch_sizes: Sequence[int] = (1, 2, 5),
-    more_inputs: Sequence[Any] = (),
+    more_inputs: Sequence[ExampleInputs] = (),
     providers: Sequence[Provider] | None = None,
     tolerance: float | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -91,7 +105,7 @@ def export_onnx(
     the report says so and that batch alone is compared.
 
     Args:
-        module: Any ``nn.Module``; a net of ``transform`` is exported in its present phases.
+        module: An ``nn.Module``; a net of ``transform`` is exported in its present phases.
         example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
         path: The file to write.
         opset: The version of ONNX's operators; by default what torch's exporter takes.
@@ -183,7 +197,7 @@ def _compare_on_cpu(
 def verify_onnx(
     path: str | os.PathLike[str],
     module: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     batch_sizes: Sequence[int] = (1, 2, 5),
     providers: Sequence[Provider] | None = None,
@@ -254,7 +268,7 @@ def _versions() -> dict[str, str]:
     return {f"{name}_version": version for name, version in {**made, "onnxruntime": runtime().__version__}.items()}
 
 
-def _name(model: Any, what: str, names: Sequence[str]) -> None:
+def _name(model: ModelProto, what: str, names: Sequence[str]) -> None:
     """Names for the file's inputs or outputs, in their order; values inside that have one of them get another."""
     if not names:
         return
@@ -280,7 +294,7 @@ def _cases(
     batch_sizes: Sequence[int],
     limits: Sequence[int | None] = (),
     dynamic: Dynamic | None = None,
-    more: Sequence[Any] = (),
+    more: Sequence[ExampleInputs] = (),
 ) -> list[Inputs]:
     """What to compare on: new rows at each batch size; other sizes of named dimensions; real inputs. limits: see
     ``with_batch``.

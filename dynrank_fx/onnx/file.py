@@ -7,10 +7,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ExportError, reason
 from .precision import Precision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _WORTH_A_FILE = 1024  # bytes of a tensor that is stored outside
 
@@ -42,7 +45,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
         raise ExportError(f"{path} could not be written ({why}); what was there before is unchanged") from error
 
 
-def write_file(model: Any, path: Path, outside: bool) -> None:
+def write_file(model: ModelProto, path: Path, outside: bool) -> None:
     """One file, or the graph and beside it the weights."""
     import onnx
 

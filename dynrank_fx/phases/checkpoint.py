@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,11 +11,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .. import files, store
+from ..aliases import JsonObject
 from ..errors import PlanError, StoreError
 from ..phase import Phase
 from ..plan import Plan, fit_plan
 from ..rewrite import factorize_, inline, plan_of, specialize_, switched_modules
-from ..tracing import Capture, capture, is_captured, meta_of, unwrap
+from ..tracing import Capture, ExampleInputs, capture, is_captured, meta_of, unwrap
 from .replace import parameters_of, replace_parameters
 from .values import in_format_of
 
@@ -43,7 +43,7 @@ def save(net: nn.Module, folder: str | Path) -> None:
         files.write_text(new / "graph.txt", graph_text(root))
 
 
-def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn.Module:
+def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
     """The net that ``save`` wrote, in the phases that it was in.
 
     Args:
@@ -75,12 +75,14 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from error
 
 
-def how_in(info: Mapping[str, Any]) -> Capture | None:
+def how_in(info: JsonObject) -> Capture | None:
     """The capture that was asked for when the net was made, if one was."""
     return Capture[info["how"]] if info.get("how") else None
 
 
-def rebuilt(model: nn.Module, plan: Plan, example_inputs: Any = None, how: Capture | None = None) -> nn.Module:
+def rebuilt(
+    model: nn.Module, plan: Plan, example_inputs: ExampleInputs | None = None, how: Capture | None = None
+) -> nn.Module:
     """The model captured and factored by a plan that was made before; every site FULL."""
     net = capture(model, example_inputs, how=how)
     factorize_(net, fit_plan(net, plan, example_inputs))
@@ -92,7 +94,7 @@ def state_of(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
-def info_of(net: nn.Module) -> dict[str, Any]:
+def info_of(net: nn.Module) -> JsonObject:
     """What the tensors need to be understood: the phase and rank of every site, and the plan."""
     sites = switched_modules(net)
     return {
@@ -104,7 +106,7 @@ def info_of(net: nn.Module) -> dict[str, Any]:
 
 
 def restore_(
-    net: nn.Module, tensors: Mapping[str, Tensor], info: Mapping[str, Any], optimizer: Optimizer | None = None
+    net: nn.Module, tensors: Mapping[str, Tensor], info: JsonObject, optimizer: Optimizer | None = None
 ) -> None:
     """Bring a freshly factored net (all sites FULL) into the saved phases and weights, and an optimizer over it along.
 

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +105,7 @@ class Journal:
     def _path(self, index: int) -> Path:
         return Path(self.folder.name) / f"{index}.pt"
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is not None:
                 for index, entry in reversed(list(enumerate(self.entries))):
@@ -114,7 +113,7 @@ class Journal:
         finally:
             self.folder.cleanup()
 
-    def _undo(self, entry: _Entry, record: dict[str, Any]) -> None:
+    def _undo(self, entry: _Entry, record: State) -> None:
         old: list[Parameter] = []
         for ref, value, grad in zip(entry.old, record["values"], entry.requires_grad, strict=True):
             alive = ref()

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import index
-from typing import Any
 
+from ..aliases import Json, JsonObject
 from ..errors import PlanError
 from ..layouts import Layout, layout_named
 from ..text import text_table
@@ -65,7 +65,7 @@ class PlannedSite:
             if use.input_shape is not None
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The row as JSON values.
 
         Returns:
@@ -224,9 +224,9 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"
 
 
-def _row_from_json(data: dict[str, Any]) -> PlannedSite:
+def _row_from_json(data: JsonObject) -> PlannedSite:
     site = Site.from_json(data["site"])
-    sharing = data.get("sharing", data.get("pack", ()))  # its name in older plans
+    sharing: Json = data.get("sharing", data.get("pack", ()))  # its name in older plans
     return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], tuple(map(str, sharing)))
 
 

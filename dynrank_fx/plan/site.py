@@ -7,8 +7,8 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from ..aliases import Json, JsonObject
 from ..ops import Op, Shape, op_from_json, op_to_json
 
 
@@ -65,13 +65,13 @@ class Site:
         """The same weight, not factored after all."""
         return Skipped(self.name, self.shape, reason, self.aliases)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         uses = [{**op_to_json(use.op), "input_shape": use.input_shape} for use in self.uses]
         reads = {"reads": self.reads} if self.reads else {}
         return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "uses": uses, **reads}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Site:
+    def from_json(cls, data: JsonObject) -> Site:
         uses = []
         for use in data["uses"]:
             shape = use["input_shape"]
@@ -104,22 +104,22 @@ class Skipped:
         """How many numbers the weight has."""
         return math.prod(self.shape)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "reason": self.reason}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Skipped:
+    def from_json(cls, data: JsonObject) -> Skipped:
         aliases = tuple(map(_text, data["aliases"]))
         return cls(_text(data["name"]), _shape(data["shape"]), _text(data["reason"]), aliases)
 
 
-def _text(value: Any) -> str:
+def _text(value: Json) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
 
 
-def _shape(values: Any) -> Shape:
+def _shape(values: Json) -> Shape:
     return tuple(map(operator.index, values))
 
 

@@ -133,7 +133,7 @@ def _open_reads(net: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
             factors = _parameter_nodes(net, graph, str(node.target), module)
             if read.args[1] == "outline":
                 empty = graph.call_method("new_empty", (factors[0], ()))
-                result: Any = graph.call_method("expand", (empty, module.shape))
+                result: fx.Node = graph.call_method("expand", (empty, module.shape))
             elif len(factors) == 1:
                 result = factors[0]
             else:

@@ -3,6 +3,8 @@
 from .blame import origin
 from .choose import Capture, capture
 from .inputs import (
+    DynamicShapes,
+    ExampleInputs,
     Inputs,
     batch_size,
     double_batch_of_one,
@@ -34,6 +36,8 @@ from .net import (
 
 __all__ = [
     "Capture",
+    "DynamicShapes",
+    "ExampleInputs",
     "Inputs",
     "Net",
     "Region",

@@ -16,7 +16,7 @@ _TORCH = str(Path(torch.__file__).parent)
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Arguments in words: type and shape of tensors, the type of everything else."""
 
-    def one(value: Any) -> str:
+    def one(value: object) -> str:
         return (
             f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
             if isinstance(value, Tensor)

@@ -15,7 +15,7 @@ from ..ops import module_op
 from .blame import describe
 from .equivalence import ROUNDING, difference, lost_in_a_graph, run
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
-from .inputs import split_inputs
+from .inputs import DynamicShapes, ExampleInputs, split_inputs
 from .modules import capture_parts, modules_read
 from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, untraced, unwrap
 from .symbolic import closed_functions, closed_layers, trace_symbolically
@@ -39,9 +39,9 @@ class Capture(enum.Enum):
 
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
     how: Capture | None = None,
 ) -> nn.Module:
     """A trainable net that computes what a model computes, over a copy of its parameters.

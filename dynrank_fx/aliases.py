@@ -1,0 +1,17 @@
+"""Names for values that have no narrower type, each with the reason."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+Json: TypeAlias = Any
+"""A value that was read from JSON: what it is, is looked at where it is used."""
+
+JsonObject: TypeAlias = dict[str, Any]
+"""An object of JSON, written by this package or read from a file."""
+
+Batch: TypeAlias = Any
+"""One item of a user's data: only the user's own functions know what it is."""
+
+Output: TypeAlias = Any
+"""What a model returns: torch leaves it open, and types the call of every module as ``Any``."""
