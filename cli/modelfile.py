@@ -133,7 +133,7 @@ class ModelFile:
         return found
 
     @property
-    def metric(self) -> Callable[[Any, Any], Any] | None:
+    def metric(self) -> Callable[[Output, Batch], object] | None:
         """A mean over the batch, larger is better."""
         return partial(self._call, "metric") if self.has("metric") else None
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynrank_fx.aliases import JsonObject
 from dynrank_fx.errors import StoreError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dynrank_fx.tracing import ExampleInputs
 
     from .modelfile import ModelFile
 
@@ -33,7 +36,7 @@ class FinalForm:
 
     module: nn.Module
     file: ModelFile
-    real: list[Any]
+    real: list[ExampleInputs]
     metadata: dict[str, str]
 
 
@@ -131,7 +134,7 @@ def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, M
     return model, file
 
 
-def calibration_inputs(file: ModelFile, count: int) -> list[Any]:
+def calibration_inputs(file: ModelFile, count: int) -> list[ExampleInputs]:
     """Inputs of so many calibration batches, the same ones every time; none where the file has no data."""
     from dynrank_fx.randomness import seed_all
 
@@ -160,7 +163,7 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     return score
 
 
-def write_run_file(folder: Path, model_file: Path, options: dict[str, Any]) -> None:
+def write_run_file(folder: Path, model_file: Path, options: JsonObject) -> None:
     """Note in the run's folder what it was started with."""
     from dynrank_fx.files import write_text
 
@@ -168,11 +171,11 @@ def write_run_file(folder: Path, model_file: Path, options: dict[str, Any]) -> N
     write_text(folder / RUN_FILE, json.dumps(data, indent=1) + "\n")
 
 
-def read_run_file(folder: Path) -> dict[str, Any]:
+def read_run_file(folder: Path) -> JsonObject:
     """What ``write_run_file`` noted. Raises StoreError."""
     path = folder / RUN_FILE
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data: JsonObject = json.loads(path.read_text(encoding="utf-8"))
         assert data["format"] == "dynrank-fx run"
     except OSError as error:
         raise StoreError(

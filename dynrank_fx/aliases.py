@@ -13,5 +13,8 @@ JsonObject: TypeAlias = dict[str, Any]
 Batch: TypeAlias = Any
 """One item of a user's data: only the user's own functions know what it is."""
 
+Group: TypeAlias = dict[str, Any]
+"""A parameter group of an optimizer, as torch types it: its parameters and settings by name."""
+
 Output: TypeAlias = Any
 """What a model returns: torch leaves it open, and types the call of every module as ``Any``."""

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
-from ..tracing import batch_size, same_buffers, split_inputs
+from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs
 from .batches import call, checked_batches
 
 _MEAN, _VARIANCE, _TRAINING, _MOMENTUM = 3, 4, 5, 6  # the places of these arguments in aten.batch_norm
@@ -106,7 +106,7 @@ def batch_statistics(norms: Sequence[Norm]) -> Iterator[Callable[[float], None]]
 
 
 @torch.no_grad()
-def recalibrate_(module: nn.Module, batches: Iterable[Any], *, like: nn.Module | None = None) -> int:
+def recalibrate_(module: nn.Module, batches: Iterable[ExampleInputs], *, like: nn.Module | None = None) -> int:
     """Give the batch norms of a truncated module the means and variances that its inputs now have over the batches.
 
     Their statistics were those of the dense model's outputs, of which a cut takes some variance away. A batch counts
@@ -142,7 +142,7 @@ def recalibrate_(module: nn.Module, batches: Iterable[Any], *, like: nn.Module |
     return len(norms)
 
 
-def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, Any]) -> list[Norm]:
+def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, ExampleInputs]) -> list[Norm]:
     """The batch norms whose input is another one than in the module before the cut, on one batch."""
     before = norms_of(like)
     if len(before) != len(norms):
@@ -157,7 +157,7 @@ def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[i
     return [norm for norm, now, then in zip(norms, *seen, strict=True) if not torch.allclose(now, then, rtol=1e-5)]
 
 
-def _observed(module: nn.Module, batch: Any, number: int) -> None:
+def _observed(module: nn.Module, batch: ExampleInputs, number: int) -> None:
     try:
         call(module, batch, number)
     except CalibrationError as error:

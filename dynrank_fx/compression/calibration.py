@@ -18,7 +18,7 @@ from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
 from ..rewrite import STEM, Switched, switched_modules
-from ..tracing import evaluating, is_captured, regions, same_buffers, untraced, unwrap
+from ..tracing import ExampleInputs, evaluating, is_captured, regions, same_buffers, untraced, unwrap
 from .activation_rows import has_input_tokens, has_output_tokens, input_tokens, output_tokens, outputs_are_rows
 from .batches import call, checked_batches
 from .covariance import Calibration, Moments
@@ -28,7 +28,11 @@ _BYTES = 4 * 2**30
 
 
 def calibrate(
-    net: nn.Module, batches: Iterable[Any], *, sites: Collection[str] | None = None, shrink: float | None = None
+    net: nn.Module,
+    batches: Iterable[ExampleInputs],
+    *,
+    sites: Collection[str] | None = None,
+    shrink: float | None = None,
 ) -> Calibration:
     """Run the net on data, and collect what the outputs of its sites hold, for a cut that keeps the outputs.
 
@@ -131,7 +135,7 @@ def _passes(
 
 def _run(
     root: nn.Module,
-    data: Sequence[Any],
+    data: Sequence[ExampleInputs],
     units: Sequence[list[list[Switched]]],
     moments: Mapping[str, Moments],
     order: dict[str, None],

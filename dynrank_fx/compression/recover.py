@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..aliases import Output
 from ..errors import CalibrationError
-from ..tracing import same_buffers, tensors
+from ..tracing import ExampleInputs, same_buffers, tensors
 from .batches import call, checked_batches
 
-Loss = Callable[[Any, int], Tensor]
+Loss: TypeAlias = Callable[[Output, int], Tensor]
 """(output, number of the calibration batch it is of) to the loss."""
 
 _SHARE = 0.01  # of the root mean square of a parameter: the largest step of one of its numbers
@@ -23,7 +24,7 @@ _SHARE = 0.01  # of the root mean square of a parameter: the largest step of one
 def recover_(
     module: nn.Module,
     dense: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[ExampleInputs],
     steps: int,
     *,
     loss: Loss | None = None,
@@ -90,7 +91,7 @@ def recover_(
     return losses
 
 
-def _lost(module: nn.Module, dense: nn.Module, data: Sequence[Any], number: int, loss: Loss | None) -> Tensor:
+def _lost(module: nn.Module, dense: nn.Module, data: Sequence[ExampleInputs], number: int, loss: Loss | None) -> Tensor:
     """The loss on one batch."""
     output = call(module, data[number], number)
     if loss is None:
@@ -106,7 +107,7 @@ def _lost(module: nn.Module, dense: nn.Module, data: Sequence[Any], number: int,
     return found
 
 
-def distance(output: Any, target: Any) -> Tensor:
+def distance(output: Output, target: Output) -> Tensor:
     """How far outputs are from those wanted, in parts of what those vary by over the batch."""
     total = torch.zeros(())
     for z, y in zip(tensors(output), tensors(target), strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from ..phase import Phase
 from ..phases import Timing, enter_, phases_of
 from ..plan import Budget, RankPolicy, Ratio, Role
 from ..rewrite import a_twin, holds_captured, inline, plan_of, transform
-from ..tracing import unwrap
+from ..tracing import ExampleInputs, unwrap
 from .batches import checked_batches
 from .calibration import calibrate
 from .candidates import Candidate, Candidates
@@ -48,9 +47,9 @@ class MaxDrop:
 
 def compress(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     budget: RankPolicy | MaxDrop,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[ExampleInputs] | None = None,
     *,
     metric: Callable[[nn.Module], float] | None = None,
     recover_steps: int = 0,
@@ -65,7 +64,7 @@ def compress(
     """Cut a trained model to a budget so that its outputs change least, and measure what became of it.
 
     Args:
-        model: Any ``nn.Module``, or a net of ``transform`` in any phase; it stays as it is.
+        model: An ``nn.Module``, or a net of ``transform`` in any phase; it stays as it is.
         example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
         budget: ``Budget(flops=0.5)`` and the like, ``MaxDrop(0.01)`` of ``metric``, or any rank policy.
         calibration: Batches of inputs, each as ``example_inputs``; without them the cut is a plain SVD.
@@ -135,7 +134,11 @@ def compress(
 
 
 def _in_full(
-    model: nn.Module, example_inputs: Any, include: Sequence[str], exclude: Sequence[str], leave: Collection[Role]
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    leave: Collection[Role],
 ) -> tuple[nn.Module, dict[str, int]]:
     """The model as a net in evaluation mode, every site dense, and the ranks of those that were factored before."""
     if holds_captured(unwrap(model)):

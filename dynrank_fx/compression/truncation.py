@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ..phase import Phase
 from ..phases import RankUnit, enter_, phases_of, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
 from ..rewrite import Switched, a_twin, inline, plan_of, switched_modules
+from ..tracing import ExampleInputs
 from .batches import checked_batches
 from .calibration import calibrate
 from .covariance import Calibration
@@ -42,7 +42,7 @@ class Cut:
 
 def truncate(
     net: nn.Module,
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[ExampleInputs] | None = None,
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
@@ -94,7 +94,7 @@ def cut_plainly(cuts: Sequence[Cut]) -> list[str]:
 
 def cut_(
     net: nn.Module,
-    calibration: Calibration | Iterable[Any] | None,
+    calibration: Calibration | Iterable[ExampleInputs] | None,
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
@@ -111,7 +111,10 @@ def cut_(
 
 
 def apply_ranks_(
-    net: nn.Module, ranks: Mapping[str, int | None], known: Calibration | None, in_turn: Sequence[Any] | None = None
+    net: nn.Module,
+    ranks: Mapping[str, int | None],
+    known: Calibration | None,
+    in_turn: Sequence[ExampleInputs] | None = None,
 ) -> list[Cut]:
     """Cut every site to its rank; None makes it dense. in_turn: batches to calibrate one site after the other on."""
     changing = {name for name, phase in phases_of(net).items() if phase is not Phase.LOW or _differs(net, name, ranks)}

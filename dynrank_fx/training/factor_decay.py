@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
+from torch.utils.hooks import RemovableHandle
 
+from ..aliases import Group
 from ..errors import TransitionError
 from ..layouts import TwoFactors
 from ..phase import Phase
@@ -54,8 +56,8 @@ class FactorDecay:
     def __init__(self, net: nn.Module, optimizer: Optimizer, decay: Decay, decoupled: bool | None) -> None:
         self.decay, self.decoupled = decay, decoupled
         self._sites = [modules[0] for modules in switched_modules(net).values()]
-        self._pending: list[tuple[Parameter, dict[str, Any], Any, Tensor]] = []
-        self._handles: tuple[Any, ...] = ()
+        self._pending: list[tuple[Parameter, Group, float, Tensor]] = []
+        self._handles: tuple[RemovableHandle, ...] = ()
         if decay is not Decay.EACH:
             pre, post = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
             self._handles = (pre(self._before), post(self._after))
@@ -71,7 +73,7 @@ class FactorDecay:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         self._pending = []
         corrections = self._corrections(optimizer)
         coupled = [row for row in corrections if not _decouples(optimizer, row[1], self.decoupled)]
@@ -83,14 +85,14 @@ class FactorDecay:
             _add_to_gradients(optimizer, coupled)
             return None
 
-        def closure_then_decay() -> Any:
+        def closure_then_decay() -> object:
             loss = closure()
             _add_to_gradients(optimizer, coupled)
             return loss
 
         return (args[:1], {**kwargs, "closure": closure_then_decay})
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         with torch.no_grad():
             for parameter, group, before, difference in self._pending:
                 if parameter.grad is not None:
@@ -100,7 +102,7 @@ class FactorDecay:
         self._pending = []
 
     @torch.no_grad()
-    def _corrections(self, optimizer: Optimizer) -> list[tuple[Parameter, dict[str, Any], Tensor]]:
+    def _corrections(self, optimizer: Optimizer) -> list[tuple[Parameter, Group, Tensor]]:
         """(factor p, its group, D(p) - p), where λ D(p) shall decay in the place of the optimizer's λ p."""
         groups = {
             id(p): group for group in optimizer.param_groups for p in group["params"] if group.get("weight_decay")
@@ -129,7 +131,7 @@ def _decay_of(site: Switched) -> tuple[Tensor, ...]:
     return layout.from_matrices((B @ (A @ A.mT), (B.mT @ B) @ A), site.shape)
 
 
-def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, dict[str, Any], Tensor]]) -> None:
+def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, Group, Tensor]]) -> None:
     # Under a GradScaler a fused optimizer divides the gradients by this itself.
     scale = getattr(optimizer, "grad_scale", None)
     for parameter, group, difference in rows:
@@ -138,7 +140,7 @@ def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, dict[str
             parameter.grad.add_(more if scale is None else more * scale)
 
 
-def _decouples(optimizer: Optimizer, group: dict[str, Any], said: bool | None) -> bool:
+def _decouples(optimizer: Optimizer, group: Group, said: bool | None) -> bool:
     """Whether weights decay beside the step (as in AdamW) and not through the gradient."""
     if said is not None:
         return said

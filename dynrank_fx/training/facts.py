@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ def train_state(
     optimizer: Optimizer,
     epoch: int,
     epochs: int,
-    lr_scheduler: Any = None,
+    lr_scheduler: LRScheduler | None = None,
     *,
     steps_per_epoch: int = 1,
     rates: Sequence[float] = (),
@@ -116,7 +115,9 @@ class _Spectra(Mapping[str, tuple[float, ...]]):
         return len(self._sites)
 
 
-def planned_rates(optimizer: Optimizer, lr_scheduler: Any, epochs: int, steps: int = 1) -> tuple[float, ...]:
+def planned_rates(
+    optimizer: Optimizer, lr_scheduler: LRScheduler | None, epochs: int, steps: int = 1
+) -> tuple[float, ...]:
     """The learning rate of the first group now and at the start of the following epochs, ``epochs`` of them.
 
     lr_scheduler: one that is stepped so many times an epoch, or None for a constant rate. Empty where the rates depend

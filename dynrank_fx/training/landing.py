@@ -72,7 +72,7 @@ class Landing:
         self.left = dict(left)
         self.bases = {site: basis for site, basis in self.bases.items() if site in self.left}
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         for unit in self._units:
             site = unit[0].site
             left = self.left.get(site, 0)

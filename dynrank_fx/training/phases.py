@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..phase import Phase
 from ..phases import Carry, Transition, enter_, phases_in, phases_of, randomize_, replan_
@@ -55,7 +56,7 @@ class Phases:
         optimizer: Optimizer,
         schedule: Schedule,
         epochs: int,
-        lr_scheduler: Any = None,
+        lr_scheduler: LRScheduler | None = None,
         *,
         steps: int | None = None,
         lr_every_step: bool = False,
