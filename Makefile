@@ -27,7 +27,7 @@ fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ
 zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py
 
-bench: $(INSTALLED)         ## the README's figures, measured here
+bench: $(INSTALLED)         ## figures of docs/measured.md, measured here
 	$(BIN)/python samples/measure.py
 
 lint: $(INSTALLED)
