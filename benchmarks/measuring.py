@@ -1,40 +1,74 @@
-"""What the parts of `samples/measure.py` share: the device, a Markdown table, a training step, the task of a sample."""
+"""What the benchmarks share: the samples that they measure, the device, a training step, a time."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+import dynrank_fx as dr
+from dynrank_fx.net import Net
 from dynrank_fx.train import Task
+
+sys.path.append(str(Path(__file__).parents[1] / "samples"))
+import chars
+import digits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    for line in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(map(str, line)) + " |")
+@dataclass(frozen=True)
+class Sample:
+    """A model file, and what stays dense of its model."""
+
+    name: str
+    module: ModuleType
+    exclude: tuple[str, ...]
+
+    def model(self) -> nn.Module:
+        model: nn.Module = self.module.model()
+        return model.to(DEVICE)
+
+    def batch(self) -> list[Tensor]:
+        return [t.to(DEVICE) for t in next(iter(self.module.train_data()))]
+
+    def transformed(self) -> Net:
+        """The model with its sites at rank 1/4, the plan's costs for a batch of training."""
+        inputs = (self.batch()[0].cpu(),)
+        return dr.transform(self.module.model(), inputs, rank=dr.Ratio(0.25), exclude=self.exclude).to(DEVICE)
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        optimizer: Optimizer = self.module.optimizer(model.parameters())
+        return optimizer
+
+    def step(self, model: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+        """One training step on one batch, forward (compiled) to optimizer."""
+        batch = self.batch()
+        forward = torch.compile(model, fullgraph=True, dynamic=False)
+
+        def step() -> None:
+            self.module.loss(forward(batch[0]), batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
 
 
-def stepper(model: nn.Module, sample: ModuleType, batch: list[Tensor]) -> Callable[[], None]:
-    """One training step on one batch, forward to optimizer."""
-    optimizer = sample.optimizer(model.parameters())
-    forward = torch.compile(model, fullgraph=True, dynamic=False)
-
-    def step() -> None:
-        sample.loss(forward(batch[0]), batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step.optimizer = optimizer  # type: ignore[attr-defined]
-    return step
+DIGITS = Sample("digits (conv, 64 and 128 channels, SGD)", digits, ("stem*", "*shortcut*", "head"))
+CHARS = Sample("chars (transformer, d = 128, AdamW)", chars, ("embed",))
+SAMPLES = (DIGITS, CHARS)
 
 
 def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call."""
     started = time.perf_counter()
     call()
     if DEVICE == "cuda":
@@ -42,6 +76,6 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def task_of(sample: ModuleType) -> Task:
+def task_of(module: ModuleType) -> Task:
     """What a model file trains on."""
-    return Task(sample.train_data(), sample.loss, lambda batch: ((batch[0],), {}), sample.eval_data(), sample.metric)
+    return Task(module.train_data(), module.loss, lambda batch: ((batch[0],), {}), module.eval_data(), module.metric)

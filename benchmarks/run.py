@@ -1,229 +1,104 @@
-"""The figures of the README, measured: `python samples/measure.py` for all, or name parts of it.
+"""Run benchmarks by name: `python benchmarks/run.py steps switch`; `--list` tells the names.
 
-Parts: steps, switch, memory, peak, truncation, startup, scale, shared, onnx, and large, which runs unasked on a GPU
-alone. Each prints a Markdown table. Both sides of a ratio are timed in turn in one run; ratios are medians. `--quick`
-does less of everything, to see that it runs.
+Each prints a Markdown table. Both sides of a ratio are timed in turn in one run; ratios are medians.
 """
 
 from __future__ import annotations
 
-import copy
-import statistics
-import subprocess
+import argparse
 import sys
-import sysconfig
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-import chars
-import digits
-import measure_large
-import measure_passes
 import torch
-from measuring import DEVICE, stepper, table, timed
-from torch import Tensor, nn
 
-import dynrank_fx as dr
-from dynrank_fx import lowrank
-from dynrank_fx.bench import interleaved, machine
-from dynrank_fx.net import Net
-from dynrank_fx.randomness import seed_all
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own folder; the benchmarks are a package
 
-SAMPLES: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
-    ("digits", digits, ("stem*", "*shortcut*", "head")),
-    ("chars", chars, ("embed",)),
+from benchmarks.held import held
+from benchmarks.large import large
+from benchmarks.onnx_files import onnx
+from benchmarks.peak import peak
+from benchmarks.result import Result, Table, load_all, measured_here, save
+from benchmarks.scale import scale
+from benchmarks.shared import shared
+from benchmarks.sites import sites
+from benchmarks.startup import startup
+from benchmarks.steps import steps
+from benchmarks.study.cells import study
+from benchmarks.study.cutting import cutting
+from benchmarks.study.phases import phases
+from benchmarks.study.rivals import rivals
+from benchmarks.switch import switch
+from benchmarks.truncation import truncation
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """run: takes whether to be quick, that is to do less of everything, to see that it runs."""
+
+    name: str
+    description: str
+    run: Callable[[bool], Table]
+
+
+BENCHMARKS = (
+    Benchmark("steps", "A training step: FULL and LOW against the original model, beside the ratio of FLOPs.", steps),
+    Benchmark("switch", "The time of a switch of all sites with their optimizer state, against an epoch.", switch),
+    Benchmark("held", "Bytes of parameters, gradients and optimizer state in each phase, over the original's.", held),
+    Benchmark("peak", "Peak memory of a switch beside the memory before and after it.", peak),
+    Benchmark("truncation", "Truncated SVD to a quarter of the rank, against torch.linalg.svd.", truncation),
+    Benchmark("startup", "The time in which the command answers `--help`.", startup),
+    Benchmark("scale", "The time of capture and of transform over the number of nodes of the graph.", scale),
+    Benchmark("shared", "Query, key and value with one right factor against three, at equal parameters.", shared),
+    Benchmark("sites", "Each site dense and factored in onnxruntime: in the whole model, and by itself.", sites),
+    Benchmark("onnx", "ONNX files, dense against truncated to rank 1/4, beside FLOPs and bytes moved.", onnx),
+    Benchmark("large", "A training step of a GPT with torch.compile and bfloat16, and its peak of memory.", large),
+    Benchmark("phases", "A training step of the study's networks in each phase, over one in FULL.", phases),
+    Benchmark("study", "Which way to train: accuracy after truncation at equal compute (hours).", study),
+    Benchmark("cutting", "How to cut a trained model, and which training is cut best (hours).", cutting),
+    Benchmark("rivals", "The same trained network given to other compression tools, which must be installed.", rivals),
 )
 
 
-def main(parts: Sequence[str], *, quick: bool = False) -> None:
-    known: dict[str, Callable[[bool], None]] = {
-        "steps": steps,
-        "switch": switch,
-        "memory": memory,
-        "peak": peak,
-        "truncation": truncation,
-        "startup": startup,
-        "scale": measure_passes.scale,
-        "shared": measure_passes.shared,
-        "large": measure_large.large,
-        "onnx": measure_large.onnx,
-    }
-    print(f"{machine()}\n")
-    for name in parts or [name for name in known if name != "large" or DEVICE == "cuda" or quick]:
-        if name not in known:
-            sys.exit(f"there is no part {name!r}; choose from {', '.join(known)}")
-        known[name](quick)
-        print()
+def main(arguments: Sequence[str] | None = None) -> None:
+    by_name = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a benchmark, or several")
+    parser.add_argument("--list", action="store_true", help="name the benchmarks")
+    parser.add_argument("--tables", action="store_true", help="print the results that were saved")
+    parser.add_argument("--quick", action="store_true", help="do less of everything, to see that it runs")
+    parser.add_argument("--save", action="store_true", help="keep each result as NAME.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="of the results that are kept")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in by_name]:
+        parser.error(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(by_name)}")
+    if options.quick and options.save and options.out.resolve() == RESULTS:
+        parser.error("what --quick measures is no result: give --out another folder")
+    if not (options.names or options.list or options.tables):
+        parser.error("name a benchmark, or give --list or --tables")
+    if options.list:
+        print("\n".join(f"{benchmark.name:12}{benchmark.description}" for benchmark in BENCHMARKS))
+    if options.tables:
+        print("\n\n".join(result.markdown() for result in load_all(options.out, list(by_name))))
+    for name in options.names:
+        result = run(by_name[name], quick=options.quick)
+        print(result.markdown(), end="\n\n", flush=True)
+        if options.save:
+            print(f"wrote {save(result, options.out)}", file=sys.stderr)
 
 
-def transformed(sample: ModuleType, exclude: tuple[str, ...]) -> Net:
-    batch = next(iter(sample.train_data()))
-    return dr.transform(sample.model(), (batch[0],), rank=dr.Ratio(0.25), exclude=exclude).to(DEVICE)
-
-
-def steps(quick: bool) -> None:
-    """Step time: FULL against the original model, and LOW against dense beside the ratio of their FLOPs."""
-    rows = []
-    for name, sample, exclude in SAMPLES:
-        seed_all(0)
-        batch = [t.to(DEVICE) for t in next(iter(sample.train_data()))]
-        full = transformed(sample, exclude)
-        low, plan = copy.deepcopy(full), dr.plan_of(full)
-        dr.enter_(low, dr.Phase.LOW)
-        original = stepper(sample.model().to(DEVICE), sample, batch)
-        repeats = 5 if quick else 60
-        same = interleaved(original, stepper(full, sample, batch), repeats=repeats)
-        less = interleaved(original, stepper(low, sample, batch), repeats=repeats)
-        flops = (plan.low_flops or 0) / (plan.total_flops or 1)
-        rows.append((name, f"{same.first * 1e3:.1f} ms", f"{same.ratio:.3f}", f"{less.ratio:.2f}", f"{flops:.2f}"))
-    table(("sample", "original step", "FULL / original", "LOW / original", "LOW / original in FLOPs"), rows)
-
-
-def switch(quick: bool) -> None:
-    """Time of a switch with its optimizer state, against an epoch."""
-    rows = []
-    for name, sample, exclude in SAMPLES:
-        seed_all(0)
-        batches = list(sample.train_data())
-        batch = [t.to(DEVICE) for t in batches[0]]
-        net = transformed(sample, exclude)
-        step = stepper(net, sample, batch)
-        for _ in range(3):
-            step()
-        full_step = statistics.median(timed(step) for _ in range(5 if quick else 20))
-        times: dict[dr.Phase, list[float]] = {dr.Phase.LOW: [], dr.Phase.FULL: []}
-        for _ in range(2 if quick else 7):
-            for phase, seconds in times.items():
-                seconds.append(timed(partial(dr.enter_, net, phase, step.optimizer)))  # type: ignore[attr-defined]
-        epoch = full_step * len(batches)
-        low, full = (statistics.median(seconds) for seconds in times.values())
-        rows.append(
-            (name, f"{epoch:.2f} s", f"{low * 1e3:.0f} ms", f"{full * 1e3:.0f} ms", f"{(low + full) / 2 / epoch:.1%}")
-        )
-    table(("sample", "FULL epoch", "FULL to LOW", "LOW to FULL", "a switch, in epochs"), rows)
-
-
-def memory(quick: bool) -> None:
-    """Bytes of parameters, gradients and optimizer state, against those of the original, beside the parameters'
-    ratio.
-    """
-    rows = []
-    for name, sample, exclude in SAMPLES:
-        seed_all(0)
-        batch = [t.to(DEVICE) for t in next(iter(sample.train_data()))]
-        net = transformed(sample, exclude)
-        plan = dr.plan_of(net)
-        dense = held_bytes(sample.model().to(DEVICE), sample, batch)
-        full = held_bytes(net, sample, batch)
-        dr.enter_(net, dr.Phase.LOW)
-        low = held_bytes(net, sample, batch)
-        ideal = plan.low_params / plan.total_params
-        rows.append((name, f"{dense / 1e6:.2f} MB", f"{full / dense:.3f}", f"{low / dense:.3f}", f"{ideal:.3f}"))
-    table(("sample", "original", "FULL / original", "LOW / original", "ideal for LOW"), rows)
-
-
-def held_bytes(model: nn.Module, sample: ModuleType, batch: list[Tensor]) -> int:
-    optimizer = sample.optimizer(model.parameters())
-    sample.loss(model(batch[0]), batch).backward()
-    optimizer.step()
-    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
-    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    total = sum(t.nbytes for t in tensors)
-    optimizer.zero_grad()
-    return total
-
-
-_PEAK = """
-import re, sys, torch
-from torch import nn
-import dynrank_fx as dr
-layers, width, device = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
-net = dr.transform(model, (torch.zeros(2, width),)).to(device)
-del model
-optimizer = torch.optim.AdamW(net.parameters())
-def peak():
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
-def restart():
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        open("/proc/self/clear_refs", "w").write("5")
-for to in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW):
-    net(torch.zeros(2, width, device=device)).sum().backward()
-    optimizer.step(); optimizer.zero_grad()
-    restart(); before = peak()
-    dr.enter_(net, to, optimizer)
-    highest = peak()
-    restart()
-    print(to.name, before, highest, peak())
-"""
-
-
-def peak(quick: bool) -> None:
-    """Peak memory of a switch beside the states before and after it, in a process of its own, AdamW state included."""
-    layers, width = (4, 512) if quick else (24, 2048)
-    command = [sys.executable, "-c", _PEAK, str(layers), str(width), DEVICE]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    site = 4 * width * width / 1e6
-    rows = []
-    for line, label in zip(lines, ("FULL to LOW", "LOW to FULL", "FULL to LOW again"), strict=True):
-        before, highest, after = map(float, line.split()[1:])
-        extra = highest - max(before, after)
-        rows.append((label, f"{before:.0f} MB", f"{highest:.0f} MB", f"{after:.0f} MB", f"{extra / site:.1f}"))
-    print(f"{layers} linear layers of {width}×{width} ({site:.0f} MB each), AdamW:\n")
-    table(("switch", "before", "peak", "after", "peak over the larger, in weights of one site"), rows)
-
-
-def truncation(quick: bool) -> None:
-    """Truncated SVD of random matrices to a quarter of their rank: time and error against torch.linalg.svd."""
-    shapes = ((256, 256), (512, 128)) if quick else ((1024, 1024), (4096, 1024), (2048, 2048))
-    rows = []
-    for m, n in shapes:
-        torch.manual_seed(0)
-        # A trained weight's spectrum falls; this one by a factor of 30 over its length.
-        W = torch.randn(m, n, device=DEVICE) / n**0.5
-        W = (
-            W
-            @ torch.diag(torch.logspace(0, -1.5, n, device=DEVICE))
-            @ torch.linalg.qr(torch.randn(n, n, device=DEVICE)).Q
-        )
-        rank = min(m, n) // 4
-        pair = interleaved(
-            lambda W=W: torch.linalg.svd(W, full_matrices=False),  # type: ignore[misc]
-            lambda W=W, rank=rank: lowrank.truncate(W[None], rank),  # type: ignore[misc]
-            repeats=2 if quick else 7,
-            warmup=1,
-        )
-        B, A = lowrank.truncate(W[None], rank)
-        best = torch.linalg.svdvals(W.double())[rank:].norm()
-        excess = float((W.double() - B[0].double() @ A[0].double()).norm() / best - 1)
-        rows.append(
-            (
-                f"{m}×{n}",
-                rank,
-                f"{pair.first * 1e3:.0f} ms",
-                f"{pair.second * 1e3:.0f} ms",
-                f"{1 / pair.ratio:.1f}×",
-                f"{excess:.1e}",
-            )
-        )
-    table(("matrix", "rank", "torch.linalg.svd", "ours", "faster", "error over the optimum"), rows)
-
-
-def startup(quick: bool) -> None:
-    """Time of `dynrank-fx --help`, as a process."""
-    command = [str(Path(sysconfig.get_path("scripts")) / "dynrank-fx"), "--help"]
-    run = lambda: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
-    run()
-    median = statistics.median(timed(run) for _ in range(3 if quick else 15))
-    table(("command", "median"), [("dynrank-fx --help", f"{median * 1e3:.0f} ms")])
+def run(benchmark: Benchmark, *, quick: bool = False) -> Result:
+    """Measure, here and now."""
+    command = f"python benchmarks/run.py {benchmark.name}{' --quick' if quick else ''}"
+    threads = torch.get_num_threads()
+    try:
+        return measured_here(benchmark.name, benchmark.description, benchmark.run(quick), command)
+    finally:
+        torch.set_num_threads(threads)  # some ask for one
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main([part for part in given if part != "--quick"], quick="--quick" in given)
+    main()

@@ -1,156 +1,99 @@
-"""Dense against truncated: parameters, FLOPs, file size, latency and accuracy, and the layers where factoring is not
-faster.
+"""Which sites are faster as factors, and why the others are not, in onnxruntime on the CPU.
+
+A site is timed twice: as a part of the whole model, by onnxruntime's profile, and by itself, as ``compress`` times it
+to decide. The two should agree. Weights are untrained, since what they are makes no difference to the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from .bench import Pair, interleaved, machine, weight_times
-from .export import onnx_inputs, session
-from .inputs import Inputs, batch_size, with_batch
-from .plan import Plan, PlannedSite
-from .table import text_table
+import dynrank_fx as dr
+from benchmarks.kernels import weight_times
+from benchmarks.measuring import DIGITS
+from benchmarks.result import Column, Table
+from dynrank_fx.export import onnx_inputs, session
+from dynrank_fx.inputs import Inputs, split_inputs, with_batch
+from dynrank_fx.net import Net
+from dynrank_fx.plan import PlannedSite
+from dynrank_fx.randomness import seed_all
+
+STARTING = 20
+"""Microseconds of a kernel so small that starting it is most of it."""
+COLUMNS = (
+    Column("site"),
+    Column("rank"),
+    Column("dense", "µs", ".0f"),
+    Column("factored", "µs", ".0f"),
+    Column("ratio", spec=".2f"),
+    Column("ratio, by itself", spec=".2f"),
+    Column("ratio of FLOPs", spec=".2f"),
+    Column("why it is not faster"),
+)
 
 
 @dataclass(frozen=True)
 class SiteTime:
-    """Microseconds of one site in onnxruntime, dense and factored, with the GFLOP/s each reached."""
+    """Microseconds of one site in the whole model, dense and factored."""
 
     row: PlannedSite
     dense: float
     factored: float
-    batch: int
 
     @property
-    def faster(self) -> float:
-        return self.dense / self.factored
+    def ratio(self) -> float:
+        return self.factored / self.dense
 
     @property
     def why(self) -> str:
         """Empty where the factors are faster; otherwise what the measurement says of the reason."""
-        if self.faster > 1:
+        if self.ratio < 1:
             return ""
-        dense, low = self._rate(self.row.site.flops, self.dense), self._rate(self.row.flops, self.factored)
-        if self.dense < 20:
+        if self.dense < STARTING:
             return f"so little work ({self.dense:.0f} µs) that starting a second kernel costs more than it saves"
-        return f"its two thin stages reach {low:.0f} GFLOP/s where the dense one reaches {dense:.0f}"
-
-    def _rate(self, flops: int | None, microseconds: float) -> float:
-        return (flops or 0) / microseconds / 1e3
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two models: its file, its numbers, and the metric it reaches."""
-
-    path: Path
-    params: int
-    flops: int
-    metric: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What ``compare`` measured. latency: by batch size, (dense, truncated, ratio) in seconds. sites: at the largest
-    batch.
-    """
-
-    dense: Side
-    small: Side
-    latency: Mapping[int, Pair]
-    sites: tuple[SiteTime, ...]
-    provider: str
-    machine: str
-
-    def __str__(self) -> str:
-        rows = [
-            (
-                "parameters",
-                f"{self.dense.params:,}",
-                f"{self.small.params:,}",
-                _ratio(self.small.params, self.dense.params),
-            ),
-            (
-                "FLOPs per example",
-                f"{self.dense.flops:,}",
-                f"{self.small.flops:,}",
-                _ratio(self.small.flops, self.dense.flops),
-            ),
-        ]
-        sizes = [side.path.stat().st_size for side in (self.dense, self.small)]
-        rows.append(("ONNX file", f"{sizes[0] / 1e3:,.0f} kB", f"{sizes[1] / 1e3:,.0f} kB", _ratio(sizes[1], sizes[0])))
-        for batch, pair in self.latency.items():
-            times = f"{pair.first * 1e3:.2f} ms", f"{pair.second * 1e3:.2f} ms"
-            rows.append((f"latency, batch {batch}", *times, f"{pair.ratio:.2f}x"))
-        if self.dense.metric is not None and self.small.metric is not None:
-            points = 100 * (self.small.metric - self.dense.metric)
-            rows.append(("accuracy", f"{self.dense.metric:.2%}", f"{self.small.metric:.2%}", f"{points:+.2f} points"))
-        lines = [text_table(("", "dense", "truncated", "truncated / dense"), rows, right=(1, 2, 3))]
-        lines.append(f"latency: medians of runs in turn, onnxruntime {self.provider}; {self.machine}")
-        if self.sites:
-            lines += ["", self._site_table()]
-        return "\n".join(lines)
-
-    def _site_table(self) -> str:
-        rows = []
-        for time in self.sites:
-            site, flops = time.row.site, time.row.flops
-            share = f"{flops / site.flops:.2f}" if flops and site.flops else ""
-            rows.append(
-                (
-                    site.name,
-                    str(time.row.rank),
-                    f"{time.dense:.0f}",
-                    f"{time.factored:.0f}",
-                    f"{time.faster:.2f}x",
-                    share,
-                    time.why,
-                )
-            )
-        head = ("site", "rank", "dense µs", "factored µs", "speed-up", "FLOPs ratio", "why it is not faster")
-        slow = sum(1 for time in self.sites if time.why)
-        verdict = f"{slow} of {len(self.sites)} sites are not faster" if slow else "every site is faster"
-        batch = self.sites[0].batch
-        return (
-            text_table(head, rows, right=(1, 2, 3, 4, 5))
-            + f"\nper site at batch {batch}, by onnxruntime's profile: {verdict}"
+        dense, low = (
+            (flops or 0) / time / 1e3
+            for flops, time in ((self.row.site.flops, self.dense), (self.row.flops, self.factored))
         )
+        return f"its thin stages reach {low:.0f} GFLOP/s where the dense one reaches {dense:.0f}"
 
 
-def compare(dense: Side, small: Side, inputs: Inputs, plan: Plan, *, batches: tuple[int, ...] = (1, 64)) -> Comparison:
-    """Measure two ONNX files of one model against each other, in turn, at several batch sizes.
+def sites(quick: bool) -> Table:
+    seed_all(0)
+    batch = 8 if quick else 64
+    inputs = with_batch(split_inputs(DIGITS.module.example_inputs()), batch)
+    net = dr.transform(DIGITS.module.model(), inputs, rank=dr.Ratio(0.25), exclude=DIGITS.exclude).eval()
+    alone = dr.SiteTimes(cache=None, repeats=3 if quick else 15)
+    rows = []
+    for time in profiled_(net, inputs, repeats=3 if quick else 20):
+        row = time.row
+        pair = alone.pair([row], row.rank)
+        flops = row.flops / row.site.flops if row.flops and row.site.flops else None
+        mine = None if pair is None else pair.ratio
+        rows.append((row.site.name, row.rank, time.dense, time.factored, time.ratio, mine, flops, time.why))
+    return Table(COLUMNS, tuple(rows), f"{DIGITS.name}, batch {batch}.")
 
-    inputs: example inputs, of the same dtypes and trailing shapes. plan: what was factored, with costs for those
-    inputs.
+
+def profiled_(net: Net, inputs: Inputs, *, repeats: int) -> list[SiteTime]:
+    """The sites of a net, timed in the files of FULL and LOW; one whose kernel cannot be told is left out.
+
+    The net is in LOW afterwards.
     """
-    sessions = [session(side.path) for side in (dense, small)]
-    latency = {batch: _latency(sessions, with_batch(inputs, batch, seed=batch), batch) for batch in batches}
-    counted = batch_size(inputs) or 1
-    feed = onnx_inputs(sessions[0], *with_batch(inputs, counted, seed=0))
-    sites = _site_times(dense.path, small.path, feed, plan, counted)
-    return Comparison(dense, small, latency, sites, sessions[0].get_providers()[0], machine())
-
-
-def _latency(sessions: list[Any], inputs: Inputs, batch: int) -> Pair:
-    runs = [partial(one.run, None, onnx_inputs(one, *inputs)) for one in sessions]
-    return interleaved(runs[0], runs[1], repeats=40, inner=max(1, 16 // batch))
-
-
-def _site_times(dense: Path, small: Path, feed: dict[str, Any], plan: Plan, batch: int) -> tuple[SiteTime, ...]:
-    before, after = weight_times(dense, feed), weight_times(small, feed)
+    plan = dr.plan_of(net)
+    with tempfile.TemporaryDirectory() as folder:
+        dense, small = (Path(folder) / f"{name}.onnx" for name in ("dense", "small"))
+        dr.export_onnx(dr.inline(net), inputs, dense)
+        dr.enter_(net, dr.Phase.LOW)
+        dr.export_onnx(dr.inline(net), inputs, small)
+        feed = onnx_inputs(session(dense), *inputs)
+        before, after = (weight_times(path, feed, repeats=repeats) for path in (dense, small))
     times = []
     for row in plan.sites:
         holder = row.site.name.removesuffix(".weight")
         factors = [after.get(f"{holder}.{name}") for name in row.factor_names]
-        if row.site.name in before and all(factor is not None for factor in factors):
-            times.append(SiteTime(row, before[row.site.name], sum(f for f in factors if f is not None), batch))
-    return tuple(times)
-
-
-def _ratio(small: float, dense: float) -> str:
-    return f"{small / dense:.2f}x"
+        known = [factor for factor in factors if factor is not None]
+        if row.site.name in before and len(known) == len(factors):
+            times.append(SiteTime(row, before[row.site.name], sum(known)))
+    return times

@@ -19,7 +19,7 @@ LEVELS = (
     "finding moments optim overrides plan switched tokens tracing",
     "calibration decay inlining onnxsite packs parameters rewrite setting",
     "export landing planning presets sitetimes task values",
-    "checkpoint compare modeltimes onnxbench pipeline report reranking transition",
+    "checkpoint modeltimes onnxbench pipeline report reranking transition",
     "plots state truncation",
     "candidates compressed phases runplots",
     "compression page train",

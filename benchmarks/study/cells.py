@@ -1,45 +1,40 @@
-"""Run the study: `python samples/study/run.py`. Rows that are done are kept in rows.jsonl and not run again.
+"""The runs of the study: a grid of networks and ways to train them. Rows that are done are kept, and not run again.
 
-Every run has one thread, so that JOBS of them go side by side; times under such load are not reported.
+A row is appended to rows.jsonl when its run ends; RESULTS.md and the pictures are written from all of them. Every run
+has one thread, so that JOBS of them go side by side; times under such load are not reported.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import fnmatch
 import json
 import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from guard import SpectralGuard
-from methods import COST, METHODS, Costs, epochs_within
-from results import write_results
-from tasks import TASKS, StudyTask
 from torch import nn
-from torch.optim import Optimizer
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
-from dynrank_fx.bench import interleaved, machine
+from benchmarks.result import Table
+from benchmarks.study.guard import SpectralGuard
+from benchmarks.study.methods import COST, METHODS, Costs, epochs_within
+from benchmarks.study.tables import summary, write_results
+from benchmarks.study.tasks import TASKS
+from dynrank_fx.bench import machine
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.state import cost_of
-from dynrank_fx.task import precision
-from dynrank_fx.train import Run, Settings, Task, fit
+from dynrank_fx.train import Run, Settings, fit
 
 HERE = Path(__file__).parent
 ROWS, PHASES = HERE / "rows.jsonl", HERE / "phases.json"
 SEEDS = (0, 1, 2)
+JOBS = 2
 MAIN = tuple(list(METHODS)[:8])
 PARTS = tuple(list(METHODS)[8:12])
 PLACEMENT = tuple(list(METHODS)[12:16])
@@ -89,25 +84,19 @@ def cells() -> Iterator[Cell]:
         yield from (Cell("gpt", method, 0.25, "equal compute", seed) for method in GPT)
 
 
-def train(cell: Cell) -> dict[str, Any]:
-    """The row of one cell."""
+def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
+    """The row of one cell. epochs: in place of what the cell says, to see that it runs."""
     started = time.perf_counter()
     task = TASKS[cell.task]
     seed_all(cell.seed)
     net = task.transformed(dr.ranks.Ratio(cell.rank))
     costs = costs_of(net)
-    epochs = task.epochs
-    if cell.compute == "equal compute":
-        epochs = epochs_within(cell.method, epochs, costs, COST * epochs)
-    elif cell.compute == "equal time":
-        auto = kept()[replace(cell, method="auto", compute="equal compute")]
-        times = {phase: json.loads(PHASES.read_text())[cell.task][phase.name]["time"] for phase in dr.Phase}
-        epochs = epochs_within(cell.method, epochs, times, sum(times[dr.Phase[p]] for p in auto["phases"]))
-    elif cell.compute == "three times the epochs":
-        epochs *= 3
-    for compute in ("equal epochs", "equal compute"):
-        if (done := kept().get(replace(cell, compute=compute))) is not None and done["epochs"] == epochs:
-            return {**done, **asdict(cell)}
+    dense_epochs = task.epochs if epochs is None else epochs
+    if epochs is None:
+        epochs = epochs_of(cell, costs)
+        for compute in ("equal epochs", "equal compute"):
+            if (done := kept().get(replace(cell, compute=compute))) is not None and done["epochs"] == epochs:
+                return {**done, **asdict(cell)}
     way = METHODS[cell.method](epochs, costs)
     optimizer = task.optimizer(net.parameters())
     run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
@@ -121,12 +110,12 @@ def train(cell: Cell) -> dict[str, Any]:
     return {
         **asdict(cell),
         "epochs": epochs,
-        "dense_epochs": task.epochs,
+        "dense_epochs": dense_epochs,
         "metric": history[-1]["eval_metric"],
         "loss": history[-1]["eval_loss"],
         "truncated": cut["eval_metric"],
         "truncated_loss": cut["eval_loss"],
-        "spent": history[-1]["spent"] / task.epochs,
+        "spent": history[-1]["spent"] / dense_epochs,
         "phases": [record["phase"] for record in history],
         "metrics": [record["eval_metric"] for record in history],
         "effective_rank": [mean(record["effective_rank"]) for record in history],
@@ -135,6 +124,18 @@ def train(cell: Cell) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(),
     }
+
+
+def epochs_of(cell: Cell, costs: Costs) -> int:
+    """How many epochs a cell trains."""
+    epochs = TASKS[cell.task].epochs
+    if cell.compute == "equal compute":
+        return epochs_within(cell.method, epochs, costs, COST * epochs)
+    if cell.compute == "equal time":
+        auto = kept()[replace(cell, method="auto", compute="equal compute")]
+        times = {phase: json.loads(PHASES.read_text())[cell.task][phase.name]["time"] for phase in dr.Phase}
+        return epochs_within(cell.method, epochs, times, sum(times[dr.Phase[p]] for p in auto["phases"]))
+    return 3 * epochs if cell.compute == "three times the epochs" else epochs
 
 
 def mean(values: dict[str, float]) -> float:
@@ -151,62 +152,6 @@ def costs_of(net: nn.Module) -> Costs:
     return costs
 
 
-def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
-    """What a training step takes in each phase, over one in FULL: FLOPs counted by torch, time, bytes held between
-    steps, and bytes at its peak.
-    """
-    seed_all(0)
-    data = task.data()
-    batch = next(iter(data.train_data))
-    settings = Settings(1, device=task.device, amp=task.amp)
-    steps, found = {}, {}
-    for phase in dr.Phase:
-        net = task.transformed(dr.ranks.Ratio(rank))
-        optimizer = task.optimizer(net.parameters())
-        dr.enter_(net, phase, optimizer)
-        steps[phase] = partial(_step, net, optimizer, data, settings, batch)
-        with FlopCounterMode(display=False) as counter:
-            steps[phase]()
-        held = list(net.parameters())
-        held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        held += [b for name, b in net.named_buffers() if name.endswith(".base")]
-        held_bytes = sum(t.nbytes for t in held)
-        found[phase.name] = {
-            "flops": counter.get_total_flops(),
-            "bytes": held_bytes,
-            "peak": held_bytes + _most_allocated(steps[phase], task.device),
-        }
-    for phase in dr.Phase:
-        found[phase.name]["time"] = interleaved(steps[dr.Phase.FULL], steps[phase], repeats=30).ratio
-    dense = dict(found["FULL"])
-    for values in found.values():
-        values.update({what: values[what] / dense[what] for what in ("flops", "bytes", "peak")})
-    return found
-
-
-def _most_allocated(step: Callable[[], None], device: str) -> int:
-    """The most bytes that the step has allocated at once: activations, gradients, temporaries. On the CPU by torch's
-    profiler.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
-def _step(net: nn.Module, optimizer: Optimizer, data: Task, settings: Settings, batch: Any) -> None:
-    with precision(settings):
-        loss = data.loss(net(batch[0]), batch)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def _work(cell: Cell) -> dict[str, Any]:
     if TASKS[cell.task].device == "cpu":
         torch.set_num_threads(1)
@@ -221,39 +166,27 @@ def kept() -> dict[Cell, dict[str, Any]]:
     return {Cell(*(row[name] for name in Cell.__dataclass_fields__)): row for row in rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="shell patterns of task/method")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--fresh", action="store_true", help="run what is done too")
-    parser.add_argument(
-        "--time", action="store_true", help="measure the phases' steps again: with nothing else running"
-    )
-    options = parser.parse_args()
-    done = {} if options.fresh else kept()
+def study(quick: bool) -> Table:
+    """Run what is missing of the grid (on a GPU, the cells of the GPT too); quick: one of the smallest cells, for two
+    epochs, which is not kept.
+    """
+    if quick:
+        return summary([train(Cell("digits-vit", "auto", 0.25, "equal epochs", 0), epochs=2)])
+    done = kept()
     wanted = [
         cell
         for cell in dict.fromkeys(cells())
-        if cell not in done
-        and (TASKS[cell.task].device == "cpu" or torch.cuda.is_available())
-        and any(fnmatch.fnmatchcase(f"{cell.task}/{cell.method}", p) for p in options.only)
+        if cell not in done and (TASKS[cell.task].device == "cpu" or torch.cuda.is_available())
     ]
     print(f"{len(wanted)} runs to do, {len(done)} are done", file=sys.stderr)
     if wanted:
-        with multiprocessing.get_context("spawn").Pool(options.jobs) as pool, ROWS.open("a") as file:
+        with multiprocessing.get_context("spawn").Pool(JOBS) as pool, ROWS.open("a") as file:
             for i, row in enumerate(pool.imap_unordered(_work, wanted)):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 what = f"{row['task']} / {row['method']} / {row['rank']} / {row['compute']} / {row['seed']}"
-                print(f"{i + 1}/{len(wanted)} {what}: {row['truncated']:.4f} in {row['seconds']:.0f} s", flush=True)
-    phases = json.loads(PHASES.read_text()) if PHASES.exists() else {}
-    if options.time or not phases:
-        torch.set_num_threads(1)
-        there = "cuda" if torch.cuda.is_available() else "cpu"
-        phases |= {name: measured(task, 0.25) for name, task in TASKS.items() if task.device == there}
-        PHASES.write_text(json.dumps(phases, indent=1) + "\n")
-    write_results(list(kept().values()), phases, HERE)
-
-
-if __name__ == "__main__":
-    main()
+                said = f"{i + 1}/{len(wanted)} {what}: {row['truncated']:.4f} in {row['seconds']:.0f} s"
+                print(said, file=sys.stderr, flush=True)
+    rows = list(kept().values())
+    write_results(rows, json.loads(PHASES.read_text()), HERE)
+    return summary(rows)
