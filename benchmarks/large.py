@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dynrank_fx as dr
 from benchmarks.measuring import DEVICE, gpt
 from benchmarks.result import Column, Table
-from dynrank_fx.bench import interleaved
+from dynrank_fx.timing import interleaved
 
 COLUMNS = (
     Column("width"),

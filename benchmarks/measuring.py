@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import dynrank_fx as dr
-from dynrank_fx.net import Net
-from dynrank_fx.train import Task
+from dynrank_fx.training import Task
 
 sys.path.append(str(Path(__file__).parents[1] / "samples"))
 import chars
 import digits
+import gpt  # noqa: F401  (others take it from here)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,7 +40,7 @@ class Sample:
     def batch(self) -> list[Tensor]:
         return [t.to(DEVICE) for t in next(iter(self.module.train_data()))]
 
-    def transformed(self) -> Net:
+    def transformed(self) -> nn.Module:
         """The model with its sites at rank 1/4, the plan's costs for a batch of training."""
         inputs = (self.batch()[0].cpu(),)
         return dr.transform(self.module.model(), inputs, rank=dr.Ratio(0.25), exclude=self.exclude).to(DEVICE)

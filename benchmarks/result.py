@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import onnxruntime
 import torch
 
-from dynrank_fx.bench import device, threads_said
+from dynrank_fx.timing import device, threads_said
 
 Cell: TypeAlias = str | int | float | None
 

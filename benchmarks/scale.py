@@ -9,7 +9,7 @@ from torch import nn
 
 import dynrank_fx as dr
 from benchmarks.result import Column, Table
-from dynrank_fx.bench import interleaved
+from dynrank_fx.timing import interleaved
 
 SIZES = {dr.Capture.SYMBOLIC: (1000, 5000, 20000), dr.Capture.EXPORT: (500, 2000)}
 COLUMNS = (

@@ -9,11 +9,11 @@ from torch import nn
 
 import dynrank_fx as dr
 from benchmarks.measuring import CHARS, DEVICE, chars, task_of
-from benchmarks.result import Column, Table
-from dynrank_fx.bench import interleaved
+from benchmarks.result import Cell, Column, Table
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.switched import switched_modules
-from dynrank_fx.train import Run, Settings, evaluate, fit
+from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.timing import interleaved
+from dynrank_fx.training import Run, Settings, evaluate, fit
 
 ATTENTION = ("*.query", "*.key", "*.value")
 SEPARATE, SHARED = 32, 48  # the same number of parameters: 3 (d + d) r = (3 d + d) R
@@ -41,7 +41,7 @@ def shared(quick: bool) -> Table:
     }
     twins = [copy.deepcopy(each).train() for each in nets.values()]
     times = interleaved(*(CHARS.step(twin, CHARS.optimizer(twin)) for twin in twins), repeats=3 if quick else 40)
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for (label, each), seconds in zip(nets.items(), (times.first, times.second), strict=True):
         errors = [
             float((modules[0].weight.detach() - dense[name]).norm() / dense[name].norm())
@@ -76,4 +76,4 @@ def train(net: nn.Module, phase: dr.Phase, epochs: int) -> None:
 
 
 def accuracy(module: nn.Module) -> float:
-    return float(evaluate(module, task_of(chars), Settings(epochs=0, device=DEVICE))["eval_metric"])
+    return float(evaluate(module, task_of(chars), Settings(epochs=0, device=DEVICE))["eval_metric"] or 0)

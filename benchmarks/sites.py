@@ -10,15 +10,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 import dynrank_fx as dr
 from benchmarks.kernels import weight_times
 from benchmarks.measuring import DIGITS
 from benchmarks.result import Column, Table
-from dynrank_fx.export import onnx_inputs, session
-from dynrank_fx.inputs import Inputs, split_inputs, with_batch
-from dynrank_fx.net import Net
+from dynrank_fx.onnx import onnx_inputs, session
 from dynrank_fx.plan import PlannedSite
 from dynrank_fx.randomness import seed_all
+from dynrank_fx.tracing import Inputs, split_inputs, with_batch
 
 STARTING = 20
 """Microseconds of a kernel so small that starting it is most of it."""
@@ -76,7 +77,7 @@ def sites(quick: bool) -> Table:
     return Table(COLUMNS, tuple(rows), f"{DIGITS.name}, batch {batch}.")
 
 
-def profiled_(net: Net, inputs: Inputs, *, repeats: int) -> list[SiteTime]:
+def profiled_(net: nn.Module, inputs: Inputs, *, repeats: int) -> list[SiteTime]:
     """The sites of a net, timed in the files of FULL and LOW; one whose kernel cannot be told is left out.
 
     The net is in LOW afterwards.

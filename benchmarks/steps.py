@@ -7,8 +7,8 @@ import copy
 import dynrank_fx as dr
 from benchmarks.measuring import SAMPLES
 from benchmarks.result import Column, Table
-from dynrank_fx.bench import interleaved
 from dynrank_fx.randomness import seed_all
+from dynrank_fx.timing import interleaved
 
 COLUMNS = (
     Column("sample"),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks.measuring import DEVICE
 from benchmarks.result import Column, Table
-from dynrank_fx import lowrank
-from dynrank_fx.bench import interleaved
+from dynrank_fx.layouts import svd
+from dynrank_fx.timing import interleaved
 
 COLUMNS = (
     Column("matrix"),
@@ -29,11 +29,11 @@ def truncation(quick: bool) -> Table:
         W, rank = falling(m, n), min(m, n) // 4
         pair = interleaved(
             partial(torch.linalg.svd, W, full_matrices=False),
-            partial(lowrank.truncate, W[None], rank),
+            partial(svd.truncate, W[None], rank),
             repeats=2 if quick else 7,
             warmup=1,
         )
-        B, A = lowrank.truncate(W[None], rank)
+        B, A = svd.truncate(W[None], rank)
         best = torch.linalg.svdvals(W.double())[rank:].norm()
         excess = float((W.double() - B[0].double() @ A[0].double()).norm() / best - 1)
         rows.append((f"{m}×{n}", rank, 1e3 * pair.first, 1e3 * pair.second, 1 / pair.ratio, excess))

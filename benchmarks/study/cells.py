@@ -26,10 +26,9 @@ from benchmarks.study.guard import SpectralGuard
 from benchmarks.study.methods import COST, METHODS, Costs, epochs_within
 from benchmarks.study.tables import summary, write_results
 from benchmarks.study.tasks import TASKS
-from dynrank_fx.bench import machine
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.state import cost_of
-from dynrank_fx.train import Run, Settings, fit
+from dynrank_fx.timing import machine
+from dynrank_fx.training import Run, Settings, cost_of, fit
 
 HERE = Path(__file__).parent
 ROWS, PHASES = HERE / "rows.jsonl", HERE / "phases.json"

@@ -21,10 +21,9 @@ import dynrank_fx as dr
 from benchmarks.result import Column, Table
 from benchmarks.study.cells import PHASES
 from benchmarks.study.tasks import TASKS, StudyTask
-from dynrank_fx.bench import interleaved
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.task import precision
-from dynrank_fx.train import Settings, Task
+from dynrank_fx.timing import interleaved
+from dynrank_fx.training import Settings, Task, precision
 
 COLUMNS = (
     Column("network"),
@@ -76,7 +75,7 @@ def measured(task: StudyTask, rank: float, *, repeats: int) -> dict[str, dict[st
         steps[phase] = partial(train_step, net, optimizer, data, settings, batch)
         with FlopCounterMode(display=False) as counter:
             steps[phase]()
-        held = list(net.parameters())
+        held: list[torch.Tensor] = list(net.parameters())
         held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         held += [b for name, b in net.named_buffers() if name.endswith(".base")]
         held_bytes = sum(t.nbytes for t in held)

@@ -26,7 +26,7 @@ from benchmarks.result import Cell, Column, Table
 from benchmarks.study.cutting import BATCH, accuracy, calibration, exported, flops_of, latency, params, trained
 from benchmarks.study.methods import METHODS
 from benchmarks.study.tasks import TASKS
-from dynrank_fx.onnxcheck import session
+from dynrank_fx.onnx import session
 
 FILES = Path(__file__).parents[2] / "runs" / "rivals"
 Batches = Sequence[tuple[torch.Tensor]]

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 import dynrank_fx as dr
 from benchmarks.measuring import chars, digits, gpt, task_of
-from dynrank_fx.train import Task
+from dynrank_fx.training import Task
 
 
 @dataclass(frozen=True)
