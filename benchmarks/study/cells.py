@@ -88,7 +88,7 @@ def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     task = TASKS[cell.task]
     seed_all(cell.seed)
-    net = task.transformed(dr.ranks.Ratio(cell.rank))
+    net = task.transformed(dr.Ratio(cell.rank))
     costs = costs_of(net)
     dense_epochs = task.epochs if epochs is None else epochs
     if epochs is None:

@@ -69,7 +69,7 @@ def measured(task: StudyTask, rank: float, *, repeats: int) -> dict[str, dict[st
     settings = Settings(1, device=task.device, amp=task.amp)
     steps, found = {}, {}
     for phase in dr.Phase:
-        net = task.transformed(dr.ranks.Ratio(rank))
+        net = task.transformed(dr.Ratio(rank))
         optimizer = task.optimizer(net.parameters())
         dr.enter_(net, phase, optimizer)
         steps[phase] = partial(train_step, net, optimizer, data, settings, batch)
