@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 import dynrank_fx as dr
 from benchmarks.measuring import chars, digits, gpt, task_of
+from dynrank_fx.plan import RankPolicy
 from dynrank_fx.training import Task
 
 
