@@ -78,7 +78,8 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Flat: the table's columns, rows and note stand beside the rest."""
         fields = asdict(self)
-        return {**fields, **fields.pop("table")}
+        table = fields.pop("table")
+        return {**fields, **table}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:

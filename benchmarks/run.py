@@ -57,8 +57,12 @@ BENCHMARKS = (
     Benchmark("onnx", "ONNX files, dense against truncated to rank 1/4, beside FLOPs and bytes moved.", onnx),
     Benchmark("large", "A training step of a GPT with torch.compile and bfloat16, and its peak of memory.", large),
     Benchmark("phases", "A training step of the study's networks in each phase, over one in FULL.", phases),
-    Benchmark("study", "Which way to train: accuracy after truncation at equal compute (hours).", study),
-    Benchmark("cutting", "How to cut a trained model, and which training is cut best (hours).", cutting),
+    Benchmark(
+        "study", "Which way to train: accuracy of many methods at equal compute, time or epochs (takes hours).", study
+    ),
+    Benchmark(
+        "cutting", "How to cut a trained model, and which training leaves one that is cut best (takes hours).", cutting
+    ),
     Benchmark("rivals", "The same trained network given to other compression tools, which must be installed.", rivals),
 )
 
