@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+NAME ?= steps switch held peak truncation startup scale shared sites onnx
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-gpu fuzz zoo bench lint wheel clean
+.PHONY: demo test test-gpu fuzz zoo bench bench-gpu lint wheel clean
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,8 +28,11 @@ fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ
 zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py
 
-bench: $(INSTALLED)         ## the README's figures, measured here
-	$(BIN)/python samples/measure.py
+bench: $(INSTALLED)         ## the figures of the documents, measured here: all that take minutes, or NAME="steps switch"
+	$(BIN)/python benchmarks/run.py $(NAME)
+
+bench-gpu: $(INSTALLED)     ## what only a GPU can say
+	$(BIN)/python benchmarks/run.py large onnx
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ def weight_times(path: Path, feed: Mapping[str, Any], *, repeats: int = 20) -> d
         events = json.loads(Path(session.end_profiling()).read_text())
     times: dict[str, list[float]] = {}
     for event in events:
-        name = event["name"].removesuffix("_kernel_time").removesuffix("_nchwc")
+        name = event["name"].removeprefix("fused ").removesuffix("_kernel_time").removesuffix("_nchwc")
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and name in owners:
             times.setdefault(owners[name], []).append(event["dur"])
     return {weight: statistics.median(values[3:] or values) for weight, values in times.items()}
