@@ -183,7 +183,7 @@ def values(plan: Plan, low: bool) -> float:
             ops = [(use.op, row.site.shape)]
             if low:
                 shapes = row.layout.factor_shapes(row.site.shape, row.rank)
-                ops = [(stage, shapes[index]) for stage, index in row.layout.stages(use.op)]
+                ops = [(stage, shapes[index]) for stage, index in row.layout.stages(use.op, row.rank)]
             for op, weight in ops:
                 out = op.output_shape(shape, weight)
                 total += math.prod(shape) + math.prod(out)
