@@ -73,7 +73,7 @@ def compared(dense: Side, small: Side) -> str:
         ("FLOPs per example", f"{dense.flops:,}", f"{small.flops:,}", f"{small.flops / dense.flops:.2f}x"),
         ("ONNX file", f"{sizes[0] / 1e3:,.0f} kB", f"{sizes[1] / 1e3:,.0f} kB", f"{sizes[1] / sizes[0]:.2f}x"),
     ]
-    timings = bench_onnx(small.file, dense.file, batch_sizes=(1, 64))
+    timings = bench_onnx(small.file, dense.file, batch_sizes=(1, 64), repeats=40)
     for after, before in zip(timings[::2], timings[1::2], strict=True):
         times = f"{1e3 * before.median:.2f} ms", f"{1e3 * after.median:.2f} ms", f"{after.ratio:.2f}x"
         rows.append((f"latency, batch {after.batch}", *times))
