@@ -21,7 +21,7 @@ Costs = Mapping[Phase, float]
 
 def _paper(epochs: int, last: Phase) -> Preset:
     """The paper's placement on CIFAR-10, 55 and 120 of 150 epochs, random init, a fresh optimizer at each switch."""
-    schedule = dr.schedules.FullBetween(round(epochs * 55 / 150), round(epochs * 120 / 150), last)
+    schedule = Chosen(frozenset(range(round(epochs * 55 / 150), round(epochs * 120 / 150))), last)
     return Preset(schedule, carry=Carry.RESET, decay=dr.Decay.EACH, random_init=True)
 
 
@@ -36,7 +36,7 @@ def _block(start: float) -> Callable[[int, Costs], Preset]:
     def way(epochs: int, costs: Costs) -> Preset:
         length = _full_epochs(epochs, costs)
         first = round(start * (epochs - length))
-        return Preset(dr.schedules.FullBetween(first, first + length))
+        return Preset(Chosen(frozenset(range(first, first + length))))
 
     return way
 
@@ -50,12 +50,15 @@ def _spread(epochs: int, costs: Costs) -> Preset:
 
 @dataclass(frozen=True)
 class Chosen:
-    """FULL in these epochs, LOW in all others."""
+    """FULL in these epochs, ``last`` after all of them, LOW else."""
 
     full: frozenset[int]
+    last: Phase = LOW
 
     def __call__(self, state: TrainState) -> Phase:
-        return FULL if state.epoch in self.full else LOW
+        if state.epoch in self.full:
+            return FULL
+        return self.last if state.epoch > max(self.full, default=0) else LOW
 
 
 def _interleaved(epochs: int, costs: Costs) -> Preset:

@@ -5,11 +5,9 @@ The learning rate of each task is the best of a row of doublings for dense train
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import chars
-import digits
-import gpt
-
 import dynrank_fx as dr
+from benchmarks.measuring import chars, digits, gpt, task_of
 from dynrank_fx.plan import RankPolicy
 from dynrank_fx.training import Task
 
@@ -77,10 +71,6 @@ class Layer(chars.Layer):
         return x + self.mlp(self.norm2(x))
 
 
-def _data(module: Any) -> Task:
-    return Task(module.train_data(), module.loss, lambda batch: ((batch[0],), {}), module.eval_data(), module.metric)
-
-
 def _steps(optimizer: Optimizer, epochs: int) -> MultiStepLR:
     return MultiStepLR(optimizer, [round(epochs * 2 / 3), round(epochs * 5 / 6)], 0.1)
 
@@ -99,17 +89,19 @@ def _sgd(lr: float, parameters: Any) -> SGD:
 
 def _chars(width: int, lr: float) -> StudyTask:
     model = partial(chars.CharTransformer, width, 4, 2)
-    return StudyTask(f"chars-{width}", 12, model, partial(_data, chars), partial(_adamw, lr), CosineAnnealingLR)
+    return StudyTask(f"chars-{width}", 12, model, partial(task_of, chars), partial(_adamw, lr), CosineAnnealingLR)
 
 
 TASKS = {
     task.name: task
     for task in (
-        StudyTask("digits-conv", 12, digits.DigitNet, partial(_data, digits), partial(_sgd, 0.05), _steps),
-        StudyTask("digits-vit", 24, DigitTransformer, partial(_data, digits), partial(_adamw, 2e-3), CosineAnnealingLR),
+        StudyTask("digits-conv", 12, digits.DigitNet, partial(task_of, digits), partial(_sgd, 0.05), _steps),
+        StudyTask(
+            "digits-vit", 24, DigitTransformer, partial(task_of, digits), partial(_adamw, 2e-3), CosineAnnealingLR
+        ),
         _chars(64, 8e-3),
         _chars(128, 4e-3),
         # Its rate is not tuned: one in common use at this size.
-        StudyTask("gpt", 12, gpt.GPT, partial(_data, gpt), partial(_fused, 6e-4), CosineAnnealingLR, device="cuda"),
+        StudyTask("gpt", 12, gpt.GPT, partial(task_of, gpt), partial(_fused, 6e-4), CosineAnnealingLR, device="cuda"),
     )
 }

@@ -9,9 +9,45 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.result import Column, Table
+
 Row = dict[str, Any]
 
-_COMMAND = "python samples/study/run.py"
+_COMMAND = "python benchmarks/run.py study"
+COMPUTES = ("equal compute", "equal time", "equal epochs", "three times the epochs")
+COLUMNS = (
+    Column("network"),
+    Column("rank", spec="g"),
+    Column("compared at"),
+    Column("method"),
+    Column("seeds"),
+    Column("compute", spec=".2f"),
+    Column("accuracy", "%", ".2f"),
+    Column("its deviation", spec=".2f"),
+    Column("truncated", "%", ".2f"),
+    Column("its deviation", spec=".2f"),
+)
+
+
+def summary(rows: list[Row]) -> Table:
+    """A line for each method, network, rank and comparison, over the seeds."""
+    lines = []
+    for key in dict.fromkeys((r["task"], r["rank"], r["compute"], r["method"]) for r in rows):
+        some = [r for r in rows if (r["task"], r["rank"], r["compute"], r["method"]) == key]
+        spent = statistics.mean(r["spent"] for r in some)
+        scores = (*_mean_and_deviation(some, "metric"), *_mean_and_deviation(some, "truncated"))
+        lines.append((*key, len(some), spent, *scores))
+    lines.sort(key=lambda line: (line[0], line[1] != 0.25, line[1], COMPUTES.index(line[2])))
+    note = (
+        "Held-out accuracy in percent, as trained and after truncation: mean and standard deviation over the seeds. "
+        "Compute is in FLOPs, over dense training for all epochs of the task."
+    )
+    return Table(COLUMNS, tuple(lines), note)
+
+
+def _mean_and_deviation(rows: list[Row], what: str) -> tuple[float, float | None]:
+    values = [100 * row[what] for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def write_results(rows: list[Row], phases: dict[str, dict[str, dict[str, float]]], folder: Path) -> None:
@@ -19,7 +55,7 @@ def write_results(rows: list[Row], phases: dict[str, dict[str, dict[str, float]]
     parts = [_head(rows), _phases(phases)]
     for task in dict.fromkeys(row["task"] for row in rows):
         parts.append(f"## {task}")
-        for compute in ("equal compute", "equal time", "equal epochs", "three times the epochs"):
+        for compute in COMPUTES:
             some = [r for r in rows if (r["task"], r["compute"], r["rank"]) == (task, compute, 0.25)]
             if some:
                 parts += [f"Rank 1/4, {compute}:", _methods(some, phases.get(task, {}))]
@@ -38,7 +74,7 @@ def _head(rows: list[Row]) -> str:
         "# The study\n\n"
         f"Written by `{_COMMAND}`, a row at a time (`rows.jsonl`), seeds {', '.join(map(str, seeds))}; machine: "
         f"{machines}, two cores, one thread a run; {sum(row['seconds'] for row in rows) / 3600:.1f} hours of one core. "
-        "`--only 'chars-64/auto'` runs a part. Mean and standard deviation over the seeds that are done. *Epochs*: of "
+        "Mean and standard deviation over the seeds that are done. *Epochs*: of "
         "the method, with the learning-rate schedule stretched to them; at equal compute as many as 0.75 of dense "
         "training's FLOPs allow, at equal time as many as the measured time of `auto` allows. *Compute*: FLOPs over "
         "those of dense training at the task's own number of epochs, by the plan; *time*: the same by measured step "

@@ -1,8 +1,8 @@
-"""How to cut a trained model, and which training leaves one that is cut best: `python samples/study/cutting.py`.
+"""How to cut a trained model, and which training leaves one that is cut best.
 
 Writes cutting.json, a picture for each network and the tables in CUTTING.md. Three seeds, 16 batches of training
-inputs each; the files of seed 0 are timed when nothing else runs any more. Started anew it goes on: a seed of a network
-that is in cutting.json is not made again, and files wait to be timed in runs/cutting.
+inputs each; the files of seed 0 are timed when all else is done. Started anew it goes on: a seed of a network that is
+in cutting.json is not made again, and files wait to be timed in runs/cutting.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from methods import METHODS
-from run import costs_of
-from tasks import TASKS, StudyTask
 from torch import nn
 
 import dynrank_fx as dr
+from benchmarks.result import Cell, Column, Table
+from benchmarks.study.cells import costs_of
+from benchmarks.study.methods import METHODS
+from benchmarks.study.tasks import TASKS, StudyTask
 from dynrank_fx.compression import Candidates
 from dynrank_fx.onnx import bound, loaded, random_inputs, session, table_rows
 from dynrank_fx.randomness import seed_all
@@ -56,13 +57,14 @@ TRAININGS: dict[str, Callable[[int, Any], Preset]] = {
 }
 
 
-def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0) -> nn.Module:
-    """A net after the task's epochs."""
+def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0, epochs: int | None = None) -> nn.Module:
+    """A net after the task's epochs, or so many."""
     seed_all(seed)
+    epochs = epochs or task.epochs
     net = task.transformed(dr.Ratio(0.25))
-    preset, optimizer = way(task.epochs, costs_of(net)), task.optimizer(net.parameters())
-    run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, task.epochs))
-    fit(run, task.data(), Settings(task.epochs, compile=False, **preset.settings))
+    preset, optimizer = way(epochs, costs_of(net)), task.optimizer(net.parameters())
+    run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, epochs))
+    fit(run, task.data(), Settings(epochs, compile=False, **preset.settings))
     return net.eval()
 
 
@@ -113,22 +115,28 @@ def flops_of(model: nn.Module, inputs: tuple[torch.Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def points(name: str, seed: int) -> list[dict[str, Any]]:
-    """Every training, way and size of a network and a seed; those of seed 0 have their file."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def points(
+    name: str,
+    seed: int,
+    *,
+    epochs: int | None = None,
+    ratios: Sequence[float] = RATIOS,
+    trainings: Sequence[str] = tuple(TRAININGS),
+    files: bool = True,
+) -> list[dict[str, Any]]:
+    """Every training, way and size of a network and a seed; those of seed 0 have their file, where files are wanted."""
     task = TASKS[name]
     found: list[dict[str, Any]] = []
 
     def add(training: str, way: str, ratio: float | None, model: nn.Module) -> None:
         point = {"task": name, "seed": seed, "training": training, "way": way, "ratio": ratio, "params": params(model)}
         found.append({**point, "flops": flops_of(model, batches[0]), "accuracy": accuracy(model, data)})
-        if seed == 0:
+        if seed == 0 and files:
             found[-1]["file"] = exported(model, batches[0], FILES, f"{name}-{len(found)}").name
         print(found[-1], file=sys.stderr, flush=True)
 
-    for training, way in TRAININGS.items():
-        net = trained(task, way, seed)
+    for training in trainings:
+        net = trained(task, TRAININGS[training], seed, epochs)
         data, batches = task.data(), calibration(task)
         full = copy.deepcopy(net)
         dr.enter_(full, dr.Phase.FULL)
@@ -136,7 +144,7 @@ def points(name: str, seed: int) -> list[dict[str, Any]]:
         add(training, "", None, dense)
         low = {row.site.name: row.rank for row in dr.plan_of(net).sites if phases[row.site.name] is dr.Phase.LOW}
         candidates = Candidates(full, dense, batches, dr.calibrate(full, batches), low=low)
-        for ratio in RATIOS:
+        for ratio in ratios:
             for cut, model in cuts(full, ratio, candidates).items():
                 add(training, cut, ratio, model)
     return found
@@ -204,7 +212,7 @@ def _scatter(found: Sequence[dict[str, Any]]) -> str:
 def write(found: Sequence[dict[str, Any]]) -> None:
     """CUTTING.md and the pictures."""
     about = _ABOUT.format(scatter=_scatter(found))
-    parts = [f"# How to cut\n\nWritten by `python samples/study/cutting.py`; {machine()}. {about}"]
+    parts = [f"# How to cut\n\nWritten by `python benchmarks/run.py cutting`; {machine()}. {about}"]
     for name in dict.fromkeys(p["task"] for p in found):
         mine = [p for p in found if p["task"] == name]
         draw(mine, name)
@@ -238,12 +246,15 @@ _ABOUT = (
 )
 
 
-def main() -> None:
-    names, path = sys.argv[1:] or list(BATCH), HERE / "cutting.json"
+def cutting(quick: bool) -> Table:
+    """Make what is missing, time all files and write everything; quick: one training, not kept and not timed."""
+    if quick:
+        return summary(points("digits-vit", 0, epochs=1, ratios=(0.25,), trainings=("dense",), files=False))
+    path = HERE / "cutting.json"
     known = json.loads(path.read_text()) if path.exists() else []
     FILES.mkdir(parents=True, exist_ok=True)
     there = {(point["task"], point["seed"]) for point in known}
-    missing = [(name, seed) for seed in SEEDS for name in names if (name, seed) not in there]
+    missing = [(name, seed) for seed in SEEDS for name in BATCH if (name, seed) not in there]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for found in pool.imap(_points, missing):
             known += found
@@ -252,11 +263,28 @@ def main() -> None:
     known.sort(key=lambda point: (list(BATCH).index(point["task"]), point["seed"]))
     path.write_text(json.dumps(known, indent=1) + "\n")
     write(known)
+    return summary(known)
+
+
+def summary(found: Sequence[dict[str, Any]]) -> Table:
+    """A line for each network, training and size: the mean accuracy over the seeds."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, training in dict.fromkeys((p["task"], p["training"]) for p in found):
+        mine = [p for p in found if p["task"] == name and p["training"] == training]
+        whole = of(mine, training, "", None)
+        for ratio in sorted({p["ratio"] for p in mine if p["ratio"]}):
+            some = {way: of(mine, training, way, ratio) for way in WAYS}
+            size = mean(some[WAYS[0]], "params") / mean(whole, "params")
+            scores = [100 * mean(each, "accuracy") for each in (whole, *some.values())]
+            rows.append((name, len(whole), training, size, *scores))
+    head = Column("network"), Column("seeds"), Column("training"), Column("share of parameters", spec=".2f")
+    ways = (Column(way, "%", ".2f") for way in ("not cut", *WAYS))
+    return Table(
+        (*head, *ways), tuple(rows), "Held-out accuracy; CUTTING.md of the study has the times and deviations."
+    )
 
 
 def _points(cell: tuple[str, int]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     return points(*cell)
-
-
-if __name__ == "__main__":
-    main()

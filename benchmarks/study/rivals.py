@@ -1,9 +1,9 @@
-"""The same trained network and calibration data given to other tools: `python samples/study/rivals.py`, which prints a
-table.
+"""The same trained network and calibration data given to other tools.
 
-Needs `pip install comprexx tensorly tensorly-torch torch-pruning`. Seed 0, dense training, 16 batches of training
-inputs; every tool's result gets its batch norms recalibrated on them and, in a column of its own, the same 100 steps
-towards the dense model's outputs. All files (runs/rivals) are timed at the end, when nothing else runs.
+Needs `pip install comprexx tensorly tensorly-torch torch-pruning`; a tool that is not there has a row that says so.
+Seed 0, dense training, 16 batches of training inputs; every tool's result gets its batch norms recalibrated on them
+and, in a column of its own, the same 100 steps towards the dense model's outputs. All files (runs/rivals) are timed at
+the end.
 """
 
 from __future__ import annotations
@@ -18,30 +18,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cutting import BATCH, accuracy, calibration, exported, flops_of, latency, params, trained
-from methods import METHODS
-from tasks import TASKS, chars
 from torch import nn
 
 import dynrank_fx as dr
+from benchmarks.measuring import chars
+from benchmarks.result import Cell, Column, Table
+from benchmarks.study.cutting import BATCH, accuracy, calibration, exported, flops_of, latency, params, trained
+from benchmarks.study.methods import METHODS
+from benchmarks.study.tasks import TASKS
 from dynrank_fx.onnx import session
-from dynrank_fx.timing import machine
 
 FILES = Path(__file__).parents[2] / "runs" / "rivals"
 Batches = Sequence[tuple[torch.Tensor]]
-HEAD = ("network", "tool", "accuracy", "+ 100 steps", "parameters", "FLOPs", "file", "time")
+COLUMNS = (
+    Column("network"),
+    Column("tool"),
+    Column("accuracy", "%", ".2f"),
+    Column("+ 100 steps", "%", ".2f"),
+    Column("parameters", spec=".2f"),
+    Column("FLOPs", spec=".2f"),
+    Column("file", spec=".2f"),
+    Column("time", spec=".2f"),
+    Column("what went wrong"),
+)
 KEPT = 0.3
 """The share of the parameters that every tool which can be told is told to keep."""
 
 
 @dataclass
 class Field:
-    """What is compared on: the dense model, its task, the batches; the rows so far, each with its file, if any."""
+    """What is compared on: the dense model, its task, the batches; the rows so far but for the time, with their files.
+
+    steps: of the recovery.
+    """
 
     name: str
     dense: nn.Module
     batches: Batches
-    rows: list[tuple[list[str], Path | None]] = field(default_factory=list)
+    steps: int = 100
+    rows: list[tuple[tuple[Cell, ...], Path | None]] = field(default_factory=list)
 
     def file(self, model: nn.Module, name: str) -> Path:
         return exported(model, self.batches[0], FILES, f"{self.name}-{name}")
@@ -54,15 +69,15 @@ class Field:
         """A row of a module."""
         data, model = TASKS[self.name].data(), model.eval()
         dr.recalibrate_(model, self.batches)
-        plain, recovered = accuracy(model, data), copy.deepcopy(model)
-        after = ""
+        plain, after = accuracy(model, data), None
         if tool != "dense":
-            dr.recover_(recovered, self.dense, self.batches, 100)
-            after = f"{100 * accuracy(recovered, data):.2f} %"
+            recovered = copy.deepcopy(model)
+            dr.recover_(recovered, self.dense, self.batches, self.steps)
+            after = 100 * accuracy(recovered, data)
         path = self.file(model, f"{len(self.rows)}" if tool != "dense" else "dense")
-        size = f"{params(model) / params(self.dense):.2f}"
-        flops = f"{flops_of(model, self.batches[0]) / flops_of(self.dense, self.batches[0]):.2f}"
-        self._row(tool, f"{100 * plain:.2f} %", after, size, flops, path)
+        size = params(model) / params(self.dense)
+        flops = flops_of(model, self.batches[0]) / flops_of(self.dense, self.batches[0])
+        self._row(tool, 100 * plain, after, size, flops, path)
 
     def add_file(self, tool: str, path: Path) -> None:
         """A row of an ONNX file that stands for no module."""
@@ -73,17 +88,28 @@ class Field:
             return torch.from_numpy(opened.run(None, {inputs: x.numpy()})[0])
 
         scores = [float(data.metric(run(batch[0]), batch)) for batch in data.eval_data or ()]  # type: ignore[misc]
-        self._row(tool, f"{100 * sum(scores) / len(scores):.2f} %", "", "", "", path)
+        self._row(tool, 100 * sum(scores) / len(scores), None, None, None, path)
 
-    def _row(self, tool: str, plain: str, after: str, size: str, flops: str, path: Path) -> None:
+    def fail(self, tool: str, error: Exception) -> None:
+        """A row of a tool that did not do it."""
+        said = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {said[0][:90] if said else ''}"
+        self._keep((self.name, tool, None, None, None, None, None, what), None)
+
+    def _row(
+        self, tool: str, plain: float, after: float | None, size: float | None, flops: float | None, path: Path
+    ) -> None:
         length = path.stat().st_size / self.reference.stat().st_size
-        self.rows.append(([self.name, tool, plain, after, size, flops, f"{length:.2f}"], path))
-        print(self.rows[-1][0], file=sys.stderr, flush=True)
+        self._keep((self.name, tool, plain, after, size, flops, length, ""), path)
 
-    def timed(self) -> list[list[str]]:
+    def _keep(self, row: tuple[Cell, ...], path: Path | None) -> None:
+        self.rows.append((row, path))
+        print(*row, sep="  ", file=sys.stderr, flush=True)
+
+    def timed(self) -> list[tuple[Cell, ...]]:
         """The rows, with their file's time over the dense model's."""
         times = [None if path is None else latency(path, self.reference, BATCH[self.name]) for _, path in self.rows]
-        return [[*row, "" if each is None else f"{each:.2f}"] for (row, _), each in zip(self.rows, times, strict=True)]
+        return [(*row[:-1], each, row[-1]) for (row, _), each in zip(self.rows, times, strict=True)]
 
 
 def ours(on: Field, net: nn.Module) -> None:
@@ -188,26 +214,21 @@ def quantization(on: Field, small: nn.Module) -> None:
                     quantize_dynamic(str(ready), str(target))
                 on.add_file(f"onnxruntime int8, {way}, of {label}", target)
             except Exception as error:
-                failed(on, f"onnxruntime int8, {way}, of {label}", error)
+                on.fail(f"onnxruntime int8, {way}, of {label}", error)
 
 
 def attempt(on: Field, label: str, make: Callable[[], nn.Module]) -> None:
     try:
         on.add(label, make())
     except Exception as error:  # other tools' own
-        failed(on, label, error)
+        on.fail(label, error)
 
 
-def failed(on: Field, label: str, error: Exception) -> None:
-    said = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
-    on.rows.append(([on.name, label, f"does not work: {said}", "", "", "", ""], None))
-    print(on.rows[-1][0], file=sys.stderr, flush=True)
-
-
-def compared(name: str) -> Field:
+def compared(name: str, epochs: int | None = None) -> Field:
+    """A network in every tool. epochs: of its training, in place of the task's, to see that it runs."""
     task = TASKS[name]
-    net = trained(task, METHODS["dense"])
-    on = Field(name, dr.inline(net).eval(), calibration(task))
+    net = trained(task, METHODS["dense"], epochs=epochs)
+    on = Field(name, dr.inline(net).eval(), calibration(task), steps=100 if epochs is None else 1)
     original = task.model()  # the others look for layers of torch's classes
     original.load_state_dict(net.state_dict())
     on.dense = original.eval()
@@ -218,21 +239,18 @@ def compared(name: str) -> Field:
         try:
             other(on)
         except Exception as error:
-            failed(on, other.__name__, error)
+            on.fail(other.__name__, error)
     quantization(on, small)
     return on
 
 
-def main() -> None:
+def rivals(quick: bool) -> Table:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    warnings.simplefilter("ignore")
     FILES.mkdir(parents=True, exist_ok=True)
-    fields = [compared(name) for name in sys.argv[1:] or ("digits-conv", "chars-64")]
-    input("Done but for the times: press Enter when nothing else runs. ")
-    lines = [HEAD, ["---"] * len(HEAD), *(row for each in fields for row in each.timed())]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    print(f"\n{machine()}")
-
-
-if __name__ == "__main__":
-    main()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fields = (
+            [compared("digits-vit", epochs=1)] if quick else [compared(name) for name in ("digits-conv", "chars-64")]
+        )
+    rows = [row for each in fields for row in each.timed()]
+    return Table(COLUMNS, tuple(rows), f"Parameters, FLOPs, file and time are over dense; {KEPT} were to be kept.")
