@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..layouts import singular_values
 from ..plan import Cost, Curve, Plan, PlannedSite, RankPolicy, checked_policy, costs_of, ranks_by_policy
-from ..rewrite import Switched, plan_of, switched_modules
-from ..tracing import unwrap
+from ..rewrite import SiteGroup, plan_of, site_groups
 
 
 def reranked(net: nn.Module, policy: RankPolicy, *, ladder: int = 16) -> Plan:
@@ -56,7 +55,7 @@ Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""
 
 
-Timing: TypeAlias = Callable[[Sequence[PlannedSite]], Cost | None]
+LatencyOf: TypeAlias = Callable[[Sequence[PlannedSite]], Cost | None]
 """What a site, or those that share a factor, take in measured time, in shares of the dense model's; None: not known."""
 
 
@@ -66,7 +65,7 @@ def rank_units(
     ladder: int | None = None,
     multiple_of: int = 1,
     spectrum: Spectrum | None = None,
-    timing: Timing | None = None,
+    latency: LatencyOf | None = None,
     margin: float | None = None,
     weights: Mapping[str, float] = _NONE,
     extra: Mapping[str, int] = _NONE,
@@ -74,22 +73,22 @@ def rank_units(
 ) -> list[RankUnit]:
     """What of the net gets ranks, with curves of its present weights.
 
-    ladder: see ``reranked``; by default ranks are the multiples of multiple_of. timing: adds a cost of ``latency``;
+    ladder: see ``reranked``; by default ranks are the multiples of multiple_of. latency: adds a cost of that name;
     margin: then leaves only the ranks that are faster than dense by more than this share of its time. weights: of the
     curves, by the first name. extra: parameters that a cut adds besides the factors, by the first name. known: ranks
     that weights have, by the first name.
     """
-    plan, modules = plan_of(net), switched_modules(unwrap(net))
+    plan = plan_of(net)
     totals = {"params": plan.total_params, "flops": plan.total_flops}
     rows = {row.site.name: row for row in plan.sites}
     found = []
-    for names in dict.fromkeys(row.pack or (row.site.name,) for row in plan.sites):
-        unit = tuple(rows[name] for name in names)
-        costs = costs_of([row.site for row in unit], unit[0].layout, totals)
-        costs["params"] = _with_extra(costs["params"], extra.get(names[0], 0) / max(plan.total_params, 1))
-        curve = _curve(unit, [modules[name][0] for name in names], ladder, multiple_of, costs, spectrum)
-        curve = replace(curve, weight=weights.get(names[0], 1.0), rank=known.get(names[0], 0))
-        found.append(RankUnit(unit, curve if timing is None else _timed(curve, timing(unit), margin)))
+    for group in site_groups(net, rows):
+        planned = tuple(rows[name] for name in group.names)
+        costs = costs_of([row.site for row in planned], group.layout, totals)
+        costs["params"] = _with_extra(costs["params"], extra.get(group.name, 0) / max(plan.total_params, 1))
+        curve = _curve(group, ladder, multiple_of, costs, spectrum)
+        curve = replace(curve, weight=weights.get(group.name, 1.0), rank=known.get(group.name, 0))
+        found.append(RankUnit(planned, curve if latency is None else _timed(curve, latency(planned), margin)))
     return found
 
 
@@ -110,27 +109,21 @@ def _timed(curve: Curve, time: Cost | None, margin: float | None) -> Curve:
 
 
 def _curve(
-    unit: Sequence[PlannedSite],
-    modules: Sequence[Switched],
+    group: SiteGroup,
     ladder: int | None,
     multiple_of: int,
     costs: dict[str, Cost],
     given: Spectrum | None,
 ) -> Curve:
-    layout = unit[0].layout
-    shape = (sum(row.site.shape[0] for row in unit), *unit[0].site.shape[1:])
-    limit = layout.max_rank(shape)
+    layout, limit = group.layout, group.layout.max_rank(group.shape)
 
     def spectrum() -> Tensor:
-        weights = [module.weight.detach() for module in modules]
-        values = given(unit[0].site.name, torch.cat(weights)) if given is not None else None
-        if values is None and len(modules) == 1:
-            values = modules[0].spectrum()
+        values = None if given is None else given(group.name, group.weight)
         if values is None:
-            values = singular_values(layout.to_matrix(torch.cat(weights)))
+            values = singular_values(layout.to_matrix(group.weight)) if group.shared else group.owner.spectrum()
         return torch.nn.functional.pad(values, (0, limit - values.shape[-1]))
 
     rungs: tuple[int, ...] = () if multiple_of == 1 else (*range(multiple_of, limit, multiple_of), limit)
     if ladder is not None:
         rungs = tuple(sorted({-(-limit * step // ladder) for step in range(1, ladder + 1)}))
-    return Curve(unit[0].site.name, limit, spectrum, layout.matrix_shape(shape), rungs, costs)
+    return Curve(group.name, limit, spectrum, layout.matrix_shape(group.shape), rungs, costs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..layouts import Layout
 from ..ops import Shape
@@ -59,8 +60,14 @@ class SiteGroup:
 
     @property
     def shape(self) -> Shape:
-        """That of the weight which the right factor is of: the weights of all sites, one above the other."""
+        """That of ``weight``."""
         return (sum(module.shape[0] for module in self.firsts), *self.owner.shape[1:])
+
+    @property
+    def weight(self) -> Tensor:
+        """What the right factor is of: the weights of all sites, one above the other, dense in every phase."""
+        weights = [module.weight.detach() for module in self.firsts]
+        return torch.cat(weights) if self.shared else weights[0]
 
 
 def site_groups(net: nn.Module, names: Iterable[str] | None = None) -> list[SiteGroup]:

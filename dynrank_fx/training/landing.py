@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layouts import Factors, Layout, full_precision
+from ..layouts import Factors, Layout, at_least_float32, full_precision
 from ..phase import Phase
 from ..phases import phases_in
 from ..rewrite import SiteGroup, site_groups
@@ -78,11 +78,11 @@ class Landing:
         stacked = torch.cat([w for w in weights if w is not None]) if group.shared else weights[0]
         assert stacked is not None
         # Diverged: whoever trains will say so, and better.
-        W = torch.nan_to_num(_exact(stacked), 0.0, 0.0, 0.0)
+        W = torch.nan_to_num(at_least_float32(stacked), 0.0, 0.0, 0.0)
         with full_precision():
             last = self.bases.get(group.name, ())
             kept, self.bases[group.name] = group.layout.followed(W, group.owner.rank, last)
-            new = torch.lerp(_exact(stacked), kept, c)
+            new = torch.lerp(at_least_float32(stacked), kept, c)
         sizes = [module.shape[0] for module in group.firsts]
         for weight, part in zip(weights, new.split(sizes) if group.shared else [new], strict=True):
             assert weight is not None
@@ -93,12 +93,7 @@ class Landing:
         last = self.bases.get(sites[0], ())
         if layout.exact or not last:
             return None
-        return tuple(each.to(weight.dtype) for each in layout.followed(_exact(weight), rank, last)[1])
-
-
-def _exact(weight: Tensor) -> Tensor:
-    """In float32 at least."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return tuple(each.to(weight.dtype) for each in layout.followed(at_least_float32(weight), rank, last)[1])
 
 
 def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Phase]) -> dict[str, int]:
