@@ -15,7 +15,7 @@ from ..errors import ExportError, reason
 
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]
 _SILENT = 4  # the severity of onnxruntime's log above which there is none
-_DAMAGED = ("Protobuf parsing failed", "No graph was found in the protobuf")
+_DAMAGED = ("Protobuf parsing failed", "protobuf parsing failed", "No graph was found in the protobuf")
 _WITHOUT_WEIGHTS = ("External data path", "External initializer")
 _TOO_NEW = ("Unsupported model IR version", "guarantees* support for models stamped with official released onnx opset")
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from \S+ failed:|\S+\.(cc|h):\d+ .*\) ")
