@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layouts import Layout
-from ..ops import ConvOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, Shape, View
+from ..ops import ConvOp, EinsumOp, LinearOp, MatmulOp, Op, ProductOp, Shape, View
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def outputs_along_rows(op: Op, layout: Layout) -> bool | None:
     """
     if not layout.last_holds_outputs(op):
         return None
-    _, factor = layout.stages(op)[-1]
+    _, factor = layout.stages(op, 1)[-1]  # the same at any rank
     return factor == 0
 
 
@@ -44,7 +44,7 @@ def has_input_rows(op: Op) -> bool:
 
 def has_output_rows(op: Op, shape: Shape) -> bool:
     """Whether every call gives all outputs of the matrix, so that they can be told apart by their place."""
-    if isinstance(op, LinearOp | MatmulOp | EmbeddingOp):
+    if isinstance(op, ProductOp):
         return op.view == View(transposed=op.view.transposed, dtype=op.view.dtype) and len(shape) == 2
     return isinstance(op, ConvOp)
 

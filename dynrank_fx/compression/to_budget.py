@@ -28,7 +28,7 @@ _MARGINS = (0.0, 0.15, 0.35, 1.0)
 _TIGHTENINGS = 3
 _BISECTIONS = 8
 
-Metric: TypeAlias = Callable[[nn.Module], float]
+Score: TypeAlias = Callable[[nn.Module], float]
 """The score of a module; larger is better."""
 
 
@@ -50,7 +50,7 @@ def compress(
     calibration: Iterable[Any] | None = None,
     options: PlanOptions | None = None,
     *,
-    metric: Metric | None = None,
+    metric: Score | None = None,
     recover_steps: int = 0,
     loss: Loss | None = None,
     times: SiteTimes | None = None,
@@ -136,7 +136,7 @@ class _Search:
 
     candidates: Candidates
     budget: RankPolicy | MaxDrop
-    metric: Metric | None
+    metric: Score | None
     recover_steps: int
     loss: Loss | None
     whole: ModelTimes | None
@@ -225,7 +225,7 @@ class _Search:
         return best
 
 
-def _scored(metric: Metric, module: nn.Module) -> float:
+def _scored(metric: Score, module: nn.Module) -> float:
     said = metric(module)
     try:
         value = float(said)

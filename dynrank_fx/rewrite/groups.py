@@ -74,5 +74,5 @@ def site_groups(net: nn.Module, names: Iterable[str] | None = None) -> list[Site
     """The groups that these sites are in, in the order of the names; by default all, in that of the module tree."""
     sites = switched_modules(unwrap(net))
     wanted = sites if names is None else [name for name in names if name in sites]
-    groups = dict.fromkeys(sites[name][0].pack or (name,) for name in wanted)
+    groups = dict.fromkeys(sites[name][0].sharing or (name,) for name in wanted)
     return [SiteGroup(tuple(tuple(sites[name]) for name in group)) for group in groups]

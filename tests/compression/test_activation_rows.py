@@ -101,7 +101,7 @@ def test_only_where_the_last_factor_holds_whole_outputs_does_it_cut_them(layout:
         made = layout.for_op(op)
         if not made.serves(op):
             continue
-        _, index = made.stages(op)[-1]
+        _, index = made.stages(op, 2)[-1]
         pointwise = all(size == 1 for size in made.factor_shapes((6, 4, 3, 3), 2)[index][2:])
         if layout in (TuckerLayout, CPLayout):
             assert not made.last_holds_outputs(op)  # their other factors are more than one
