@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..ops import ConvOp, ConvolutionOp, Op, Shape
+from ..ops import ConvolutionOp, ConvOp, Op, Shape
 from .base import Factors
 from .two_factors import TwoFactors
 
