@@ -21,6 +21,11 @@ _SMALL = 128
 _FLOAT32_TAIL = 1e-2
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, where its own type is a shorter one."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """float32 products in float32: TF32 and bfloat16 have too few bits for a Gram matrix, or for a weight that stays.
