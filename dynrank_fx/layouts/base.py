@@ -114,6 +114,12 @@ class Layout(abc.ABC):
             (op, index of its factor), in the order in which they apply; the bias goes to the last.
         """
 
+    def last_holds_outputs(self, op: Op) -> bool:
+        """Whether the factor that is applied last has a row or a column for each number that the op gives, and nothing
+        else, so that a product of two factors cuts the outputs alone.
+        """
+        return False
+
     @abc.abstractmethod
     def split(self, weight: Tensor, rank: int) -> Factors:
         """The best factors that are known to be found: ‖W − join(factors)‖_F is small.
