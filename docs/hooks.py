@@ -23,7 +23,7 @@ from dynrank_fx.cli.main import cli
 
 log = logging.getLogger("mkdocs.hooks.dynrank")
 ROOT = Path(__file__).resolve().parents[1]
-STUDY = next(path for path in (ROOT / "benchmarks/study", ROOT / "samples/study") if path.is_dir())
+STUDY = ROOT / "benchmarks/study"
 
 
 def _elsewhere() -> dict[str, str]:

@@ -154,8 +154,15 @@ def test_other_commands_of_a_page_name_what_is_there(name):
             assert program in ("dynrank-fx", "make", "pip"), f"{name}:{block.line}: {program}"
             assert program != "make" or re.search(rf"^{words[0]}:", makefile, re.M), words
     for script in re.findall(r"`(?:python )?((?:samples|benchmarks|tests|dynrank_fx|cli)/[\w/.-]+)", TEXTS[name]):
-        there = (ROOT / script).exists() or not (ROOT / script.split("/")[0]).is_dir()
-        assert there, f"{name}: {script}"
+        assert (ROOT / script).exists(), f"{name}: {script}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_benchmarks_that_a_page_names_are_there(name):
+    known = re.findall(r'Benchmark\(\s*"(\w+)"', (ROOT / "benchmarks/run.py").read_text(encoding="utf-8"))
+    assert len(known) > 10
+    for names in re.findall(r"benchmarks/run\.py((?: [a-z]\w*)+)", TEXTS[name]):
+        assert set(names.split()) <= set(known)
 
 
 # What has to be told

@@ -36,9 +36,3 @@ def test_own_loop_learns(samples):
 def test_pipeline_shows_the_factors_as_nodes(samples):
     targets = runpy.run_path(str(samples / "pipeline.py"), run_name="pipeline")["main"]()
     assert {"0.left", "0.right", "3.left", "3.right"} <= set(targets)
-
-
-@pytest.mark.parametrize("part", ["memory", "peak", "truncation", "startup", "scale"])
-def test_the_measurements_run(samples, part, capsys):
-    runpy.run_path(str(samples / "measure.py"), run_name="measure")["main"]([part], quick=True)
-    assert capsys.readouterr().out.count("\n| ") >= 3
