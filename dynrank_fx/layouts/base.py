@@ -115,8 +115,15 @@ class Layout(abc.ABC):
         """
 
     def last_holds_outputs(self, op: Op) -> bool:
-        """Whether the factor that is applied last has a row or a column for each number that the op gives, and nothing
-        else, so that a product of two factors cuts the outputs alone.
+        """Whether the factor applied last has a row or a column for each number that the op gives, and nothing besides.
+
+        Only then a cut can keep the outputs of the op, and not only its weight.
+
+        Args:
+            op: What applies the weight.
+
+        Returns:
+            True where a cut can be calibrated on the outputs.
         """
         return False
 
