@@ -1,4 +1,9 @@
-"""Names for values that have no narrower type, each with the reason."""
+"""Names for values that have no narrower type, each with the reason.
+
+``Any`` by itself stands where a library leaves a type open: the arguments of a node of a graph, the arguments of a
+module's call and of hooks, state dicts (torch), the options of a command (click), the objects of a trainer
+(Lightning, transformers).
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -49,7 +48,7 @@ class SiteTimes:
     element: str = "float32"
     cache: Path | None = field(default_factory=default_cache)
     repeats: int = 15
-    _known: dict[str, Any] = field(default_factory=dict)
+    _known: dict[str, list[float] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cache is not None and self.cache.is_file():
