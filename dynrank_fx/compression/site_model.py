@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..onnx import Feeds
 from ..ops import ConvOp, ConvTransposeOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, ProductOp, Shape
@@ -26,7 +27,7 @@ Setting: TypeAlias = int | str | Sequence[int]
 class _Graph:
     """Nodes, weights and outputs as they come. element: the type of the numbers, of NumPy."""
 
-    element: np.dtype
+    element: DTypeLike
     nodes: list[NodeProto] = field(default_factory=list)
     weights: list[TensorProto] = field(default_factory=list)
     outputs: list[tuple[str, Shape]] = field(default_factory=list)
@@ -47,7 +48,7 @@ class _Graph:
         return name
 
 
-def site_model(rows: Sequence[PlannedSite], rank: int | None, element: np.dtype) -> tuple[ModelProto, Feeds] | None:
+def site_model(rows: Sequence[PlannedSite], rank: int | None, element: DTypeLike) -> tuple[ModelProto, Feeds] | None:
     """(ONNX model, what to feed it) of all uses of a site, or of the sites that share a factor; rank: None for dense.
 
     element: NumPy's type of the numbers. None where the shapes of the inputs are not known, or an op cannot be put so.
@@ -76,7 +77,7 @@ def site_model(rows: Sequence[PlannedSite], rank: int | None, element: np.dtype)
                     value, x = _apply(graph, stage, value, x, shapes[index])
                     stem = value if number == 0 else stem
             graph.outputs.append((value, x))
-    kind = helper.np_dtype_to_tensor_dtype(element)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(element))
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in feeds.items()
@@ -91,7 +92,7 @@ def _known(op: Op) -> bool:
     return not (isinstance(op, ProductOp) and op.view.gathered)
 
 
-def _values(op: Op, x: Shape, weight: Shape, element: np.dtype) -> np.ndarray:
+def _values(op: Op, x: Shape, weight: Shape, element: DTypeLike) -> np.ndarray:
     generator = np.random.default_rng(0)
     if isinstance(op, EmbeddingOp):
         return generator.integers(0, op.view.shape(weight)[0], x)
