@@ -6,7 +6,7 @@ NAME ?= steps switch held peak truncation startup scale shared sites onnx
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-gpu fuzz zoo bench bench-gpu lint wheel clean
+.PHONY: demo docs test test-gpu fuzz zoo bench bench-gpu lint wheel clean
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -20,7 +20,7 @@ test: $(INSTALLED)          ## the everyday tests; one thread each, so that JOBS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 test-gpu: $(INSTALLED)      ## what needs a CUDA device
-	$(BIN)/python -m pytest -q -m gpu $(addprefix tests/test_,gpu.py compile.py contracts.py optim.py export.py)
+	$(BIN)/python -m pytest -q -m gpu tests
 
 fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz -n $(JOBS)
@@ -39,8 +39,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)          ## the pages, into site/; a warning, such as of a broken link, fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv build dist demo *.egg-info
+	rm -rf .venv build dist demo site *.egg-info
