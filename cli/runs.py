@@ -13,6 +13,8 @@ from dynrank_fx.errors import StoreError
 if TYPE_CHECKING:
     from torch import nn
 
+    from dynrank_fx.schedules import EpochRecord
+
     from .modelfile import ModelFile
 
 RUN_FILE = "run.json"
@@ -24,7 +26,7 @@ class Opened:
 
     net: nn.Module
     file: ModelFile
-    history: list[dict[str, Any]]
+    history: list[EpochRecord]
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def _truncated(opened: Opened, calibrate: int) -> FinalForm:
             recalibrate_(module, batches, like=inline(opened.net.eval()))
         score = None if metric is None else metric(module)
     else:
-        known = opened.history[-1].get("truncated") if opened.history else None
-        module, score = truncate(opened.net), (known or {}).get("eval_metric")
+        known = opened.history[-1].truncated if opened.history else {}
+        module, score = truncate(opened.net), known.get("eval_metric")
     metadata = {"dynrank_plan": plan_of(opened.net).to_json()}
     if score is not None:
         metadata["dynrank_metric"] = f"{score:.6g}"
@@ -190,7 +192,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     """The net in a folder of ``train`` or ``transform``. Raises StoreError, ModelFileError and what loading raises."""
     from dynrank_fx.phases import how_in, load, rebuilt, restore_
-    from dynrank_fx.training import CHECKPOINT, plan_in, read_run, weights_in
+    from dynrank_fx.training import CHECKPOINT, history_in, plan_in, read_run, weights_in
 
     from .modelfile import load_model_file
 
@@ -209,4 +211,4 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     file = load_model_file(model_file or Path(read_run_file(folder)["model_file"]))
     net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
     restore_(net, weights_in(tensors), info)
-    return Opened(net, file, info["history"])
+    return Opened(net, file, history_in(info))

@@ -62,7 +62,7 @@ def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0) -
     net = task.transformed(dr.ranks.Ratio(0.25))
     preset, optimizer = way(task.epochs, costs_of(net)), task.optimizer(net.parameters())
     run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, task.epochs))
-    fit(run, task.data(), Settings(task.epochs, compile=False, **preset.settings))
+    fit(run, task.data(), Settings(task.epochs, compile=False, **preset.choices))
     return net.eval()
 
 

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynrank_fx as dr
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.timing import interleaved, machine
-from dynrank_fx.training import Run, Settings, Task, cost_of, fit, precision
+from dynrank_fx.training import Run, Settings, Task, autocast, cost_of, fit
 
 HERE = Path(__file__).parent
 ROWS, PHASES = HERE / "rows.jsonl", HERE / "phases.json"
@@ -109,7 +109,7 @@ def train(cell: Cell) -> dict[str, Any]:
     way = METHODS[cell.method](epochs, costs)
     optimizer = task.optimizer(net.parameters())
     run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
-    settings = Settings(epochs, compile=False, device=task.device, amp=task.amp, **way.settings)
+    settings = Settings(epochs, compile=False, device=task.device, amp=task.amp, **way.choices)
     if cell.method == "spectral norm held":
         SpectralGuard(net, optimizer)
     data = task.data()
@@ -198,7 +198,7 @@ def _most_allocated(step: Callable[[], None], device: str) -> int:
 
 
 def _step(net: nn.Module, optimizer: Optimizer, data: Task, settings: Settings, batch: Any) -> None:
-    with precision(settings):
+    with autocast(settings):
         loss = data.loss(net(batch[0]), batch)
     loss.backward()
     optimizer.step()
