@@ -83,7 +83,7 @@ def rank_units(
     totals = {"params": plan.total_params, "flops": plan.total_flops}
     rows = {row.site.name: row for row in plan.sites}
     found = []
-    for names in dict.fromkeys(row.pack or (row.site.name,) for row in plan.sites):
+    for names in dict.fromkeys(row.sharing or (row.site.name,) for row in plan.sites):
         unit = tuple(rows[name] for name in names)
         costs = costs_of([row.site for row in unit], unit[0].layout, totals)
         costs["params"] = _with_extra(costs["params"], extra.get(names[0], 0) / max(plan.total_params, 1))

@@ -14,13 +14,13 @@ from .ranks import Cost, Curve
 from .site import Site
 
 
-def rows_of(pack: Sequence[Site], layout: Layout, rank: int) -> list[PlannedSite]:
-    """The rows of a site by itself, or of the sites of a pack, at a rank."""
-    names = tuple(site.name for site in pack) if len(pack) > 1 else ()
-    return [PlannedSite(site, layout, rank, names) for site in pack]
+def rows_of(group: Sequence[Site], layout: Layout, rank: int) -> list[PlannedSite]:
+    """The rows of a site by itself, or of the sites that share a factor, at a rank."""
+    names = tuple(site.name for site in group) if len(group) > 1 else ()
+    return [PlannedSite(site, layout, rank, names) for site in group]
 
 
-def costs_of(pack: Sequence[Site], layout: Layout, totals: Mapping[str, int | None]) -> dict[str, Cost]:
+def costs_of(group: Sequence[Site], layout: Layout, totals: Mapping[str, int | None]) -> dict[str, Cost]:
     """What the sites cost by each of the model's totals that is known (``params``, ``flops``), in shares of it.
 
     A site without FLOPs runs in training only: as in the plan's own total, it counts nothing.
@@ -30,7 +30,7 @@ def costs_of(pack: Sequence[Site], layout: Layout, totals: Mapping[str, int | No
         return sum(getattr(row, what) or 0 for row in rows) / total
 
     def cost(what: str, total: int) -> Cost:
-        return Cost(share(pack, what, total), lambda rank: share(rows_of(pack, layout, rank), what, total))
+        return Cost(share(group, what, total), lambda rank: share(rows_of(group, layout, rank), what, total))
 
     return {what: cost(what, total) for what, total in totals.items() if total}
 
@@ -51,18 +51,18 @@ def break_even_rank(site: Site, layout: Layout) -> tuple[int, int | None]:
 
 
 def curve_of(
-    pack: Sequence[Site], layout: Layout, located: Mapping[str, Located], rungs: int, costs: Mapping[str, Cost]
+    group: Sequence[Site], layout: Layout, located: Mapping[str, Located], rungs: int, costs: Mapping[str, Cost]
 ) -> Curve:
-    """What a rank policy may look at: of a pack, the matrix of all its weights, one above the other.
+    """What a rank policy may look at: of sites that share a factor, all their weights, one above the other.
 
     rungs: ranks are multiples of it.
     """
-    weights = [located[site.name].parameter.detach() for site in pack]
-    shape = (sum(site.shape[0] for site in pack), *pack[0].shape[1:])
+    weights = [located[site.name].parameter.detach() for site in group]
+    shape = (sum(site.shape[0] for site in group), *group[0].shape[1:])
 
     def spectrum() -> torch.Tensor:
         return singular_values(layout.to_matrix(torch.cat(weights) if len(weights) > 1 else weights[0]))
 
     limit = layout.max_rank(shape)
     ranks = () if rungs == 1 else (*range(rungs, limit, rungs), limit)
-    return Curve(pack[0].name, limit, spectrum, layout.matrix_shape(shape), ranks, costs)
+    return Curve(group[0].name, limit, spectrum, layout.matrix_shape(shape), ranks, costs)
