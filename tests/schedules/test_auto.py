@@ -11,9 +11,8 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 import dynrank_fx as dr
 from dynrank_fx.layouts import effective_rank
-from dynrank_fx.schedules import Schedule, SiteState
+from dynrank_fx.schedules import Decision, Schedule, SiteState
 from dynrank_fx.schedules.auto import _Seen
-from dynrank_fx.schedules.state import Decision
 from dynrank_fx.training import Run, Settings, Task, fit, read_run, restore_run_, save_run
 from dynrank_fx.training.facts import planned_rates
 
@@ -30,7 +29,7 @@ def state(epoch: int = 0, *, phases: str = "FF", spectra=(FLAT, FLAT), spent: fl
 
 
 def letters(decision: Decision) -> str:
-    return "".join(phase.name[0] for phase in decision.values())
+    return "".join(phase.name[0] for phase in decision.phases.values())
 
 
 def test_it_starts_full_and_says_why():
@@ -239,8 +238,8 @@ def test_what_is_held_back_leaves_sites_in_low_and_pays_for_the_one_that_collaps
 def test_sites_that_share_a_factor_go_together():
     def told(phases: str, spectra, spent: float) -> dr.TrainState:
         found = four(4, phases, spectra, spent=spent)
-        pack = ("s0", "s2")
-        sites = {name: replace(site, pack=pack if name in pack else ()) for name, site in found.sites.items()}
+        sharing = ("s0", "s2")
+        sites = {name: replace(site, sharing=sharing if name in sharing else ()) for name, site in found.sites.items()}
         return replace(found, sites=sites)
 
     fits = (1.0,) * 4 + (1e-2,) * 4
@@ -273,13 +272,13 @@ def test_a_run_inflates_again_lands_before_the_next_cut_and_survives_a_resume(tm
     schedule = dr.schedules.auto(0.75, reserve=0.8)
     run, task, settings = a_collapsing_run(schedule)
     assert fit(run, task, settings)
-    phases = ["".join(phase[0] for phase in record["phases"].values()) for record in run.history]
+    phases = ["".join(phase.name[0] for phase in record.phases.values()) for record in run.history]
     assert phases == ["FF", "FL", "FF", "FF", "LF", "LL", "LL", "LL"]
     inflated = run.history[2]
-    assert inflated["reasons"][0].startswith("inflate 1.weight: its effective rank is 3.9 of 8, 49%")
-    assert inflated["epochs_to_cut"] == {"0.weight": 2, "1.weight": 3}
-    assert run.history[5]["switch_error"]["1.weight"] < 1e-2
-    assert run.history[-1]["spent"] <= 0.75 * 8
+    assert inflated.reasons[0].startswith("inflate 1.weight: its effective rank is 3.9 of 8, 49%")
+    assert inflated.epochs_to_cut == {"0.weight": 2, "1.weight": 3}
+    assert run.history[5].switch_error["1.weight"] < 1e-2
+    assert run.history[-1].spent <= 0.75 * 8
 
     for stop in (25, 45, 60, 90):  # in LOW, inflated, at the end of an epoch, before the cut
         stopped, task, settings = a_collapsing_run(schedule)
@@ -333,9 +332,9 @@ def test_a_run_with_shared_factors_keeps_them_together():
     phases = dr.Phases(net, optimizer, schedule, 8)
     for epoch in range(8):
         record = phases.begin(epoch)
-        assert record["phases"]["q.weight"] == record["phases"]["k.weight"]
-        seen.add(tuple(record["phases"].values()))
-    assert record["spent"] <= 0.6 * 8
+        assert record.phases["q.weight"] == record.phases["k.weight"]
+        seen.add(tuple(record.phases.values()))
+    assert record.spent <= 0.6 * 8
     assert len(seen) > 2, "FULL, LOW and mixed"
 
 

@@ -69,7 +69,7 @@ class Spy(Watcher):
         self.told.append(("step", run.step, float(loss)))
 
     def epoch_done(self, run: Run, record: Any) -> None:
-        self.told.append(("done", record["epoch"]))
+        self.told.append(("done", record.epoch))
 
 
 def refusal(run: Callable[[], Any]) -> str:
@@ -96,10 +96,10 @@ def refusal(run: Callable[[], Any]) -> str:
 def test_every_epoch_is_in_the_phase_the_schedule_says(schedule: Schedule, epochs: int, expected: str) -> None:
     run = a_run(made(), schedule)
     assert fit(run, TASK, replace(EAGER, epochs=epochs))
-    assert "".join(record["phase"][0] for record in run.history) == expected
-    assert [record["epoch"] for record in run.history] == list(range(epochs))
-    assert all(set(record["phases"].values()) == {record["phase"]} for record in run.history)
-    switches = [bool(record["switch_error"]) for record in run.history]
+    assert "".join(record.phase[0] for record in run.history) == expected
+    assert [record.epoch for record in run.history] == list(range(epochs))
+    assert all({p.name for p in record.phases.values()} == {record.phase} for record in run.history)
+    switches = [bool(record.switch_error) for record in run.history]
     assert switches == [a != b for a, b in zip("F" + expected, expected, strict=False)]
     assert phase_label(run.net)[0] == expected[-1]
 
@@ -108,9 +108,9 @@ def test_a_schedule_may_set_sites_apart() -> None:
     run = a_run(made(), lambda state: {"0.*": LOW} if state.epoch == 1 else {})
     watcher = Spy()
     fit(run, TASK, replace(EAGER, epochs=2), watcher=watcher)
-    assert [record["phase"] for record in run.history] == ["FULL", "1 FULL 1 LOW"]
-    assert run.history[1]["phases"] == {"0.weight": "LOW", "3.weight": "FULL"}
-    assert list(run.history[1]["switch_error"]) == ["0.weight"]
+    assert [record.phase for record in run.history] == ["FULL", "1 FULL 1 LOW"]
+    assert run.history[1].phases == {"0.weight": LOW, "3.weight": FULL}
+    assert list(run.history[1].switch_error) == ["0.weight"]
     assert [entry for entry in watcher.told if entry[0] == "started"] == [
         ("started", 0, "FULL", 0),
         ("started", 1, "1 FULL 1 LOW", 1),
@@ -138,7 +138,7 @@ def test_a_schedule_sees_the_state_of_the_run_and_the_true_spectra() -> None:
     fit(run, TASK, EAGER)
     low = cost(net)
     assert seen == [(0, 3, 0.4, 0.0), (1, 3, 0.2, 1.0), (2, 3, 0.1, 1 + low)]
-    assert [record["spent"] for record in run.history] == [1.0, 1 + low, 2 + low]
+    assert [record.spent for record in run.history] == [1.0, 1 + low, 2 + low]
 
 
 def cost(net: nn.Module) -> float:
@@ -185,7 +185,7 @@ def test_the_history_says_what_happened() -> None:
     task = replace(TASK, eval_data=[(X[16:19], Y[16:19]), (X[19:], Y[19:])])
     assert fit(run, task, replace(EAGER, epochs=2), watcher=watcher)
     for epoch, record in enumerate(run.history):
-        assert [key for key in record if key != "truncated"] == [
+        assert [key for key in record.to_json() if key != "truncated"] == [
             "epoch",
             "phase",
             "phases",
@@ -209,9 +209,9 @@ def test_the_history_says_what_happened() -> None:
             "stable_rank",
         ]
         steps = watcher.told[4 * epoch + 1 : 4 * epoch + 3]
-        assert record["loss"] == pytest.approx(statistics.fmean(step[2] for step in steps))
-        assert record["seconds"] > 0
-        assert record["step_seconds"] > 0
+        assert record.loss == pytest.approx(statistics.fmean(step[2] for step in steps))
+        assert record.seconds > 0
+        assert record.step_seconds > 0
     assert [entry[:2] for entry in watcher.told] == [
         *(("started", 0), ("step", 1), ("step", 2), ("done", 0)),
         *(("started", 1), ("step", 1), ("step", 2), ("done", 1)),
@@ -219,24 +219,24 @@ def test_the_history_says_what_happened() -> None:
     last = run.history[-1]
     with torch.no_grad():
         output = net.eval()(X[16:])
-    assert last["eval_loss"] == pytest.approx(F.mse_loss(output, Y[16:]).item())  # weighted by size
-    assert last["eval_metric"] == pytest.approx(metric(output, (X[16:], Y[16:])).item())
+    assert last.eval_loss == pytest.approx(F.mse_loss(output, Y[16:]).item())  # weighted by size
+    assert last.eval_metric == pytest.approx(metric(output, (X[16:], Y[16:])).item())
     for name, (module, *_) in switched_modules(net).items():
         s = torch.linalg.svdvals(module.weight.detach().double())
         p = s / s.sum()
-        assert last["effective_rank"][name] == pytest.approx(math.exp(-(p * p.log()).sum()))
-        assert last["stable_rank"][name] == pytest.approx(float(s.square().sum() / s[0] ** 2))
-    errors = run.history[0]["switch_error"]
+        assert last.effective_rank[name] == pytest.approx(math.exp(-(p * p.log()).sum()))
+        assert last.stable_rank[name] == pytest.approx(float(s.square().sum() / s[0] ** 2))
+    errors = run.history[0].switch_error
     assert all(0.1 < error < 1 for error in errors.values())
-    assert all(error == 0 for error in last["switch_error"].values())
+    assert all(error == 0 for error in last.switch_error.values())
 
 
 def test_without_evaluation_metric_or_spectra_the_history_leaves_them_out() -> None:
     run = a_run(made())
     fit(run, replace(TASK, metric=None), replace(EAGER, epochs=1, spectra=False))
     (record,) = run.history
-    assert record["metric"] is None
-    assert not {"eval_loss", "eval_metric", "effective_rank", "stable_rank"} & set(record)
+    assert record.metric is None
+    assert not {"eval_loss", "eval_metric", "effective_rank", "stable_rank"} & set(record.to_json())
 
 
 def test_training_is_that_of_a_plain_loop() -> None:
@@ -262,7 +262,7 @@ def test_training_is_that_of_a_plain_loop() -> None:
 def test_it_learns() -> None:
     run = a_run(made(), dr.schedules.interleave(low=2, full=2), lr=0.3)
     fit(run, TASK, replace(EAGER, epochs=40))
-    assert run.history[-1]["loss"] < 0.5 * run.history[0]["loss"]
+    assert run.history[-1].loss < 0.5 * run.history[0].loss
 
 
 # Saving and stopping
@@ -291,9 +291,9 @@ def test_a_stop_is_between_two_steps_and_saves(stop: int) -> None:
     )
     assert not done
     assert saved[-1] == (run.epoch, run.step) == ((stop - 1) // 2, (stop - 1) % 2 + 1)
-    assert run.record["seconds"] > 0
+    assert run.record.seconds > 0
     assert fit(run, TASK, EAGER, watcher=watcher)
-    assert [record["epoch"] for record in run.history] == [0, 1, 2]
+    assert [record.epoch for record in run.history] == [0, 1, 2]
     assert steps() == 6
 
 
@@ -312,7 +312,7 @@ def test_a_switch_rewarms_the_learning_rate_but_the_first_phase_does_not(monkeyp
     unswitched = [0.1] * 4
     cut_short, begun_anew = [0.025, 0.05], [0.025, 0.05, 0.075, 0.1]  # the scalings do not multiply
     assert rates == pytest.approx([*unswitched, *cut_short, *begun_anew])
-    assert [record["lr"] for record in run.history] == [0.1] * 5
+    assert [record.lr for record in run.history] == [0.1] * 5
 
 
 def test_reduce_on_plateau_is_told_the_held_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,7 @@ def test_reduce_on_plateau_is_told_the_held_out_loss(monkeypatch: pytest.MonkeyP
         told.clear()
         fit(run, task, EAGER)
         assert told == [record["eval_loss" if eval_data else "loss"] for record in run.history]
-        assert [record["lr"] for record in run.history] == pytest.approx([0.1, 0.01, 0.001])
+        assert [record.lr for record in run.history] == pytest.approx([0.1, 0.01, 0.001])
 
 
 def test_an_ordinary_scheduler_steps_once_an_epoch() -> None:
@@ -337,7 +337,7 @@ def test_an_ordinary_scheduler_steps_once_an_epoch() -> None:
     optimizer = Adam(net.parameters(), lr=0.1)
     run = Run(net, optimizer, dr.schedules.interleave(low=1, full=1), MultiStepLR(optimizer, [1, 3]))
     fit(run, TASK, replace(EAGER, epochs=4))
-    assert [record["lr"] for record in run.history] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    assert [record.lr for record in run.history] == pytest.approx([0.1, 0.01, 0.01, 0.001])
 
 
 # Modes
@@ -521,7 +521,7 @@ def test_weights_the_optimizer_does_not_train_do_not_stop_a_switch() -> None:
     fit(run, TASK, replace(EAGER, epochs=2))
     assert torch.equal(net.get_parameter("3.weight"), left_out.weight)
     fit(run, TASK, replace(EAGER, epochs=3))
-    assert run.history[-1]["phase"] == "LOW"
+    assert run.history[-1].phase == "LOW"
 
 
 def test_cost_is_counted_in_one_unit_where_the_flops_of_a_site_are_unknown():
@@ -555,4 +555,4 @@ def test_a_net_whose_parts_alone_are_captured_trains_compiled_too(monkeypatch):
     net = dr.transform(Branching(), (X[:2],), rank=dr.Fixed(2))
     run = a_run(net, dr.schedules.interleave(low=1, full=1))
     assert fit(run, TASK, replace(EAGER, epochs=4, compile=True))
-    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    assert run.history[-1].loss < run.history[0].loss
