@@ -392,4 +392,4 @@ def test_rates_that_nobody_knows_yet_are_left_out():
     optimizer = SGD(net.parameters(), lr=0.1)
     found = dr.train_state(net, optimizer, 0, 4, lr_scheduler.ReduceLROnPlateau(optimizer))
     assert found.lrs == ()
-    assert set(dr.schedules.auto()(found).values()) == {FULL}
+    assert set(dr.schedules.auto()(found).phases.values()) == {FULL}
