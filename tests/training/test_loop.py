@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dynrank_fx as dr
 from dynrank_fx.rewrite import switched_modules
 from dynrank_fx.schedules import Schedule
-from dynrank_fx.training import Run, Settings, Task, Watcher, cost_of, evaluate, fit
+from dynrank_fx.training import Run, Settings, Task, Watcher, fit
 from dynrank_fx.training.phases import phase_label
 
 FULL, LOW = dr.Phase.FULL, dr.Phase.LOW
@@ -144,35 +144,6 @@ def test_a_schedule_sees_the_state_of_the_run_and_the_true_spectra() -> None:
 def cost(net: nn.Module) -> float:
     """The FLOPs of the model below with both linears at rank 2, over those of the dense one."""
     return (2 * (12 + 16) + 2 * (16 + 8)) / (12 * 16 + 16 * 8)
-
-
-# What it costs
-
-
-def test_the_cost_of_a_step_follows_the_flops_of_the_phases() -> None:
-    net = made()
-    assert cost_of(net) == 1
-    dr.enter_(net, LOW)
-    assert cost_of(net) == pytest.approx(cost(net))
-    dr.enter_(net, {"3.*": FULL})
-    assert cost_of(net) == pytest.approx((2 * (12 + 16) + 16 * 8) / (12 * 16 + 16 * 8))
-
-
-def test_the_cost_counts_convolutions_by_flops_and_what_is_not_factored_as_dense() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 10))
-    net = dr.transform(model, (torch.zeros(2, 4, 4, 4),), rank=dr.Fixed(2), include=["0"])
-    dr.enter_(net, LOW)
-    dense, low, head = 4 * 8 * 4 * 9, 4 * (2 * 4 * 9 + 8 * 2), 32 * 10
-    assert cost_of(net) == pytest.approx((low + head) / (dense + head))
-
-
-def test_the_cost_is_by_parameters_where_no_example_told_the_flops() -> None:
-    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)))
-    net = dr.transform(model, rank=dr.Fixed(2))
-    dr.enter_(net, LOW)
-    dense = 12 * 16 + 16 + 16 * 8 + 8
-    assert cost_of(net) == pytest.approx((2 * 28 + 16 + 2 * 24 + 8) / dense)
 
 
 # The history
@@ -343,32 +314,6 @@ def test_an_ordinary_scheduler_steps_once_an_epoch() -> None:
 # Modes
 
 
-def test_evaluation_leaves_every_module_in_its_mode() -> None:
-    net = made()
-    task = replace(TASK, eval_data=[(X, Y)])
-    for training in (True, False):
-        net.train(training)
-        net.get_submodule("1").train(not training)
-        modes = {name: module.training for name, module in net.named_modules()}
-        first, second = evaluate(net, task, EAGER), evaluate(net, task, EAGER)
-        assert first == second  # no dropout
-        assert {name: module.training for name, module in net.named_modules()} == modes
-    with torch.no_grad():
-        net.train()
-        assert not torch.equal(net(X), net(X))  # the graph of the training mode runs again
-
-
-def test_evaluation_that_fails_leaves_the_modes_too() -> None:
-    net = made().train()
-
-    def failing(output: Tensor, batch: Any) -> Tensor:
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError):
-        evaluate(net, replace(TASK, loss=failing, eval_data=[(X, Y)]), EAGER)
-    assert all(module.training for module in net.modules())
-
-
 def test_training_is_in_training_mode_whatever_was_before() -> None:
     net = made().eval()
     run = a_run(net)
@@ -522,18 +467,6 @@ def test_weights_the_optimizer_does_not_train_do_not_stop_a_switch() -> None:
     assert torch.equal(net.get_parameter("3.weight"), left_out.weight)
     fit(run, TASK, replace(EAGER, epochs=3))
     assert run.history[-1].phase == "LOW"
-
-
-def test_cost_is_counted_in_one_unit_where_the_flops_of_a_site_are_unknown():
-    net = dr.transform(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), (torch.zeros(1, 16),))
-    first, second = dr.plan_of(net).sites
-    blind = replace(
-        second, site=replace(second.site, uses=tuple(replace(u, input_shape=None) for u in second.site.uses))
-    )
-    net.meta["dynrank"] = replace(dr.plan_of(net), sites=(first, blind))
-    dr.enter_(net, dr.Phase.LOW)
-    plan = dr.plan_of(net)
-    assert cost_of(net) == plan.low_flops / plan.total_flops == 0.75, "half of one of two equal products is saved"
 
 
 class Branching(nn.Module):
