@@ -54,7 +54,7 @@ class Phases:
     ) -> None:
         self.net, self.optimizer, self.schedule, self.epochs = net, optimizer, schedule, epochs
         self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
-        self.settings = PhaseSettings(**choices) if settings is None else replace(settings, **choices)
+        self.settings = replace(settings or PhaseSettings(), **choices)
         self.decay = factor_decay_(net, optimizer, self.settings.decay)
         self.landing = Landing(net, optimizer) if self.settings.landing else None
         self.history: list[EpochRecord] = []
@@ -82,7 +82,7 @@ class Phases:
             phases=phases,
             ranks={name: modules[0].rank for name, modules in switched_modules(unwrap(self.net)).items()},
             lr=float(self.optimizer.param_groups[0]["lr"]),
-            reasons=setting.reasons if isinstance(setting, Decision) else (),
+            reasons=tuple(setting.reasons) if isinstance(setting, Decision) else (),
             epochs_to_cut=cuts,
             switch_error={change.site: change.error for change in self.transition.changes},
             switch_spectra=_thinned(old, self._spectra(watched)),

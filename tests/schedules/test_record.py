@@ -12,7 +12,7 @@ from dynrank_fx.schedules import EpochRecord
 
 FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
 
-# As runs of 0.1.0 have them in their checkpoints.
+# As checkpoints and histories have them, those too that were written when records were dicts.
 BEGUN = {
     "epoch": 2,
     "phase": "1 FULL 1 LOW",

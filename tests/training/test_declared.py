@@ -48,7 +48,7 @@ VALUES = {
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_it_is_the_repr_without_addresses_as_checkpoints_have_it(value: object) -> None:
-    """0.1.0 took the addresses out of the text: those checkpoints go on."""
+    """Checkpoints that were written when addresses were cut out of the repr go on."""
     assert said(value) == re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 

@@ -130,7 +130,7 @@ def test_a_run_goes_on_from_its_state_bit_by_bit(stop: int) -> None:
 
 
 def test_the_state_of_an_earlier_version_goes_on() -> None:
-    """As 0.1.0 wrote it, to which a loop had added a figure."""
+    """As it was written when records were dicts, to which a loop had added its loss."""
     begun = {"epoch": 0, "phase": "1 FULL 1 LOW", "phases": {"0.weight": "LOW", "2.weight": "FULL"}, "lr": 0.1}
     begun |= {"ranks": {"0.weight": 3, "2.weight": 2}, "reasons": ["so"], "switch_error": {}, "spent": 0.9, "loss": 2.0}
     state = {"history": [begun], "rewarm": [4, 2], "landing": None}
