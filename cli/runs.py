@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynrank_fx.aliases import JsonObject
 from dynrank_fx.errors import StoreError, first_line
@@ -14,6 +14,7 @@ from dynrank_fx.errors import StoreError, first_line
 if TYPE_CHECKING:
     from torch import nn
 
+    from dynrank_fx.schedules import EpochRecord
     from dynrank_fx.tracing import ExampleInputs
 
     from .modelfile import ModelFile
@@ -27,7 +28,7 @@ class Opened:
 
     net: nn.Module
     file: ModelFile
-    history: list[dict[str, Any]]
+    history: list[EpochRecord]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def final_form(source: Path, model_file: Path | None, weights: Path | None, cali
         score = metric_of(opened.file)  # only now, as it draws the data
         return None if score is None else score(module)
 
-    measured = (opened.history[-1].get("truncated") or {}).get("eval_metric") if opened.history else None
+    measured = opened.history[-1].truncated.get("eval_metric") if opened.history else None
     found = deployed(opened.net, batches, metric=metric, measured=measured)
     return FinalForm(found.module, opened.file, batches, found.metadata)
 
@@ -180,7 +181,7 @@ def read_run_file(folder: Path) -> JsonObject:
 def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     """The net in a folder of ``train`` or ``transform``. Raises StoreError, ModelFileError and what loading raises."""
     from dynrank_fx.phases import how_in, load, rebuilt, restore_
-    from dynrank_fx.training import CHECKPOINT, plan_in, read_run, weights_in
+    from dynrank_fx.training import CHECKPOINT, history_in, plan_in, read_run, weights_in
 
     from .modelfile import load_model_file
 
@@ -199,4 +200,4 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     file = load_model_file(model_file or Path(read_run_file(folder)["model_file"]))
     net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
     restore_(net, weights_in(tensors), info)
-    return Opened(net, file, info["history"])
+    return Opened(net, file, history_in(info))

@@ -140,7 +140,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         amp=options["amp"] == "bf16",
         compile=not options["no_compile"],
         checkpoint_steps=options["checkpoint_steps"],
-        **{**how.settings, "decay": known_decay(how.decay, options, optimizer)},
+        **how.choices | {"decay": known_decay(how.decay, options, optimizer)},
     )
     task = Task(
         train_data=file.train_data(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 
 ALPHA = 16.0
 """The branch of an ADAPTOR is multiplied by this over its rank: the constant of the paper's code (arXiv 2508.08625)."""
@@ -24,3 +25,10 @@ class Phase(enum.IntEnum):
     FULL = 0
     LOW = 1
     ADAPTOR = 2
+
+
+def summary(phases: Iterable[Phase]) -> str:
+    """``FULL`` or ``LOW`` where all sites are in it, or how many are in which: ``1 FULL 3 LOW``."""
+    found = list(phases)
+    counts = [(phase.name, found.count(phase)) for phase in Phase if phase in found]
+    return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)

@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,27 +99,27 @@ def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
     way = METHODS[cell.method](epochs, costs)
     optimizer = task.optimizer(net.parameters())
     run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
-    settings = Settings(epochs, compile=False, device=task.device, amp=task.amp, **way.settings)
+    settings = Settings(epochs, compile=False, device=task.device, amp=task.amp, **way.choices)
     if cell.method == "spectral norm held":
         SpectralGuard(net, optimizer)
     data = task.data()
     fit(run, data, settings)
-    cut = run.history[-1]["truncated"]
+    cut = run.history[-1].truncated
     plan, history = dr.plan_of(net), run.history
     return {
         **asdict(cell),
         "epochs": epochs,
         "dense_epochs": dense_epochs,
-        "metric": history[-1]["eval_metric"],
-        "loss": history[-1]["eval_loss"],
+        "metric": history[-1].eval_metric,
+        "loss": history[-1].eval_loss,
         "truncated": cut["eval_metric"],
         "truncated_loss": cut["eval_loss"],
-        "spent": history[-1]["spent"] / dense_epochs,
-        "phases": [record["phase"] for record in history],
-        "metrics": [record["eval_metric"] for record in history],
-        "effective_rank": [mean(record["effective_rank"]) for record in history],
+        "spent": history[-1].spent / dense_epochs,
+        "phases": [record.phase for record in history],
+        "metrics": [record.eval_metric for record in history],
+        "effective_rank": [mean(record.effective_rank) for record in history],
         "params": [plan.total_params, plan.low_params],
-        "reasons": [record["reasons"] for record in history],
+        "reasons": [record.reasons for record in history],
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(),
     }
@@ -137,7 +137,7 @@ def epochs_of(cell: Cell, costs: Costs) -> int:
     return 3 * epochs if cell.compute == "three times the epochs" else epochs
 
 
-def mean(values: dict[str, float]) -> float:
+def mean(values: Mapping[str, float]) -> float:
     return round(sum(values.values()) / len(values), 2)
 
 

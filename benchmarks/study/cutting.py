@@ -64,7 +64,7 @@ def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0, e
     net = task.transformed(dr.Ratio(0.25))
     preset, optimizer = way(epochs, costs_of(net)), task.optimizer(net.parameters())
     run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, epochs))
-    fit(run, task.data(), Settings(epochs, compile=False, **preset.settings))
+    fit(run, task.data(), Settings(epochs, compile=False, **preset.choices))
     return net.eval()
 
 

@@ -23,7 +23,7 @@ from benchmarks.study.cells import PHASES
 from benchmarks.study.tasks import TASKS, StudyTask
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.timing import interleaved
-from dynrank_fx.training import Settings, Task, precision
+from dynrank_fx.training import Settings, Task, autocast
 
 COLUMNS = (
     Column("network"),
@@ -108,7 +108,7 @@ def most_allocated(step: Callable[[], None], device: str) -> int:
 
 
 def train_step(net: nn.Module, optimizer: Optimizer, data: Task, settings: Settings, batch: Any) -> None:
-    with precision(settings):
+    with autocast(settings):
         loss = data.loss(net(batch[0]), batch)
     loss.backward()
     optimizer.step()

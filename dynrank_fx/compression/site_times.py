@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import files
 from ..errors import StoreError
-from ..files import write_text
 from ..onnx import Provider, bound, runtime, session_of, threads
 from ..plan import Cost, PlannedSite
 from ..timing import Pair, interleaved, processor
@@ -100,7 +100,8 @@ class SiteTimes:
             return
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.cache, json.dumps(self._known))
+            with files.replacing(self.cache, alone=False) as beside:
+                beside.write_text(json.dumps(self._known))
         except (OSError, StoreError):
             return
 

@@ -7,11 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import TransitionError
-from ..phases import Carry
 from ..rewrite import switched_modules
-from ..schedules import Schedule
+from ..schedules import EpochRecord, Schedule
 from ..tracing import is_captured
-from ..training import Decay, Phases
+from ..training import Phases, PhaseSettings, practical
 
 
 class PhasesHolder:
@@ -19,30 +18,19 @@ class PhasesHolder:
 
     Args:
         schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
-        carry: What happens to the optimizer's state in a switch.
-        rewarm: Over how many steps the learning rate rises again after a switch; 0 for not at all.
-        decay: What decays where a site trains its factors.
-        landing: Whether, before a cut, what it will take away decays to nothing.
+        **choices: Fields of ``PhaseSettings``, by name; the others are those of the practical preset.
 
     Attributes:
         phases: The ``Phases`` at work once training has begun, None before.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        carry: Carry = Carry.MOVE,
-        rewarm: int = 0,
-        decay: Decay = Decay.PRODUCT,
-        landing: bool = True,
-    ) -> None:
+    def __init__(self, schedule: Schedule, **choices: Any) -> None:
         self.schedule = schedule
-        self.how: dict[str, Any] = {"carry": carry, "rewarm": rewarm, "decay": decay, "landing": landing}
+        self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[EpochRecord]:
         """A record of every epoch begun; empty before training has begun."""
         return self.phases.history if self.phases is not None else []
 

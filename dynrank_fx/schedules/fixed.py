@@ -2,7 +2,7 @@
 
 The three-part shape (low-rank, full-rank around the first learning-rate decay, low-rank again) is that of
 arXiv 2508.08625. Its own last part is ADAPTOR, whose result is of full rank; LOW trains the truncated factors instead,
-so that what is exported is small. ``auto`` decides by what it measures.
+so that what is exported is small.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from ..errors import ScheduleError
 from ..phase import Phase
-from .auto import Auto
 from .state import Schedule, Setting, TrainState
 
 
@@ -243,33 +242,6 @@ def warm_up(full: int) -> FullBetween:
         ScheduleError: For less than one epoch.
     """
     return FullBetween(0, full)
-
-
-def auto(
-    cost: float = 0.75, *, recovery: float = 0.25, tail: float = 0.01, collapse: float = 0.5, reserve: float = 0.0
-) -> Auto:
-    """FULL where and while it is worth most, within ``cost`` of the compute of dense training; LOW to the end.
-
-    It reads the learning rates of the run and the spectra of the sites (the module ``schedules.auto`` says how). They
-    are collected by ``dynrank-fx train`` and by the hooks for other trainers; in a loop of your own, by ``Phases`` or
-    ``train_state``. Every decision comes with its reasons.
-
-    Args:
-        cost: Training compute of the whole run, as a share of dense training, from 0 to 1.
-        recovery: The share of the run's summed learning rate that is kept for LOW, to recover from the cut.
-        tail: A site is cut at once when the share of its energy Σσ² beyond its rank is at most this.
-        collapse: A site is inflated when the effective rank (Roy and Vetterli, EUSIPCO 2007) of what it keeps falls
-            below this share of its rank.
-        reserve: The share of what the budget leaves above LOW that is held back for inflating. What no site needs of it
-            is spent on FULL epochs like the rest.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        ScheduleError: For a number that is not from 0 to 1.
-    """
-    return Auto(cost, recovery, tail, collapse, reserve)
 
 
 def paper_cifar10(last: Phase = Phase.ADAPTOR) -> FullBetween:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ class SiteState:
         low: What it costs in a step of LOW, as a share of a step of the dense model.
         groups: How many matrices the weight consists of; its spectrum has the singular values of all of them, and each
             is cut to ``rank``.
-        pack: The sites that share a factor, this one among them, which are always in one phase; empty for a site by
+        sharing: The sites that share a factor, this one among them, which are always in one phase; empty for a site by
             itself.
     """
 
@@ -29,7 +29,7 @@ class SiteState:
     dense: float
     low: float
     groups: int = 1
-    pack: tuple[str, ...] = ()
+    sharing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class TrainState:
     sites: Mapping[str, SiteState] = field(default_factory=dict)
 
 
-class Decision(dict[str, Phase]):
-    """A phase for every site by name, as a schedule decided it.
+@dataclass(frozen=True)
+class Decision:
+    """What a schedule decided, with the reasons that a run records.
 
-    Args:
-        phases: The phase of every site, by name.
-        reasons: Why, one sentence each; a run records them.
+    Attributes:
+        phases: A phase per site name or pattern; sites that it does not name keep theirs.
+        reasons: Why, one sentence each.
     """
 
-    def __init__(self, phases: Mapping[str, Phase], reasons: Sequence[str] = ()) -> None:
-        super().__init__(phases)
-        self.reasons = tuple(reasons)
+    phases: Mapping[str, Phase]
+    reasons: tuple[str, ...] = ()
 
 
-Setting: TypeAlias = Phase | Mapping[str, Phase]
+Setting: TypeAlias = Phase | Mapping[str, Phase] | Decision
 """One phase for every site, or a phase per site name or pattern (sites it does not name keep theirs)."""
 
 Schedule: TypeAlias = Callable[[TrainState], Setting]

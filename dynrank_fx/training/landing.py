@@ -30,7 +30,7 @@ from ..rewrite import SiteGroup, site_groups
 from ..schedules import Schedule, TrainState
 
 EVERY = 5
-"""Steps from one application to the next: at rank r it costs about r / (5 · tokens of a batch) of a step."""
+"""Steps from one application to the next: at rank r it costs about r / (5 · rows of a batch) of a step."""
 
 
 class Landing:

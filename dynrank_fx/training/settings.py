@@ -1,19 +1,53 @@
-"""How a model is trained: every choice but the schedule's, in one frozen value."""
+"""How a model is trained: every choice but the schedule, in one frozen value. A new choice is a field here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..phases import Carry
 from .factor_decay import Decay
 
 
+@dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """How phases are entered and left, in any training loop.
+
+    Attributes:
+        carry: What becomes of the optimizer's state at a switch.
+        rewarm: Over how many steps the learning rate rises again after a switch; 0 for not at all.
+        decay: What decays where factors train.
+        random_init: Whether factors with which the run begins are random, and not those of the model's weights.
+        landing: Whether, before a cut, what it will take away decays to nothing (see ``landing``).
+        spectra: Whether spectra are recorded: around every switch, and effective and stable ranks at the end of an
+            epoch.
+    """
+
+    carry: Carry = Carry.MOVE
+    rewarm: int = 0
+    decay: Decay = Decay.EACH
+    random_init: bool = False
+    landing: bool = False
+    spectra: bool = True
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """These choices by name, for another value that has them."""
+        return {each.name: getattr(self, each.name) for each in fields(PhaseSettings)}
+
+
 @dataclass(frozen=True)
-class Settings:
-    """How it is trained. amp: autocast to bfloat16. dynamic: as in torch.compile; with False every shape has a graph
-    of its own, so that a resumed run repeats the very same graphs. rewarm: steps of learning-rate re-warm-up after a
-    switch. decay: what decays where factors train. random_init: factors that training starts with are random.
-    landing: what a cut will take away decays before it (see ``landing``).
+class Settings(PhaseSettings):
+    """How ``fit`` trains a run.
+
+    Attributes:
+        epochs: How many epochs the run has.
+        device: The device, as torch names it.
+        amp: Whether to autocast to bfloat16.
+        compile: Whether to compile the net.
+        dynamic: As in torch.compile; with False every shape has a graph of its own, so that a resumed run repeats the
+            very same graphs.
+        checkpoint_steps: Save after every so many steps too, and not only after an epoch.
     """
 
     epochs: int
@@ -21,10 +55,4 @@ class Settings:
     amp: bool = False
     compile: bool = True
     dynamic: bool | None = False
-    carry: Carry = Carry.MOVE
-    rewarm: int = 0
-    decay: Decay = Decay.EACH
-    random_init: bool = False
-    landing: bool = False
     checkpoint_steps: int | None = None
-    spectra: bool = True

@@ -164,7 +164,7 @@ class TestRefusals:
             (lambda x: x * float("nan"), "PyTorch gives no finite value in 'output'"),
             (
                 lambda x: x if x.sum() > 0 else -x,
-                r"torch.export cannot trace the model \(Apply, test_export.py:\d+: .*\) \(GuardOnData",
+                r"torch.export cannot trace the model \(Apply, exporting.py:\d+: .*\) \(GuardOnData",
             ),
         ],
     )
