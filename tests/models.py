@@ -148,6 +148,17 @@ class Reads(nn.Module):
         return self.b(x) / self.b.weight.shape[1] + self.b.weight.norm()
 
 
+class ReadKernel(nn.Module):
+    """A convolution whose kernel the code looks at besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x)) / self.conv.weight.square().sum().sqrt()
+
+
 class Modal(nn.Module):
     """Dropout and batch norm: training and evaluation differ, and buffers change in forward."""
 
@@ -257,6 +268,16 @@ CASES: tuple[Case, ...] = (
     Case("experts", Experts, lambda: torch.randn(5, 8), ("experts", "heads", "last"), bare=True),
     Case("weight of inputs by outputs", lambda: OneLayer(Conv1D()), lambda: torch.randn(3, 4, 7), free=(0, 1)),
     Case("weights that are read", Reads, lambda: torch.randn(5, 10), ("a.weight", "b.weight"), bare=True),
+    Case(
+        "kernel that is read",
+        ReadKernel,
+        lambda: torch.randn(2, 6, 7, 6),
+        ("conv.weight",),
+        conv=True,
+        plain=2,
+        free=(0, 2, 3),
+        bare=True,
+    ),
     Case(
         "dropout and batch norm",
         Modal,
