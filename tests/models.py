@@ -105,12 +105,12 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts, self.heads, self.last = matrix(3, 6, 8), matrix(2, 3, 5), matrix(7, 5)
+        self.experts, self.heads, self.last = matrix(3, 8, 9), matrix(2, 4, 5), matrix(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = self.experts[(x[:, 0] > 0).long()]
         x = torch.tanh(torch.bmm(chosen, x.unsqueeze(-1)).squeeze(-1))
-        x = torch.tanh(torch.einsum("bhd,hde->bhe", x.unflatten(1, (2, 3)), self.heads))
+        x = torch.tanh(torch.einsum("bhd,hde->bhe", x.unflatten(1, (2, 4)), self.heads))
         return torch.einsum("...e,oe->...o", x, self.last)
 
 
@@ -265,7 +265,7 @@ CASES: tuple[Case, ...] = (
         ("plain", "added", "turned", "before", "packed", "stack", "heads", "merge"),
         bare=True,
     ),
-    Case("experts", Experts, lambda: torch.randn(5, 8), ("experts", "heads", "last"), bare=True),
+    Case("experts", Experts, lambda: torch.randn(5, 9), ("experts", "heads", "last"), bare=True),
     Case("weight of inputs by outputs", lambda: OneLayer(Conv1D()), lambda: torch.randn(3, 4, 7), free=(0, 1)),
     Case("weights that are read", Reads, lambda: torch.randn(5, 10), ("a.weight", "b.weight"), bare=True),
     Case(
