@@ -177,7 +177,8 @@ class Case:
 
     conv: whether its sites are convolutions. plain: over how many axes, where they are neither in groups nor
     transposed. free: the axes of the input that may have other sizes than in the example. bare: the model's own code
-    reads its weights, so that module by module it can be captured only as a part of another.
+    reads its weights, so that module by module it can be captured only as a part of another. kind: what it is about,
+    the same for cases that differ in how they use it.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Case:
     plain: int = 0
     free: tuple[int, ...] = (0,)
     bare: bool = False
+    kind: str = "Linear"
 
     def other_inputs(self) -> Tensor:
         """Inputs of other sizes than the example's, on every axis that is free."""
@@ -201,7 +203,8 @@ def _layer(name: str, make: Callable[[], nn.Module], *shape: int) -> Case:
     conv = isinstance(layer, nn.modules.conv._ConvNd)
     plain = len(layer.kernel_size) if conv and not layer.transposed and layer.groups == 1 else 0
     free = tuple(i for i in axes if i != (1 if conv else axes[-1]))
-    return Case(name, lambda: OneLayer(make()), lambda: torch.randn(*shape), conv=conv, plain=plain, free=free)
+    kind = type(layer).__name__ + " in groups" * (conv and layer.groups > 1)
+    return Case(name, lambda: OneLayer(make()), lambda: torch.randn(*shape), Case.sites, conv, plain, free, kind=kind)
 
 
 CASES: tuple[Case, ...] = (
@@ -247,16 +250,25 @@ CASES: tuple[Case, ...] = (
         plain=2,
         free=(0, 2, 3),
         bare=True,
+        kind="Conv2d",
     ),
     Case("called three times", CalledTwice, lambda: torch.randn(5, 10), ("inner.weight",)),
     Case("shared linears", SharedLinears, lambda: torch.randn(5, 10), ("first.weight",)),
-    Case("tied embedding", Tied, lambda: torch.randint(20, (3, 7)), ("embed.weight", "mix.weight"), free=(0, 1)),
+    Case(
+        "tied embedding",
+        Tied,
+        lambda: torch.randint(20, (3, 7)),
+        ("embed.weight", "mix.weight"),
+        free=(0, 1),
+        kind="Embedding",
+    ),
     Case(
         "embedding with padding",
         lambda: nn.Sequential(nn.Embedding(20, 12, padding_idx=3), nn.Tanh()),
         lambda: torch.randint(20, (3, 7)),
         ("0.weight",),
         free=(0, 1),
+        kind="Embedding",
     ),
     Case(
         "products",
@@ -264,8 +276,9 @@ CASES: tuple[Case, ...] = (
         lambda: torch.randn(4, 4, 8),
         ("plain", "added", "turned", "before", "packed", "stack", "heads", "merge"),
         bare=True,
+        kind="products",
     ),
-    Case("experts", Experts, lambda: torch.randn(5, 9), ("experts", "heads", "last"), bare=True),
+    Case("experts", Experts, lambda: torch.randn(5, 9), ("experts", "heads", "last"), bare=True, kind="experts"),
     Case("weight of inputs by outputs", lambda: OneLayer(Conv1D()), lambda: torch.randn(3, 4, 7), free=(0, 1)),
     Case("weights that are read", Reads, lambda: torch.randn(5, 10), ("a.weight", "b.weight"), bare=True),
     Case(
@@ -277,6 +290,7 @@ CASES: tuple[Case, ...] = (
         plain=2,
         free=(0, 2, 3),
         bare=True,
+        kind="Conv2d",
     ),
     Case(
         "dropout and batch norm",
@@ -286,6 +300,7 @@ CASES: tuple[Case, ...] = (
         conv=True,
         plain=2,
         free=(0, 2, 3),
+        kind="Conv2d",
     ),
 )
 
@@ -295,6 +310,7 @@ ATTENTION = Case(
     lambda: torch.randn(3, 4, 8),
     ("block.in_proj_weight", "block.out_proj.weight", "head.weight"),
     free=(0, 1),
+    kind="attention",
 )
 
 

@@ -122,7 +122,7 @@ CELLS = tuple(
 
 def cells(which: Callable[[Cell], bool] = lambda cell: True, every_day: Sequence[Cell] = CELLS) -> Any:
     """The decorator of a test of ``cell``. which: a rule that leaves cells out, its reason said where it is given.
-    every_day: the others are run by ``make fuzz``.
+    every_day: the cells that every test run takes; the others are for ``make fuzz``.
     """
     chosen = [
         pytest.param(cell, id=str(cell), marks=() if cell in every_day else pytest.mark.fuzz)
@@ -141,10 +141,34 @@ def covering(features: Callable[[Cell], set[Hashable]]) -> tuple[Cell, ...]:
     return tuple(kept)
 
 
+def of_cases(cell: Cell) -> set[Hashable]:
+    return {(cell.case.name, cell.layout), (cell.case.name, cell.how), (cell.layout, cell.how)}
+
+
+def of_kinds(cell: Cell) -> set[Hashable]:
+    return {cell.case.kind, (cell.layout, cell.how)}
+
+
+# Every case in every layout of it and under every capture, and every layout under every capture: for contracts about
+# what a layout holds, which does not depend on the capture, and what a capture keeps, which does not on the layout.
+PAIRS = covering(of_cases)
+# Every kind of layer, and every layout under every capture: for what takes a second a cell.
+KINDS = covering(of_kinds)
+
+
 def seeded(model: nn.Module, x: Tensor) -> Tensor:
     """The output, with the same dropout in every call."""
     torch.manual_seed(7)
     return model(x)
+
+
+def gradients_of(net: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """One step's gradients, none of which is left behind. run: what runs in the net's place, over its parameters."""
+    net.zero_grad()
+    (net if run is None else run)(x).square().mean().backward()
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    return found
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grid import FULL, LOW, Cell, cells
+from grid import FULL, LOW, PAIRS, Cell, cells
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +44,7 @@ def test_flops_and_parameters_of_the_plan_are_those_of_the_models(cell: Cell) ->
     assert (counted(small, x), held(small)) == (plan.low_flops, plan.low_params)
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_flops_and_parameters_of_a_row_are_what_its_site_alone_saves(cell: Cell) -> None:
     net, x = cell.net().eval(), cell.inputs()
     plan = dr.plan_of(net)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grid import ADAPTOR, FULL, LOW, Cell, cells, seeded
+from grid import ADAPTOR, FULL, LOW, PAIRS, Cell, cells, seeded
 from models import gradients
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ def test_full_is_bit_equal_to_the_original_in_output_and_gradients(cell: Cell, d
         assert torch.equal(found, gradient), name
 
 
-@cells(exact)
+@cells(exact, every_day=PAIRS)
 def test_phases_preserve_the_function_at_full_rank_in_both_directions(cell: Cell, device: str) -> None:
     net, x = cell.net(1.0, device=device).eval(), cell.inputs(device=device)
     expected = cell.model(device=device).eval()(x)
@@ -57,7 +57,7 @@ def test_phases_preserve_the_function_at_full_rank_in_both_directions(cell: Cell
     assert_near(net(x), expected)
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_inflate_preserves_what_low_computes(cell: Cell, device: str) -> None:
     net, x = cell.net(device=device).eval(), cell.inputs(device=device)
     dense = net(x)
@@ -78,7 +78,7 @@ def test_truncate_is_plain_torch_and_equals_low_on_other_shapes_too(cell: Cell, 
         assert_near(small(x), net(x), rounding=1e-12)
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_truncate_of_full_is_truncate_of_low(cell: Cell) -> None:
     net, x = cell.net().eval(), cell.inputs()
     small = dr.truncate(net)
@@ -86,7 +86,7 @@ def test_truncate_of_full_is_truncate_of_low(cell: Cell) -> None:
     assert_near(small(x), net(x), rounding=1e-12)
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_an_adaptor_starts_at_the_function_and_is_its_base_plus_the_scaled_branch(cell: Cell, device: str) -> None:
     net, x = cell.net(device=device).eval(), cell.inputs(device=device)
     expected = net(x)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import CELLS, LOW, Cell, cells, fast_path, layouts_of
+from grid import LOW, PAIRS, Cell, cells, covering, fast_path, layouts_of
 from models import CASES, Case
 
 import dynrank_fx as dr
@@ -15,7 +15,7 @@ from dynrank_fx.layouts import CONV_LAYOUTS
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_every_matrix_is_a_site_or_listed_with_the_reason(cell: Cell) -> None:
     def planned(**filters: Any) -> dr.Plan:
         more = {"conv_layout": cell.layout, "allow_unprofitable": True, **filters}
@@ -68,16 +68,15 @@ def flags() -> dict[str, Any]:
     }
 
 
-@cells(lambda cell: cell.layout is CELLS[0].layout)
-@pytest.mark.parametrize("enabled", [True, False], ids=["fast path on", "fast path off"])
-def test_the_callers_model_inputs_and_flags_are_untouched(cell: Cell, enabled: bool) -> None:
+@cells(lambda cell: cell.layout is CONV_LAYOUTS[0], every_day=covering(lambda cell: {(cell.case.kind, cell.how)}))
+def test_the_callers_model_inputs_and_flags_are_untouched(cell: Cell) -> None:
     """Once for each capture of each case: layouts work on a copy."""
     model, x = cell.model(), cell.inputs()
     model.requires_grad_(True).zero_grad()
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     before = {name: t.detach().clone() for name, t in tensors.items()}
     modules, kept = [(name, vars(module).copy(), type(module)) for name, module in model.named_modules()], x.clone()
-    with fast_path(enabled):
+    with fast_path(enabled=True):
         then = flags()
         net = dr.transform(model, (x,), rank=dr.Ratio(0.5), how=cell.how, allow_unprofitable=True)
         dr.enter_(net, LOW)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import ADAPTOR, FULL, LOW, Cell, cells, seeded
+from grid import ADAPTOR, FULL, LOW, PAIRS, Cell, cells, seeded
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,7 +33,7 @@ def step(net: nn.Module, x: Tensor, optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_what_does_not_train_is_not_there(cell: Cell, device: str) -> None:
     net, x = cell.net(device=device), cell.inputs(device=device)
     optimizer = torch.optim.AdamW(net.parameters())
@@ -59,7 +59,7 @@ def test_what_does_not_train_is_not_there(cell: Cell, device: str) -> None:
         )
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_weights_load_by_name_in_both_directions(cell: Cell, device: str) -> None:
     net, x = cell.net(device=device).eval(), cell.inputs(device=device)
     model, other = cell.model(device=device).eval(), cell.model(device=device, seed=5).eval()
@@ -78,7 +78,7 @@ def ties(module: nn.Module, renamed: bool = False) -> set[frozenset[str]]:
     return {frozenset(names) for names in found.values()}
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_tied_weights_stay_tied_in_every_phase_and_after_the_cut(cell: Cell) -> None:
     net, model = cell.net(), cell.model()
     original = dict(model.named_parameters(remove_duplicate=False))
@@ -133,7 +133,7 @@ def test_train_and_eval_and_buffers_behave_as_in_the_original_after_deepcopy_too
     assert not all(torch.equal(now, then) for now, then in zip(twin.buffers(), before, strict=True))
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_weight_and_bias_are_readable_in_every_phase_and_writable_in_full_only(cell: Cell) -> None:
     net, model = cell.net(1.0), dict(cell.model().named_parameters(remove_duplicate=False))
     biases = {name: p for name, p in model.items() if p.ndim == 1}
@@ -188,7 +188,7 @@ def assert_same(now: Any, before: Any, where: str = "") -> None:
         assert now == before, where
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_a_transition_that_fails_at_the_last_site_leaves_everything_as_it_was(cell: Cell) -> None:
     net, x = cell.net(), cell.inputs()
     optimizer = trained(net, x)
@@ -207,7 +207,7 @@ def test_a_transition_that_fails_at_the_last_site_leaves_everything_as_it_was(ce
     step(net, x, optimizer)
 
 
-@cells()
+@cells(every_day=PAIRS)
 @pytest.mark.parametrize("phase", [FULL, LOW])
 def test_non_finite_weights_are_refused_and_nothing_is_switched(cell: Cell, phase: dr.Phase) -> None:
     net, x = cell.net(), cell.inputs()
