@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynrank_fx.errors import StoreError
+from dynrank_fx.errors import StoreError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +96,7 @@ def _stored_module(path: Path) -> nn.Module:
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {path}") from error
     except Exception as error:
-        raise StoreError(f"{path} could not be loaded ({str(error).strip().splitlines()[0][:200]})") from error
+        raise StoreError(f"{path} could not be loaded ({first_line(error)[:200]})") from error
     if not isinstance(found, nn.Module):
         raise StoreError(
             f"{path} holds a {type(found).__name__} and no module: give weights by --weights, and MODEL.PY"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dynrank_fx.errors import ModelFileError, StoreError
+from dynrank_fx.errors import ModelFileError, StoreError, first_line
 
 from .options import plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
@@ -169,8 +169,9 @@ def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelFileError(f"the device {device!r} cannot be used here ({first}); give --device cpu") from error
+        raise ModelFileError(
+            f"the device {device!r} cannot be used here ({first_line(error)}); give --device cpu"
+        ) from error
 
 
 def _bar(task: Task, settings: Settings) -> Any:

@@ -228,7 +228,7 @@ def _exported(name: str, precision: Precision, low: bool, folder: str) -> dict[s
             ops = [(use.op, row.site.shape)]
             if low:
                 shapes = row.layout.factor_shapes(row.site.shape, row.rank)
-                ops = [(stage, shapes[index]) for stage, index in row.layout.stages(use.op)]
+                ops = [(stage, shapes[index]) for stage, index in row.layout.stages(use.op, row.rank)]
             for op, weight in ops:
                 out = op.output_shape(shape, weight)
                 values += (torch.Size(shape).numel() + torch.Size(out).numel()) / inputs[0].shape[0]

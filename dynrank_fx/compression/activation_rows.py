@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layouts import ChannelLayout, EinsumLayout, Layout, LinearLayout
-from ..ops import ConvOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, Shape, View
+from ..ops import ConvOp, EinsumOp, LinearOp, MatmulOp, Op, ProductOp, Shape, View
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ def outputs_are_rows(op: Op, layout: Layout) -> bool | None:
     """Whether what the op gives goes along the rows of the layout's matrix view, or along its columns; None where it
     goes along neither, so that no product of two factors cuts the outputs alone.
     """
-    if isinstance(layout, LinearLayout) and not isinstance(op, EinsumOp | ConvOp):
-        view = op.view  # type: ignore[union-attr]
-        return bool(op.contracts_rows == view.transposed)  # type: ignore[union-attr]
+    if isinstance(layout, LinearLayout) and isinstance(op, ProductOp):
+        return op.contracts_rows == op.view.transposed
     if isinstance(layout, EinsumLayout) and isinstance(op, EinsumOp):
         return op.axes[2] == layout.rows
     # A transposed convolution has its inputs along the rows.
@@ -47,7 +46,7 @@ def has_input_tokens(op: Op) -> bool:
 
 def has_output_tokens(op: Op, shape: Shape) -> bool:
     """Whether every call gives all outputs of the matrix, so that they can be told apart by their place."""
-    if isinstance(op, LinearOp | MatmulOp | EmbeddingOp):
+    if isinstance(op, ProductOp):
         return op.view == View(transposed=op.view.transposed, dtype=op.view.dtype) and len(shape) == 2
     return isinstance(op, ConvOp)
 

@@ -66,7 +66,7 @@ def _units(root: nn.Module, sites: Collection[str] | None) -> list[list[list[Swi
     """The sites, each with all its modules; those that share a right factor together, its owner first."""
     found = switched_modules(root)
     wanted = [name for name in found if sites is None or name in sites]
-    units = dict.fromkeys(found[name][0].pack or (name,) for name in wanted)
+    units = dict.fromkeys(found[name][0].sharing or (name,) for name in wanted)
     return [[found[name] for name in unit] for unit in units]
 
 

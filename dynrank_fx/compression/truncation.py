@@ -138,7 +138,7 @@ def ranks_of(
     counted = policy.of[:1] if isinstance(policy, Budget) else ()
     ranks: dict[str, int | None] = {}
     for unit, wanted in zip(units, chosen, strict=True):
-        r = min((rung for rung in unit.curve.rungs if rung >= wanted), default=wanted)
+        r = min((rank for rank in unit.curve.grid if rank >= wanted), default=wanted)
         ranks |= dict.fromkeys(unit.names, r if r < unit.curve.max_rank and unit.pays(r, *counted) else None)
     return ranks
 

@@ -102,9 +102,9 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
     root = unwrap(net)
     _refuse_wrapped(root)
     old, sites = plan_of(root), switched_modules(root)
-    same = [[(row.site.name, row.layout, row.pack) for row in each.sites] for each in (plan, old)]
+    same = [[(row.site.name, row.layout, row.sharing) for row in each.sites] for each in (plan, old)]
     if same[0] != same[1]:
-        raise PlanError("the new plan has other sites, layouts or packs than the net; only ranks can change")
+        raise PlanError("the new plan has other sites, layouts or shared factors than the net; only ranks can change")
     ranks = {row.site.name: row.rank for row in plan.sites}
     changed = [name for name, modules in sites.items() if modules[0].rank != ranks[name]]
     moves = [
@@ -180,7 +180,7 @@ class _Move:
 
 def _units(sites: Mapping[str, list[Switched]], changing: Iterable[str]) -> list[list[list[Switched]]]:
     """The sites that change, those of a pack together, the owner of the shared factor first."""
-    units = dict.fromkeys(sites[name][0].pack or (name,) for name in changing)
+    units = dict.fromkeys(sites[name][0].sharing or (name,) for name in changing)
     return [[sites[name] for name in unit] for unit in units]
 
 

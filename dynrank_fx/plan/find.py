@@ -8,7 +8,7 @@ from typing import TypeAlias
 from torch import fx, nn
 
 from ..layouts import layout_for
-from ..ops import OP_MODULES, ConvOp, ConvTransposeOp, Shape, has_hooks, holds_more
+from ..ops import OP_MODULES, ConvolutionOp, Shape, has_hooks, holds_more
 from .locate import Located, locate
 from .site import Site, Skipped, Use
 
@@ -103,7 +103,7 @@ def _why_mixed(found: Located) -> str | None:
     ops = [use.op for use in found.uses]
     op, shape = ops[0], tuple(found.parameter.shape)
     if not all(layout_for(op).serves(other) for other in ops):
-        convolutions = all(isinstance(other, ConvOp | ConvTransposeOp) for other in ops)
+        convolutions = all(isinstance(other, ConvolutionOp) for other in ops)
         if convolutions:
             return "its convolutions have different numbers of groups"
         kinds = sorted({other.kind for other in ops})

@@ -38,7 +38,7 @@ def fit_plan(net: nn.Module, plan: Plan, example_inputs: Any = None) -> Plan:
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
-        rows.append(PlannedSite(here, layout_of(here, row.layout.name), row.rank, row.pack))
+        rows.append(PlannedSite(here, layout_of(here, row.layout.name), row.rank, row.sharing))
     checked_rows(rows)
     flops = measured.flops if measured else None
     if measured is None and [_ops(row) for row in rows] == [_ops(row) for row in plan.sites]:

@@ -106,7 +106,7 @@ def _exact(weight: Tensor) -> Tensor:
 def _units(net: nn.Module) -> list[list[Switched]]:
     """The first module of every site, those that share a factor together, its owner first."""
     firsts = {name: modules[0] for name, modules in switched_modules(unwrap(net)).items()}
-    units = dict.fromkeys(module.pack or (name,) for name, module in firsts.items())
+    units = dict.fromkeys(module.sharing or (name,) for name, module in firsts.items())
     return [[firsts[name] for name in unit] for unit in units]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
-from ..errors import DynrankError
+from ..errors import DynrankError, first_line
 from ..tracing import Inputs, evaluating, unwrap
 from .settings import Settings
 
@@ -57,7 +57,7 @@ def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         raise DynrankError(
             f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
-            f"{type(why).__name__}: {(str(why).strip() or 'no reason given').splitlines()[0]}"
+            f"{first_line(why)}"
         ) from error
 
 
