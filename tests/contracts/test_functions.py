@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from grid import ADAPTOR, FULL, LOW, PAIRS, Cell, cells, seeded
-from models import gradients
+from models import Modal, gradients, randomized
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -107,3 +110,26 @@ def test_an_adaptor_starts_at_the_function_and_is_its_base_plus_the_scaled_branc
     for name, site in first_modules(net).items():
         assert_near(site.weight.detach(), weights[name], rounding=1e-12)
     assert_near(net(x), adapted)
+
+
+def test_a_truncated_model_saves_and_loads_like_any_torch_module() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 6, 6)
+    small = dr.truncate(dr.transform(randomized(Modal()), (x,), rank=dr.Ratio(0.5), allow_unprofitable=True))
+    file = io.BytesIO()
+    torch.save(small, file)
+    assert b"dynrank" not in file.getvalue()
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(x), small(x))
+    assert torch.equal(copy.deepcopy(small)(x), small(x))
+    exported = torch.export.export(small, (x,)).module()
+    torch.testing.assert_close(exported(x), small(x))
+
+
+def test_a_replaced_layer_keeps_what_code_reads_of_a_layer() -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(12, 9)), (torch.randn(2, 12),), rank=dr.Fixed(2))
+    for phase in (FULL, LOW, ADAPTOR):
+        dr.enter_(net, phase)
+        layer = net.get_submodule("0")
+        assert (layer.in_features, layer.out_features, layer.weight.shape) == (12, 9, (9, 12))

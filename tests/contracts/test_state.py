@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from grid import ADAPTOR, FULL, LOW, PAIRS, Cell, cells, seeded
+from models import Tied, randomized
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -100,6 +101,21 @@ def test_tied_weights_stay_tied_in_every_phase_and_after_the_cut(cell: Cell) -> 
     for together in ties(small):
         assert len({id(low[name]) for name in together if name in low}) <= 1
     assert len(list(small.parameters())) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize("how", list(dr.Capture), ids=lambda how: how.name)
+def test_an_embedding_and_its_head_share_factors_that_serve_both(how: dr.Capture) -> None:
+    torch.manual_seed(0)
+    model, x = randomized(Tied()), torch.randint(20, (3, 7))
+    net = dr.transform(model, (x,), rank=dr.Ratio(0.5), how=how, allow_unprofitable=True)
+    assert not dr.plan_of(net).skipped
+    dr.enter_(net, LOW)
+    for factor in ("left", "right"):
+        assert net.get_parameter(f"embed.{factor}") is net.get_parameter(f"head.{factor}")
+    weight = net.get_submodule("embed").weight
+    table = nn.functional.embedding(x, weight)
+    torch.testing.assert_close(net.get_submodule("embed")(x), table)
+    torch.testing.assert_close(net.get_submodule("head")(table), table @ weight.T)
 
 
 def _at(net: nn.Module, name: str) -> Any:
