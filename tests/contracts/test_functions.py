@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from grid import ADAPTOR, FULL, LOW, PAIRS, Cell, cells, seeded
+from grid import ADAPTOR, FULL, LAYOUTS, LOW, PAIRS, Cell, cells, seeded
 from models import Modal, gradients, randomized
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ def test_full_is_bit_equal_to_the_original_in_output_and_gradients(cell: Cell, d
         assert torch.equal(found, gradient), name
 
 
-@cells(exact, every_day=PAIRS)
+@cells(exact, every_day=LAYOUTS)
 def test_phases_preserve_the_function_at_full_rank_in_both_directions(cell: Cell, device: str) -> None:
     net, x = cell.net(1.0, device=device).eval(), cell.inputs(device=device)
     expected = cell.model(device=device).eval()(x)
@@ -81,7 +81,7 @@ def test_truncate_is_plain_torch_and_equals_low_on_other_shapes_too(cell: Cell, 
         assert_near(small(x), net(x), rounding=1e-12)
 
 
-@cells(every_day=PAIRS)
+@cells(every_day=LAYOUTS)
 def test_truncate_of_full_is_truncate_of_low(cell: Cell) -> None:
     net, x = cell.net().eval(), cell.inputs()
     small = dr.truncate(net)
@@ -89,7 +89,7 @@ def test_truncate_of_full_is_truncate_of_low(cell: Cell) -> None:
     assert_near(small(x), net(x), rounding=1e-12)
 
 
-@cells(every_day=PAIRS)
+@cells(every_day=LAYOUTS)
 def test_an_adaptor_starts_at_the_function_and_is_its_base_plus_the_scaled_branch(cell: Cell, device: str) -> None:
     net, x = cell.net(device=device).eval(), cell.inputs(device=device)
     expected = net(x)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 @cells(every_day=KINDS)
 def test_the_file_computes_what_the_truncated_net_does_on_another_batch(cell: Cell, tmp_path: Path) -> None:
-    net, x = cell.net().float().eval(), cell.inputs(torch.float32)
+    net, x = cell.net(dtype=torch.float32).eval(), cell.inputs(torch.float32)
     dr.enter_(net, LOW)
     small, path = dr.truncate(net), tmp_path / "model.onnx"
     report = dr.export_onnx(small, (x,), path)
@@ -30,4 +30,4 @@ def test_the_file_computes_what_the_truncated_net_does_on_another_batch(cell: Ce
     (got,) = opened.run(None, {opened.get_inputs()[0].name: more.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), small(more).detach(), rtol=1e-4, atol=1e-5)
     held = sum(p.numel() for p in small.parameters())
-    assert held <= report.params < held + 60, "the factors are in the file, and no product of them"
+    assert report.params < held + 60, "no product of factors is in the file, only small constants besides them"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import LOW, PAIRS, Cell, cells, covering, fast_path, layouts_of
+from grid import CAPTURES, LOW, Cell, cells, covering, fast_path, layouts_of
 from models import CASES, Case
 
 import dynrank_fx as dr
@@ -15,7 +15,7 @@ from dynrank_fx.layouts import CONV_LAYOUTS
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
-@cells(every_day=PAIRS)
+@cells(every_day=CAPTURES)
 def test_every_matrix_is_a_site_or_listed_with_the_reason(cell: Cell) -> None:
     def planned(**filters: Any) -> dr.Plan:
         more = {"conv_layout": cell.layout, "allow_unprofitable": True, **filters}

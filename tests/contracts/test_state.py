@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import ADAPTOR, FULL, LOW, PAIRS, Cell, cells, seeded
+from grid import ADAPTOR, CAPTURES, FULL, LAYOUTS, LOW, PAIRS, Cell, cells, seeded
 from models import Tied, randomized
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -60,7 +60,7 @@ def test_what_does_not_train_is_not_there(cell: Cell, device: str) -> None:
         )
 
 
-@cells(every_day=PAIRS)
+@cells(every_day=CAPTURES)
 def test_weights_load_by_name_in_both_directions(cell: Cell, device: str) -> None:
     net, x = cell.net(device=device).eval(), cell.inputs(device=device)
     model, other = cell.model(device=device).eval(), cell.model(device=device, seed=5).eval()
@@ -79,7 +79,7 @@ def ties(module: nn.Module, renamed: bool = False) -> set[frozenset[str]]:
     return {frozenset(names) for names in found.values()}
 
 
-@cells(every_day=PAIRS)
+@cells(every_day=CAPTURES)
 def test_tied_weights_stay_tied_in_every_phase_and_after_the_cut(cell: Cell) -> None:
     net, model = cell.net(), cell.model()
     original = dict(model.named_parameters(remove_duplicate=False))
@@ -204,7 +204,7 @@ def assert_same(now: Any, before: Any, where: str = "") -> None:
         assert now == before, where
 
 
-@cells(every_day=PAIRS)
+@cells(every_day=LAYOUTS)
 def test_a_transition_that_fails_at_the_last_site_leaves_everything_as_it_was(cell: Cell) -> None:
     net, x = cell.net(), cell.inputs()
     optimizer = trained(net, x)
@@ -223,7 +223,7 @@ def test_a_transition_that_fails_at_the_last_site_leaves_everything_as_it_was(ce
     step(net, x, optimizer)
 
 
-@cells(every_day=PAIRS)
+@cells(every_day=LAYOUTS)
 @pytest.mark.parametrize("phase", [FULL, LOW])
 def test_non_finite_weights_are_refused_and_nothing_is_switched(cell: Cell, phase: dr.Phase) -> None:
     net, x = cell.net(), cell.inputs()
