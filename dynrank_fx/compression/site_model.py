@@ -9,17 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ops import (
-    ConvOp,
-    ConvTransposeOp,
-    EinsumOp,
-    EmbeddingOp,
-    LinearOp,
-    MatmulOp,
-    Op,
-    ProductOp,
-    Shape,
-)
+from ..ops import ConvOp, ConvTransposeOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, ProductOp, Shape
 from ..plan import PlannedSite
 
 _OPSET = 18
@@ -58,14 +48,14 @@ def site_model(rows: Sequence[PlannedSite], rank: int | None, element: Any) -> t
     from onnx import helper
 
     graph, feeds = _Graph(element), dict[str, Any]()
-    pack = len(rows) > 1
+    shared = len(rows) > 1
     stem: str | None = None
     for row in rows:
         for use in row.site.uses:
             x = use.input_shape
             if x is None or not _known(use.op):
                 return None
-            if not (pack and feeds):
+            if not (shared and feeds):
                 feeds[f"x{len(feeds)}"] = _values(use.op, x, row.site.shape, element)
             value = f"x{len(feeds) - 1}"
             if rank is None:
@@ -73,7 +63,7 @@ def site_model(rows: Sequence[PlannedSite], rank: int | None, element: Any) -> t
             else:
                 shapes = row.layout.factor_shapes(row.site.shape, rank)
                 for number, (stage, index) in enumerate(row.layout.stages(use.op, rank)):
-                    if pack and number == 0 and stem is not None:
+                    if shared and number == 0 and stem is not None:
                         value, x = stem, stage.output_shape(x, shapes[index])
                         continue
                     value, x = _apply(graph, stage, value, x, shapes[index])

@@ -55,6 +55,12 @@ class Layout(abc.ABC):
     def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
         """(op, index of its factor) in the order they apply, at a rank; the bias goes to the last."""
 
+    def last_holds_outputs(self, op: Op) -> bool:
+        """Whether the factor that is applied last has a row or a column for each number that the op gives, and nothing
+        else, so that a product of two factors cuts the outputs alone.
+        """
+        return False
+
     @abc.abstractmethod
     def split(self, weight: Tensor, rank: int) -> Factors:
         """The best factors of this rank that are known to be found."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..ops import ConvolutionOp, Op, Shape
+from ..ops import ConvolutionOp, ConvOp, Op, Shape
 from .base import Factors
 from .two_factors import TwoFactors
 
@@ -37,6 +37,9 @@ class ChannelLayout(GroupedFactors):
     """A k×k convolution to r channels, then 1×1. Transposed: 1×1 to r channels, then k×k."""
 
     name: ClassVar[str] = "channel"
+
+    def last_holds_outputs(self, op: Op) -> bool:
+        return isinstance(op, ConvOp)  # the last stage of a transposed convolution is k×k
 
     def matrix_shape(self, weight: Shape) -> tuple[int, int]:
         return weight[0] // self.groups, math.prod(weight[1:])

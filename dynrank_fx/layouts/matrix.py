@@ -33,6 +33,9 @@ class LinearLayout(TwoFactors):
     def serves(self, op: Op) -> bool:
         return isinstance(op, ProductOp)
 
+    def last_holds_outputs(self, op: Op) -> bool:
+        return True
+
     def matrix_shape(self, weight: Shape) -> tuple[int, int]:
         return weight[-2], weight[-1]
 
@@ -87,6 +90,9 @@ class EinsumLayout(TwoFactors):
             return False
         shared, contracted, free = op.axes
         return shared == self.shared and {contracted, free} == {self.rows, self.columns}
+
+    def last_holds_outputs(self, op: Op) -> bool:
+        return True
 
     def _sizes(self, weight: Shape) -> tuple[Shape, Shape, Shape]:
         shared, rows, columns = (tuple(weight[i] for i in axes) for axes in (self.shared, self.rows, self.columns))

@@ -23,8 +23,7 @@ from ..plan import (
     ranks_by_policy,
     spectrum_of,
 )
-from ..rewrite import Switched, plan_of, switched_modules
-from ..tracing import unwrap
+from ..rewrite import SiteGroup, plan_of, site_groups
 
 
 def reranked(net: nn.Module, policy: RankPolicy, *, ladder: int = 16) -> Plan:
@@ -69,7 +68,7 @@ Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""
 
 
-Timing: TypeAlias = Callable[[Sequence[PlannedSite]], Cost | None]
+LatencyOf: TypeAlias = Callable[[Sequence[PlannedSite]], Cost | None]
 """What a site, or those that share a factor, take in measured time, in shares of the dense model's; None: not known."""
 
 
@@ -79,7 +78,7 @@ def rank_units(
     ladder: int | None = None,
     multiple_of: int = 1,
     spectrum: Spectrum | None = None,
-    timing: Timing | None = None,
+    latency: LatencyOf | None = None,
     margin: float | None = None,
     weights: Mapping[str, float] = _NONE,
     extra: Mapping[str, int] = _NONE,
@@ -87,31 +86,24 @@ def rank_units(
 ) -> list[RankUnit]:
     """What of the net gets ranks, with curves of its present weights.
 
-    ladder: see ``reranked``; by default ranks are the multiples of multiple_of. timing: adds a cost of time;
+    ladder: see ``reranked``; by default ranks are the multiples of multiple_of. latency: adds a cost of time;
     margin: then leaves only the ranks that are faster than dense by more than this share of its time. weights: of the
     curves, by the first name. extra: parameters that a cut adds besides the factors, by the first name. known: ranks
     that weights have, by the first name.
     """
-    plan, modules = plan_of(net), switched_modules(unwrap(net))
+    plan = plan_of(net)
     totals = {Metric.PARAMS: plan.total_params, Metric.FLOPS: plan.total_flops}
     rows = {row.site.name: row for row in plan.sites}
     found = []
-    for names in dict.fromkeys(row.sharing or (row.site.name,) for row in plan.sites):
-        unit = tuple(rows[name] for name in names)
-        costs = costs_of([row.site for row in unit], unit[0].layout, totals)
-        costs[Metric.PARAMS] = _with_extra(costs[Metric.PARAMS], extra.get(names[0], 0) / max(plan.total_params, 1))
-        shape = (sum(row.site.shape[0] for row in unit), *unit[0].site.shape[1:])
-        holders, limit = [modules[name][0] for name in names], unit[0].layout.max_rank(shape)
-        curve = curve_of(
-            [row.site for row in unit],
-            unit[0].layout,
-            partial(_spectrum, unit, holders, limit, spectrum),
-            costs,
-            multiple_of=multiple_of,
-            steps=ladder,
-        )
-        curve = replace(curve, weight=weights.get(names[0], 1.0), rank=known.get(names[0], 0))
-        found.append(RankUnit(unit, curve if timing is None else _timed(curve, timing(unit), margin)))
+    for group in site_groups(net, rows):
+        planned = tuple(rows[name] for name in group.names)
+        sites = [row.site for row in planned]
+        costs = costs_of(sites, group.layout, totals)
+        costs[Metric.PARAMS] = _with_extra(costs[Metric.PARAMS], extra.get(group.name, 0) / max(plan.total_params, 1))
+        now = partial(_spectrum, group, spectrum)
+        curve = curve_of(sites, group.layout, now, costs, multiple_of=multiple_of, steps=ladder)
+        curve = replace(curve, weight=weights.get(group.name, 1.0), rank=known.get(group.name, 0))
+        found.append(RankUnit(planned, curve if latency is None else _timed(curve, latency(planned), margin)))
     return found
 
 
@@ -131,10 +123,9 @@ def _timed(curve: Curve, time: Cost | None, margin: float | None) -> Curve:
     return replace(curve, grid=faster or (curve.max_rank,))
 
 
-def _spectrum(rows: Sequence[PlannedSite], modules: Sequence[Switched], limit: int, given: Spectrum | None) -> Tensor:
-    """Singular values [g, limit] of the present weights, or what is given to stand for them."""
-    weights = [module.weight.detach() for module in modules]
-    values = given(rows[0].site.name, torch.cat(weights)) if given is not None else None
+def _spectrum(group: SiteGroup, given: Spectrum | None) -> Tensor:
+    """Singular values [g, max_rank] of the present weights, or what is given to stand for them."""
+    values = None if given is None else given(group.name, group.weight)
     if values is None:
-        values = modules[0].spectrum() if len(modules) == 1 else spectrum_of(rows[0].layout, weights)
-    return torch.nn.functional.pad(values, (0, limit - values.shape[-1]))
+        values = spectrum_of(group.layout, [group.weight]) if group.shared else group.owner.spectrum()
+    return torch.nn.functional.pad(values, (0, group.layout.max_rank(group.shape) - values.shape[-1]))

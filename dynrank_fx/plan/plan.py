@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import PlanError
 from ..layouts import Layout, layout_named
-from ..text import text_table
+from ..text import change, text_table
 from .site import Site, Skipped
 
 VERSION = 1
@@ -150,9 +150,9 @@ class Plan:
         lines.append(f"{sites} factored, {matrices} left dense")
         if self.capture:
             lines.append(f"captured    {self.capture}")
-        lines.append(f"parameters  {_change(self.total_params, self.low_params)}")
+        lines.append(f"parameters  {change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
-            lines.append(f"FLOPs       {_change(self.total_flops, self.low_flops)} on the example inputs")
+            lines.append(f"FLOPs       {change(self.total_flops, self.low_flops)} on the example inputs")
         return "\n".join(lines)
 
 
@@ -178,10 +178,6 @@ def _amount(n: int, one: str, more: str) -> str:
 
 def _count(n: int) -> str:
     return f"{n:,}"
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"
 
 
 def _row_from_json(data: dict[str, Any]) -> PlannedSite:

@@ -257,9 +257,9 @@ def test_a_run_lands_before_every_cut_and_says_how_far_it_is(layout):
     task = Task([x] * 7, lambda output, batch: output.square().mean(), lambda batch: ((batch,), {}))
     run = Run(net, optimizer, dr.schedules.interleave(low=1, full=2))
     fit(run, task, Settings(7, compile=False, landing=True))
-    ahead = [set(record["epochs_to_cut"].values()) for record in run.history]
+    ahead = [set(record.epochs_to_cut.values()) for record in run.history]
     assert ahead == [set(), {2}, {1}, set(), {2}, {1}, set()]
     for record in run.history:
-        if record["switch_error"] and record["phase"] == "LOW" and record["epoch"]:
-            assert max(record["switch_error"].values()) < 1e-4
-    assert sum(bool(record["switch_error"]) for record in run.history) == 5
+        if record.switch_error and record.phase == "LOW" and record.epoch:
+            assert max(record.switch_error.values()) < 1e-4
+    assert sum(bool(record.switch_error) for record in run.history) == 5
