@@ -20,10 +20,10 @@ test: $(INSTALLED)          ## the everyday tests; one thread each, so that JOBS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 test-gpu: $(INSTALLED)      ## what needs a CUDA device
-	$(BIN)/python -m pytest -q -m gpu tests
+	$(BIN)/python -m pytest -q -m 'gpu and not fuzz' tests
 
-fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz -n $(JOBS)
+fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each), and all of their grid
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'fuzz and not gpu' -n $(JOBS)
 
 zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py

@@ -86,11 +86,22 @@ class TuckerLayout(TensorLayout):
 
     def join_flops(self, weight: Shape, rank: int) -> int:
         (m, r, *_), (_, s, *kernel), (_, n, *_) = self.factor_shapes(weight, rank)
-        return 2 * math.prod(kernel) * r * s * n + 2 * math.prod(kernel) * m * r * n
+        per_tap = m * s * (r + n) if m >= n else r * n * (s + m)
+        return 2 * math.prod(kernel) * per_tap
 
     def join(self, factors: Factors) -> Tensor:
-        left, core, right = factors
-        return torch.einsum("mr,rs...,sn->mn...", left.flatten(1), core, right.flatten(1))
+        """The core times the outer factor of more channels, then times the other: the order that costs less.
+
+        Args:
+            factors: (left, core, right).
+
+        Returns:
+            The weight [m, n, *k].
+        """
+        left, core, right = factors[0].flatten(1), factors[1], factors[2].flatten(1)
+        if left.shape[0] >= right.shape[1]:
+            return torch.einsum("ms...,sn->mn...", torch.einsum("mr,rs...->ms...", left, core), right)
+        return torch.einsum("mr,rn...->mn...", left, torch.einsum("rs...,sn->rn...", core, right))
 
     def inner(self, one: Factors, other: Factors) -> Tensor:
         """⟨W, W'⟩ by products of the outer factors, [r, r] and [s, s]: no tensor is larger than the core.

@@ -59,4 +59,5 @@ def fit_plan(net: nn.Module, plan: Plan, example_inputs: ExampleInputs | None = 
 
 
 def _ops(row: PlannedSite) -> list[Op]:
-    return [use.op for use in row.site.uses]
+    """What is done with the weight; how often, only a run tells where code that is not traced calls a layer."""
+    return list(dict.fromkeys(use.op for use in row.site.uses))
