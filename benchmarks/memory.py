@@ -85,7 +85,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens [batch, time] to scores [batch, time, VOCABULARY]; a small vocabulary, so that the layers are the model."""
+    """Tokens [batch, time] to scores [batch, time, VOCABULARY]; a small vocabulary, so that the layers count."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -276,10 +276,15 @@ def rows(names: Sequence[str], sizes: Sequence[str]) -> Iterator[Row]:
 
 
 def table(found: Sequence[Row]) -> str:
-    lines = ["| | size | weights | peak above the start | left after it | time |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | size | weights | peak above the start | left after it | time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in found:
         peak, after = (f"{each / row.weights:.2f} × weights" for each in (row.peak, row.after))
-        lines.append(f"| {row.what} | {row.size} | {row.weights / 1e9:.2f} GB | {peak} | {after} | {row.seconds:.1f} s |")
+        lines.append(
+            f"| {row.what} | {row.size} | {row.weights / 1e9:.2f} GB | {peak} | {after} | {row.seconds:.1f} s |"
+        )
     return "\n".join(lines)
 
 
