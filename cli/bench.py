@@ -49,7 +49,7 @@ def bench(
         if not (key and equals and value):
             raise click.UsageError(f"--provider-option {setting}: write KEY=VALUE, such as enable_cuda_graph=1")
     chosen = (provider, {key: value for key, _, value in pairs}) if provider and settings else provider
-    from dynrank_fx.onnxbench import bench_onnx, machine, table
+    from dynrank_fx.onnx import bench_onnx, machine, table
 
     timings = bench_onnx(
         file,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dynrank_fx.compression import MaxDrop
-    from dynrank_fx.ranks import RankPolicy
+    from dynrank_fx.plan import RankPolicy
 
     from .modelfile import ModelFile
 
@@ -80,12 +80,10 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
     Example:
       dynrank-fx compress digits.py --weights digits.pt --budget flops=0.5 -o small.onnx
     """
+    from dynrank_fx.compression import SiteTimes
     from dynrank_fx.compression import compress as compressed
-    from dynrank_fx.export import check_opset, export_onnx
-    from dynrank_fx.onnxcheck import check_batch_sizes, check_provider
-    from dynrank_fx.onnxfile import check_place
+    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_provider, export_onnx
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.sitetimes import SiteTimes
 
     asked, leave = _budget(budget), roles_of(options["leave"])
     if out.suffix not in (".onnx", ".pt"):
@@ -142,8 +140,8 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
 
 
 def _budget(text: str) -> RankPolicy | MaxDrop:
-    from dynrank_fx.budget import Budget
     from dynrank_fx.compression import MaxDrop
+    from dynrank_fx.plan import Budget
 
     what, _, number = text.partition("=")
     try:
@@ -177,7 +175,7 @@ def _loss(file: ModelFile, batches: list[Any]) -> Any:
 def _stored(module: nn.Module, out: Path) -> str:
     import torch
 
-    from dynrank_fx.store import replacing
+    from dynrank_fx.files import replacing
 
     stored = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(module, stored)

@@ -30,7 +30,7 @@ def export(source: Path, out: Path, model_file: Path | None, calibrate: int, **o
     Example:
       dynrank-fx export digits-run -o digits.onnx
     """
-    from dynrank_fx.export import export_onnx
+    from dynrank_fx.onnx import export_onnx
 
     from .runs import final_form
 

@@ -43,7 +43,7 @@ def inspect(target: Path, model_file: Path | None, plot: Path | None, as_json: b
         rows, history = inspect_net(opened.net, opened.file.example_inputs()), opened.history
     click.echo(matrices_json(rows) if as_json else matrices_table(rows))
     if plot:
-        from dynrank_fx.plots import plot_run, plot_spectra
+        from dynrank_fx.report import plot_run, plot_spectra
 
         if history:
             plot_run(history, plot)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from dynrank_fx import __version__
 from dynrank_fx.errors import DynrankError, DynrankWarning
+from dynrank_fx.version import __version__
 
 from .bench import bench
 from .compress import compress

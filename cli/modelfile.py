@@ -23,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dynrank_fx.errors import ModelFileError
-from dynrank_fx.inputs import Inputs, split_inputs
+from dynrank_fx.tracing import Inputs, split_inputs
 
 
 @dataclass(frozen=True)

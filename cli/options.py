@@ -11,10 +11,8 @@ import click
 if TYPE_CHECKING:
     from torch import nn
 
-    from dynrank_fx.layout import ConvLayout
-    from dynrank_fx.overrides import Override
-    from dynrank_fx.ranks import RankPolicy
-    from dynrank_fx.roles import Role
+    from dynrank_fx.layouts import ConvLayout
+    from dynrank_fx.plan import Override, RankPolicy, Role
 
     from .modelfile import ModelFile
 
@@ -120,7 +118,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def export_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``export_options`` were given, as arguments of ``export_onnx``."""
-    from dynrank_fx.precision import Precision
+    from dynrank_fx.onnx import Precision
 
     return {
         "opset": options["opset"],
@@ -156,7 +154,7 @@ def _dynamic(texts: tuple[str, ...]) -> dict[str, dict[int, str]] | None:
 
 def roles_of(leave: tuple[str, ...]) -> list[Role]:
     """The roles that ``--leave`` names; none beside others is a contradiction."""
-    from dynrank_fx.roles import Role
+    from dynrank_fx.plan import Role
 
     if "none" in leave and len(set(leave)) > 1:
         raise click.BadParameter("none beside others says two things: give one of them", param_hint="--leave")
@@ -172,7 +170,7 @@ def refuse_beside(flag: str, options: dict[str, Any]) -> None:
 
 def rank_policy(rank: str | None, energy: float | None, hint: str = "--rank") -> RankPolicy:
     """The rank policy that ``--rank`` or ``--energy`` asks for."""
-    from dynrank_fx.ranks import Energy, Fixed, Ratio
+    from dynrank_fx.plan import Energy, Fixed, Ratio
 
     if rank is not None and energy is not None:
         raise click.UsageError("give --rank or --energy, not both")
@@ -188,7 +186,7 @@ def rank_policy(rank: str | None, energy: float | None, hint: str = "--rank") ->
 
 def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
     """The overrides that ``--override`` asks for, by pattern."""
-    from dynrank_fx.overrides import Override
+    from dynrank_fx.plan import Override
 
     found = {}
     for text in texts:
@@ -208,7 +206,7 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
 
 
 def _conv_layout(word: str) -> ConvLayout:
-    from dynrank_fx.layout import CONV_LAYOUTS
+    from dynrank_fx.layouts import CONV_LAYOUTS
 
     return next(layout for layout in CONV_LAYOUTS if layout.name == word)
 
@@ -231,8 +229,8 @@ def transformed(
     allow_empty: bool = False,
 ) -> nn.Module:
     """The model of a model file, transformed as the options say. policy: in place of ``rank`` and ``energy``."""
-    from dynrank_fx.checkpoint import read_plan
-    from dynrank_fx.pipeline import transform
+    from dynrank_fx.phases import read_plan
+    from dynrank_fx.rewrite import transform
     from dynrank_fx.tracing import Capture
 
     if plan_file is not None:

@@ -17,8 +17,8 @@ def report(run: Path, out: Path | None) -> None:
     Example:
       dynrank-fx report digits-run -o report.html
     """
-    from dynrank_fx.page import write_page
-    from dynrank_fx.runfile import plan_in, read_run
+    from dynrank_fx.report import write_page
+    from dynrank_fx.training import plan_in, read_run
 
     _, info = read_run(run)
     path = out or run / "report.html"

@@ -53,12 +53,10 @@ def _truncated(opened: Opened, calibrate: int) -> FinalForm:
     """The net with all of its sites in factors; those that are dense at the end are cut on so many calibration batches,
     the same ones every time.
     """
-    from dynrank_fx.inlining import inline
+    from dynrank_fx.compression import recalibrate_, truncate
     from dynrank_fx.phase import Phase
-    from dynrank_fx.recovery import recalibrate_
-    from dynrank_fx.rewrite import plan_of
-    from dynrank_fx.transition import phases_of
-    from dynrank_fx.truncation import truncate
+    from dynrank_fx.phases import phases_of
+    from dynrank_fx.rewrite import inline, plan_of
 
     batches = calibration_inputs(opened.file, calibrate)
     if set(phases_of(opened.net).values()) - {Phase.LOW}:
@@ -147,7 +145,7 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     """The metric of a module on eval_data(); None where there is none."""
     import torch
 
-    from dynrank_fx.task import Settings, Task, evaluate
+    from dynrank_fx.training import Settings, Task, evaluate
 
     data = file.eval_data()
     if data is None or file.metric is None:
@@ -164,7 +162,7 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
 
 def write_run_file(folder: Path, model_file: Path, options: dict[str, Any]) -> None:
     """Note in the run's folder what it was started with."""
-    from dynrank_fx.store import write_text
+    from dynrank_fx.files import write_text
 
     data = {"format": "dynrank-fx run", "version": 1, "model_file": str(model_file.resolve()), "options": options}
     write_text(folder / RUN_FILE, json.dumps(data, indent=1) + "\n")
@@ -191,8 +189,8 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 
 def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     """The net in a folder of ``train`` or ``transform``. Raises StoreError, ModelFileError and what loading raises."""
-    from dynrank_fx.checkpoint import how_in, load, rebuilt, restore_
-    from dynrank_fx.runfile import CHECKPOINT, plan_in, read_run, weights_in
+    from dynrank_fx.phases import how_in, load, rebuilt, restore_
+    from dynrank_fx.training import CHECKPOINT, plan_in, read_run, weights_in
 
     from .modelfile import load_model_file
 

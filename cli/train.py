@@ -19,7 +19,7 @@ from .training import how_to_train, known_decay, schedule_of, training_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from dynrank_fx.train import Run, Settings, Task, Watcher
+    from dynrank_fx.training import Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
 
@@ -55,11 +55,9 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     elif (folder / RUN_FILE).exists():
         raise StoreError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
 
-    from dynrank_fx.checkpoint import how_in, rebuilt
+    from dynrank_fx.phases import how_in, phases_of, rebuilt
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.runfile import plan_in, read_run, restore_run_, save_run
-    from dynrank_fx.train import fit
-    from dynrank_fx.transition import phases_of
+    from dynrank_fx.training import fit, plan_in, read_run, restore_run_, save_run
 
     from .modelfile import load_model_file
 
@@ -129,7 +127,7 @@ def _make_folder(folder: Path) -> None:
 def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
     from dynrank_fx.randomness import generators_of
-    from dynrank_fx.train import Run, Settings, Task
+    from dynrank_fx.training import Run, Settings, Task
 
     how = how_to_train(options)
     net = net.to(options["device"]).train()
@@ -157,7 +155,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
 
 def _net(file: ModelFile, options: dict[str, Any]) -> nn.Module:
     if options["start"] is not None:
-        from dynrank_fx.checkpoint import load
+        from dynrank_fx.phases import load
 
         refuse_beside("--from", options)
         return load(options["start"], file.model(), file.example_inputs())
@@ -178,7 +176,7 @@ def _check_device(device: str) -> None:
 
 
 def _bar(task: Task, settings: Settings) -> Any:
-    from dynrank_fx.progress import Bar
+    from dynrank_fx.training import Bar
 
     try:
         steps = len(task.train_data)  # type: ignore[arg-type]
@@ -188,7 +186,7 @@ def _bar(task: Task, settings: Settings) -> Any:
 
 
 def _with_tensorboard(bar: Watcher, folder: Path) -> Watcher:
-    from dynrank_fx.train import Watchers
+    from dynrank_fx.training import Watchers
 
     try:
         from dynrank_fx.integrations.tensorboard import TensorBoard

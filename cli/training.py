@@ -12,9 +12,8 @@ import click
 from dynrank_fx.errors import DynrankWarning
 
 if TYPE_CHECKING:
-    from dynrank_fx.decay import Decay
-    from dynrank_fx.phase import Schedule
-    from dynrank_fx.presets import Preset
+    from dynrank_fx.schedules import Schedule
+    from dynrank_fx.training import Decay, Preset
 
 _SCHEDULES = ("auto", "aligned", "interleave", "low", "full", "paper-cifar10", "paper-cifar100")
 _OPTIONS = (
@@ -61,20 +60,20 @@ def _name(options: dict[str, Any]) -> str:
 
 def how_to_train(options: dict[str, Any]) -> Preset:
     """The preset that the schedule goes with, but for what is asked for otherwise."""
-    from dynrank_fx import presets
-    from dynrank_fx.decay import Decay
-    from dynrank_fx.optim import Carry
+    from dynrank_fx import training
+    from dynrank_fx.phases import Carry
+    from dynrank_fx.training import Decay
 
     name, cost = _name(options), options["cost"]
     if cost is not None and name != "auto":
         raise click.UsageError(f"--cost is the budget of auto, and says nothing to {name}")
     match name:
         case "paper-cifar10":
-            preset = presets.paper_cifar10()
+            preset = training.paper_cifar10()
         case "paper-cifar100":
-            preset = presets.paper_cifar100()
+            preset = training.paper_cifar100()
         case _:
-            preset = presets.practical() if cost is None else presets.practical(cost)
+            preset = training.practical() if cost is None else training.practical(cost)
     asked = {
         "carry": options["carry"] and Carry[options["carry"].upper()],
         "decay": options["decay"] and Decay[options["decay"].upper()],
@@ -87,7 +86,7 @@ def how_to_train(options: dict[str, Any]) -> Preset:
 
 def known_decay(decay: Decay, options: dict[str, Any], optimizer: Any) -> Decay:
     """The decay itself; where nobody asked for it and how the optimizer decays weights is not known, none of ours."""
-    from dynrank_fx.decay import Decay, decays_in_a_known_way
+    from dynrank_fx.training import Decay, decays_in_a_known_way
 
     if options["decay"] is not None or decay is Decay.EACH or decays_in_a_known_way(optimizer):
         return decay

@@ -26,7 +26,7 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
     Example:
       dynrank-fx transform samples/digits.py --rank 0.25 --exclude 'stem*' --dry-run
     """
-    from dynrank_fx.checkpoint import save
+    from dynrank_fx.phases import save
     from dynrank_fx.rewrite import plan_of
 
     from .modelfile import load_model_file

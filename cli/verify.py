@@ -33,7 +33,7 @@ def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, p
       dynrank-fx verify small.onnx dense.onnx --tolerance 0.05
       dynrank-fx verify dense.onnx model.py --weights model.pt
     """
-    from dynrank_fx.onnxdiff import compare_onnx
+    from dynrank_fx.onnx import compare_onnx
 
     if not 0 <= tolerance < float("inf"):
         raise click.BadParameter(
@@ -51,7 +51,7 @@ def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, p
 
 def _exported(source: Path, folder: Path, model_file: Path | None, weights: Path | None, calibrate: int) -> Path:
     """The final form of what is no ONNX file, as one."""
-    from dynrank_fx.export import export_onnx
+    from dynrank_fx.onnx import export_onnx
 
     from .runs import final_form
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import schedules as schedules
-    from .budget import Budget as Budget
-    from .calibration import calibrate as calibrate
-    from .checkpoint import load as load
-    from .checkpoint import save as save
-    from .compressed import Compressed as Compressed
+    from .compression import Calibration as Calibration
+    from .compression import Compressed as Compressed
     from .compression import MaxDrop as MaxDrop
+    from .compression import SiteTimes as SiteTimes
+    from .compression import calibrate as calibrate
     from .compression import compress as compress
-    from .decay import Decay as Decay
-    from .decay import factor_decay_ as factor_decay_
+    from .compression import recalibrate_ as recalibrate_
+    from .compression import recover_ as recover_
+    from .compression import truncate as truncate
     from .errors import CalibrationError as CalibrationError
     from .errors import CaptureError as CaptureError
     from .errors import DynrankError as DynrankError
@@ -31,56 +31,60 @@ if TYPE_CHECKING:
     from .errors import ScheduleError as ScheduleError
     from .errors import StoreError as StoreError
     from .errors import TransitionError as TransitionError
-    from .export import ExportReport as ExportReport
-    from .export import export_onnx as export_onnx
-    from .export import verify_onnx as verify_onnx
-    from .inlining import inline as inline
-    from .layout import ChannelLayout as ChannelLayout
-    from .layout import CPLayout as CPLayout
-    from .layout import SpatialLayout as SpatialLayout
-    from .layout import TuckerLayout as TuckerLayout
-    from .lowrank import effective_rank as effective_rank
-    from .lowrank import stable_rank as stable_rank
-    from .moments import Calibration as Calibration
-    from .optim import Carry as Carry
-    from .overrides import Override as Override
+    from .layouts import ChannelLayout as ChannelLayout
+    from .layouts import CPLayout as CPLayout
+    from .layouts import SpatialLayout as SpatialLayout
+    from .layouts import TuckerLayout as TuckerLayout
+    from .layouts import effective_rank as effective_rank
+    from .layouts import stable_rank as stable_rank
+    from .onnx import ExportReport as ExportReport
+    from .onnx import export_onnx as export_onnx
+    from .onnx import verify_onnx as verify_onnx
     from .phase import Phase as Phase
-    from .phase import TrainState as TrainState
-    from .phases import Phases as Phases
-    from .phases import resume_phases_ as resume_phases_
-    from .pipeline import transform as transform
+    from .phases import Carry as Carry
+    from .phases import Transition as Transition
+    from .phases import enter_ as enter_
+    from .phases import load as load
+    from .phases import phases_of as phases_of
+    from .phases import randomize_ as randomize_
+    from .phases import replan_ as replan_
+    from .phases import reranked as reranked
+    from .phases import save as save
+    from .plan import Budget as Budget
+    from .plan import Energy as Energy
+    from .plan import Fixed as Fixed
+    from .plan import Override as Override
     from .plan import Plan as Plan
-    from .planning import make_plan as make_plan
-    from .ranks import Energy as Energy
-    from .ranks import Fixed as Fixed
-    from .ranks import Ratio as Ratio
-    from .ranks import StableRank as StableRank
-    from .recovery import recalibrate_ as recalibrate_
-    from .recovery import recover_ as recover_
-    from .reranking import reranked as reranked
-    from .rewarm import rewarm_ as rewarm_
+    from .plan import Ratio as Ratio
+    from .plan import Role as Role
+    from .plan import StableRank as StableRank
+    from .plan import make_plan as make_plan
     from .rewrite import factorize as factorize
+    from .rewrite import inline as inline
     from .rewrite import plan_of as plan_of
-    from .roles import Role as Role
-    from .sitetimes import SiteTimes as SiteTimes
-    from .state import train_state as train_state
+    from .rewrite import transform as transform
+    from .schedules import TrainState as TrainState
     from .tracing import Capture as Capture
     from .tracing import capture as capture
-    from .transition import Transition as Transition
-    from .transition import enter_ as enter_
-    from .transition import phases_of as phases_of
-    from .transition import replan_ as replan_
-    from .truncation import truncate as truncate
-    from .values import randomize_ as randomize_
+    from .training import Decay as Decay
+    from .training import Phases as Phases
+    from .training import factor_decay_ as factor_decay_
+    from .training import resume_phases_ as resume_phases_
+    from .training import rewarm_ as rewarm_
+    from .training import train_state as train_state
 
 _HOME = {
-    "tracing": ("Capture", "capture"),
-    "budget": ("Budget",),
-    "calibration": ("calibrate",),
-    "checkpoint": ("load", "save"),
-    "compressed": ("Compressed",),
-    "compression": ("MaxDrop", "compress"),
-    "decay": ("Decay", "factor_decay_"),
+    "compression": (
+        "Calibration",
+        "Compressed",
+        "MaxDrop",
+        "SiteTimes",
+        "calibrate",
+        "compress",
+        "recalibrate_",
+        "recover_",
+        "truncate",
+    ),
     "errors": (
         "CalibrationError",
         "CaptureError",
@@ -93,29 +97,61 @@ _HOME = {
         "StoreError",
         "TransitionError",
     ),
-    "export": ("ExportReport", "export_onnx", "verify_onnx"),
-    "inlining": ("inline",),
-    "layout": ("CPLayout", "ChannelLayout", "SpatialLayout", "TuckerLayout"),
-    "lowrank": ("effective_rank", "stable_rank"),
-    "moments": ("Calibration",),
-    "optim": ("Carry",),
-    "overrides": ("Override",),
-    "phase": ("Phase", "TrainState"),
-    "phases": ("Phases", "resume_phases_"),
-    "pipeline": ("transform",),
-    "plan": ("Plan",),
-    "planning": ("make_plan",),
-    "ranks": ("Energy", "Fixed", "Ratio", "StableRank"),
-    "recovery": ("recalibrate_", "recover_"),
-    "reranking": ("reranked",),
-    "roles": ("Role",),
-    "rewarm": ("rewarm_",),
-    "rewrite": ("factorize", "plan_of"),
-    "sitetimes": ("SiteTimes",),
-    "state": ("train_state",),
-    "transition": ("Transition", "enter_", "phases_of", "replan_"),
-    "truncation": ("truncate",),
-    "values": ("randomize_",),
+    "layouts": (
+        "CPLayout",
+        "ChannelLayout",
+        "SpatialLayout",
+        "TuckerLayout",
+        "effective_rank",
+        "stable_rank",
+    ),
+    "onnx": (
+        "ExportReport",
+        "export_onnx",
+        "verify_onnx",
+    ),
+    "phase": ("Phase",),
+    "phases": (
+        "Carry",
+        "Transition",
+        "enter_",
+        "load",
+        "phases_of",
+        "randomize_",
+        "replan_",
+        "reranked",
+        "save",
+    ),
+    "plan": (
+        "Budget",
+        "Energy",
+        "Fixed",
+        "Override",
+        "Plan",
+        "Ratio",
+        "Role",
+        "StableRank",
+        "make_plan",
+    ),
+    "rewrite": (
+        "factorize",
+        "inline",
+        "plan_of",
+        "transform",
+    ),
+    "schedules": ("TrainState",),
+    "tracing": (
+        "Capture",
+        "capture",
+    ),
+    "training": (
+        "Decay",
+        "Phases",
+        "factor_decay_",
+        "resume_phases_",
+        "rewarm_",
+        "train_state",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,5 +1,7 @@
 """The exceptions of this package: each message is one sentence saying what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
 
 class DynrankError(Exception):
     """A mistake the caller can mend. The commands print its message without a traceback and exit with 1."""
@@ -39,3 +41,18 @@ class ScheduleError(DynrankError):
 
 class DynrankWarning(UserWarning):
     """Something was done that the caller may not expect, such as optimizer state that had to be reset."""
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    if lines and "co_varnames is too small" in lines[0]:
+        return "its forward has arguments that torch.fx cannot read (it is wrapped by a decorator)"
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the error at the bottom of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -13,14 +13,12 @@ import digits
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.compare import Side, compare
-from dynrank_fx.inputs import Inputs, split_inputs, with_batch
-from dynrank_fx.net import Net
-from dynrank_fx.phase import Schedule
-from dynrank_fx.plots import plot_run
-from dynrank_fx.progress import Bar
+from dynrank_fx.onnx.compare import Side, compare
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.train import Run, Settings, Task, evaluate, fit
+from dynrank_fx.report import plot_run
+from dynrank_fx.schedules import Schedule
+from dynrank_fx.tracing import Inputs, Net, split_inputs, with_batch
+from dynrank_fx.training import Bar, Run, Settings, Task, evaluate, fit
 
 
 def transformed(seed: int = 0) -> Net:

@@ -26,10 +26,10 @@ from measuring import DEVICE, stepper, table, timed
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx import lowrank
-from dynrank_fx.bench import interleaved, machine
-from dynrank_fx.net import Net
+from dynrank_fx.layouts import svd
 from dynrank_fx.randomness import seed_all
+from dynrank_fx.timing import interleaved, machine
+from dynrank_fx.tracing import Net
 
 SAMPLES: tuple[tuple[str, ModuleType, tuple[str, ...]], ...] = (
     ("digits", digits, ("stem*", "*shortcut*", "head")),
@@ -195,11 +195,11 @@ def truncation(quick: bool) -> None:
         rank = min(m, n) // 4
         pair = interleaved(
             lambda W=W: torch.linalg.svd(W, full_matrices=False),  # type: ignore[misc]
-            lambda W=W, rank=rank: lowrank.truncate(W[None], rank),  # type: ignore[misc]
+            lambda W=W, rank=rank: svd.truncate(W[None], rank),  # type: ignore[misc]
             repeats=2 if quick else 7,
             warmup=1,
         )
-        B, A = lowrank.truncate(W[None], rank)
+        B, A = svd.truncate(W[None], rank)
         best = torch.linalg.svdvals(W.double())[rank:].norm()
         excess = float((W.double() - B[0].double() @ A[0].double()).norm() / best - 1)
         rows.append(

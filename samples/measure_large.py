@@ -21,12 +21,9 @@ from measuring import DEVICE, table
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.bench import interleaved
-from dynrank_fx.layout import Layout
-from dynrank_fx.onnxbench import random_inputs
-from dynrank_fx.onnxcheck import session
-from dynrank_fx.precision import Precision
-from dynrank_fx.sitetimes import bound
+from dynrank_fx.layouts import Layout
+from dynrank_fx.onnx import Precision, bound, random_inputs, session
+from dynrank_fx.timing import interleaved
 
 PROVIDER = "CUDAExecutionProvider" if DEVICE == "cuda" else "CPUExecutionProvider"
 

@@ -11,10 +11,10 @@ from measuring import DEVICE, stepper, table, task_of
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.bench import interleaved
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.switched import switched_modules
-from dynrank_fx.train import Run, Settings, evaluate, fit
+from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.timing import interleaved
+from dynrank_fx.training import Run, Settings, evaluate, fit
 
 ATTENTION = ("*.query", "*.key", "*.value")
 SEPARATE, SHARED = 32, 48  # the same number of parameters: 3 (d + d) r = (3 d + d) R

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank_fx.train import Task
+from dynrank_fx.training import Task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

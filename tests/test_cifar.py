@@ -10,9 +10,9 @@ import torch
 
 import dynrank_fx as dr
 from dynrank_fx.cli.modelfile import load_model_file
-from dynrank_fx.optim import Carry
-from dynrank_fx.presets import paper_cifar10, paper_cifar100
-from dynrank_fx.roles import Role
+from dynrank_fx.phases import Carry
+from dynrank_fx.plan import Role
+from dynrank_fx.training import paper_cifar10, paper_cifar100
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 LEFT = (Role.SHORTCUT, Role.HEAD)
@@ -129,8 +129,7 @@ def test_the_presets_are_the_papers_whole_way_to_train():
 
 def test_the_papers_training_runs_through_all_three_phases(cifar10):
     """On 150 random images: a shortened schedule, the rest as it is."""
-    from dynrank_fx.task import Settings, Task
-    from dynrank_fx.train import Run, fit
+    from dynrank_fx.training import Run, Settings, Task, fit
 
     file, preset = load_model_file(SAMPLES / "resnet20.py"), paper_cifar10()
     torch.manual_seed(0)

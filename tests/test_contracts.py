@@ -13,7 +13,7 @@ from models import CASES, Case, Modal, Tied, gradients, randomized
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.switched import switched_modules
+from dynrank_fx.rewrite import switched_modules
 
 CAPTURES = (dr.Capture.SYMBOLIC, dr.Capture.EXPORT)
 LAYOUTS = (dr.ChannelLayout, dr.SpatialLayout)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import dynrank_fx as dr
-from dynrank_fx.scopes import slow_attention
-from dynrank_fx.switched import Switched, switched_modules
+from dynrank_fx.rewrite import Switched, switched_modules
+from dynrank_fx.tracing import slow_attention
 
 SYMBOLIC, EXPORT = dr.Capture.SYMBOLIC, dr.Capture.EXPORT
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))

@@ -72,9 +72,9 @@ def test_both_phases_learn_in_bfloat16_under_compile():
 def test_truncation_on_the_gpu_is_as_good_as_the_optimum():
     torch.manual_seed(0)
     W = torch.randn(1, 1024, 512, device="cuda") @ torch.diag(torch.logspace(0, -3, 512, device="cuda"))
-    from dynrank_fx import lowrank
+    from dynrank_fx.layouts import svd
 
-    B, A = lowrank.truncate(W, 64)
+    B, A = svd.truncate(W, 64)
     best = torch.linalg.svdvals(W.double())[0, 64:].norm()
     assert float((W.double() - B.double() @ A.double()).norm() / best) < 1.001
 

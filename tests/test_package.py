@@ -112,7 +112,7 @@ def test_a_name_that_is_not_there() -> None:
 
 def test_a_submodule_of_the_same_name_does_not_hide_a_function() -> None:
     code = "import dynrank_fx.tracing, dynrank_fx as dr; print(dr.capture.__module__, callable(dr.load))"
-    assert python("-c", code).split() == ["dynrank_fx.tracing", "True"]
+    assert python("-c", code).split() == ["dynrank_fx.tracing.choose", "True"]
 
 
 def test_the_version_is_that_of_the_project() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dynrank_fx as dr
-from dynrank_fx.switched import switched_modules
+from dynrank_fx.rewrite import switched_modules
 
 STUDY = Path(__file__).parents[1] / "samples" / "study"
 COSTS = {dr.Phase.FULL: 1.0, dr.Phase.LOW: 0.4, dr.Phase.ADAPTOR: 1.05}

@@ -6,13 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from ..decay import Decay
 from ..errors import TransitionError
-from ..locate import is_captured
-from ..optim import Carry
-from ..phase import Schedule
-from ..phases import Phases
-from ..switched import switched_modules
+from ..phases import Carry
+from ..rewrite import switched_modules
+from ..schedules import Schedule
+from ..tracing import is_captured
+from ..training import Decay, Phases
 
 
 class PhasesHolder:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import TransitionError
-from ..phases import Phases, resume_phases_
+from ..training import Phases, resume_phases_
 from .callback import PhasesHolder, net_in
 
 try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ..train import Run, Watcher
+from ..training import Run, Watcher
 
 _SCALARS = ("loss", "metric", "eval_loss", "eval_metric", "lr", "spent", "step_seconds")
 _BY_SITE = ("effective_rank", "stable_rank", "switch_error", "ranks")

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import TransitionError
-from ..phases import Phases, resume_phases_
+from ..training import Phases, resume_phases_
 from .callback import PhasesHolder, net_in
 
 FILE = "phases.pt"

@@ -25,15 +25,12 @@ from tasks import TASKS, StudyTask
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.bench import interleaved, machine
-from dynrank_fx.candidates import Candidates
-from dynrank_fx.interpret import flop_counter
-from dynrank_fx.onnxcheck import session
-from dynrank_fx.onnxinputs import loaded, random_inputs, table_rows
-from dynrank_fx.presets import Preset
+from dynrank_fx.compression import Candidates
+from dynrank_fx.onnx import bound, loaded, random_inputs, session, table_rows
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.sitetimes import bound
-from dynrank_fx.train import Run, Settings, Task, evaluate, fit
+from dynrank_fx.timing import interleaved, machine
+from dynrank_fx.tracing import flop_counter
+from dynrank_fx.training import Preset, Run, Settings, Task, evaluate, fit
 
 HERE = Path(__file__).parent
 FILES = HERE.parents[1] / "runs" / "cutting"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank_fx.phase import Phase
-from dynrank_fx.switched import switched_modules
+from dynrank_fx.rewrite import switched_modules
 
 STEPS = 50
 """How long after a switch the norm is held."""

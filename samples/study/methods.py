@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import dynrank_fx as dr
-from dynrank_fx.optim import Carry
-from dynrank_fx.phase import Phase, TrainState
-from dynrank_fx.presets import Preset
+from dynrank_fx.phase import Phase
+from dynrank_fx.phases import Carry
+from dynrank_fx.schedules import TrainState
+from dynrank_fx.training import Preset
 
 FULL, LOW, ADAPTOR = Phase.FULL, Phase.LOW, Phase.ADAPTOR
 COST = 0.75

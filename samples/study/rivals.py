@@ -24,8 +24,8 @@ from tasks import TASKS, chars
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.bench import machine
-from dynrank_fx.onnxcheck import session
+from dynrank_fx.onnx import session
+from dynrank_fx.timing import machine
 
 FILES = Path(__file__).parents[2] / "runs" / "rivals"
 Batches = Sequence[tuple[torch.Tensor]]

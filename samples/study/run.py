@@ -31,11 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
-from dynrank_fx.bench import interleaved, machine
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.state import cost_of
-from dynrank_fx.task import precision
-from dynrank_fx.train import Run, Settings, Task, fit
+from dynrank_fx.timing import interleaved, machine
+from dynrank_fx.training import Run, Settings, Task, cost_of, fit, precision
 
 HERE = Path(__file__).parent
 ROWS, PHASES = HERE / "rows.jsonl", HERE / "phases.json"

@@ -23,7 +23,7 @@ import digits
 import gpt
 
 import dynrank_fx as dr
-from dynrank_fx.train import Task
+from dynrank_fx.training import Task
 
 
 @dataclass(frozen=True)

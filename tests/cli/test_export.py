@@ -14,7 +14,7 @@ import torch
 from click.testing import Result
 
 import dynrank_fx as dr
-from dynrank_fx import export as exporting
+import dynrank_fx.onnx as exporting
 from dynrank_fx import store
 from dynrank_fx.cli.modelfile import load_model_file
 

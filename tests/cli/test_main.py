@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import dynrank_fx
-from dynrank_fx import checkpoint
+import dynrank_fx.phases as phases
 from dynrank_fx.cli.main import cli
 
 OPTIONS = {
@@ -211,7 +211,7 @@ def test_an_error_of_ours_keeps_its_traceback(
     def broken(*args: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr(checkpoint, "save", broken)
+    monkeypatch.setattr(phases, "save", broken)
     result = CliRunner().invoke(cli, ["transform", write()])
     assert isinstance(result.exception, KeyError)
     assert result.exit_code == 1

@@ -18,11 +18,11 @@ import torch
 from click.testing import CliRunner, Result
 
 import dynrank_fx as dr
+import dynrank_fx.training as training
 from dynrank_fx import store
-from dynrank_fx import train as training
 from dynrank_fx.cli.main import cli
-from dynrank_fx.train import Run as TrainingRun
-from dynrank_fx.train import Settings
+from dynrank_fx.training import Run as TrainingRun
+from dynrank_fx.training import Settings
 
 Run = Callable[..., Result]
 EPOCHS, STEPS = 4, 3

@@ -13,9 +13,8 @@ from click.testing import Result
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx import onnxmemory
 from dynrank_fx.cli.modelfile import load_model_file
-from dynrank_fx.onnxdiff import compare_onnx
+from dynrank_fx.onnx import compare_onnx, memory
 
 Run = Callable[..., Result]
 
@@ -204,7 +203,7 @@ def test_memory_is_that_of_the_file_whichever_comes_first(run: Run) -> None:
 def test_a_child_that_fails_leaves_the_memory_unknown_and_the_times_there(
     files: tuple[str, str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxmemory.sys, "executable", "/bin/false")
+    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
     table = run("bench", files[0], "--batch", "2", "--repeats", "5").stdout.splitlines()
     assert "unknown" in table[2]
     assert "CPU" in table[2]

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import dynrank_fx as dr
-from dynrank_fx.inputs import double_batch_of_one, free_dimensions, fresh, split_inputs, with_batch
-from dynrank_fx.onnxconvert import reason as line_of
-from dynrank_fx.scopes import quiet
-from dynrank_fx.switched import switched_modules
+from dynrank_fx.errors import reason as line_of
+from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.tracing import double_batch_of_one, free_dimensions, fresh, quiet, split_inputs, with_batch
 
 STEPS = ("parity", "low", "truncate", "onnx")
 LOW_LIMIT = 1e-5  # of LOW at full rank against the original, in float64: the SVD alone is at 1e-12 or so

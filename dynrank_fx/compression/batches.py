@@ -1,0 +1,64 @@
+"""Calibration batches: checked before they are used, and given to a model one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import CalibrationError, reason
+from ..tracing import fresh, split_inputs
+
+
+def checked_batches(batches: Iterable[Any], like: Any = None) -> list[Any]:
+    """The batches as a list. like: example inputs. Raises CalibrationError for none, for numbers that are not finite,
+    and for tensors of other dimensions than those of the example inputs.
+    """
+    try:
+        data = list(batches)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration data of type {type(batches).__name__} are no batches: give a list"
+        ) from error
+    if not data or not any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(data)):
+        raise CalibrationError("the calibration data are empty: give at least one batch of inputs")
+    for number, batch in enumerate(data):
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                raise CalibrationError(f"calibration batch {number} holds numbers that are not finite: take them out")
+        if like is not None:
+            _check_dimensions(batch, number, like)
+    return data
+
+
+def _check_dimensions(batch: Any, number: int, like: Any) -> None:
+    """Many a layer takes any number of dimensions, and would calibrate on the wrong ones without a word."""
+    given, wanted = (
+        [leaf.ndim for leaf in pytree.tree_leaves(split_inputs(each)) if isinstance(leaf, Tensor)]
+        for each in (batch, like)
+    )
+    if len(given) == len(wanted) and given != wanted:
+        raise CalibrationError(
+            f"the tensors of calibration batch {number} have {_listed(given)} dimensions and those of the example "
+            f"inputs {_listed(wanted)}: give batches like these"
+        )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def call(module: nn.Module, batch: Any, number: int) -> Any:
+    """The module's output for a batch of inputs. Raises CalibrationError, naming its number, where that fails."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    args, kwargs = split_inputs(pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(batch)))
+    try:
+        return module(*args, **kwargs)
+    except Exception as error:
+        raise CalibrationError(
+            f"calibration batch {number} does not fit the model ({reason(error)[:200]}): give "
+            "batches of the form of the example inputs"
+        ) from error

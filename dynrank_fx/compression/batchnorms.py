@@ -1,0 +1,158 @@
+"""The batch norms of a module, be they modules or calls in a graph of torch.export, and their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import CalibrationError
+from ..tracing import batch_size, same_buffers, split_inputs
+from .batches import call, checked_batches
+
+_MEAN, _VARIANCE, _TRAINING, _MOMENTUM = 3, 4, 5, 6  # the places of these arguments in aten.batch_norm
+
+
+@dataclass(frozen=True)
+class ModuleNorm:
+    """A batch norm that is a module."""
+
+    module: _BatchNorm
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Running mean and variance, [channels] each."""
+        mean, variance = self.module.running_mean, self.module.running_var
+        assert mean is not None
+        assert variance is not None
+        return mean, variance
+
+    def observe(self, momentum: float) -> None:
+        """Take in, from now on, this share of what the next batch has."""
+        self.module.train()
+        self.module.momentum = momentum
+
+
+@dataclass(frozen=True)
+class NodeNorm:
+    """A batch norm that is a call of aten.batch_norm on its statistics."""
+
+    owner: fx.GraphModule
+    node: fx.Node
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """As of ``ModuleNorm``."""
+        mean, variance = (attrgetter(str(self.node.args[i].target))(self.owner) for i in (_MEAN, _VARIANCE))  # type: ignore[union-attr]
+        return mean, variance
+
+    def observe(self, momentum: float) -> None:
+        """As of ``ModuleNorm``, once the owner is compiled anew."""
+        self.node.args = (*self.node.args[:_TRAINING], True, momentum, *self.node.args[_MOMENTUM + 1 :])
+
+
+Norm: TypeAlias = ModuleNorm | NodeNorm
+
+
+def norms_of(module: nn.Module) -> list[Norm]:
+    """The batch norms that keep running statistics."""
+    parts = list(module.modules())
+    modules = [part for part in parts if isinstance(part, _BatchNorm) and part.track_running_stats]
+    graphs = [part for part in parts if isinstance(part, fx.GraphModule)]
+    nodes = [(part, node) for part in graphs for node in part.graph.nodes if _is_norm(node)]
+    return [*map(ModuleNorm, modules), *(NodeNorm(part, node) for part, node in nodes)]
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return (
+        node.target is torch.ops.aten.batch_norm.default
+        and isinstance(node.args[_MEAN], fx.Node)
+        and len(node.args) > _MOMENTUM
+    )
+
+
+@contextmanager
+def batch_statistics(norms: Sequence[Norm]) -> Iterator[Callable[[float], None]]:
+    """Within it the norms use the statistics of each batch and take them into their own; what it yields sets with which
+    share the next batch counts.
+    """
+    modules = [norm.module for norm in norms if isinstance(norm, ModuleNorm)]
+    nodes = [norm.node for norm in norms if isinstance(norm, NodeNorm)]
+    owners = {id(norm.owner): norm.owner for norm in norms if isinstance(norm, NodeNorm)}.values()
+    kept = [(module.momentum, module.training) for module in modules], [node.args for node in nodes]
+
+    def weigh(momentum: float) -> None:
+        for norm in norms:
+            norm.observe(momentum)
+        for owner in owners:
+            owner.recompile()
+
+    try:
+        yield weigh
+    finally:
+        for module, (momentum, mode) in zip(modules, kept[0], strict=True):
+            module.momentum = momentum
+            module.train(mode)
+        for node, args in zip(nodes, kept[1], strict=True):
+            node.args = args
+        for owner in owners:
+            owner.recompile()
+
+
+@torch.no_grad()
+def recalibrate_(module: nn.Module, batches: Iterable[Any], *, like: nn.Module | None = None) -> int:
+    """Give the batch norms of a truncated module the means and variances that its inputs now have over the batches.
+
+    Their statistics were those of the dense model's outputs, of which a cut takes some variance away. A batch counts
+    by its rows; one of a single row, which has no variance, is passed over where there are others. Everything else
+    stays in evaluation mode. like: the module before the cut; batch norms that no cut site feeds keep what they have.
+    Returns how many batch norms were given new statistics. Raises CalibrationError as ``calibrate`` does.
+    """
+    data = checked_batches(batches)
+    rows = [batch_size(split_inputs(batch)) or 1 for batch in data]
+    most = max(rows)
+    used = [(number, batch) for number, batch in enumerate(data) if rows[number] > 1 or most == 1]
+    norms = norms_of(module)
+    if like is not None:
+        norms = _moved(module, norms, like, used[0])
+    if not norms:
+        return 0
+    with batch_statistics(norms) as weigh:
+        seen = 0
+        for number, batch in used:
+            seen += rows[number]
+            weigh(rows[number] / seen)  # the mean over all rows so far
+            _observed(module, batch, number)
+    return len(norms)
+
+
+def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, Any]) -> list[Norm]:
+    """The batch norms whose input is another one than in the module before the cut, on one batch."""
+    before = norms_of(like)
+    if len(before) != len(norms):
+        return norms
+    number, batch = first
+    seen = []
+    for part, some in ((module, norms), (like, before)):
+        with same_buffers(part), batch_statistics(some) as weigh:
+            weigh(1.0)
+            _observed(part, batch, number)
+            seen.append([torch.cat([value.double() for value in norm.statistics]) for norm in some])
+    return [norm for norm, now, then in zip(norms, *seen, strict=True) if not torch.allclose(now, then, rtol=1e-5)]
+
+
+def _observed(module: nn.Module, batch: Any, number: int) -> None:
+    try:
+        call(module, batch, number)
+    except CalibrationError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise CalibrationError(
+            f"a batch norm has no statistics of calibration batch {number}, which has one row: give batches of more"
+        ) from error

@@ -1,0 +1,235 @@
+"""Collecting what the outputs of sites hold, over calibration data: see ``moments`` for what decides a cut.
+
+Sums are kept in float64, one moment per site, and added batch by batch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import CalibrationError
+from ..layouts import TwoFactors
+from ..ops import ConvOp, LinearOp, MatmulOp, Op
+from ..rewrite import STEM, Switched, switched_modules
+from ..tracing import evaluating, is_captured, regions, same_buffers, untraced, unwrap
+from .activation_rows import has_input_tokens, has_output_tokens, input_tokens, output_tokens, outputs_are_rows
+from .batches import call, checked_batches
+from .covariance import Calibration, Moments
+
+_BYTES = 4 * 2**30
+"""Moments of so many bytes are collected in one pass over the data; sites beyond that take another."""
+
+
+def calibrate(
+    net: nn.Module, batches: Iterable[Any], *, sites: Collection[str] | None = None, shrink: float | None = None
+) -> Calibration:
+    """Run the net on the batches, in its present phases and in evaluation mode, and collect what its sites give.
+
+    batches: each as ``example_inputs``. sites: by name; all by default. shrink: see ``Moments.basis``.
+
+    Raises CalibrationError for a module that ``transform`` did not make, and where there is no batch, a batch does not
+    fit the model, or numbers are not finite.
+    """
+    root = unwrap(net)
+    if not switched_modules(root) and not is_captured(root):
+        raise CalibrationError(
+            f"{type(net).__name__} has no sites to calibrate: give what transform or factorize made of it"
+        )
+    data = checked_batches(batches)
+    units = _units(root, sites)
+    moments: dict[str, Moments] = {}
+    plain: dict[str, str] = {}
+    for unit in units:
+        reason = _why_plain(unit[0])
+        if reason:
+            plain |= dict.fromkeys((modules[0].site for modules in unit), reason)
+        else:
+            moments[unit[0][0].site] = _no_moments(unit)
+    order: dict[str, None] = {}
+    with evaluating(root), same_buffers(root), torch.no_grad():
+        for some in _passes([unit for unit in units if unit[0][0].site in moments], moments):
+            _run(root, data, some, moments, order)
+    for name in [name for name, found in moments.items() if found.count == 0]:
+        plain |= dict.fromkeys(moments.pop(name).sites, "the calibration data never reach it")
+    everywhere = {name: found for found in moments.values() for name in found.sites}
+    return Calibration(everywhere, plain, tuple(order), shrink)
+
+
+def _units(root: nn.Module, sites: Collection[str] | None) -> list[list[list[Switched]]]:
+    """The sites, each with all its modules; those that share a right factor together, its owner first."""
+    found = switched_modules(root)
+    wanted = [name for name in found if sites is None or name in sites]
+    units = dict.fromkeys(found[name][0].pack or (name,) for name in wanted)
+    return [[found[name] for name in unit] for unit in units]
+
+
+def _why_plain(modules: Sequence[Switched]) -> str | None:
+    """Why the outputs of a site say nothing of its cut."""
+    ops, layout, shape = [op for module in modules for op in module.ops], modules[0].layout, modules[0].shape
+    if not isinstance(layout, TwoFactors):
+        return f"the {layout.name} layout has more than two factors"
+    sides = {outputs_are_rows(op, layout) for op in ops}
+    if None in sides:
+        return f"no factor of the {layout.name} layout of a {ops[0].kind} holds whole outputs"
+    if len(sides) > 1:
+        return "it is used both as it is and transposed"
+    if not all(map(has_input_tokens, ops)) and not all(has_output_tokens(op, shape) for op in ops):
+        return "its uses take parts of it in different ways"
+    return None
+
+
+def _no_moments(unit: Sequence[Sequence[Switched]]) -> Moments:
+    first = unit[0][0]
+    layout, ops = first.layout, [op for modules in unit for module in modules for op in module.ops]
+    assert isinstance(layout, TwoFactors)
+    shape = (sum(modules[0].shape[0] for modules in unit), *first.shape[1:])
+    rows = bool(outputs_are_rows(ops[0], layout))
+    g, (m, n) = layout.to_matrix(first.outline).shape[0], layout.matrix_shape(shape)
+    m, n = (m, n) if rows else (n, m)
+    by_outputs = len(unit) == 1 and all(has_output_tokens(op, shape) for op in ops)
+    of_inputs = all(map(has_input_tokens, ops)) and (n < m or not by_outputs)
+    k = n if of_inputs else m
+    second = torch.zeros(g, k, k, dtype=torch.float64, device=first.outline.device)
+    return Moments(tuple(modules[0].site for modules in unit), layout, rows, of_inputs, second)
+
+
+def _passes(
+    units: Sequence[list[list[Switched]]], moments: Mapping[str, Moments]
+) -> Iterable[list[list[list[Switched]]]]:
+    """The sites in turns whose moments take at most so much memory together, or one site in a turn."""
+    turn: list[list[list[Switched]]] = []
+    size = 0
+    for unit in units:
+        more = moments[unit[0][0].site].second.nbytes
+        if turn and size + more > _BYTES:
+            yield turn
+            turn, size = [], 0
+        turn.append(unit)
+        size += more
+    if turn:
+        yield turn
+
+
+def _run(
+    root: nn.Module,
+    data: Sequence[Any],
+    units: Sequence[list[list[Switched]]],
+    moments: Mapping[str, Moments],
+    order: dict[str, None],
+) -> None:
+    """One pass over the data with hooks on these sites."""
+    handles: list[RemovableHandle] = []
+    free, paths = _free_biases(root), {id(module): name for name, module in root.named_modules()}
+    for unit in units:
+        found = moments[unit[0][0].site]
+        for module in unit[0] if len(unit) > 1 else [module for modules in unit for module in modules]:
+            hook = _Watch(found, unit, order, free, paths[id(module)])
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        for number, batch in enumerate(data):
+            try:
+                call(root, batch, number)
+            except CalibrationError as error:
+                for handle in handles:
+                    handle.remove()
+                call(root, batch, number)
+                raise error.__cause__ or error from None  # the model takes the batch: what failed is ours
+            for unit in units:
+                if not bool(torch.isfinite(moments[unit[0][0].site].second).all()):
+                    raise CalibrationError(
+                        f"the outputs of {unit[0][0].site} are not finite on calibration batch {number}: look for a "
+                        "diverged model, or leave the batch out"
+                    )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """A forward pre-hook that adds what a call reads, or gives, to the moments."""
+
+    moments: Moments
+    unit: list[list[Switched]]
+    order: dict[str, None]
+    free: Mapping[int, tuple[str, str]]
+    path: str
+
+    def __call__(self, module: Switched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        use, found = int(kwargs.get("use", 0)), self.moments
+        if len(self.unit) > 1 and use != STEM:
+            return  # what the sites of a pack take is the shared input, or what the shared factor made of it
+        op, x, at = module.ops[max(use, 0)], args[0], kwargs.get("at")
+        if found.of_inputs:
+            tokens = input_tokens(op, x, module.shape, at)
+        else:
+            tokens = output_tokens(op, op(x, module.weight, None, at), found.second.shape[0])
+        self.order[found.sites[0]] = None
+        X = tokens.rows.double()
+        part = slice(tokens.start, tokens.start + X.shape[-1])
+        if isinstance(tokens.which, Tensor):
+            found.second[:, part, part].index_add_(0, tokens.which, X.mT @ X)
+        elif tokens.which is not None:
+            found.second[tokens.which, part, part] += (X.mT @ X)[0]
+        else:
+            found.second[:, part, part] += X.mT @ X
+        rows = X.shape[-2] * (1 if tokens.which is None else X.shape[0])
+        found.count += rows
+        key = self._taker(op, module, args[1:])
+        if key is not None:
+            total, n = found.sums.get(key, (0, 0))
+            found.sums[key] = (total + X.sum(-2), n + rows)
+
+    def _taker(self, op: Op, module: Switched, given: tuple[Any, ...]) -> str | None:
+        """The name of what takes up a mean of this call: the module by its own bias, or a bias that is given."""
+        own = not given
+        bias = module._parameters["bias"] if own else given[0]
+        if len(self.unit) > 1 or not _adds_constants(op, bias is not None):
+            return None
+        if own:
+            return self.path
+        site, name = self.free.get(id(bias), ("", ""))
+        return name if site == module.site else None
+
+
+def _adds_constants(op: Op, biased: bool) -> bool:
+    """Whether a constant added to the bias, or given as one, is added to what the op gives."""
+    if isinstance(op, LinearOp | MatmulOp) and (op.view.rows or op.view.columns or op.view.gathered):
+        return False
+    if isinstance(op, MatmulOp):  # addmm takes a bias where matmul takes more axes: only where there is one already
+        return biased and not op.weight_first and not op.batched and (op.alpha, op.beta) == (1, 1)
+    return isinstance(op, LinearOp | ConvOp)
+
+
+def _free_biases(root: nn.Module) -> dict[int, tuple[str, str]]:
+    """The parameters, by id, that the graphs give to the calls of one site as a bias and that nothing else reads: the
+    site and the parameter's name.
+    """
+    takers: dict[int, set[str]] = {}
+    for region in regions(root):
+        for graph in dict.fromkeys(region.net.graphs.values()):
+            for node in graph.nodes:
+                value = operator.attrgetter(str(node.target))(region.net) if node.op == "get_attr" else None
+                if isinstance(value, nn.Parameter):
+                    takers.setdefault(id(value), set()).update(_biased(region.net, node, user) for user in node.users)
+    for _, module in untraced(root):
+        if not isinstance(module, Switched):
+            takers |= {id(parameter): {""} for parameter in module._parameters.values()}
+    names = {id(parameter): name for name, parameter in root.named_parameters()}
+    return {
+        key: (next(iter(sites)), names[key]) for key, sites in takers.items() if len(sites) == 1 and "" not in sites
+    }
+
+
+def _biased(net: nn.Module, node: fx.Node, user: fx.Node) -> str:
+    """The site whose call ``user`` is, with the node as its bias alone; "" for anything else."""
+    module = net.get_submodule(str(user.target)) if user.op == "call_module" else None
+    alone = user.args[1:2] == (node,) and user.all_input_nodes.count(node) == 1 and user.args[0] is not node
+    return module.site if isinstance(module, Switched) and alone else ""

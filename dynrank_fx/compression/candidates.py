@@ -1,0 +1,142 @@
+"""Cuts of a net to a budget, of which the one counts whose outputs come nearest to the dense model's.
+
+A budget needs to know what an error in each site does to the model. That is measured with one site cut at a time, and
+holds only as far as such errors add up, which at small sizes they do not. So several answers are tried: ranks by these
+sensitivities at a quarter of the rank, by those at the ranks first found, by none, and one ratio for all. Each is cut
+and run on the calibration data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..phases import RankUnit, Timing, rank_units
+from ..plan import Budget, RankPolicy
+from ..rewrite import a_twin, inline, plan_of
+from .batches import call
+from .batchnorms import recalibrate_
+from .covariance import Calibration
+from .recover import distance
+from .truncation import Cut, added_biases, apply_ranks_, ranks_of
+
+Ranks: TypeAlias = dict[str, int | None]
+"""By site; None where it is dense."""
+
+_PROBES = 4  # batches that tell what errors do to the outputs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An ordinary module in evaluation mode, its batch norms recalibrated, and what became of each site."""
+
+    module: nn.Module
+    cuts: tuple[Cut, ...]
+
+
+@dataclass
+class Candidates:
+    """Cuts of one net, dense in evaluation mode, and of what ``inline`` makes of it.
+
+    data, known: calibration batches and what they tell of the net; None for cuts by plain SVD. timing: measured times
+    of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the weights
+    that were factored before.
+    """
+
+    net: nn.Module
+    dense: nn.Module
+    data: Sequence[Any] | None = None
+    known: Calibration | None = None
+    timing: Timing | None = None
+    multiple_of: int = 1
+    sequential: bool = False
+    low: Mapping[str, int] = field(default_factory=dict)
+    _measured: dict[tuple[str, int], float] = field(default_factory=dict)
+    _spectra: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def best(self, policy: RankPolicy, margin: float | None = None) -> Candidate:
+        """The cut by a policy. margin: see ``rank_units``; None where a site need not be faster than dense."""
+        if not isinstance(policy, Budget) or self.data is None:
+            return self.cut(self.ranks(policy, margin, {}))
+        tried: set[tuple[int | None, ...]] = set()
+        least, found = math.inf, None
+
+        def attempt(budget: Budget, weights: Mapping[str, float]) -> None:
+            nonlocal least, found
+            ranks = self.ranks(budget, margin, weights)
+            if (key := tuple(ranks.values())) in tried:
+                return
+            tried.add(key)
+            candidate = self.cut(ranks)
+            far = self._distance(candidate)
+            if found is None or far < least:
+                least, found = far, candidate
+
+        attempt(policy, {})
+        attempt(replace(policy, even=True), {})
+        attempt(policy, self.sensitivities({}))
+        assert found is not None
+        attempt(policy, self.sensitivities({cut.site: cut.rank for cut in found.cuts}))
+        return found
+
+    def ranks(self, policy: RankPolicy, margin: float | None, weights: Mapping[str, float]) -> Ranks:
+        """What the policy says. weights: see ``sensitivities``."""
+        units = self._units(timing=self.timing, margin=margin, weights=weights)
+        return ranks_of(self.net, policy, self.known, units)
+
+    def cut(self, ranks: Ranks) -> Candidate:
+        """The net at these ranks."""
+        return self._cut(ranks, self.data, self.sequential)
+
+    def sensitivities(self, at: Mapping[str, int | None]) -> dict[str, float]:
+        """By first site, what an error of all its energy does to the model's outputs: measured with that site alone
+        cut to a rank, over the share of its own outputs that this takes away. at: the ranks; by default, and for sites
+        that are dense, a quarter.
+        """
+        found = {}
+        for unit in self._units():
+            energy = unit.curve.spectrum().square().sum(0)
+            rank = at.get(unit.names[0]) or max(1, unit.curve.max_rank // 4)
+            lost = float(energy[rank:].sum() / energy.sum().clamp_min(1e-30))
+            found[unit.names[0]] = self._moved(unit, rank) / max(lost, 1e-6)
+        return found
+
+    def _units(self, **more: Any) -> list[RankUnit]:
+        extra = {} if self.known is None else added_biases(self.net, self.known)
+        return rank_units(
+            self.net, multiple_of=self.multiple_of, spectrum=self._spectrum, extra=extra, known=self.low, **more
+        )
+
+    def _spectrum(self, site: str, weight: Tensor) -> Tensor | None:
+        if site not in self._spectra:
+            self._spectra[site] = None if self.known is None else self.known.spectrum(site, weight)
+        return self._spectra[site]
+
+    def _cut(self, ranks: Mapping[str, int | None], data: Sequence[Any] | None, sequential: bool) -> Candidate:
+        twin = a_twin(self.net)
+        cuts = apply_ranks_(twin, ranks, self.known, data if sequential else None)
+        module = inline(twin)
+        if data is not None and any(cut.error > 0 for cut in cuts):
+            recalibrate_(module, data, like=self.dense)
+        return Candidate(module, tuple(cuts))
+
+    def _moved(self, unit: RankUnit, rank: int) -> float:
+        """How far the outputs move when these sites alone are cut to a rank."""
+        assert self.data is not None
+        key = (unit.names[0], rank)
+        if key not in self._measured:
+            ranks = {row.site.name: rank if row.site.name in unit.names else None for row in plan_of(self.net).sites}
+            self._measured[key] = self._distance(self._cut(ranks, self.data[:_PROBES], sequential=False))
+        return self._measured[key]
+
+    @torch.no_grad()
+    def _distance(self, candidate: Candidate) -> float:
+        """Of its outputs to the dense model's, on the first calibration batches."""
+        assert self.data is not None
+        some = list(enumerate(self.data[:_PROBES]))
+        return sum(float(distance(call(candidate.module, b, i), call(self.dense, b, i))) for i, b in some) / len(some)

@@ -1,0 +1,142 @@
+"""What the outputs of sites hold, and the cut that keeps them (not the weights) best.
+
+Of the outputs y = W x [m] before the bias, the second moment C [m, m] about their mean decides: W' = V Vᵀ W with V the
+top eigenvectors of C has the least E‖y − y'‖² of all rank-r weights, when (I − V Vᵀ) E[y] goes into the bias. Where
+n < m the moment of the inputs stands in its place, C = W E[x xᵀ] Wᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..layouts import Factors, Layout, TwoFactors
+
+
+@torch.no_grad()
+def output_basis(W: Tensor, moment: Tensor, shrink: float, *, of_inputs: bool) -> tuple[Tensor, Tensor]:
+    """The directions of the outputs y = W x by what they hold: V [g, m, k] orthonormal, and √λ [g, k], λ falling.
+
+    moment: E[y yᵀ] [g, m, m], or E[x xᵀ] [g, n, n] where of_inputs, of centred y or x. With C = E[y yᵀ] = W E[x xᵀ] Wᵀ,
+    min ‖y − y'‖² over y' = V_r V_rᵀ y is Σ_{i>r} λ_i, reached by the top eigenvectors of C. shrink: so large a share
+    of W Wᵀ, at the trace of C, is added to C: what too few data leave open is then settled as by plain SVD. All in
+    float64.
+    """
+    W, moment = W.double(), moment.double()
+    values, Q = torch.linalg.eigh(moment)
+    values = values.clamp_min(0)
+    energy = ((W @ Q).square().sum(-2) * values).sum(-1) if of_inputs else values.sum(-1)
+    scale = shrink * energy / W.square().sum((-2, -1)).clamp_min(torch.finfo(W.dtype).tiny)
+    if of_inputs:
+        # C + s W Wᵀ = W (E[x xᵀ] + s I) Wᵀ.
+        return _left_basis(W @ (Q * (values + scale[..., None]).sqrt()[..., None, :]))
+    if shrink:
+        values, Q = torch.linalg.eigh(moment + scale[..., None, None] * (W @ W.mT))
+    return Q.flip(-1), values.flip(-1).clamp_min(0).sqrt()
+
+
+# Up to this many rows or columns the SVD of Y itself is cheap.
+_DIRECT = 512
+
+
+def _left_basis(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values, float64; of a large matrix by the Gram matrix of its short side."""
+    m, n = Y.shape[-2:]
+    if min(m, n) <= _DIRECT:
+        U, S, _ = torch.linalg.svd(Y, full_matrices=False)
+        return U, S
+    if m <= n:
+        values, V = torch.linalg.eigh(Y @ Y.mT)
+        return V.flip(-1), values.flip(-1).clamp_min(0).sqrt()
+    _, V = torch.linalg.eigh(Y.mT @ Y)
+    U, R = torch.linalg.qr(Y @ V.flip(-1))  # the columns are orthogonal up to rounding, which QR takes away
+    return U * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :], R.diagonal(dim1=-2, dim2=-1).abs()
+
+
+@torch.no_grad()
+def projected(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of V Vᵀ W, W [g, m, n], V [g, m, r] orthonormal, balanced column by row."""
+    right = V.mT @ W.double()
+    S = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+    S = torch.maximum(S, torch.finfo(W.dtype).eps * S.amax(-2, keepdim=True))
+    root = torch.where(S > 0, S, 1).sqrt()
+    return (V * root.mT).to(W.dtype), (right / root).to(W.dtype)
+
+
+@dataclass
+class Moments:
+    """What was seen of one site, or of the sites that share a right factor.
+
+    sites: the site's name, or those of all that share. rows: whether outputs go along the rows of the matrix view.
+    of_inputs: the sums are over what goes in, not over what comes out. second: Σ y yᵀ [g, k, k]. sums: by name of
+    a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose mean it can take up.
+    """
+
+    sites: tuple[str, ...]
+    layout: TwoFactors
+    rows: bool
+    of_inputs: bool
+    second: Tensor
+    count: int = 0
+    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def centred(self) -> Tensor:
+        """The moment about the means that a bias can take up."""
+        second = self.second
+        for total, n in self.sums.values():
+            second = second - total[..., :, None] * total[..., None, :] / n
+        return second / max(self.count, 1)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The matrix view with outputs along the rows."""
+        matrix = self.layout.to_matrix(weight)
+        return matrix if self.rows else matrix.mT
+
+    def basis(self, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
+        """Directions of the outputs and the root of what each holds, see ``output_basis``.
+
+        shrink: by default k / (k + rows seen), k the size of the moment: as much as C itself
+        where there are hardly any data, and next to nothing where there are plenty.
+        """
+        if shrink is None:
+            k = self.second.shape[-1]
+            shrink = k / (k + self.count)
+        return output_basis(self.oriented(weight), self.centred(), shrink, of_inputs=self.of_inputs)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Moments by site. plain: why a site is cut by plain SVD all the same."""
+
+    moments: Mapping[str, Moments]
+    plain: Mapping[str, str]
+    order: tuple[str, ...]
+    """Sites by their first call, those that share a factor by its owner."""
+    shrink: float | None = None
+
+    def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
+        """Factors that keep the outputs of these sites best; None where nothing is known of them."""
+        found = self.moments.get(sites[0])
+        if found is None:
+            return None
+        V = found.basis(weight, self.shrink)[0][..., :rank]
+        left, right = projected(found.oriented(weight), V)
+        matrices = (left, right) if found.rows else (right.mT, left.mT)
+        return found.layout.from_matrices(matrices, tuple(weight.shape))
+
+    @property
+    def scarce(self) -> list[str]:
+        """Sites of which fewer outputs were seen than these have entries: what they hold is hardly known."""
+        return [name for name, found in self.moments.items() if found.count < found.second.shape[-1]]
+
+    def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
+        """Roots of what each direction of the outputs holds, [g, min(m, n)], largest first: the error of a cut to rank
+        r is the sum of squares beyond it.
+        """
+        found = self.moments.get(site)
+        if found is None:
+            return None
+        return found.basis(weight, 0.0)[1][..., : min(found.layout.matrix_shape(tuple(weight.shape)))].cpu()

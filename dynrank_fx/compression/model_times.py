@@ -1,0 +1,63 @@
+"""Measured times of whole models in onnxruntime, each in turn with the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import ExportError
+from ..onnx import Precision, bound, cast, converted, onnx_inputs, session_of
+from ..timing import Pair, interleaved
+from ..tracing import in_order, split_inputs
+from .site_times import SiteTimes
+
+_ROUNDS = 3  # the one of the median ratio counts: a busy moment spoils one of them
+_SECONDS, _SLOW = 2e-3, 2e-2  # so long at least is one measurement; what takes longer is measured less often
+
+
+class ModelTimes:
+    """Times on the target of ``sites``, at the shapes of the example inputs.
+
+    dense: seconds of the dense model; None where it does not become an ONNX file, and ``why`` then says why. Raises
+    ExportError for a provider that does not come up.
+    """
+
+    def __init__(self, dense: nn.Module, example_inputs: Any, sites: SiteTimes) -> None:
+        self.sites = sites
+        self._module, self._inputs = dense, split_inputs(example_inputs)
+        self.dense: float | None = None
+        self.why = ""
+        try:
+            model = self._onnx(dense)
+        except ExportError as error:
+            self.why = str(error)
+        else:
+            self._run_dense = self._runner(model)
+            self.dense = interleaved(self._run_dense, self._run_dense, repeats=11).first
+
+    def pair(self, module: nn.Module) -> Pair | None:
+        """The dense model (first) and another (second); None where the dense one cannot be run."""
+        if self.dense is None:
+            return None
+        run = self._runner(self._onnx(module))
+        inner = max(1, min(50, round(_SECONDS / self.dense)))
+        repeats = 15 if self.dense < _SLOW else 5
+        rounds = [interleaved(self._run_dense, run, repeats=repeats, inner=inner) for _ in range(_ROUNDS)]
+        return sorted(rounds, key=lambda pair: pair.ratio)[_ROUNDS // 2]
+
+    def _onnx(self, module: nn.Module) -> bytes:
+        made = cast(module, Precision(self.sites.element))
+        model, _ = converted(made, in_order(module, self._inputs), None, None)
+        try:
+            serialized: bytes = model.SerializeToString()
+        except ValueError as error:
+            raise ExportError("it is too large for one file (2 GB)") from error
+        return serialized
+
+    def _runner(self, model: bytes) -> Callable[[], None]:
+        session = session_of(model, self.sites.provider)
+        args, kwargs = in_order(self._module, self._inputs)
+        run: Callable[[], None] = bound(session, onnx_inputs(session, args, kwargs))
+        return run

@@ -1,0 +1,112 @@
+"""What ``compress`` made of a model, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..plan import Plan
+from ..text import text_table
+from ..timing import Pair
+from .covariance import Calibration
+from .truncation import Cut, cut_plainly
+
+NOISE = 0.02
+"""A ratio of times so near to 1 is not slower."""
+_NOTHING = 1e-4  # the change of a weight that is rounding
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """module: ordinary torch, in evaluation mode. plan: ranks of the sites that are factored.
+
+    params, flops: of dense and compressed, on the example inputs. times: seconds of both in onnxruntime, measured in
+    turn; None where they were not. metrics: of both. notes: what the user should know, a sentence each.
+    """
+
+    module: nn.Module
+    plan: Plan
+    cuts: tuple[Cut, ...]
+    params: tuple[int, int]
+    flops: tuple[int, int] | None
+    times: Pair | None
+    metrics: tuple[float, float] | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = []
+        by_name = {row.site.name: row for row in self.plan.sites}
+        for cut in self.cuts:
+            row = by_name[cut.site]
+            shape = "x".join(map(str, row.site.shape))
+            params = row.site.params if cut.rank is None else replace(row, rank=cut.rank).params
+            rank, error = ("dense", "") if cut.rank is None else (str(cut.rank), f"{cut.error:.3f}")
+            rows.append((cut.site, shape, rank, f"{row.site.params:,} -> {params:,}", error))
+        lines = [text_table(("weight", "shape", "rank", "parameters", "change of the weight"), rows, right=(2,)), ""]
+        lines.append(f"parameters  {_change(*self.params)}")
+        if self.flops is not None:
+            lines.append(f"FLOPs       {_change(*self.flops)} on the example inputs")
+        if self.times is not None:
+            dense = f"{1e3 * self.times.first:.3f} ms"
+            lines.append(f"time        {self.times.ratio:.2f} of dense ({dense} on the example inputs) in onnxruntime")
+        if self.metrics is not None:
+            lines.append(f"metric      {self.metrics[0]:.4f} -> {self.metrics[1]:.4f}")
+        return "\n".join((*lines, *self.notes))
+
+
+def compressed(
+    plan: Plan,
+    module: nn.Module,
+    cuts: Sequence[Cut],
+    known: Calibration | None,
+    times: Pair | None,
+    untimed: str,
+) -> Compressed:
+    """The result by its parts. plan: with every site as it may be factored. known: what the cuts were calibrated on.
+    untimed: why there are no times, or "".
+    """
+    ranks = {cut.site: cut.rank for cut in cuts}
+    low = [replace(row, rank=rank) for row in plan.sites if (rank := ranks[row.site.name]) is not None]
+    flops = None
+    if plan.total_flops is not None:
+        flops = plan.total_flops, plan.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in low)
+    made = plan.with_ranks({name: rank for name, rank in ranks.items() if rank is not None})
+    params = plan.total_params, sum(p.numel() for p in module.parameters())
+    return Compressed(module, made, tuple(cuts), params, flops, times, None, _notes(cuts, known, times, untimed))
+
+
+def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, untimed: str) -> tuple[str, ...]:
+    notes = [f"{sentence}." for sentence in cut_plainly(cuts)]
+    lossy = {cut.site for cut in cuts if cut.error > _NOTHING}
+    scarce = [] if known is None else [name for name in known.scarce if name in lossy]
+    if scarce:
+        fewest = min(known.moments[name].count for name in scarce) if known else 0
+        notes.append(
+            f"The calibration data are few for {len(scarce)} of {len(cuts)} weights ({scarce[0]} was seen to give "
+            f"{fewest} outputs): give more batches."
+        )
+    dense = [cut for cut in cuts if cut.rank is None]
+    kept = [cut for cut in cuts if cut.rank is not None and cut.error <= _NOTHING]
+    if kept and len(kept) + len(dense) == len(cuts):
+        notes.append(
+            f"Nothing is lost: {len(kept)} of {len(cuts)} weights are of low rank already, and stay at that rank, "
+            "whatever more the budget leaves room for."
+        )
+    elif dense and times is not None:
+        notes.append(
+            f"{len(dense)} of {len(cuts)} weights are dense, where factors save nothing or the budget leaves room."
+        )
+    if times is not None and times.ratio > 1 + NOISE and len(dense) < len(cuts):
+        notes.append(
+            f"It is slower than the dense model ({times.ratio:.2f} of its time): a budget of parameters asks for size "
+            "alone; latency=1 asks for speed."
+        )
+    if untimed:
+        notes.append(f"Nothing was timed, since the dense model does not become an ONNX file: {untimed}")
+    return tuple(notes)
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"

@@ -1,0 +1,126 @@
+"""Measured times of sites, dense against factored, by the provider that the model will run on; kept in a cache.
+
+What a site costs is not its FLOPs: thin products run at fewer FLOP/s and two kernels start where one did. So each site
+is timed by itself in onnxruntime, in turn with its dense form, at the shapes of the example inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..onnx import Provider, bound, runtime, session_of, threads
+from ..plan import Cost, PlannedSite
+from ..timing import Pair, interleaved, processor
+from .site_model import site_model
+
+_STEPS = 8
+"""Ranks that are timed, evenly up to the last that saves parameters; between them times are taken as straight lines."""
+_SECONDS = 5e-4  # so long at least is one measurement
+
+
+def default_cache() -> Path:
+    """``times.json`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrank-fx" / "times.json"
+
+
+@dataclass
+class SiteTimes:
+    """Times on one target. provider: of onnxruntime. element: NumPy's type of the numbers, by name. cache: a file,
+    keyed by machine, versions, provider, type and shapes; None for none.
+    """
+
+    provider: Provider = "CPUExecutionProvider"
+    element: str = "float32"
+    cache: Path | None = field(default_factory=default_cache)
+    repeats: int = 15
+    _known: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and self.cache.is_file():
+            try:
+                self._known = dict(json.loads(self.cache.read_text()))
+            except (OSError, ValueError):
+                self._known = {}  # a cache that cannot be read is measured anew
+
+    def pair(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
+        """Dense (first) and factored (second) seconds of a site, or of those that share a factor; None where it cannot
+        be run by itself.
+        """
+        key = self._key(rows, rank)
+        if key not in self._known:
+            found = self._measured(rows, rank)
+            self._known[key] = None if found is None else [found.first, found.second, found.ratio]
+        values = self._known[key]
+        return None if values is None else Pair(*values)
+
+    def cost(self, rows: Sequence[PlannedSite], total: float) -> Cost | None:
+        """The curve of the site's time over its ranks, in shares of ``total`` seconds; never falling with the rank."""
+        limit = paying_limit(rows)
+        ranks = sorted({max(1, limit * step // _STEPS) for step in range(1, _STEPS + 1)})
+        pairs = [self.pair(rows, rank) for rank in ranks]
+        found = [pair for pair in pairs if pair is not None]
+        if len(found) < len(ranks):
+            return None
+        dense = float(np.median([pair.first for pair in found]))
+        times = np.maximum.accumulate([pair.ratio * dense for pair in found])
+        return Cost(dense / total, lambda rank: float(np.interp(rank, ranks, times)) / total)
+
+    def save(self) -> None:
+        """Write the cache, whole or not at all; without a word where the disk does not let it."""
+        if self.cache is None:
+            return
+        try:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            beside = self.cache.with_suffix(f".{os.getpid()}.part")
+            beside.write_text(json.dumps(self._known))
+            os.replace(beside, self.cache)
+        except OSError:
+            return
+
+    def _key(self, rows: Sequence[PlannedSite], rank: int) -> str:
+        uses = [[row.layout.name, row.site.shape, row.site.to_json()["uses"]] for row in rows]
+        where = [platform.node(), processor(), cores(), threads(), runtime().__version__, self.provider, self.element]
+        said = json.dumps([where, uses, rank], default=list)
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    def _measured(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
+        sides = [site_model(rows, r, np.dtype(self.element)) for r in (None, rank)]
+        runs = []
+        for side in sides:
+            if side is None:
+                return None
+            model, feeds = side
+            runs.append(bound(session_of(model.SerializeToString(), self.provider), feeds))
+        first, second = runs
+        once = interleaved(first, second, repeats=3)
+        inner = max(1, round(_SECONDS / max(once.first, 1e-7)))
+        return interleaved(first, second, repeats=self.repeats, inner=min(inner, 200))
+
+
+def cores() -> int:
+    """How many cores the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def paying_limit(rows: Sequence[PlannedSite]) -> int:
+    """The last rank at which the factors of a site, or of those that share one, have fewer parameters than dense."""
+    low, high = 1, rows[0].layout.max_rank((sum(row.site.shape[0] for row in rows), *rows[0].site.shape[1:]))
+    dense = sum(row.site.params for row in rows)
+
+    def params(rank: int) -> int:
+        shapes = [row.layout.factor_shapes(row.site.shape, rank)[: len(row.factor_names)] for row in rows]
+        return sum(int(np.prod(shape)) for each in shapes for shape in each)
+
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if params(middle) < dense else (low, middle - 1)
+    return low

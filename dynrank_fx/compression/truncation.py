@@ -1,0 +1,202 @@
+"""The end of training: a factored net cut for good into an ordinary torch module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError, DynrankWarning
+from ..layouts import Factors, Layout
+from ..phase import Phase
+from ..phases import RankUnit, enter_, phases_of, rank_units, replan_
+from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
+from ..rewrite import Switched, a_twin, inline, plan_of, switched_modules
+from .batches import checked_batches
+from .calibration import calibrate
+from .covariance import Calibration
+
+_ROUNDING = 1e-5  # of a mean output: what a cut that loses nothing seems to take of it
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of one site. rank: None where it is dense. error: ‖W − W'‖_F / ‖W‖_F. why: no calibrated cut."""
+
+    site: str
+    rank: int | None
+    error: float = 0.0
+    why: str = ""
+
+
+def truncate(
+    net: nn.Module,
+    calibration: Calibration | Iterable[Any] | None = None,
+    *,
+    rank: RankPolicy | None = None,
+    sequential: bool = False,
+) -> nn.Module:
+    """The evaluation graph of the net with every site factored: plain torch, with nothing of this package left in it.
+
+    Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan. calibration: batches of inputs,
+    each as ``example_inputs``, or what ``calibrate`` made of them, to keep the *outputs* of each site best; without it,
+    and where a site's outputs do not decide (a warning says which and why), the cut is a plain SVD of the weight, which
+    a dense-trained model rarely survives. rank: decides the ranks anew, on what the outputs hold where there is
+    calibration; a site whose factors would then cost no less than its dense weight becomes dense. sequential: sites are
+    calibrated one after the other, each on what the sites before it give after their cut; as many passes over the
+    batches as sites. The net stays as it is.
+
+    Raises PlanError for a module that ``transform`` did not make, TransitionError for non-finite weights,
+    CalibrationError for data that are empty, not finite or do not fit the model.
+    """
+    twin = a_twin(net)
+    cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
+    for sentence in cut_plainly(cuts):
+        warnings.warn(sentence, DynrankWarning, stacklevel=2)
+    return inline(twin)
+
+
+def cut_plainly(cuts: Sequence[Cut]) -> list[str]:
+    """The sites that lost something to a cut by plain SVD, a sentence for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for cut in cuts:
+        if cut.why and cut.error > 0:
+            by_reason.setdefault(cut.why, []).append(cut.site)
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: cut by plain SVD, since {why}"
+        for why, names in by_reason.items()
+    ]
+
+
+def cut_(
+    net: nn.Module,
+    calibration: Calibration | Iterable[Any] | None,
+    *,
+    rank: RankPolicy | None = None,
+    sequential: bool = False,
+) -> list[Cut]:
+    """Bring every site into its last form, in the net itself; see ``truncate``."""
+    if not switched_modules(net):
+        return []
+    if sequential and (calibration is None or isinstance(calibration, Calibration)):
+        raise CalibrationError("to calibrate the sites one after the other takes batches: give a list of inputs")
+    data = None if calibration is None or isinstance(calibration, Calibration) else checked_batches(calibration)
+    known = calibrate(net, data) if data is not None else calibration
+    assert known is None or isinstance(known, Calibration)
+    return apply_ranks_(net, ranks_of(net, rank, known), known, data if sequential else None)
+
+
+def apply_ranks_(
+    net: nn.Module, ranks: Mapping[str, int | None], known: Calibration | None, in_turn: Sequence[Any] | None = None
+) -> list[Cut]:
+    """Cut every site to its rank; None makes it dense. in_turn: batches to calibrate one site after the other on."""
+    changing = {name for name, phase in phases_of(net).items() if phase is not Phase.LOW or _differs(net, name, ranks)}
+    enter_(net, dict.fromkeys(changing, Phase.FULL))
+    replan_(net, plan_of(net).with_ranks({name: r for name, r in ranks.items() if r is not None}))
+    low = {name: Phase.LOW for name in changing if ranks[name] is not None}
+    errors: dict[str, float] = {}
+    for some in _turns(low, known, in_turn is not None):
+        cutter = _Cutter(known if in_turn is None else calibrate(net, in_turn, sites=some))
+        errors |= {change.site: change.error for change in enter_(net, some, split=cutter).changes}
+        cutter.fold_(net)
+    why = {} if known is None else known.plain
+    none = "there are no calibration data" if known is None else ""
+    return [
+        Cut(name, r, errors.get(name, 0.0), (none or why.get(name, "")) if name in low else "")
+        for name, r in ranks.items()
+    ]
+
+
+def added_biases(net: nn.Module, known: Calibration) -> dict[str, int]:
+    """How many bias values a cut adds to a site without a bias, or to the sites that share its factor, by the first
+    name: for each module of it whose mean output a bias has to take up.
+    """
+    parameters = dict(net.named_parameters())
+    found: dict[str, int] = {}
+    for moments in known.moments.values():
+        modules = [net.get_submodule(key) for key in moments.sums if key not in parameters]
+        weights = [module.weight for module in modules if module._parameters["bias"] is None]
+        count = sum(moments.oriented(weight).shape[:-1].numel() for weight in weights if isinstance(weight, Tensor))
+        found[moments.sites[0]] = count
+    return found
+
+
+def ranks_of(
+    net: nn.Module, policy: RankPolicy | None, known: Calibration | None, units: Sequence[RankUnit] = ()
+) -> dict[str, int | None]:
+    """The ranks of the sites by the policy, or the plan's; None for those that are to be dense. units: as
+    ``rank_units`` makes them; by default all ranks, and what the outputs hold where that is known.
+    """
+    if policy is None:
+        return {row.site.name: row.rank for row in plan_of(net).sites}
+    units = units or rank_units(net, spectrum=None if known is None else known.spectrum)
+    chosen = ranks_by_policy([checked_policy(policy)] * len(units), [unit.curve for unit in units])
+    counted = policy.of[:1] if isinstance(policy, Budget) else ()
+    ranks: dict[str, int | None] = {}
+    for unit, wanted in zip(units, chosen, strict=True):
+        r = min((rung for rung in unit.curve.rungs if rung >= wanted), default=wanted)
+        ranks |= dict.fromkeys(unit.names, r if r < unit.curve.max_rank and unit.pays(r, *counted) else None)
+    return ranks
+
+
+def _differs(net: nn.Module, name: str, ranks: Mapping[str, int | None]) -> bool:
+    return switched_modules(net)[name][0].rank != ranks[name]
+
+
+def _turns(low: Mapping[str, Phase], known: Calibration | None, sequential: bool) -> list[dict[str, Phase]]:
+    """The sites to cut together: all of them, or one after the other in the order of their calls."""
+    if known is None or not sequential:
+        return [dict(low)] if low else []
+    turns = []
+    for first in known.order:
+        found = known.moments.get(first)
+        names = [name for name in (found.sites if found else (first,)) if name in low]
+        turns.append(dict.fromkeys(names, Phase.LOW))
+    rest = {name: phase for name, phase in low.items() if not any(name in turn for turn in turns)}
+    return [turn for turn in (*turns, rest) if turn]
+
+
+@dataclass
+class _Cutter:
+    """Factors by calibration, remembering what they lose of the mean outputs, which a bias takes up."""
+
+    known: Calibration | None
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
+        found = None if self.known is None else self.known.moments.get(sites[0])
+        factors = None if self.known is None else self.known.split(sites, layout, weight, rank)
+        if found is not None and factors is not None:
+            lost = found.oriented(weight).double() - found.oriented(layout.join(factors)).double()
+            left = found.layout.to_matrices(factors)[0 if found.rows else 1].double()
+            V = nn.functional.normalize(left if found.rows else left.mT, dim=-2)
+            for key, (total, n) in found.sums.items():
+                mean = (total / n)[..., None]
+                shift = lost @ mean if found.of_inputs else mean - V @ (V.mT @ mean)
+                whole = found.oriented(weight).double() @ mean if found.of_inputs else mean
+                if float(shift.norm()) > _ROUNDING * float(whole.norm()):  # else a bias would be added for nothing
+                    self.shifts[key] = shift.flatten()
+        return factors
+
+    @torch.no_grad()
+    def fold_(self, net: nn.Module) -> None:
+        """Add to the biases what the cuts took from the mean outputs; a module without a bias gets one."""
+        parameters = dict(net.named_parameters())
+        for name, shift in self.shifts.items():
+            if name in parameters:
+                parameters[name].add_(shift.to(parameters[name].dtype))
+            else:
+                _add_to_bias(net.get_submodule(name), shift)
+
+
+def _add_to_bias(module: nn.Module, shift: Tensor) -> None:
+    assert isinstance(module, Switched)
+    bias = module._parameters["bias"]
+    like = module.outline if bias is None else bias
+    value = shift.to(like.dtype) if bias is None else (bias.double() + shift).to(bias.dtype)
+    # A bias of its own, should it be another module's too.
+    module._parameters["bias"] = nn.Parameter(value.clone(), requires_grad=module.factors[0].requires_grad)

@@ -1,0 +1,94 @@
+"""Files and folders that appear whole or not at all: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import StoreError
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, written whole or not at all. Raises StoreError where the disk refuses."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place if all goes well: on the disk, not only in its cache.
+
+    It is in a folder of a fixed name, so that the next write clears away what a killed one left. Raises StoreError
+    where the disk refuses.
+    """
+    folder = path.parent / f".{path.name}.part"
+    beside = folder / path.name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        yield beside
+        beside.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} could not be written ({_why(error)}); what was there before is unchanged") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _why(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
+    """A new folder that takes the place of ``path`` at the end, with all its files or not at all.
+
+    names: the files that may be in a folder there already; anything else in it is somebody's work and is not touched.
+    Raises StoreError where the folder has other files or the disk refuses.
+    """
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file; give the name of a folder")
+    foreign = sorted({p.name for p in path.iterdir()} - names) if path.exists() else []
+    if foreign:
+        raise StoreError(f"{path} holds {foreign[0]}, which is not ours to replace; choose an empty or a new folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise StoreError(f"{path} could not be written ({_why(error)}); nothing was changed") from error
+    old, new = beside / "old", beside / "new"
+    try:
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        if isinstance(error, StoreError):
+            raise StoreError(str(error).replace(str(new), str(path))) from error
+        if isinstance(error, OSError):
+            raise StoreError(f"{path} could not be written ({_why(error)}); what was there is unchanged") from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

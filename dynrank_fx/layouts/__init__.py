@@ -1,0 +1,32 @@
+"""How a weight becomes factors and back: the algebra of every layout, on tensors alone."""
+
+from .base import Factors, Layout
+from .choose import CONV_LAYOUTS, ConvLayout, layout_for, layout_named
+from .conv import ChannelLayout, SpatialLayout
+from .matrix import EinsumLayout, LinearLayout
+from .spectra import effective_rank, energy_rank, product_singular_values, singular_values, stable_rank
+from .svd import full_precision
+from .tensor import CPLayout, TuckerLayout
+from .two_factors import TwoFactors
+
+__all__ = [
+    "CONV_LAYOUTS",
+    "CPLayout",
+    "ChannelLayout",
+    "ConvLayout",
+    "EinsumLayout",
+    "Factors",
+    "Layout",
+    "LinearLayout",
+    "SpatialLayout",
+    "TuckerLayout",
+    "TwoFactors",
+    "effective_rank",
+    "energy_rank",
+    "full_precision",
+    "layout_for",
+    "layout_named",
+    "product_singular_values",
+    "singular_values",
+    "stable_rank",
+]

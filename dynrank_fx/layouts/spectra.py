@@ -1,0 +1,59 @@
+"""Singular values, and the ranks that are read off them.
+
+Effective rank: exp of the entropy of σ_i / Σσ (Roy and Vetterli, "The effective rank", EUSIPCO 2007). Stable rank:
+‖W‖_F² / σ_1² (Rudelson and Vershynin, arXiv math/0503442).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def singular_values(W: Tensor) -> Tensor:
+    """Singular values of W [g, m, n], largest first: [g, min(m, n)] in float64, on the CPU.
+
+    On a GPU by the Gram matrix, to 1e-8 of the largest: its SVD is tens of times slower there, and so is a CPU's.
+    """
+    X = W.double()
+    if X.is_cuda:
+        with contextlib.suppress(torch.linalg.LinAlgError):
+            values = torch.linalg.eigvalsh(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
+            return values.flip(-1).clamp_min(0).sqrt().cpu()
+    return torch.linalg.svdvals(X.cpu())
+
+
+@torch.no_grad()
+def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of BA without forming it: QR of B and of Aᵀ, then those of the r×r product. [g, r], float64,
+    CPU.
+    """
+    R_B = torch.linalg.qr(B.double(), mode="r").R
+    R_A = torch.linalg.qr(A.mT.double(), mode="r").R
+    return singular_values(R_B @ R_A.mT)
+
+
+def effective_rank(s: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (of all groups together): k equal ones give k. 0 for
+    zeros.
+    """
+    total = s.sum()
+    if total <= 0:
+        return 0.0
+    p = s[s > 0] / total
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def stable_rank(s: Tensor) -> float:
+    """‖W‖_F² / σ_1²: at most the rank, and unmoved by small singular values. 0 for a zero matrix."""
+    return float(s.square().sum() / s.max().square()) if bool(s.max() > 0) else 0.0
+
+
+def energy_rank(s: Tensor, share: float) -> int:
+    """The least r at which Σ_{i≤r} σ_i² ≥ share · Σ σ_i² in every group of s [g, k]."""
+    energy = s.square().cumsum(-1)
+    missing = energy < share * energy[..., -1:] * (1 - 1e-12)  # rounding must not cost a rank where share is 1
+    return int(missing.sum(-1).max()) + 1

@@ -1,0 +1,38 @@
+"""Write ONNX files that onnxruntime agrees with, compare them, and time them."""
+
+from .agreement import check_batch_sizes, onnx_inputs
+from .bench import bench_onnx, machine, table
+from .convert import converted
+from .diff import compare_onnx
+from .export import ExportReport, check_opset, export_onnx, verify_onnx
+from .file import check_place
+from .precision import Precision, cast
+from .random_inputs import loaded, random_inputs, table_rows
+from .session import Provider, bound, check_provider, runtime, session, session_of, threads
+
+__all__ = [
+    "ExportReport",
+    "Precision",
+    "Provider",
+    "bench_onnx",
+    "bound",
+    "cast",
+    "check_batch_sizes",
+    "check_opset",
+    "check_place",
+    "check_provider",
+    "compare_onnx",
+    "converted",
+    "export_onnx",
+    "loaded",
+    "machine",
+    "onnx_inputs",
+    "random_inputs",
+    "runtime",
+    "session",
+    "session_of",
+    "table",
+    "table_rows",
+    "threads",
+    "verify_onnx",
+]

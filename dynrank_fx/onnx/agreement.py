@@ -1,0 +1,153 @@
+"""Whether an ONNX file computes what its PyTorch model does, and how near is near enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ExportError, reason
+from ..tracing import Inputs, batch_size, joined, same_buffers, slow_attention, tensors
+
+# The largest error as a share of the output's largest value, by the coarsest type that takes part: about a thousand
+# roundings of float32 and ten of float16. What differs by more was computed in another way.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TF32 = 5e-3  # float32 on CUDA: both sides may multiply with float16's ten bits
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One output on one batch: the largest error, and its share of the largest value that PyTorch gives."""
+
+    batch: int
+    output: str
+    max_abs: float
+    max_rel: float
+
+
+def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ExportError(f"batch sizes {list(batch_sizes)} leave nothing to compare: give one or more, each 1 or more")
+
+
+def onnx_inputs(
+    session: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays to feed: keyword arguments by name, the others in their order.
+
+    names: what the arguments are called, input by input, where the file's inputs have other names.
+
+    Tensors the file has no input for (unused ones may have been dropped) are passed over; among positional ones, type
+    and shape tell which. Raises ExportError for an input of the file that nothing fits.
+    """
+    inputs = session.get_inputs()
+    called = {argument: spec.name for argument, spec in zip(names, inputs, strict=False)}
+    specs = dict(zip(names or [spec.name for spec in inputs], inputs, strict=True))
+    leaves = [("", leaf) for leaf in pytree.tree_leaves(list(args))]
+    leaves += [(joined(path), leaf) for path, leaf in pytree.tree_flatten_with_path(dict(kwargs))[0]]
+    chosen = {name: leaf for name, leaf in leaves if name in specs and isinstance(leaf, Tensor)}
+    others = [leaf for name, leaf in leaves if name not in chosen and isinstance(leaf, Tensor)]
+    unnamed = [name for name in specs if name not in chosen]
+    spare = len(others) - len(unnamed)
+    for name in unnamed:
+        while spare > 0 and not _fits(others[0], specs[name]):
+            others, spare = others[1:], spare - 1
+        if others:
+            chosen[name] = others.pop(0)
+    feeds = {}
+    for name, spec in specs.items():
+        tensor = chosen.get(name)
+        if tensor is None or not _fits(tensor, spec):
+            raise ExportError(
+                f"the ONNX input {name} is {spec.type} {spec.shape}, and no tensor like that is given in its place: "
+                "give inputs like those it was exported with"
+            )
+        if tensor.dtype is torch.bfloat16:
+            raise ExportError(f"the ONNX input {name} is bfloat16, which NumPy has not: export in another type")
+        feeds[called.get(name, name)] = tensor.detach().cpu().numpy()
+    return feeds
+
+
+def _fits(tensor: Tensor, spec: Any) -> bool:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    same_type = spec.type == f"tensor({ {'float32': 'float', 'float64': 'double'}.get(dtype, dtype) })"
+    fixed = {i: size for i, size in enumerate(spec.shape) if isinstance(size, int)}
+    return same_type and len(spec.shape) == tensor.ndim and all(tensor.shape[i] == fixed[i] for i in fixed)
+
+
+def compare(
+    opened: Any, module: nn.Module, cases: Sequence[Inputs], tolerance: float | None, names: Sequence[str] = ()
+) -> tuple[Agreement, ...]:
+    """Both sides on each of the inputs. names: what the file's inputs were called after the module's arguments, if they
+    have other names now.
+    """
+    outputs = [output.name for output in opened.get_outputs()]
+    agreements = []
+    for args, kwargs in cases:
+        batch = batch_size((args, kwargs)) or 1
+        feeds = onnx_inputs(opened, args, kwargs, names)
+        side = "onnxruntime"
+        try:
+            got = [torch.from_numpy(np.asarray(array)) for array in opened.run(None, feeds)]
+            side = "PyTorch"  # second, as it may write to its inputs
+            with (
+                torch.no_grad(),
+                slow_attention(),
+                same_buffers(module),
+            ):  # the file starts from the same state each time
+                expected = [tensor.detach().cpu() for tensor in tensors(module(*args, **kwargs))]
+        except Exception as error:
+            why = reason(error)
+            raise ExportError(
+                f"{side} fails on a batch of {batch} ({why}): give batch sizes and types it takes"
+            ) from error
+        if len(got) != len(expected):
+            raise ExportError(f"the ONNX file has {len(got)} outputs and the module {len(expected)}: export it again")
+        for name, have, want in zip(outputs, got, expected, strict=True):
+            limit = _tolerance(module, args, kwargs, want) if tolerance is None else tolerance
+            agreements.append(_agreement(batch, name, have, want, limit))
+    return tuple(agreements)
+
+
+def _tolerance(module: nn.Module, *values: Any) -> float:
+    """That of the coarsest floating-point type among the module's tensors and these."""
+    floats = [t for t in (*module.parameters(), *module.buffers(), *tensors(values)) if t.is_floating_point()]
+    limits = [_TF32 if t.is_cuda and t.dtype is torch.float32 else _TOLERANCE.get(t.dtype, 0.1) for t in floats]
+    return max(limits, default=0.0)
+
+
+def _agreement(batch: int, name: str, got: Tensor, want: Tensor, tolerance: float) -> Agreement:
+    """max |got − want| over the finite values of ``want``; the others must be the same."""
+    where = f"in {name!r} on a batch of {batch}"
+    if (got.dtype, got.shape) != (want.dtype, want.shape):
+        one, other = (f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in (got, want))
+        raise ExportError(f"onnxruntime gives {one} and PyTorch {other} {where}: fix that size with dynamic_shapes")
+    if not want.is_floating_point():
+        wrong = int((got != want).sum())
+        if wrong:
+            raise ExportError(
+                f"onnxruntime and PyTorch differ in {wrong} of {want.numel()} values {where}, which must be equal: "
+                "leave that output out if ties or rounding decide it"
+            )
+        return Agreement(batch, name, 0.0, 0.0)
+    got, want = got.double(), want.double()
+    finite = want.isfinite()
+    if want.numel() and not finite.any():
+        raise ExportError(f"PyTorch gives no finite value {where}, so nothing can be compared: check the weights")
+    max_abs, largest = _largest(got[finite] - want[finite]), _largest(want[finite])
+    same_rest = torch.allclose(got[~finite], want[~finite], equal_nan=True)
+    if not (same_rest and max_abs <= tolerance * (largest + 0.01)):  # so written that a NaN fails
+        raise ExportError(
+            f"onnxruntime and PyTorch differ by {max_abs:.2g} {where}, where {tolerance:g} of the largest value "
+            f"{largest:.2g} is allowed: give a larger tolerance if that is good enough"
+        )
+    return Agreement(batch, name, max_abs, max_abs / largest if largest else 0.0)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0

@@ -1,0 +1,179 @@
+"""From a module to an ONNX model whose weights are stored once, as they are, and whose batch is free if it can be."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from ..errors import ExportError, reason
+from ..tracing import (
+    Inputs,
+    batch_size,
+    double_batch_of_one,
+    free_dimensions,
+    joined,
+    origin,
+    quiet,
+    slow_attention,
+    tensors,
+)
+
+_FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a shape; onnxruntime folds the rest itself
+
+
+def converted(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int | None) -> tuple[Any, bool]:
+    """(ONNX model, whether its batch is free): free where the model allows it, else with the example's own shapes."""
+    doubled = double_batch_of_one(*inputs)
+    shapes = free_dimensions(*doubled, only_first=True) if dynamic_shapes is None else dynamic_shapes
+    with contextlib.suppress(ExportError):  # then the second attempt works, or says what is wrong
+        model = _convert(module, doubled, shapes, opset)
+        if _batch_is_free(model, doubled):
+            return model, True
+    model = _convert(module, inputs, dynamic_shapes, opset)
+    return model, _batch_is_free(model, inputs)
+
+
+def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int | None) -> Any:
+    kind = type(module).__name__
+    with quiet(), torch.no_grad(), slow_attention():
+        try:
+            program = torch.export.export(module, *inputs, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            fixed = re.search(r"Constraints violated \((.+?)\)", str(error))
+            if fixed is not None:
+                raise ExportError(
+                    f"the model fixes {fixed[1]} at the size in the example: leave that dimension out of the free "
+                    "ones, or change what depends on it"
+                ) from error
+            where = f"{origin(error, module)} ({reason(error)})"
+            raise ExportError(f"torch.export cannot trace {where}: change the model or its inputs") from error
+        names = _names(program)
+        try:
+            model = _onnx_model(program, names, opset)
+        except Exception as error:
+            why = reason(error)
+            raise ExportError(f"torch.onnx cannot convert {kind} ({why}): use operations that ONNX has") from error
+    # A dimension that torch.export found to be fixed comes as one *named* "2", which others would take for free.
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param.isdigit():
+                dim.dim_value = int(dim.dim_param)
+    refuse_inflated(model, (*program.state_dict.values(), *program.constants.values()))
+    return model
+
+
+def _onnx_model(program: ExportedProgram, names: Sequence[str], opset: int | None) -> Any:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
+    from onnxscript.optimizer import optimize_ir
+
+    # Not optimize=True: that stores a tied weight again, transposed.
+    onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+    assert onnx_program is not None
+    model, weights = onnx_program.model, set(program.state_dict)
+
+    def should_fold(node: Any) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    optimize_ir(model, should_fold=should_fold, output_size_limit=_FOLD_LIMIT)
+    # Not before: an output that is an input would take its name away.
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), names, strict=True):
+        value.name = name
+    NameFixPass()(model)
+    ClearMetadataAndDocStringPass()(model)  # stack traces, with the paths of this machine
+    return onnx_program.model_proto
+
+
+def _names(program: ExportedProgram) -> list[str]:
+    """Names of the graph's inputs, after the arguments, and outputs, after their place: ``output_0``, ``logits``."""
+    signature, spec = program.graph_signature, program.call_spec.out_spec
+    assert spec is not None
+    given = [item.arg for item in signature.input_specs if item.kind is InputKind.USER_INPUT]
+    returned = [item.arg for item in signature.output_specs if item.kind is OutputKind.USER_OUTPUT]
+    names = [arg.name for arg in given if isinstance(arg, TensorArgument)]
+    places = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))[0]
+    for (path, _), arg in zip(places, returned, strict=True):
+        if isinstance(arg, ConstantArgument) and arg.value is None:
+            continue
+        keyed = bool(path) and isinstance(path[0], pytree.MappingKey)
+        name = joined(path) if keyed else "_".join(filter(None, ["output", joined(path)]))
+        if not isinstance(arg, TensorArgument):
+            raise ExportError(f"the model returns a plain number as {name}, which ONNX has not: return a tensor")
+        while name in names:
+            name += "_out"
+        names.append(name)
+    return names
+
+
+def renamed(model: Any, new: Callable[[str], str]) -> None:
+    """Give every value of the graph, and of the graphs inside it, the name that ``new`` makes of its own."""
+
+    def rename(graph: Any) -> None:
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            value.name = new(value.name)
+        for node in graph.node:
+            for names in (node.input, node.output):
+                names[:] = [new(name) for name in names]
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    if inner.node:
+                        rename(inner)
+
+    rename(model.graph)
+
+
+def _batch_is_free(model: Any, inputs: Inputs) -> bool:
+    shared = [
+        value.type.tensor_type.shape.dim[0]
+        for value, tensor in zip(model.graph.input, tensors(inputs), strict=True)
+        if tensor.ndim and tensor.shape[0] == batch_size(inputs)
+    ]
+    return bool(shared) and all(dim.dim_param for dim in shared)
+
+
+def refuse_inflated(model: Any, stored: Sequence[Any]) -> None:
+    """More than the module stores can only be a table that forward makes, such as positions: no weight for the second
+    time, and no product of factors that are gone.
+    """
+    from onnx.numpy_helper import to_array
+
+    ours = list({tensor.data_ptr(): tensor for tensor in tensors(stored)}.values())
+    of_module = sum(tensor.numel() for tensor in ours)
+    in_file = sum(size for each in model.graph.initializer if (size := math.prod(each.dims)) > _FOLD_LIMIT)
+    if in_file <= of_module:
+        return
+    written = Counter(_content(to_array(each)) for each in model.graph.initializer)
+    contents = [_content(tensor.detach().cpu().float().numpy()) for tensor in ours]
+    gone = any(not written[content] for content, tensor in zip(contents, ours, strict=True) if tensor.ndim >= 2)
+    given = Counter(content for content in contents if content[0] > _FOLD_LIMIT)
+    twice = any(written[content] > count for content, count in given.items())
+    if gone or twice:
+        raise ExportError(
+            f"the ONNX graph would hold {in_file:,} weights where the module has {of_module:,}, as if a product of "
+            "factors had been multiplied out or a weight stored twice: give another opset"
+        )
+
+
+def parameter_count(model: Any) -> int:
+    """Elements of the floating-point initializers: the integers are shapes and indices."""
+    from onnx import TensorProto
+
+    floating = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return sum(math.prod(each.dims) for each in model.graph.initializer if each.data_type in floating)
+
+
+def _content(array: Any) -> tuple[int, bytes]:
+    """The number of values, and the values themselves, whatever their order: a transposed weight has the same."""
+    values = np.sort(array.astype(np.float32), axis=None)
+    return values.size, hashlib.sha256(values.tobytes()).digest()

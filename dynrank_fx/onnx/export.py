@@ -1,0 +1,254 @@
+"""ONNX files that agreed with PyTorch before they got their name.
+
+The file is written beside its place, checked there, run by onnxruntime on several batch sizes, and only then moved.
+Weights are stored once, as they are: no product of factors is folded into a dense matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CaptureError, ExportError, reason
+from ..rewrite import holds_captured, inline
+from ..tracing import Inputs, batch_size, in_order, quiet, split_inputs, tensors, unwrap, with_batch
+from ..version import __version__
+from .agreement import Agreement, check_batch_sizes, compare
+from .convert import converted, parameter_count, renamed
+from .dynamic import Dynamic, name_dimensions_, named_shapes, sizes_of, with_sizes
+from .file import check_file, check_place, replacing_file, write_file
+from .precision import Precision, cast, int8_weights_
+from .random_inputs import table_rows
+from .session import Provider, check_provider, runtime, session
+
+_CPU = "CPUExecutionProvider"
+_MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and compared. provider: the one that really ran it. params: floating-point values in it."""
+
+    path: Path
+    provider: str
+    opset: int
+    file_size: int
+    params: int
+    dynamic_batch: bool
+    agreements: tuple[Agreement, ...]
+
+    def __str__(self) -> str:
+        size = f"{self.file_size / 1e6:.1f} MB" if self.file_size >= 1e6 else f"{self.file_size / 1e3:.1f} kB"
+        batches = list(dict.fromkeys(agreement.batch for agreement in self.agreements))
+        batch = "batch free" if self.dynamic_batch else f"batch fixed at {batches[0]}"
+        worst_abs = max((agreement.max_abs for agreement in self.agreements), default=0.0)
+        worst_rel = max((agreement.max_rel for agreement in self.agreements), default=0.0)
+        return (
+            f"{self.path}: {size}, opset {self.opset}, {batch}; agrees with PyTorch on "
+            f"batch{'es' if len(batches) > 1 else ''} {', '.join(map(str, batches))} "
+            f"(largest error {worst_abs:.2g} absolute, {worst_rel:.2g} relative), run by {self.provider}"
+        )
+
+
+def export_onnx(
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic_shapes: Any = None,
+    dynamic: Dynamic | None = None,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+    precision: Precision = Precision.FLOAT32,
+    external_data: bool | None = None,
+    batch_sizes: Sequence[int] = (1, 2, 5),
+    more_inputs: Sequence[Any] = (),
+    providers: Sequence[Provider] | None = None,
+    tolerance: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ExportReport:
+    """Write the module, in evaluation mode, to an ONNX file that onnxruntime agrees with.
+
+    module: any nn.Module; a net of ``transform`` is exported in its present phases. dynamic_shapes: as in
+    torch.export; by default the first dimension of every tensor is free. dynamic: in its place, free dimensions by
+    argument, under a name, such as ``{"x": {0: "batch"}}``; each is compared at another size too. Where the model fixes
+    its batch, the report says so and that batch alone is compared. input_names, output_names: by default the arguments'
+    own, and ``output`` or what the model calls them. precision: see ``Precision``; compared with the module as it is.
+    external_data: weights in a file of their own, ``path`` with ``.data`` added; by default where one file cannot hold
+    them. batch_sizes, tolerance: see ``verify_onnx``. more_inputs: real inputs to compare on besides. providers: of
+    onnxruntime; by default CUDA where it works, else the CPU; where another ran, the CPU is compared too. metadata:
+    more ``metadata_props`` for the file.
+
+    Raises ExportError; then there is no new file, and one that was there is as it was.
+    """
+    check_batch_sizes(batch_sizes)
+    for each in providers or ():
+        check_provider(each)
+    check_opset(opset)
+    check_place(Path(path))
+    plain = _in_evaluation(module)
+    inputs = in_order(plain, split_inputs(example_inputs))
+    large = _bytes(plain) > _MAX_BYTES
+    if large and external_data is False:
+        raise ExportError(
+            f"{type(module).__name__} has {_bytes(plain) / 1e9:.1f} GB of weights and one ONNX file holds "
+            "2 GB: leave external_data out"
+        )
+    if dynamic is not None and dynamic_shapes is not None:
+        raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
+    shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
+    with replacing_file(Path(path)) as beside:
+        model, free = converted(cast(plain, precision), inputs, shapes, opset)
+        renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
+        if dynamic is not None:
+            name_dimensions_(model, dynamic)
+        if precision is Precision.INT8_WEIGHTS:
+            int8_weights_(model)
+        feeds, rows = list(map(str, (value.name for value in model.graph.input))), table_rows(model)
+        _name(model, "input", input_names)
+        _name(model, "output", output_names)
+        found = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        if opset not in (None, found):
+            raise ExportError(
+                f"torch's exporter makes no opset {opset} of this model, but {found}: ask for that or a newer one that "
+                "your onnxruntime knows, or leave opset out"
+            )
+        model.producer_name, model.producer_version = "dynrank-fx", __version__
+        told = {**_versions(), "precision": precision.value}
+        for key, value in {**told, **(metadata or {})}.items():
+            model.metadata_props.add(key=key, value=value)
+        params, outside = parameter_count(model), large or bool(external_data)
+        write_file(model, beside, outside)
+        check_file(beside, precision)
+        allowed = precision.tolerance if tolerance is None else tolerance
+        limits = [rows.get(name) for name in feeds] if len(feeds) == len(tensors(inputs)) else []
+        sizes = batch_sizes if free else (batch_size(inputs) or 1,)
+        cases = _cases(plain, inputs, sizes, limits, dynamic, more_inputs)
+        opened = session(beside, providers)
+        agreements = compare(opened, plain, cases, allowed, feeds)
+        provider = opened.get_providers()[0]
+        if provider != _CPU:
+            _compare_on_cpu(beside, plain, cases, allowed, feeds)
+        file_size = sum(file.stat().st_size for file in beside.parent.iterdir())
+    return ExportReport(Path(path), provider, found, file_size, params, free, agreements)
+
+
+def _compare_on_cpu(
+    path: Path, module: nn.Module, cases: Sequence[Inputs], tolerance: float | None, names: Sequence[str]
+) -> None:
+    """What another provider ran, by the one that every onnxruntime has, unless it lacks an operation or a type."""
+    try:
+        opened = session(path, (_CPU,))
+    except ExportError:
+        return
+    compare(opened, module, cases, tolerance, names)
+
+
+def verify_onnx(
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    example_inputs: Any,
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 5),
+    providers: Sequence[Provider] | None = None,
+    tolerance: float | None = None,
+) -> tuple[str, tuple[Agreement, ...]]:
+    """The provider that ran the file, and how far every output is from PyTorch's on new rows of every batch size.
+
+    tolerance: the largest error of a floating-point output as a share of its largest value, a hundredth of it being
+    allowed absolutely; by default 1e-4 in float32, 5e-3 in float32 on CUDA (TF32) and 1e-2 in float16. Other outputs
+    must be equal.
+
+    Raises ExportError naming the output, the batch, the error and the tolerance, or why the file cannot be run.
+    """
+    check_batch_sizes(batch_sizes)
+    opened, plain = session(path, providers), _in_evaluation(module)
+    agreements = compare(opened, plain, _cases(plain, split_inputs(example_inputs), batch_sizes), tolerance)
+    return opened.get_providers()[0], agreements
+
+
+# The module as it is exported
+
+
+def _in_evaluation(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose sites are ordinary nodes."""
+    kind = type(module).__name__
+    try:
+        with quiet():
+            twin = copy.deepcopy(unwrap(module))
+    except Exception as error:
+        raise ExportError(f"{kind} cannot be copied ({reason(error)}): make it support copy.deepcopy") from error
+    try:
+        twin.eval()
+    except CaptureError as error:
+        raise ExportError(f"{kind} cannot be exported to ONNX: {error}") from error
+    except NotImplementedError:  # a graph made by torch.export, whose mode is in its nodes
+        for part in twin.modules():
+            part.training = False
+    return inline(twin) if holds_captured(twin) else twin
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def check_opset(opset: int | None) -> None:
+    """Raises ExportError for an opset that there is not."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise ExportError(f"there is no opset {opset}: this onnx knows 1 to {newest}")
+
+
+def _versions() -> dict[str, str]:
+    import onnx
+
+    made = {"dynrank_fx": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
+    return {f"{name}_version": version for name, version in {**made, "onnxruntime": runtime().__version__}.items()}
+
+
+def _name(model: Any, what: str, names: Sequence[str]) -> None:
+    """Names for the file's inputs or outputs, in their order; values inside that have one of them get another."""
+    if not names:
+        return
+    values = list(getattr(model.graph, what))
+    if len(names) != len(values) or len(set(names)) < len(names) or not all(names):
+        raise ExportError(
+            f"the file has {len(values)} {what}s ({', '.join(value.name for value in values)}): give as many {what} "
+            "names, each once"
+        )
+    new = dict(zip((value.name for value in values), names, strict=True))
+    others = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in new]
+    for name in names:
+        if name in others or any(each.name == name for each in model.graph.initializer):
+            raise ExportError(f"{name!r} is the name of another input, output or weight: choose another {what} name")
+    inside = {name for node in model.graph.node for name in node.output} - set(new)
+    new |= {name: f"{name}_inside" for name in names if name in inside}
+    renamed(model, lambda name: new.get(name, name))
+
+
+def _cases(
+    module: nn.Module,
+    inputs: Inputs,
+    batch_sizes: Sequence[int],
+    limits: Sequence[int | None] = (),
+    dynamic: Dynamic | None = None,
+    more: Sequence[Any] = (),
+) -> list[Inputs]:
+    """What to compare on: new rows at each batch size; other sizes of named dimensions; real inputs. limits: see
+    ``with_batch``.
+    """
+    cases = [with_batch(inputs, batch, seed=batch, limits=limits) for batch in batch_sizes]
+    if dynamic:
+        sizes = sizes_of(module, inputs, dynamic)
+        cases += [with_sizes(module, inputs, dynamic, {name: size + 1}) for name, size in sizes.items()]
+    return [*cases, *(split_inputs(each) for each in more)]

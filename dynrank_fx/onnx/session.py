@@ -1,0 +1,146 @@
+"""An ONNX file in onnxruntime: a session on the provider that was asked for, and how far it is from PyTorch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from ..errors import ExportError, reason
+
+Provider: TypeAlias = str | tuple[str, dict[str, Any]]
+_SILENT, _WARNING = 4, 2  # severities of onnxruntime's log, the second its default
+_DAMAGED = ("Protobuf parsing failed", "No graph was found in the protobuf")
+_WITHOUT_WEIGHTS = ("External data path", "External initializer")
+_TOO_NEW = ("Unsupported model IR version", "guarantees* support for models stamped with official released onnx opset")
+_NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from \S+ failed:|\S+\.(cc|h):\d+ .*\) ")
+
+
+def runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(
+            "onnxruntime, which checks the file, is not installed: pip install 'dynrank-fx[gpu]' or 'dynrank-fx[cpu]'"
+        ) from error
+    return onnxruntime
+
+
+def threads() -> int:
+    """How many threads a session runs on: OMP_NUM_THREADS, which onnxruntime itself does not heed; else 0, which leaves
+    it to onnxruntime (its own choice is one for each physical core).
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdigit() else 0
+
+
+def check_provider(provider: Provider) -> None:
+    """Raises ExportError for one that this onnxruntime has not."""
+    name, available = provider if isinstance(provider, str) else provider[0], runtime().get_available_providers()
+    if name not in available:
+        raise ExportError(f"this onnxruntime has no {name}: ask for one of {', '.join(available)}")
+
+
+def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> Any:
+    """An InferenceSession whose first provider, ``get_providers()[0]``, is the one asked for and really works.
+
+    providers: by default CUDA where it works, else the CPU. Raises ExportError for a provider that does not come up,
+    and for a file that cannot be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"there is no file {path} to run: export it first")
+    return _opened(os.fspath(path), path.name, providers)
+
+
+def session_of(model: bytes, provider: Provider) -> Any:
+    """As ``session``, of a serialized model and one provider."""
+    return _opened(model, "the model", (provider,))
+
+
+def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None) -> Any:
+    ort = runtime()
+    available = ort.get_available_providers()
+    cuda = "CUDAExecutionProvider" in available and torch.cuda.is_available()
+    asked = list(providers or (*(("CUDAExecutionProvider",) if cuda else ()), "CPUExecutionProvider"))
+    names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
+    for each in asked:
+        check_provider(each)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads()
+    options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
+    ort.set_default_logger_severity(_SILENT)
+    try:
+        opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
+    except Exception as error:
+        if cuda and not providers and not _of_the_file(str(error)):
+            return _opened(source, name, ("CPUExecutionProvider",))
+        raise ExportError(_refusal(error, name, names[0], available)) from error
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+    used = opened.get_providers()[0]
+    if providers and used != names[0]:
+        raise ExportError(f"{names[0]} did not come up: install the libraries it needs, or ask for {used}")
+    if providers and not isinstance(asked[0], str):
+        check_options(opened, *asked[0])
+    return opened
+
+
+def check_options(opened: Any, provider: str, options: Mapping[str, Any]) -> None:
+    """Some providers take an option that they do not have without a word; the CPU's does not say which it has."""
+    known = opened.get_provider_options()[provider]
+    unknown = [name for name in options if known and name not in known]
+    if unknown:
+        raise ExportError(f"{provider} has no option {', '.join(unknown)}: its options are {', '.join(sorted(known))}")
+
+
+def _of_the_file(said: str) -> bool:
+    return any(sign in said for sign in (*_DAMAGED, *_WITHOUT_WEIGHTS, *_TOO_NEW))
+
+
+def _refusal(error: Exception, name: str, provider: str, available: Sequence[str]) -> str:
+    """A sentence for what onnxruntime says when it does not open a file."""
+    said, why = str(error), _NOISE.sub("", reason(error))[:300]
+    others = ", ".join(each for each in available if each != provider)
+    ask = f", or ask for one of {others}" if others else ""
+    if any(sign in said for sign in _DAMAGED):
+        return f"{name} is no ONNX file, or is damaged ({why}): export it again"
+    if any(sign in said for sign in _WITHOUT_WEIGHTS):
+        return f"the weights of {name} lie in a file beside it, which is missing or damaged: copy both, or export again"
+    if any(sign in said for sign in _TOO_NEW):
+        return (
+            f"{name} is of a newer ONNX than this onnxruntime knows: upgrade onnxruntime, or export with a lower opset"
+        )
+    if "NOT_IMPLEMENTED" in said:
+        return f"{provider} cannot run {name} ({why}): export it in float32 or float16{ask}"
+    if "install" in said.lower() and provider != "CPUExecutionProvider":
+        return f"{provider} did not come up: install the libraries it needs{ask}"
+    return f"onnxruntime cannot run {name} with {provider} ({why}): export it again, or ask for another provider"
+
+
+def bound(session: Any, feeds: dict[str, Any]) -> Any:
+    """A call that runs the session on values that are where the provider wants them, inputs and outputs alike.
+
+    Outputs stay where the first run put them, as a CUDA graph needs it.
+    """
+    ort = runtime()
+    device = "cuda" if session.get_providers()[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device, 0)
+    session.run_with_iobinding(binding)
+    for output, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
+        binding.bind_ortvalue_output(output.name, value)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run

@@ -1,0 +1,34 @@
+"""What layers compute: an op for each kind of product and convolution, and how a model's code is read as one."""
+
+from .conv import ConvOp, ConvTransposeOp, DepthwiseOp
+from .from_calls import Call, call_of
+from .from_modules import OP_MODULES, has_hooks, holds_more, module_op
+from .from_views import gather_index, parts_of, reads_metadata
+from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp
+from .op import Op, op_from_json, op_to_json
+from .view import WHOLE, Shape, View
+
+__all__ = [
+    "OP_MODULES",
+    "WHOLE",
+    "Call",
+    "ConvOp",
+    "ConvTransposeOp",
+    "DepthwiseOp",
+    "EinsumOp",
+    "EmbeddingOp",
+    "LinearOp",
+    "MatmulOp",
+    "Op",
+    "Shape",
+    "View",
+    "call_of",
+    "gather_index",
+    "has_hooks",
+    "holds_more",
+    "module_op",
+    "op_from_json",
+    "op_to_json",
+    "parts_of",
+    "reads_metadata",
+]

@@ -1,0 +1,72 @@
+"""Which modules are ops, and with which settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .conv import ConvOp, ConvTransposeOp
+from .matrix import EmbeddingOp, LinearOp
+from .op import Op
+
+_PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+OP_MODULES = _PLAIN + _TRANSPOSED
+
+
+def has_hooks(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
+
+
+def holds_more(module: nn.Module) -> bool:
+    """Whether there is more in the module than a weight and a bias."""
+    return bool(module._modules or module._buffers or set(module._parameters) - {"weight", "bias"})
+
+
+def module_op(module: nn.Module) -> Op | None:
+    """The op of a module that is exactly torch's own layer: weight and bias, its own forward, and no hooks."""
+    if not isinstance(module, OP_MODULES) or has_hooks(module) or holds_more(module):
+        return None
+    base = next(c for c in OP_MODULES if isinstance(module, c))
+    if module._parameters.get("weight") is None or type(module).forward is not base.forward:
+        return None
+    if isinstance(module, nn.Linear):
+        return LinearOp()
+    if isinstance(module, nn.Embedding):
+        return _embedding(module)
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        settings = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
+        return ConvTransposeOp(*settings)  # type: ignore[arg-type]
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if type(module)._conv_forward is not base._conv_forward:  # type: ignore[attr-defined]
+        return None
+    return _convolution(module)
+
+
+def _embedding(module: nn.Embedding) -> Op | None:
+    if module.max_norm is not None:
+        return None  # forward writes to the weight
+    return EmbeddingOp(
+        padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq, sparse=module.sparse
+    )
+
+
+def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Op:
+    settings: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
+    if module.padding_mode != "zeros":
+        pad = tuple(module._reversed_padding_repeated_twice)
+        return ConvOp(padding=tuple(0 for _ in module.stride), pad=pad, pad_mode=module.padding_mode, **settings)
+    return ConvOp(padding=padding(module.padding, len(module.stride)), **settings)
+
+
+def padding(value: Any, dims: int) -> tuple[int, ...] | str:
+    """The padding of a convolution as ConvOp has it, from any form torch takes."""
+    return (0,) * dims if value == "valid" else value if value == "same" else per_axis(value, dims)
+
+
+def per_axis(value: Any, dims: int) -> tuple[int, ...]:
+    """One number an axis, from one number or several."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values * dims if len(values) == 1 else values

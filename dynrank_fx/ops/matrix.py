@@ -1,0 +1,165 @@
+"""Products with a matrix as ops: linear, matmul, embedding and einsum, on the weight or on a part of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from .view import WHOLE, Shape, View
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """``x [..., n], weight [m, n] -> [..., m]``."""
+
+    view: View = WHOLE
+
+    kind = "linear"
+    contracts_rows = False
+
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        return F.linear(x, self.view(weight, at), bias)
+
+    @property
+    def first(self) -> LinearOp:
+        """The op of the first of two stages, its view apart."""
+        return LinearOp()
+
+    @property
+    def last(self) -> LinearOp:
+        """The op of the second stage, which adds the bias."""
+        return LinearOp()
+
+    def output_shape(self, x: Shape, weight: Shape) -> Shape:
+        return (*x[:-1], self.view.shape(weight)[0])
+
+    def flops(self, x: Shape, weight: Shape) -> int:
+        """Multiplications and additions, two a pair."""
+        return 2 * math.prod(x[:-1]) * math.prod(self.view.shape(weight))
+
+
+@dataclass(frozen=True)
+class MatmulOp:
+    """``x [..., k, n] @ weight [..., n, m]``, or ``weight @ x`` where weight_first; a bias as in addmm (baddbmm for a
+    batched weight, a stack of matrices), ``beta · bias + alpha · product``.
+    """
+
+    view: View = WHOLE
+    weight_first: bool = False
+    batched: bool = False
+    beta: float = 1
+    alpha: float = 1
+
+    kind = "matmul"
+
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        W = self.view(weight, at)
+        a, b = (W, x) if self.weight_first else (x, W)
+        if bias is None:
+            return torch.matmul(a, b)
+        add = torch.baddbmm if self.batched else torch.addmm
+        return add(bias, a, b, beta=self.beta, alpha=self.alpha)
+
+    @property
+    def contracts_rows(self) -> bool:
+        return not self.weight_first
+
+    @property
+    def first(self) -> MatmulOp:
+        return MatmulOp(weight_first=self.weight_first, batched=self.batched)
+
+    @property
+    def last(self) -> MatmulOp:
+        return replace(self, view=WHOLE)
+
+    def output_shape(self, x: Shape, weight: Shape) -> Shape:
+        W = self.view.shape(weight)
+        W = (*x[:-2], *W[-2:]) if self.view.gathered else W
+        a, b = (W, x) if self.weight_first else (x, W)
+        batch = torch.broadcast_shapes(a[:-2], b[:-2])
+        return (*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
+
+    def flops(self, x: Shape, weight: Shape) -> int:
+        inner = self.view.shape(weight)[-2 if self.contracts_rows else -1]
+        return 2 * math.prod(self.output_shape(x, weight)) * inner
+
+
+@dataclass(frozen=True)
+class EmbeddingOp:
+    """``x [...] of row numbers, weight [m, n] -> [..., n]``: reads rows; it multiplies nothing."""
+
+    view: View = WHOLE
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+
+    kind = "embedding"
+    contracts_rows = True
+
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        settings = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
+        return F.embedding(x, self.view(weight, at), self.padding_idx, **settings)  # type: ignore[arg-type]
+
+    @property
+    def first(self) -> EmbeddingOp:
+        return replace(self, view=WHOLE)
+
+    @property
+    def last(self) -> MatmulOp:
+        return MatmulOp()
+
+    def output_shape(self, x: Shape, weight: Shape) -> Shape:
+        return (*x, self.view.shape(weight)[1])
+
+    def flops(self, x: Shape, weight: Shape) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class EinsumOp:
+    """A product of one input and the weight in Einstein's notation.
+
+    x, weight, out: the subscripts; "..." may stand in x and out. Axes of the weight are shared (in x and out),
+    contracted (in x only) or free (in out only), at least one of each of the last two.
+    weight_first: the order in which the model gives the operands.
+    """
+
+    x: str
+    weight: str
+    out: str
+    weight_first: bool = False
+
+    kind = "einsum"
+
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        first, second = (self.weight, self.x) if self.weight_first else (self.x, self.weight)
+        operands = (weight, x) if self.weight_first else (x, weight)
+        return torch.einsum(f"{first},{second}->{self.out}", *operands)
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The weight's axes as (shared, contracted, free)."""
+        numbered = list(enumerate(self.weight))
+        return (
+            tuple(i for i, c in numbered if c in self.x and c in self.out),
+            tuple(i for i, c in numbered if c in self.x and c not in self.out),
+            tuple(i for i, c in numbered if c not in self.x),
+        )
+
+    def output_shape(self, x: Shape, weight: Shape) -> Shape:
+        sizes = dict(zip(self.weight, weight, strict=True))
+        before, dots, after = self.x.partition("...")
+        sizes |= dict(zip(before, x, strict=False)) | dict(zip(reversed(after), reversed(x), strict=False))
+        more = x[len(before) : len(x) - len(after)] if dots else ()
+        head, _, tail = self.out.partition("...")
+        return (*(sizes[c] for c in head), *(more if "..." in self.out else ()), *(sizes[c] for c in tail))
+
+    def flops(self, x: Shape, weight: Shape) -> int:
+        return 2 * math.prod(x) * math.prod(weight[i] for i in self.axes[2])
+
+
+ProductOp: TypeAlias = LinearOp | MatmulOp | EmbeddingOp

@@ -1,0 +1,30 @@
+"""Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
+
+from .carry import Carry
+from .checkpoint import how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
+from .init import randomize_
+from .rerank import RankUnit, Timing, rank_units, reranked
+from .setting import phases_in
+from .transition import Transition, enter_, phases_of, replan_
+
+__all__ = [
+    "Carry",
+    "RankUnit",
+    "Timing",
+    "Transition",
+    "enter_",
+    "how_in",
+    "info_of",
+    "load",
+    "phases_in",
+    "phases_of",
+    "randomize_",
+    "rank_units",
+    "read_plan",
+    "rebuilt",
+    "replan_",
+    "reranked",
+    "restore_",
+    "save",
+    "state_of",
+]

@@ -1,0 +1,156 @@
+"""A net on disk: its plan, weights and readable graph as a folder, and its state as part of a training checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from .. import files, store
+from ..errors import PlanError, StoreError
+from ..phase import Phase
+from ..plan import Plan, fit_plan
+from ..rewrite import factorize_, inline, plan_of, specialize_, switched_modules
+from ..tracing import Capture, capture, is_captured, meta_of, unwrap
+from .replace import parameters_of, replace_parameters
+from .values import in_format_of
+
+_FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
+
+
+def save(net: nn.Module, folder: str | Path) -> None:
+    """Write the net as a folder: ``plan.json`` (may be edited), ``weights.safetensors``, ``graph.txt`` (to read).
+
+    The folder appears whole or not at all. Raises PlanError for a module without a plan, StoreError where the disk
+    refuses or the folder holds other files.
+    """
+    root = _root(net)
+    with files.replacing_folder(Path(folder), _FILES) as new:
+        files.write_text(new / "plan.json", plan_of(root).to_json())
+        store.write(new / "weights.safetensors", state_of(root), info_of(root))
+        files.write_text(new / "graph.txt", graph_text(root))
+
+
+def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn.Module:
+    """The net that ``save`` wrote, over a copy of ``model``, whose weights do not matter.
+
+    An edited ``plan.json`` is honoured for sites that were FULL. Raises StoreError for a damaged file or weights of
+    another model, PlanError for a plan of another model or a newer version, or one that contradicts the factors of a
+    LOW site.
+    """
+    folder = Path(folder)
+    tensors, info = store.read(folder / "weights.safetensors")
+    net = rebuilt(model, read_plan(folder / "plan.json"), example_inputs, how_in(info))
+    restore_(net, tensors, info)
+    return net
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a JSON file. Raises StoreError where it cannot be read, PlanError where it is no plan."""
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"the plan {path} could not be read ({error})") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def how_in(info: Mapping[str, Any]) -> Capture | None:
+    """The capture that was asked for when the net was made, if one was."""
+    return Capture[info["how"]] if info.get("how") else None
+
+
+def rebuilt(model: nn.Module, plan: Plan, example_inputs: Any = None, how: Capture | None = None) -> nn.Module:
+    """The model captured and factored by a plan that was made before; every site FULL."""
+    net = capture(model, example_inputs, how=how)
+    factorize_(net, fit_plan(net, plan, example_inputs))
+    return net
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    """Everything a net's weights file holds: its ``state_dict``."""
+    return {name: value for name, value in net.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def info_of(net: nn.Module) -> dict[str, Any]:
+    """What the tensors need to be understood: the phase and rank of every site, and the plan."""
+    sites = switched_modules(net)
+    return {
+        "phases": {name: modules[0].phase for name, modules in sites.items()},
+        "ranks": {name: modules[0].rank for name, modules in sites.items()},
+        "plan": plan_of(net).to_json(),
+        "how": meta_of(net).get("how", ""),
+    }
+
+
+def restore_(
+    net: nn.Module, tensors: Mapping[str, Tensor], info: Mapping[str, Any], optimizer: Optimizer | None = None
+) -> None:
+    """Bring a freshly factored net (all sites FULL) into the saved phases and weights, and an optimizer over it along.
+
+    The optimizer gets the saved parameters in its groups, without state. Raises PlanError where a LOW site has other
+    factors than the plan says, StoreError where the weights are of another model.
+    """
+    sites = switched_modules(net)
+    for name, phase in info["phases"].items():
+        if phase == int(Phase.FULL):
+            continue
+        if name not in sites:
+            raise PlanError(
+                f"{name} was saved as factors, but the plan leaves it dense: put its row back into the plan"
+            )
+        module, rank = sites[name][0], info["ranks"][name]
+        if module.rank != rank:
+            raise PlanError(
+                f"{name} was saved as factors of rank {rank}, but the plan says {module.rank}: "
+                f"put the rank back, load, and change it by replan_"
+            )
+        (old,) = parameters_of(module)
+        shapes = module.layout.factor_shapes(module.shape, rank)
+        new = {
+            factor: Parameter(
+                in_format_of(torch.empty(shape, dtype=old.dtype, device=old.device), [old]), old.requires_grad
+            )
+            for factor, shape in zip(module.names_in(Phase(phase)), shapes, strict=False)
+        }
+        base = torch.empty_like(old).requires_grad_(False) if phase == int(Phase.ADAPTOR) else None
+        replace_parameters(sites[name], Phase(phase), new, optimizer, [{} for _ in new], base)
+    specialize_(net)
+    try:
+        net.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise StoreError(f"the saved weights are of another model or plan: {detail}") from error
+
+
+def graph_text(net: nn.Module) -> str:
+    """The rewritten graph as readable text: the net's own code, and the same with every site's operations inlined."""
+    root = _root(net)
+    return "\n".join(
+        (
+            "# One call per site, as it trains:",
+            *_code(root),
+            "",
+            "# The same with the operations of the sites' present phases inlined:",
+            *_code(inline(root)),
+            "",
+        )
+    )
+
+
+def _code(root: nn.Module) -> list[str]:
+    """The code of every captured part, with the name of the part where there are several."""
+    graphs = [(name, module) for name, module in root.named_modules() if isinstance(module, fx.GraphModule)]
+    return [f"# {name}\n{module.code.strip()}" if name else module.code.strip() for name, module in graphs]
+
+
+def _root(net: nn.Module) -> nn.Module:
+    root = unwrap(net)
+    if not is_captured(root):
+        raise PlanError(f"{type(net).__name__} was not made by transform or factorize: it has no plan to save")
+    return root

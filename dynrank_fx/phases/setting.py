@@ -1,0 +1,34 @@
+"""What a setting says of each site: one phase for all, or phases by name and pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ..errors import TransitionError
+from ..phase import Phase
+from ..plan import fits
+from ..schedules import Setting
+
+
+def phases_in(setting: Setting, names: Iterable[str]) -> dict[str, Phase]:
+    """The phase of every site that the setting names; later patterns win.
+
+    Raises TransitionError for what is no phase, and for a pattern that matches no site.
+    """
+    names = list(names)
+    if not isinstance(setting, Mapping):
+        return dict.fromkeys(names, _phase(setting))
+    phases: dict[str, Phase] = {}
+    for pattern, phase in setting.items():
+        matching = [name for name in names if name == pattern or fits(name, pattern)]
+        if not matching:
+            raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {names[0]}")
+        phases.update(dict.fromkeys(matching, _phase(phase)))
+    return phases
+
+
+def _phase(value: object) -> Phase:
+    try:
+        return Phase(value)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise TransitionError(f"{value!r} is no phase: give Phase.LOW, Phase.FULL or Phase.ADAPTOR") from error

@@ -1,0 +1,42 @@
+"""Decide on data: which weights are factored, by which layout, to which rank, and why the others stay dense."""
+
+from .budget import Budget
+from .costs import break_even_rank, costs_of
+from .find import find_sites, why_not
+from .fit import fit_plan
+from .locate import Located, NodeUse, Reader, input_of, locate
+from .make import make_plan
+from .overrides import Override
+from .plan import Plan, PlannedSite
+from .ranks import Cost, Curve, Energy, Fixed, RankPolicy, Ratio, StableRank, checked_policy, ranks_by_policy
+from .roles import Role
+from .site import fits
+
+__all__ = [
+    "Budget",
+    "Cost",
+    "Curve",
+    "Energy",
+    "Fixed",
+    "Located",
+    "NodeUse",
+    "Override",
+    "Plan",
+    "PlannedSite",
+    "RankPolicy",
+    "Ratio",
+    "Reader",
+    "Role",
+    "StableRank",
+    "break_even_rank",
+    "checked_policy",
+    "costs_of",
+    "find_sites",
+    "fit_plan",
+    "fits",
+    "input_of",
+    "locate",
+    "make_plan",
+    "ranks_by_policy",
+    "why_not",
+]

@@ -1,0 +1,170 @@
+"""Ranks of all sites by one global budget: the least error that a model of a given cost can have.
+
+Every site has a curve of (cost, error) over its ranks, the dense weight being its last point, at error 0. The lower
+convex hulls of all curves are gone along together, always the steepest step next (one multiplier on cost for all
+sites), and what is left of the budget is filled greedily. Errors are shares, Σ_{i>r} σ_i² / Σ σ_i², by the weight of
+the site.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..errors import PlanError
+from .ranks import Curve
+
+Point: TypeAlias = tuple[float, float, int]
+"""(cost, error, rank) of a site."""
+
+_ROUNDING = 1e-12
+_WORDS = {"params": "parameters", "flops": "FLOPs", "latency": "measured times"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The ranks of least error with which the whole model takes this share of the dense one's parameters, FLOPs or
+    measured latency (where sites have been timed: ``compress``).
+
+    Give one of the three. A site whose factors would cost no less than its dense weight gets its full rank. even: one
+    ratio of the full rank for all sites, in place of the least error. Raises PlanError for a share that even rank 1
+    everywhere cannot meet, and says the least one that can.
+    """
+
+    params: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    even: bool = False
+
+    def __post_init__(self) -> None:
+        given = list(self._given.values())
+        if len(given) != 1:
+            raise PlanError("a budget is of one thing: give params=0.5, flops=0.5 or latency=0.8")
+        if not 0 < given[0] <= 1:
+            raise PlanError(f"a budget of {given[0]} is no share of the dense model; give one above 0 and at most 1")
+
+    @property
+    def of(self) -> tuple[str, float]:
+        """What it is a budget of, and the share."""
+        return next(iter(self._given.items()))
+
+    @property
+    def _given(self) -> dict[str, float]:
+        shares = {"params": self.params, "flops": self.flops, "latency": self.latency}
+        return {what: share for what, share in shares.items() if share is not None}
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        if not curves:
+            return []
+        metric, share = self.of
+        if any(metric not in curve.costs for curve in curves):
+            how = "let compress time the sites" if metric == "latency" else "give example inputs"
+            raise PlanError(f"the {_WORDS[metric]} of the sites are unknown: {how}, or give a budget of parameters")
+        room = share - curves[0].costs[metric].rest
+        points = [points_of(curve, metric) for curve in curves]
+        least = sum(row[0][0] for row in points)
+        if least > room + _ROUNDING:
+            raise PlanError(
+                f"{share:g} of the dense {_WORDS[metric]} cannot be met: with the least ranks the model still takes "
+                f"{least + curves[0].costs[metric].rest:.4f} of them; give that or more, or leave less of it dense"
+            )
+        chosen = _even(points, room) if self.even else allocate(points, room)
+        return [row[i][2] for row, i in zip(points, chosen, strict=True)]
+
+
+def points_of(curve: Curve, metric: str) -> list[Point]:
+    """The ranks worth having, by rising cost: those that cost less than dense, up to the rank that the weight has; else
+    dense itself as the full rank.
+    """
+    spectrum, cost = curve.spectrum(), curve.costs[metric]
+    energy = spectrum.square().sum(0)
+    total = float(energy.sum()) or 1.0
+    tail = (energy.sum() - energy.cumsum(0)).clamp_min(0).tolist()
+    ranks = curve.rungs or range(1, curve.max_rank + 1)
+    points: list[Point] = []
+    for r in ranks:
+        if cost.at(r) < cost.dense:
+            if r >= curve.rank > 0:
+                return [*points, (cost.at(r), 0.0, r)]
+            points.append((cost.at(r), curve.weight * tail[r - 1] / total, r))
+    return [*points, (cost.dense, 0.0, curve.max_rank)]
+
+
+def _even(points: Sequence[Sequence[Point]], room: float) -> list[int]:
+    """An index into each site's points: those of the largest ratio of the last rank at which all costs fit."""
+
+    def at(ratio: float) -> list[int]:
+        return [max(0, sum(p[2] <= ratio * row[-1][2] for p in row) - 1) for row in points]
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = sum(row[i][0] for row, i in zip(points, at(middle), strict=True)) <= room + _ROUNDING
+        low, high = (middle, high) if fits else (low, middle)
+    return at(low)
+
+
+def allocate(points: Sequence[Sequence[Point]], room: float) -> list[int]:
+    """An index into each site's points, rising in cost, so that costs sum to at most ``room`` and errors to little.
+
+    Along the hulls every choice is the best for what it costs. Where the next vertex of a site no longer fits, its hull
+    is drawn anew over the points that do.
+    """
+    at = [0] * len(points)
+    left = room - sum(row[0][0] for row in points)
+    hulls = [_hull(row, 0, left) for row in points]
+    heap = [(_slope(points[site], hull), site) for site, hull in enumerate(hulls) if len(hull) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, site = heapq.heappop(heap)
+        row, hull = points[site], hulls[site]
+        step = row[hull[1]][0] - row[hull[0]][0]
+        if step > left + _ROUNDING:
+            hulls[site] = _hull(row, hull[0], left)
+        else:
+            left -= step
+            at[site] = hull[1]
+            hulls[site] = hull[1:]
+        if len(hulls[site]) > 1:
+            heapq.heappush(heap, (_slope(row, hulls[site]), site))
+    return _fill(points, at, left)
+
+
+def _hull(row: Sequence[Point], start: int, left: float) -> list[int]:
+    """The vertices of the lower convex hull of a site's points from one on, up to what fits."""
+    hull: list[int] = []
+    for i in range(start, len(row)):
+        if row[i][0] - row[start][0] > left + _ROUNDING:
+            break
+        while len(hull) > 1 and _turns_down(row[hull[-2]], row[hull[-1]], row[i]):
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _turns_down(a: Point, b: Point, c: Point) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def _slope(row: Sequence[Point], hull: Sequence[int]) -> float:
+    here, there = row[hull[0]], row[hull[1]]
+    return (there[1] - here[1]) / max(there[0] - here[0], 1e-18)
+
+
+def _fill(points: Sequence[Sequence[Point]], chosen: list[int], left: float) -> list[int]:
+    """Spend what is left on the single steps that gain most, hull or not."""
+    while True:
+        gains = [
+            (points[site][at][1] - points[site][i][1], site, i)
+            for site, at in enumerate(chosen)
+            for i in range(at + 1, len(points[site]))
+            if points[site][i][0] - points[site][at][0] <= left + _ROUNDING
+        ]
+        gain, site, to = max(gains, default=(0.0, 0, 0))
+        if gain <= 0:
+            return chosen
+        left -= points[site][to][0] - points[site][chosen[site]][0]
+        chosen[site] = to

@@ -1,0 +1,119 @@
+"""Finding sites: every matrix of the model is a site, or skipped with the reason as a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from ..layouts import layout_for
+from ..ops import OP_MODULES, ConvOp, ConvTransposeOp, Shape, has_hooks, holds_more
+from .locate import Located, locate
+from .site import Site, Skipped, Use
+
+
+def find_sites(
+    net: nn.Module, shapes: Mapping[fx.Node | nn.Module, Shape] | None = None
+) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
+    """Every matrix of the model, in the order of its parameters, as a Site or as Skipped.
+
+    shapes: of the nodes' outputs, and of the inputs of modules that untraced code calls (``interpret.measure``), for
+    counting FLOPs; without them sites have parameter counts only.
+    """
+    sites, skipped = [], []
+    for found in locate(net).values():
+        (name, *others), shape = found.names, tuple(found.parameter.shape)
+        reason = why_not(found)
+        if reason:
+            skipped.append(Skipped(name, shape, reason, tuple(others)))
+        else:
+            reads = len({reader.weight for reader in found.readers if reader.graph is reader.region.net.graphs[False]})
+            sites.append(Site(name, shape, _uses(net, found, shapes or {}), tuple(others), reads))
+    return tuple(sites), tuple(skipped)
+
+
+def _uses(net: nn.Module, found: Located, shapes: Mapping[fx.Node | nn.Module, Shape]) -> tuple[Use, ...]:
+    in_eval = [use for use in found.uses if use.region is None or use.graph is use.region.net.graphs[False]]
+    uses = []
+    for use in in_eval or found.uses:
+        at = use.x if use.node is not None else net.get_submodule(use.holder.rpartition(".")[0])
+        uses.append(Use(use.op, None if at is None else shapes.get(at)))
+    return tuple(uses)
+
+
+# What has no layout: the modules, how the names of the functions start, and the reason.
+_NO_LAYOUT: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...], str], ...] = (
+    (
+        (nn.RNNBase, nn.RNNCellBase),
+        ("`lstm", "`gru", "`rnn_"),
+        "recurrent layer: its kernel takes dense matrices",
+    ),
+    ((nn.Bilinear,), ("`bilinear",), "bilinear form: a tensor between two inputs, which two factors do not split"),
+    ((nn.EmbeddingBag,), ("`embedding_bag", "`_embedding_bag"), "embedding bag: its kernel takes a dense table"),
+)
+
+
+def why_not(found: Located) -> str | None:
+    """The reason, as a sentence, that this matrix cannot be a site; None if it can."""
+    holder, inside, _ = f".{found.names[0]}".partition(".parametrizations.")
+    if inside:
+        return f"the weight of {holder[1:] or 'the model'} is computed from it by a parametrization"
+    readers = [reader.words for reader in found.readers]
+    for modules, functions, reason in _NO_LAYOUT:
+        closed = any(isinstance(module, modules) for _, module in found.closed)
+        if closed or any(words.startswith(functions) for words in readers):
+            return f"shared with an {reason}" if found.uses else reason
+    for path, module in found.closed:
+        return f"inside the {type(module).__name__} {path or 'itself'}: {_why_closed(module)}"
+    if found.read_outside:
+        return "read by code that could not be traced, which its factors alone could not serve once truncated"
+    if not found.uses:
+        return _why_unused(readers)
+    for reader in found.readers:
+        if reader.writes:
+            return f"{reader.words} needs the parameter itself, which does not exist while its factors train"
+    if not found.parameter.is_floating_point():
+        return f"its dtype is {found.parameter.dtype}, which has no truncated form"
+    return _why_mixed(found)
+
+
+def _why_unused(readers: list[str]) -> str:
+    if any(words.startswith("`wrap_with_") for words in readers):
+        return (
+            "inside a block that switches gradients or autocast, which torch.export keeps closed: captured module by "
+            "module (Capture.MODULES), the model's own code would run it"
+        )
+    if any("conv_transpose" in words for words in readers):
+        return "transposed convolution whose output size is given: its padding depends on the input's size"
+    if readers:
+        return f"not multiplied by an input as it is: it is used by {readers[0]}"
+    return "no operation of the graph uses it"
+
+
+def _why_mixed(found: Located) -> str | None:
+    """Uses that no layout serves together, or a weight that is as small as it can be."""
+    ops = [use.op for use in found.uses]
+    op, shape = ops[0], tuple(found.parameter.shape)
+    if not all(layout_for(op).serves(other) for other in ops):
+        convolutions = all(isinstance(other, ConvOp | ConvTransposeOp) for other in ops)
+        if convolutions:
+            return "its convolutions have different numbers of groups"
+        kinds = sorted({other.kind for other in ops})
+        return f"used in {' and '.join(kinds)} in ways whose factors differ"
+    if getattr(op, "groups", 1) > 1 and layout_for(op).max_rank(shape) == 1:
+        return "depthwise convolution: rank 1 already"
+    return None
+
+
+def _why_closed(module: nn.Module) -> str:
+    if isinstance(module, OP_MODULES):
+        if has_hooks(module):
+            return "a hook watches the module, and would be lost"
+        if holds_more(module):
+            return "it holds more than a weight and a bias"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return "max_norm writes to the weight in every forward"
+        return "the class has a forward of its own, or is called with more than its input"
+    if type(module).__module__.startswith("torch.nn."):
+        return "the tracer does not look into it (torch.export may)"
+    return "its code could not be traced"

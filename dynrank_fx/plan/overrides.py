@@ -1,0 +1,55 @@
+"""What is decided for single sites, by name: another rank, another layout, or to stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import PlanError
+from ..layouts import CONV_LAYOUTS, ConvLayout
+from .ranks import RankPolicy, checked_policy
+from .site import Site, matches
+
+
+@dataclass(frozen=True)
+class Override:
+    """For the sites whose name fits a pattern. None keeps what holds for the others.
+
+    rank: a rank policy of their own. layout: of convolutions. dense: they are left alone.
+    """
+
+    rank: RankPolicy | None = None
+    layout: ConvLayout | None = None
+    dense: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dense not in (None, True, False):
+            raise PlanError(f"{self.dense!r} does not say whether sites stay dense: give dense=True or dense=False")
+        if self.rank is not None:
+            checked_policy(self.rank)
+        if self.layout is not None:
+            checked_conv_layout(self.layout)
+
+
+def checked_conv_layout(layout: ConvLayout) -> ConvLayout:
+    """The layout itself. Raises PlanError for what is none of convolutions."""
+    if layout not in CONV_LAYOUTS:
+        names = ", ".join(each.__name__ for each in CONV_LAYOUTS)
+        raise PlanError(f"{layout!r} is no layout of convolutions: give one of {names}")
+    return layout
+
+
+def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
+    """All that the fitting patterns say of a site together; a later one wins."""
+    found = Override()
+    if not isinstance(overrides, Mapping):
+        raise PlanError(f"overrides are a dict from patterns to Override, not a {type(overrides).__name__}")
+    for pattern, override in overrides.items():
+        if not isinstance(override, Override):
+            raise PlanError(
+                f"the override of {pattern!r} is {override!r}: give an Override, such as Override(dense=True)"
+            )
+        if matches(site, [pattern]):
+            said = {key: value for key, value in vars(override).items() if value is not None}
+            found = replace(found, **said)
+    return found

@@ -1,0 +1,229 @@
+"""The plan: which sites are factored, by what layout, to which rank, and why the rest is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from operator import index
+from typing import Any
+
+from ..errors import PlanError
+from ..layouts import Layout, layout_named
+from ..text import text_table
+from .site import Site, Skipped
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One row: the site, how it is factored, and to which rank.
+
+    pack: the names of the sites that read the same input and share one ``right``, the owner of it first; empty for a
+    site with two factors of its own.
+    """
+
+    site: Site
+    layout: Layout
+    rank: int
+    pack: tuple[str, ...] = ()
+
+    @property
+    def shares_right(self) -> bool:
+        """Whether another site of the pack owns the ``right`` factor and applies it for this one."""
+        return self.pack[:1] not in ((), (self.site.name,))
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The factors that are this site's own."""
+        return self.layout.factor_names[:1] if self.shares_right else self.layout.factor_names
+
+    @property
+    def params(self) -> int:
+        """Parameters of the site's own factors."""
+        shapes = self.layout.factor_shapes(self.site.shape, self.rank)
+        return sum(math.prod(shape) for shape in shapes[: len(self.factor_names)])
+
+    @property
+    def flops(self) -> int | None:
+        """FLOPs of the factors on the example inputs, over all uses and reads of the dense matrix; None without an
+        example.
+        """
+        if self.site.flops is None:
+            return None
+        joins = self.site.reads * self.layout.join_flops(self.site.shape, self.rank)
+        return joins + sum(
+            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank, last_only=self.shares_right)
+            for use in self.site.uses
+            if use.input_shape is not None
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        # The costs are there to be read; reading a plan counts them anew.
+        cost = {"params": [self.site.params, self.params], "flops": [self.site.flops, self.flops]}
+        pack = {"pack": self.pack} if self.pack else {}
+        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank, **pack, **cost}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen and comparable; names only. ``print(plan)`` is the table, ``to_json`` the file.
+
+    total_params, total_flops: of the whole dense model (FLOPs for the example inputs, None without). capture: how the
+    model became a graph, and why not otherwise.
+    """
+
+    sites: tuple[PlannedSite, ...]
+    skipped: tuple[Skipped, ...]
+    total_params: int
+    total_flops: int | None = None
+    capture: str = field(default="", compare=False)
+
+    @property
+    def low_params(self) -> int:
+        """Parameters of the whole model with every planned site factored."""
+        return self.total_params + sum(row.params - row.site.params for row in self.sites)
+
+    @property
+    def low_flops(self) -> int | None:
+        """FLOPs of the whole model with every planned site factored."""
+        if self.total_flops is None:
+            return None
+        return self.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in self.sites)
+
+    def with_ranks(self, ranks: dict[str, int]) -> Plan:
+        """The same plan with other ranks for the named sites. Raises PlanError for a name or rank that does not fit."""
+        unknown = set(ranks) - {row.site.name for row in self.sites}
+        if unknown:
+            raise PlanError(f"the plan has no site {sorted(unknown)[0]!r} to give a rank to")
+        rows = [replace(row, rank=ranks.get(row.site.name, row.rank)) for row in self.sites]
+        return replace(self, sites=checked_rows(rows))
+
+    def to_json(self) -> str:
+        """Versioned JSON, to be read, edited and given back."""
+        data = {
+            "format": "dynrank-fx plan",
+            "version": VERSION,
+            "capture": self.capture,
+            "total_params": self.total_params,
+            "total_flops": self.total_flops,
+            "low_params": self.low_params,
+            "low_flops": self.low_flops,
+            "sites": [row.to_json() for row in self.sites],
+            "skipped": [row.to_json() for row in self.skipped],
+        }
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises PlanError for anything that is not a plan of this version, or has an impossible rank or layout."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != "dynrank-fx plan":
+            raise PlanError('this is not a plan: it lacks the line "format": "dynrank-fx plan"')
+        if data.get("version") != VERSION:
+            raise PlanError(
+                f"the plan has version {data.get('version')} and this dynrank-fx reads version {VERSION}; "
+                "upgrade dynrank-fx, or make the plan again"
+            )
+        try:
+            sites = checked_rows([_row_from_json(row) for row in data["sites"]])
+            skipped = tuple(Skipped.from_json(row) for row in data["skipped"])
+            flops = data["total_flops"]
+            total = None if flops is None else index(flops)
+            plan = cls(sites, skipped, index(data["total_params"]), total, str(data.get("capture", "")))
+            str(plan)  # counts every cost: what cannot be counted is no plan
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise PlanError(f"the plan is incomplete or has a value of the wrong kind: {error!r}") from error
+        return plan
+
+    def __str__(self) -> str:
+        rows = [_table_row(row) for row in self.sites]
+        rows += [_skipped_row(skipped) for skipped in self.skipped]
+        head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "", "why dense")
+        lines = [text_table(head, rows, right=(3,)), ""]
+        sites, matrices = _amount(len(self.sites), "site", "sites"), _amount(len(self.skipped), "matrix", "matrices")
+        lines.append(f"{sites} factored, {matrices} left dense")
+        if self.capture:
+            lines.append(f"captured    {self.capture}")
+        lines.append(f"parameters  {_change(self.total_params, self.low_params)}")
+        if self.total_flops is not None and self.low_flops is not None:
+            lines.append(f"FLOPs       {_change(self.total_flops, self.low_flops)} on the example inputs")
+        return "\n".join(lines)
+
+
+def _table_row(row: PlannedSite) -> tuple[str, ...]:
+    site = row.site
+    params = f"{_count(site.params)} -> {_count(row.params)}"
+    flops = "" if row.flops is None or site.flops is None else f"{site.flops / 1e6:.4g} -> {row.flops / 1e6:.4g}"
+    name = " = ".join((site.name, *site.aliases))
+    calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
+    if row.shares_right:
+        calls = f"right of {row.pack[0]}"
+    return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, calls, "")
+
+
+def _skipped_row(skipped: Skipped) -> tuple[str, ...]:
+    name = " = ".join((skipped.name, *skipped.aliases))
+    return (name, "x".join(map(str, skipped.shape)), "dense", "", _count(skipped.params), "", "", skipped.reason)
+
+
+def _amount(n: int, one: str, more: str) -> str:
+    return f"{n} {one if n == 1 else more}"
+
+
+def _count(n: int) -> str:
+    return f"{n:,}"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"
+
+
+def _row_from_json(data: dict[str, Any]) -> PlannedSite:
+    site = Site.from_json(data["site"])
+    pack = tuple(map(str, data.get("pack", ())))
+    return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], pack)
+
+
+def layout_of(site: Site, name: str) -> Layout:
+    """The layout of this name for the site. Raises PlanError where there is none."""
+    try:
+        return layout_named(name, site.uses[0].op)
+    except PlanError as error:
+        raise PlanError(f"{site.name} cannot be factored as planned: {error}") from error
+
+
+def checked_rows(rows: Iterable[PlannedSite]) -> tuple[PlannedSite, ...]:
+    """The rows themselves. Raises PlanError for a layout that does not serve its op, or a rank it cannot have; in a
+    pack, for ranks that differ and for sites that cannot share a factor.
+    """
+    by_name = {row.site.name: row for row in rows}
+    for row in rows:
+        pack = [by_name.get(name) for name in row.pack]
+        members = [member for member in pack if member is not None and member.pack == row.pack]
+        _check_layout(row)
+        if not row.pack:
+            _check_rank(row, row.layout.max_rank(row.site.shape))
+            continue
+        names = ", ".join(row.pack)
+        if row.site.name not in row.pack or len(members) < len(row.pack) or len(pack) < 2:
+            raise PlanError(f"the plan has not every row of the pack {names}: put it back, or empty each row's pack")
+        if len({(member.rank, member.site.shape[1:], member.site.kind) for member in members}) > 1:
+            raise PlanError(f"{names} share a factor: give them one rank, and only linear sites of the same input")
+        _check_rank(row, min(sum(member.site.shape[0] for member in members), row.site.shape[1]))
+    return tuple(rows)
+
+
+def _check_layout(row: PlannedSite) -> None:
+    if not all(row.layout.serves(use.op) for use in row.site.uses):
+        raise PlanError(f"{row.site.name} is a {row.site.kind}, which the layout {row.layout.name!r} does not serve")
+
+
+def _check_rank(row: PlannedSite, limit: int) -> None:
+    if isinstance(row.rank, bool) or not isinstance(row.rank, int) or not 1 <= row.rank <= limit:
+        raise PlanError(f"{row.site.name} cannot have rank {row.rank}: give a whole number from 1 to {limit}")

@@ -1,0 +1,161 @@
+"""Rank policies: values that turn what is known of all sites into one rank per site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from ..errors import PlanError
+from ..layouts import energy_rank, stable_rank
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one site costs, in shares of the dense model. at: with factors of a rank, rising with it.
+
+    rest: what everything takes that is not decided together with the site.
+    """
+
+    dense: float
+    at: Callable[[int], float]
+    rest: float = 0.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a policy may look at of one site.
+
+    max_rank: the rank that loses nothing. spectrum: singular values per group [g, max_rank], computed when asked for.
+    matrix: rows and columns of a group. rungs: the ranks to choose from, rising; empty for all. costs: by what is
+    counted, ``params`` or ``flops`` (which are there only where the inputs are known). weight: what an error of all its
+    energy does to the model, over what that of another site does; 1 where that is not known. rank: of the weight, where
+    it was factored before; else 0.
+    """
+
+    name: str
+    max_rank: int
+    spectrum: Callable[[], Tensor]
+    matrix: tuple[int, int] = (1, 1)
+    rungs: tuple[int, ...] = ()
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    weight: float = 1.0
+    rank: int = 0
+
+
+class RankPolicy(Protocol):
+    """Ranks for all sites at once, in their order; at least 1 each, possibly above a site's limit."""
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]: ...
+
+
+def checked_policy(policy: RankPolicy) -> RankPolicy:
+    """The policy itself. Raises PlanError for what is none."""
+    if not hasattr(policy, "ranks"):
+        raise PlanError(f"{policy!r} is no rank policy: give Ratio(0.25), Fixed(16), Energy(0.95) or one of your own")
+    return policy
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same rank everywhere."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise PlanError(f"a rank of {self.rank} leaves nothing of a layer; give a whole number of 1 or more")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        limit = max((curve.max_rank for curve in curves), default=self.rank)
+        if self.rank > limit:
+            raise PlanError(
+                f"rank {self.rank} is over the limit of every site (the largest is {limit}); give {limit} or less"
+            )
+        return [self.rank for _ in curves]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """⌊ratio · min(m, n)⌋ of each site's matrix, at least 1."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise PlanError(f"a rank ratio of {self.ratio} is not a fraction; give one above 0 and at most 1")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        # Rounded first: 0.29 · 100 is 28.999… in binary.
+        return [max(1, math.floor(round(self.ratio * curve.max_rank, 9))) for curve in curves]
+
+
+@dataclass(frozen=True)
+class Energy:
+    """The least rank that keeps this share of Σσ², measured on the weights as they are now."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise PlanError(f"an energy of {self.share} is not a share; give one above 0 and at most 1")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        return [min(curve.max_rank, energy_rank(curve.spectrum(), self.share)) for curve in curves]
+
+
+@dataclass(frozen=True)
+class StableRank:
+    """⌈stable(W) · min(m, n) / stable(W at init)⌉ (arXiv 2305.02538): a layer keeps full rank until training has shaped
+    its spectrum.
+
+    The stable rank at initialisation is taken as that of independent entries, mn / (√m + √n)², whatever the weights
+    began as. Measured on the weights as they are now: of use where ranks are decided after some training.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise PlanError(f"stable ranks cannot be scaled by {self.scale}; give a number above 0")
+
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        ranks = []
+        for curve in curves:
+            m, n = curve.matrix
+            initial = m * n / (math.sqrt(m) + math.sqrt(n)) ** 2
+            now = max(stable_rank(group) for group in curve.spectrum())
+            ranks.append(min(curve.max_rank, max(1, math.ceil(self.scale * now * curve.max_rank / initial))))
+        return ranks
+
+
+def ranks_by_policy(policies: Sequence[RankPolicy], curves: Sequence[Curve]) -> list[int]:
+    """A rank per curve. Sites of one policy are decided together; the policy of most sites comes last, and is told
+    what the others take.
+    """
+    ranks = [0] * len(curves)
+    taken = {what: [cost.dense for cost in costs] for what, costs in _costs(curves).items()}
+    for policy in sorted(dict.fromkeys(policies), key=list(policies).count):
+        mine = [i for i, each in enumerate(policies) if each == policy]
+        rest = {what: 1 - sum(c.dense for c in _costs(curves)[what]) for what in taken}
+        rest = {what: rest[what] + sum(t for i, t in enumerate(taken[what]) if i not in mine) for what in taken}
+        told = [_told(curves[i], rest) for i in mine]
+        for i, rank in zip(mine, policy.ranks(told), strict=True):
+            ranks[i] = rank
+            for what, shares in taken.items():
+                cost = curves[i].costs[what]
+                shares[i] = min(cost.dense, cost.at(min(rank, curves[i].max_rank)))
+    return ranks
+
+
+def _costs(curves: Sequence[Curve]) -> dict[str, list[Cost]]:
+    """The costs of all curves by what is counted, where all have it."""
+    known = set.intersection(*(set(curve.costs) for curve in curves)) if curves else set()
+    return {what: [curve.costs[what] for curve in curves] for what in sorted(known)}
+
+
+def _told(curve: Curve, rest: Mapping[str, float]) -> Curve:
+    return replace(curve, costs={what: replace(cost, rest=rest[what]) for what, cost in curve.costs.items()})

@@ -1,0 +1,137 @@
+"""What is known of every matrix of a net or an ONNX file: spectra, ranks, and where factoring would pay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DynrankError, ExportError
+from ..layouts import effective_rank, energy_rank, layout_for, singular_values, stable_rank
+from ..phase import Phase
+from ..plan import break_even_rank, find_sites, locate
+from ..rewrite import switched_modules
+from ..text import text_table
+from ..tracing import is_captured, measure, meta_of
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """One matrix. spectrum: singular values, largest first, of all groups. state: the phase, with the rank of its
+    factors.
+
+    break_even: the largest rank at which factors hold fewer parameters, and at which they take fewer FLOPs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    state: str
+    spectrum: tuple[float, ...]
+    effective_rank: float
+    stable_rank: float
+    energy_rank: int
+    break_even: tuple[int | None, int | None] = (None, None)
+    note: str = ""
+
+
+def _row(name: str, shape: tuple[int, ...], state: str, spectrum: Tensor, **more: Any) -> MatrixRow:
+    values = spectrum.flatten().sort(descending=True).values
+    known = (effective_rank(spectrum), stable_rank(spectrum), energy_rank(spectrum, 0.95))
+    return MatrixRow(name, shape, state, tuple(values.tolist()), *known, **more)
+
+
+def inspect_net(net: nn.Module, example_inputs: Any = None) -> tuple[MatrixRow, ...]:
+    """Every matrix of a net, transformed or not: sites as they stand, and what stays dense with its reason.
+
+    Raises DynrankError for weights that are not finite, which have no spectrum.
+    """
+    plan = meta_of(net).get("dynrank") if is_captured(net) else None
+    if plan is None:
+        sites, skipped = find_sites(net, measure(net, example_inputs).shapes if example_inputs is not None else None)
+        layouts = {site.name: layout_for(site.uses[0].op) for site in sites}
+    else:
+        sites, skipped = tuple(row.site for row in plan.sites), plan.skipped
+        layouts = {row.site.name: row.layout for row in plan.sites}
+    for name, parameter in net.named_parameters():
+        if parameter.ndim >= 2:
+            _refuse_non_finite(name, parameter)
+    modules, weights = switched_modules(net), locate(net)
+    rows = []
+    for site in sites:
+        layout = layouts[site.name]
+        if site.name in modules:
+            module = modules[site.name][0]
+            state = Phase(module.phase).name + ("" if module.phase == int(Phase.FULL) else f" {module.rank}")
+            spectrum = module.spectrum()
+        else:
+            state, spectrum = "dense", singular_values(layout.to_matrix(weights[site.name].parameter.detach()))
+        rows.append(_row(site.name, site.shape, state, spectrum, break_even=break_even_rank(site, layout)))
+    for left in skipped:
+        spectrum = singular_values(weights[left.name].parameter.detach().reshape(1, left.shape[0], -1))
+        rows.append(_row(left.name, left.shape, "dense", spectrum, note=left.reason))
+    return tuple(rows)
+
+
+def _refuse_non_finite(name: str, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise DynrankError(f"{name} has values that are not finite, and so no spectrum: look for a diverged step")
+
+
+def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
+    """Every matrix that a Conv, Gemm or MatMul of an ONNX file multiplies by. Raises ExportError for a file that is
+    none, DynrankError for weights that are not finite.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path)
+    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+        raise ExportError(f"{path} could not be read as an ONNX file ({str(error).splitlines()[0]})") from error
+    used = {
+        name: (node.op_type, next((a.i for a in node.attribute if a.name == "group"), 1))
+        for node in model.graph.node
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        for name in node.input[1:2]
+    }
+    rows = []
+    for tensor in model.graph.initializer:
+        if tensor.name in used and len(tensor.dims) >= 2:
+            weight = torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32"))
+            _refuse_non_finite(tensor.name, weight)
+            kind, groups = used[tensor.name]
+            m, *_ = shape = tuple(tensor.dims)
+            n = weight.numel() // m
+            # Two factors of rank r hold r·(m + groups·n) numbers.
+            pays = (m * n - 1) // (m + groups * n)
+            spectrum = singular_values(weight.reshape(groups, -1, n))
+            rows.append(_row(tensor.name, shape, kind, spectrum, break_even=(pays, None)))
+    return tuple(rows)
+
+
+def matrices_table(rows: tuple[MatrixRow, ...]) -> str:
+    """The rows as a text table."""
+    head = ("weight", "shape", "is", "effective", "stable", "95 % energy", "break-even", "by FLOPs", "why dense")
+    cells = [
+        (
+            row.name,
+            "x".join(map(str, row.shape)),
+            row.state,
+            f"{row.effective_rank:.1f}",
+            f"{row.stable_rank:.1f}",
+            str(row.energy_rank),
+            *("" if rank is None else str(rank) for rank in row.break_even),
+            row.note,
+        )
+        for row in rows
+    ]
+    return text_table(head, cells, right=(3, 4, 5, 6, 7)) if cells else "no matrix found"
+
+
+def matrices_json(rows: tuple[MatrixRow, ...]) -> str:
+    """The rows as JSON, spectra included."""
+    return json.dumps([vars(row) for row in rows], indent=1)

@@ -1,0 +1,22 @@
+"""Rewrite once: every planned weight of a traced model becomes a switchable site."""
+
+from .factorize import factorize, factorize_
+from .inline import holds_captured, inline
+from .meta import a_twin, plan_of, set_plan, specialize_
+from .switched import STEM, Switched, switched_modules
+from .transform import transform
+
+__all__ = [
+    "STEM",
+    "Switched",
+    "a_twin",
+    "factorize",
+    "factorize_",
+    "holds_captured",
+    "inline",
+    "plan_of",
+    "set_plan",
+    "specialize_",
+    "switched_modules",
+    "transform",
+]

@@ -1,0 +1,167 @@
+"""Factorize: a switchable site in the place of every weight of a plan, and of each of its uses in the graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import PlanError
+from ..ops import Op, module_op
+from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, input_of, locate, why_not
+from ..tracing import Net, drop_dead_reads, regions, set_submodule
+from .meta import set_plan, specialize_
+from .switched import STEM, Switched
+
+
+def factorize(net: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the net with a Switched module, in phase FULL, at every site of the plan. One graph node per use.
+
+    Raises PlanError where the plan does not fit the net.
+    """
+    twin = copy.deepcopy(net)
+    factorize_(twin, plan)
+    return twin
+
+
+def factorize_(net: nn.Module, plan: Plan) -> None:
+    """As ``factorize``, in the net itself. Nothing is changed where the plan does not fit."""
+    located = locate(net)
+    for row in plan.sites:
+        found = located.get(row.site.name)
+        if found is None or tuple(found.parameter.shape) != row.site.shape:
+            raise PlanError(
+                f"the plan factors {row.site.name} {row.site.shape}, which this net does not have: fit it first"
+            )
+        reason = why_not(found)
+        if reason:
+            raise PlanError(f"the plan factors {row.site.name}, which must stay dense: {reason}")
+        if row.pack and input_of(found) != input_of(located[row.pack[0]]):
+            raise PlanError(f"{row.site.name} does not read the input of {row.pack[0]} and cannot share its factor")
+    for row in plan.sites:
+        _put_site(net, row, located[row.site.name])
+    for pack in dict.fromkeys(row.pack for row in plan.sites if row.pack):
+        _share_input(net, pack, [located[name] for name in pack])
+    for region in regions(net):
+        for graph in dict.fromkeys(region.net.graphs.values()):
+            drop_dead_reads(graph, {view for found in located.values() for use in found.uses for view in use.views})
+        region.net.refresh()
+    set_plan(net, plan)
+    specialize_(net)
+
+
+def _put_site(net: nn.Module, row: PlannedSite, found: Located) -> None:
+    """Every holder of the weight becomes a Switched over the same Parameter, and every use a call of its holder's."""
+    ops: dict[str, list[Op]] = {}
+    for use in found.uses:
+        ops.setdefault(use.holder, []).append(use.op)
+    placed: dict[int, tuple[nn.Module, Switched]] = {}  # one module under two names stays one; the old one keeps its id
+    paths = {name: _replace_holder(net, row, name, ops, found.uses[0].op, placed) for name in found.names}
+    for use in found.uses:
+        if use.node is not None:
+            _call_site(use, paths[use.holder], net)
+    for reader in found.readers:
+        _read_site(reader, paths[reader.holder], "weight")
+    for reader in found.metadata:
+        _read_site(reader, paths[reader.holder], "outline")
+
+
+def _replace_holder(
+    net: nn.Module,
+    row: PlannedSite,
+    name: str,
+    ops: dict[str, list[Op]],
+    any_op: Op,
+    placed: dict[int, tuple[nn.Module, Switched]],
+) -> str:
+    """Put a Switched where ``name`` was; returns its path: that of the module, or of the parameter if it stood bare."""
+    path, _, attr = name.rpartition(".")
+    holder = net.get_submodule(path)
+    if id(holder) in placed and attr == "weight":
+        set_submodule(net, path, placed[id(holder)][1])
+        return path
+    if isinstance(holder, Switched):
+        return path
+    if isinstance(holder._modules.get(attr), Switched):
+        return name
+    weight = holder._parameters[attr]
+    assert weight is not None
+    own = module_op(holder)
+    kept = list(dict.fromkeys([*([own] if own else []), *ops.get(name, ())])) or [any_op]
+    if path and not isinstance(holder, Net) and _holds_only_this(holder, attr):
+        bias = holder._parameters.get("bias")
+        site = Switched(kept, row.layout, row.rank, weight, bias, site=row.site.name)
+        for constant, value in vars(holder).items():  # in_features, kernel_size, ...: what code reads of a layer
+            if not constant.startswith("_") and constant not in vars(site):
+                setattr(site, constant, value)
+        site.training = holder.training
+        placed[id(holder)] = (holder, site)
+        set_submodule(net, path, site)
+        return path
+    del holder._parameters[attr]
+    holder._modules[attr] = Switched(kept, row.layout, row.rank, weight, None, site=row.site.name, bare=True)
+    return name
+
+
+def _holds_only_this(holder: nn.Module, attr: str) -> bool:
+    return (
+        attr == "weight"
+        and not holder._modules
+        and not holder._buffers
+        and set(holder._parameters) <= {"weight", "bias"}
+    )
+
+
+def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
+    graph, node, region = use.graph, use.node, use.region
+    assert graph is not None
+    assert node is not None
+    assert region is not None
+    module = net.get_submodule(path)
+    assert isinstance(module, Switched)
+    own, x, bias = module._parameters.get("bias"), use.x, None if use.own_bias else use.bias
+    args: tuple[Any, ...] = (x,) if use.own_bias or (bias is None and own is None) else (x, bias)
+    number = module.ops.index(use.op)
+    kwargs: dict[str, Any] = {"use": number} if number else {}
+    if use.at is not None:
+        kwargs["at"] = use.at
+    target = path.removeprefix(region.prefix)
+    if node.op == "call_module":
+        node.target, node.args, node.kwargs = target, args, kwargs
+        return
+    with graph.inserting_before(node):
+        call = graph.create_node("call_module", target, args, kwargs, name=node.name)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def _share_input(net: nn.Module, pack: tuple[str, ...], members: Sequence[Located]) -> None:
+    """The sites of a pack take the output of the shared factor, which is computed once in each graph."""
+    modules = [module for module in net.modules() if isinstance(module, Switched) and module.site in pack]
+    owner = next(module for module in modules if module.site == pack[0])
+    for module in modules:
+        module.join_pack(pack, owner)
+    for region in regions(net):
+        paths = {name: module for name, module in region.net.named_modules() if module in modules}
+        for graph in dict.fromkeys(region.net.graphs.values()):
+            calls = [node for node in graph.nodes if node.op == "call_module" and node.target in paths]
+            if not calls:
+                continue
+            target = next(name for name, module in paths.items() if module is owner)
+            with graph.inserting_before(calls[0]):
+                stem = graph.call_module(target, (calls[0].args[0],), {"use": STEM})
+            for node in calls:
+                node.args = (stem, *node.args[1:])
+
+
+def _read_site(reader: Reader, path: str, attr: str) -> None:
+    """What reads a weight by itself reads this property of the site instead, in every phase."""
+    if reader.weight not in reader.node.all_input_nodes:
+        return  # another reader has come this way
+    with reader.graph.inserting_before(reader.weight):
+        module = reader.graph.create_node("get_attr", path.removeprefix(reader.region.prefix))
+        value = reader.graph.call_function(getattr, (module, attr))
+    reader.node.replace_input_with(reader.weight, value)

@@ -1,0 +1,178 @@
+"""Inline: the sites of a net opened into ordinary FX nodes, with nothing of this package left."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..errors import PlanError
+from ..phase import Phase
+from ..tracing import Net, copy_graph, drop_dead_reads, forget_meta, set_submodule, unwrap
+from .switched import STEM, Switched
+
+
+def inline(net: nn.Module) -> nn.Module:
+    """A copy of the net in its present setting and mode, with the factor operations of every site as ordinary FX nodes.
+
+    The result is a plain GraphModule over plain modules and parameters (where only parts of a model were captured, the
+    model's own class around them): nothing of this package is left in it. Tied weights stay tied. A net with a
+    training and an evaluation graph gives the graph of its present mode.
+    """
+    source = unwrap(net)
+    if not holds_captured(source):
+        raise PlanError(f"{type(net).__name__} cannot be inlined: it was not made by transform or factorize")
+    twin = copy.deepcopy(source)
+    for name, part in reversed(list(twin.named_modules())):
+        if isinstance(part, Net):
+            plain = _inlined(part)
+            if not name:
+                return plain
+            _keep_unread(part, plain)
+            set_submodule(twin, name, plain)
+    _open_untraced_sites(twin)
+    forget_meta(twin)
+    return twin
+
+
+def holds_captured(module: nn.Module) -> bool:
+    """Whether the module, or a part of it, was made by this package."""
+    return any(isinstance(part, Net | Switched) for part in module.modules())
+
+
+def _inlined(net: Net) -> fx.GraphModule:
+    graph = copy_graph(net.graphs[net.training])
+    for node in list(graph.nodes):
+        if isinstance(node.type, str):  # an annotation left as text, which torch could not write out again
+            node.type = None
+        module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Switched):
+            _open_site(graph, node, module)
+        elif node.op == "get_attr" and isinstance(_attribute(net, str(node.target)), Switched):
+            _open_reads(net, graph, node)
+    drop_dead_reads(graph, set())
+    plain = fx.GraphModule(net, graph, class_name=type(net).__name__)
+    for name, _ in plain.named_buffers():
+        _keep_persistence(net, plain, name)
+    plain.meta = {}  # the plan is of this package
+    plain.graph.lint()
+    plain.training = net.training
+    return plain
+
+
+def _keep_unread(part: nn.Module, plain: nn.Module) -> None:
+    """The parameters that the part's graph does not read: the code around it may."""
+    for path, module in part.named_modules(remove_duplicate=False):
+        if isinstance(module, Switched) or not module._parameters:
+            continue
+        holder = plain
+        for name in path.split(".") if path else ():
+            holder = holder._modules.setdefault(name, nn.Module())  # type: ignore[assignment]
+        for name, parameter in module._parameters.items():
+            if not hasattr(holder, name):
+                holder.register_parameter(name, parameter)
+
+
+def _attribute(net: nn.Module, path: str) -> Any:
+    return operator.attrgetter(path)(net)
+
+
+def _keep_persistence(source: nn.Module, plain: nn.Module, name: str) -> None:
+    path, _, attr = name.rpartition(".")
+    if attr in source.get_submodule(path)._non_persistent_buffers_set:
+        plain.get_submodule(path)._non_persistent_buffers_set.add(attr)
+
+
+def _open_site(graph: fx.Graph, node: fx.Node, module: Switched) -> None:
+    """The module's own forward, recorded with proxies in the node's place."""
+    path, tracer, use = str(node.target), fx.proxy.GraphAppendingTracer(graph), int(node.kwargs.get("use", 0))  # type: ignore[arg-type]
+
+    def read(name: str) -> fx.Proxy:
+        return fx.Proxy(graph.create_node("get_attr", f"{path}.{name}".lstrip(".")), tracer)
+
+    before = node.prev
+    with graph.inserting_before(node):
+        x, *given = (fx.Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg for arg in node.args)
+        at = fx.Proxy(node.kwargs["at"], tracer) if "at" in node.kwargs else None  # type: ignore[arg-type]
+        own = module._parameters["bias"] is not None and not given and use != STEM
+        bias = given[0] if given else read("bias") if own else None
+        result = module.compute(read, x, bias, use, at)
+    _replace(graph, node, result.node, before)
+
+
+def _parameter_nodes(net: nn.Module, graph: fx.Graph, path: str, module: Switched) -> list[fx.Node]:
+    """Reads of the dense weight, or of the factors, one of which may be another site's, and of the base."""
+    paths = [f"{path}.{name}" for name in module.parameter_names]
+    if module._buffers["base"] is not None:
+        paths.append(f"{path}.base")
+    if module.owner and len(paths) == 1 and module.phase != int(Phase.FULL):
+        owner = next(name for name, each in net.named_modules() if each is module.owner[0])
+        paths.append(f"{owner}.{module.layout.factor_names[1]}")
+    return [graph.create_node("get_attr", each) for each in paths]
+
+
+def _open_reads(net: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """The reads of a site's ``weight`` or ``outline``, computed by ordinary nodes."""
+    module = net.get_submodule(str(node.target))
+    assert isinstance(module, Switched)
+    for read in list(node.users):
+        with graph.inserting_before(read):
+            factors = _parameter_nodes(net, graph, str(node.target), module)
+            if read.args[1] == "outline":
+                empty = graph.call_method("new_empty", (factors[0], ()))
+                result: Any = graph.call_method("expand", (empty, module.shape))
+            elif len(factors) == 1:
+                result = factors[0]
+            else:
+                result = _joined(graph, module, factors)
+        _replace(graph, read, result, read.prev)
+    graph.erase_node(node)
+
+
+def _joined(graph: fx.Graph, module: Switched, factors: list[fx.Node]) -> fx.Node:
+    """The weight that the factors stand for, by the nodes that the layout's ``join`` consists of."""
+    tensors: list[Tensor] = [factor.detach() for factor in module.factors]
+    base = module._buffers["base"]
+
+    def join(*tensors: Tensor) -> Tensor:
+        count = len(module.factors)
+        return module.joined(tensors[:count], *tensors[count:])
+
+    with torch.no_grad():
+        traced = make_fx(join)(*tensors, *([] if base is None else [base])).graph
+    inputs = [node for node in traced.nodes if node.op == "placeholder"]
+    result = graph.graph_copy(traced, dict(zip(inputs, factors, strict=True)))
+    assert isinstance(result, fx.Node)
+    return result
+
+
+def _replace(graph: fx.Graph, node: fx.Node, result: fx.Node, before: fx.Node) -> None:
+    """``result`` in the place of ``node``, the nodes made since ``before`` taking over where they come from."""
+    new = before
+    while (new := new.next) is not node:
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in node.meta:
+                new.meta[key] = node.meta[key]
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _open_untraced_sites(root: nn.Module) -> None:
+    """Sites that untraced code calls become graphs of their own, of the one op."""
+    for name, module in list(root.named_modules()):
+        if isinstance(module, Switched):
+            graph, holder = fx.Graph(), nn.Module()
+            node = graph.create_node("call_module", "", (graph.placeholder("x"),))
+            graph.output(node)
+            _open_site(graph, node, module)
+            for key in (*module.parameter_names, "bias"):
+                holder.register_parameter(key, module._parameters[key])
+            if module._buffers["base"] is not None:
+                holder.register_buffer("base", module._buffers["base"])
+            plain = fx.GraphModule(holder, graph)
+            plain.training = module.training
+            set_submodule(root, name, plain)

@@ -1,0 +1,174 @@
+"""The module of one site: the dense weight, its factors or both, and a flag that says which.
+
+Several modules may belong to one site: tied weights stay tied as in plain torch, by holding the same Parameter objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import TransitionError
+from ..layouts import Layout, TwoFactors, product_singular_values, singular_values
+from ..ops import DepthwiseOp, Op, Shape
+from ..phase import ALPHA, Phase
+
+_FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
+STEM = -1  # the call of a pack's owner that applies the shared factor
+
+
+class Switched(nn.Module):
+    """One weight that trains densely (FULL), as factors in its place (LOW) or as some beside it (ADAPTOR), and the
+    ops that it is used by.
+
+    site: the site's name. ops: what the module can do with its weight; a call says which by ``use``, the first being
+    that of the module it replaced. phase: a plain int, see Phase. rank: of the next deflate, or of the factors in LOW.
+    bare: the module stands where a bare parameter stood (``block.w``), whose name the dense weight keeps in
+    ``state_dict``.
+
+    In a pack (sites that read the same input and share one ``right``) the first site owns ``right``, and its module
+    applies it for all: a call with ``use=STEM`` gives x in FULL and ``right`` of x in LOW, which the sites then take in
+    place of x.
+
+    Exactly one of ``weight`` and the factors is registered at a time, and in ADAPTOR the buffer ``base``; the
+    other names hold None, so that the dictionaries keep their keys and torch.compile sees one setting per flag.
+    """
+
+    phase: int
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        layout: Layout,
+        rank: int,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        site: str,
+        bare: bool = False,
+    ) -> None:
+        super().__init__()
+        self.ops, self.layout, self.rank, self.site, self.bare = tuple(ops), layout, rank, site, bare
+        self.phase = _FULL
+        self.pack: tuple[str, ...] = ()
+        self.owner: tuple[Switched, ...] = ()  # in a tuple, so that it is no submodule
+        self.shape: Shape = tuple(weight.shape)
+        # Per op, the (op, name of its factor) to apply one after the other.
+        self.stages = tuple(
+            tuple((stage, layout.factor_names[index]) for stage, index in layout.stages(op)) for op in self.ops
+        )
+        # Not register_parameter: `weight` is also a property, which it would take for a clash.
+        self._parameters["weight"] = weight
+        for name in layout.factor_names:
+            self._parameters[name] = None
+        self._parameters["bias"] = bias
+        self._buffers["base"] = None
+
+    def forward(self, x: Tensor, *bias: Tensor | None, use: int = 0, at: Tensor | None = None) -> Tensor:
+        """``x`` as the op number ``use`` takes it. A bias given here (None included) stands in for the module's own.
+
+        at: which matrices of a stack the op gathers.
+        """
+        b = bias[0] if bias else self._parameters["bias"]
+        return self.compute(self.read, x, b, use, at)
+
+    def read(self, name: str) -> Tensor | None:
+        """A parameter or the base, by name."""
+        return self._buffers["base"] if name == "base" else self._parameters[name]
+
+    def compute(self, read: Callable[[str], Any], x: Any, bias: Any, use: int = 0, at: Any = None) -> Any:
+        """The forward, on whatever ``read`` gives for the names: the module's own tensors, or proxies of a graph."""
+        *first, (op, name) = self.stages[max(use, 0)]
+        if self.phase == _FULL:
+            return x if use == STEM else self.ops[use](x, read("weight"), bias, at)
+        if use == STEM:
+            stage, factor = first[0]
+            return stage(x, read(factor))
+        dense = x
+        for stage, factor in () if self.pack else first:
+            x = stage(x, read(factor), None, self.rank if isinstance(stage, DepthwiseOp) else at)
+        if self.phase != _ADAPTOR:
+            return op(x, read(name), bias, at)
+        # An op that scales its product (addmm) scales that of the branch too.
+        scale = self.scale * (getattr(op, "alpha", 1) if bias is not None else 1)
+        return self.ops[use](dense, read("base"), bias, at) + scale * op(x, read(name), None, at)
+
+    def join_pack(self, names: tuple[str, ...], owner: Switched) -> None:
+        """Become one of the sites that share the owner's ``right``."""
+        self.pack, self.owner = names, () if owner is self else (owner,)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names that hold this phase's parameters, the bias apart."""
+        return self.names_in(Phase(self.phase))
+
+    def names_in(self, phase: Phase) -> tuple[str, ...]:
+        """The names that hold the parameters of a phase, the bias apart."""
+        return ("weight",) if phase is Phase.FULL else self.layout.factor_names[: 1 if self.owner else None]
+
+    @property
+    def scale(self) -> float:
+        """What the branch of an ADAPTOR is multiplied by."""
+        return ALPHA / self.rank
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """The factors by the order of their names. Raises TransitionError in FULL, where there are none."""
+        holders = [self, *((self.owner or (self,)) * (len(self.layout.factor_names) - 1))]
+        found = [each._parameters[name] for each, name in zip(holders, self.layout.factor_names, strict=True)]
+        if any(factor is None for factor in found):
+            raise TransitionError(f"{self.site} is in FULL: it has no factors; enter LOW first")
+        return tuple(found)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in every phase, for code that reads it; outside FULL it is computed, and differentiable."""
+        dense = self._parameters["weight"]
+        return dense if dense is not None else self.joined(self.factors, self._buffers["base"])
+
+    def joined(self, factors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        """The dense weight that these factors stand for, with the base of an ADAPTOR."""
+        product = self.layout.join(tuple(factors))
+        return product if base is None else base + self.scale * product
+
+    @property
+    def outline(self) -> Tensor:
+        """A tensor of the shape, dtype and device of the dense weight, without memory: for code that asks for those."""
+        return self._parameters[self.parameter_names[-1]].new_empty(()).expand(self.shape)  # type: ignore[union-attr]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.phase != _FULL:
+            raise TransitionError(
+                f"{self.site} has no weight to write in {Phase(self.phase).name}: enter FULL first, or write to "
+                f"its factors"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.site}, {self.ops[0].kind} {'x'.join(map(str, self.shape))}, {self.layout.name} rank {self.rank}, "
+            f"{Phase(self.phase).name}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bare and prefix + "weight" in destination:
+            destination[prefix.removesuffix(".")] = destination.pop(prefix + "weight")
+
+    def spectrum(self) -> Tensor:
+        """Singular values per group [g, k] in float64 of the weight that the site stands for."""
+        if self.phase in (_FULL, _ADAPTOR) or not isinstance(self.layout, TwoFactors):
+            return singular_values(self.layout.to_matrix(self.weight.detach()))
+        left, right = self.layout.to_matrices(tuple(factor.detach() for factor in self.factors))
+        return product_singular_values(left, right)
+
+
+def switched_modules(net: nn.Module) -> dict[str, list[Switched]]:
+    """All modules of every site, by site name, in the order of the module tree."""
+    sites: dict[str, list[Switched]] = {}
+    for module in net.modules():
+        if isinstance(module, Switched):
+            sites.setdefault(module.site, []).append(module)
+    return sites

@@ -1,0 +1,162 @@
+"""The schedule that places its FULL epochs by what it measures, within a budget of compute.
+
+A site whose spectrum fits into its rank gains nothing from more FULL epochs, and a cut needs learning rate after it to
+recover from. So every site starts FULL and is cut when the first of these holds:
+
+- its spectrum fits: the energy beyond its rank is a small share of the whole, so that the cut loses nothing;
+- the learning rate still to come falls to what LOW needs to recover;
+- the budget is used up; the sites that would lose most by a cut are kept FULL for what is left of it.
+
+A site has collapsed where the effective rank of what its rank keeps (the exp of the entropy of those singular values,
+normalised) is a small share of that rank. In LOW it is inflated again, the most collapsed site first, while the
+learning rate still to come and the budget allow it. It then stays FULL, even if its spectrum fits, until that share is
+at the square root of the threshold: what is just above the threshold would be below it again an epoch later.
+
+A part of the budget can be held back for that. What is held back is spread evenly over the epochs that may be FULL, so
+that it is not lost: what no collapsed site takes of it keeps those sites FULL that would lose most by a cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ..errors import ScheduleError
+from ..phase import Phase
+from .state import Decision, SiteState, TrainState
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Auto:
+    """See ``schedules.auto``."""
+
+    cost: float
+    recovery: float
+    tail: float
+    collapse: float
+    reserve: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ScheduleError(f"auto's {name} is a share, from 0 to 1, not {value}")
+
+    def __call__(self, state: TrainState) -> Decision:
+        if state.epochs is None or not state.sites:
+            raise ScheduleError("auto needs the number of epochs and the sites: make its state by train_state()")
+        sites, rates = state.sites, _rates_left(state)
+        full = [name for name, site in sites.items() if state.epoch == 0 or site.phase is Phase.FULL]
+        epochs = sum(rate > self.recovery for rate in rates)  # that may be FULL, from this one on
+        if not epochs and state.epoch > 0:
+            late = f"cut: {rates[0]:.0%} of the learning rate is left, which LOW needs to recover"
+            return _decided(sites, (), [late if full else "LOW: every site is cut"])
+
+        seen = {name: _Seen.of(state.spectra[name], site) for name, site in sites.items()}
+        collapsed = self._collapsed(seen, full)
+        first = _with_packs(collapsed, sites)
+        losing = [name for name in full if name not in first and seen[name].tail > self.tail]
+        others = _with_packs(sorted(losing, key=lambda name: -seen[name].tail), sites)
+        fitting = [name for name in full if name not in first and name not in others]
+
+        low = 1 - sum(_price(site) for site in sites.values())
+        free = self.cost * state.epochs - state.spent - low * (state.epochs - state.epoch)
+        held = self.reserve * (self.cost - low) * state.epochs
+        kept = _affordable(first, sites, free, due=free)
+        spare = free - sum(_price(sites[name]) for name in kept)
+        kept += _affordable(others, sites, spare, due=max(free - held, free / max(epochs, 1)))
+
+        reasons = [
+            f"cut {name}: beyond rank {sites[name].rank} is {seen[name].tail:.1%} of its energy" for name in fitting
+        ]
+        for name in collapsed:
+            verb = f"keep {name} FULL" if name in full else f"inflate {name}"
+            if name not in kept:
+                verb = f"the budget of {self.cost:g} of dense training does not pay to {verb}"
+            reasons.append(f"{verb}: its effective rank is {seen[name]}")
+        if kept:
+            reasons.append(
+                f"FULL for {len(kept)} of {len(sites)} sites: {free:.2f} dense epochs of compute are left above LOW, "
+                f"and {rates[0]:.0%} of the learning rate"
+            )
+        if cut := [name for name in others if name not in kept]:
+            what = "the others" if kept or fitting else "every site"
+            spare = free - sum(_price(sites[name]) for name in kept)
+            if spare < min(_price(sites[name]) for name in cut) - _ROUNDING:
+                reasons.append(f"cut {what}: the budget of {self.cost:g} of dense training is used up")
+            else:
+                reasons.append(f"cut {what}: {spare:.2f} dense epochs are held back for sites that may collapse")
+        return _decided(sites, kept, reasons or ["LOW: every site is cut"])
+
+    def _collapsed(self, seen: Mapping[str, _Seen], full: Sequence[str]) -> list[str]:
+        """The sites whose rank has collapsed, and those inflated that have not recovered yet: those first, since what
+        was begun goes on, then the most collapsed.
+        """
+        limits = {name: math.sqrt(self.collapse) if name in full else self.collapse for name in seen}
+        found = [name for name in seen if seen[name].share < limits[name]]
+        return sorted(found, key=lambda name: (name not in full, seen[name].share))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a spectrum says of a site. tail: the share of Σσ² beyond its rank. effective: the effective rank of what the
+    rank keeps, ``count`` singular values; 0 for zeros.
+    """
+
+    tail: float
+    effective: float
+    count: int
+
+    @classmethod
+    def of(cls, spectrum: Sequence[float], site: SiteState) -> _Seen:
+        kept, beyond = spectrum[: site.groups * site.rank], spectrum[site.groups * site.rank :]
+        energy, total = sum(value * value for value in spectrum), sum(kept)
+        tail = sum(value * value for value in beyond) / energy if energy else 0.0
+        shares = [value / total for value in kept if value > 0]
+        effective = math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
+        return cls(tail, effective, len(kept))
+
+    @property
+    def share(self) -> float:
+        return self.effective / self.count
+
+    def __str__(self) -> str:
+        return f"{self.effective:.1f} of {self.count}, {self.share:.0%}"
+
+
+def _decided(sites: Mapping[str, SiteState], full: Sequence[str], reasons: Sequence[str]) -> Decision:
+    return Decision({name: Phase.FULL if name in full else Phase.LOW for name in sites}, reasons)
+
+
+def _rates_left(state: TrainState) -> list[float]:
+    """The share of the run's learning rate that is still to come at this epoch and at every later one; of its epochs
+    where the rates are not known.
+    """
+    assert state.epochs is not None
+    rates = state.lrs if len(state.lrs) == state.epochs and sum(state.lrs) > 0 else (1.0,) * state.epochs
+    left = list(accumulate(reversed(rates)))[::-1]
+    return [value / left[0] for value in left[state.epoch :]]
+
+
+def _price(site: SiteState) -> float:
+    """What an epoch of FULL costs above one of LOW, in epochs of the dense model."""
+    return site.dense - site.low
+
+
+def _with_packs(names: Sequence[str], sites: Mapping[str, SiteState]) -> list[str]:
+    """These sites, each with those that share a factor with it, and so its phase."""
+    return list(dict.fromkeys(mate for name in names for mate in (name, *sites[name].pack)))
+
+
+def _affordable(names: Sequence[str], sites: Mapping[str, SiteState], free: float, due: float) -> list[str]:
+    """The first of the sites that one more epoch of FULL can be paid for, until what is due is spent; whole packs."""
+    kept, paid = list[str](), 0.0
+    for unit in dict.fromkeys(sites[name].pack or (name,) for name in names):
+        price = sum(_price(sites[name]) for name in unit)
+        if paid + _ROUNDING < due and paid + price <= free + _ROUNDING:
+            kept += unit
+            paid += price
+    return kept

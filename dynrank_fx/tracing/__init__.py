@@ -1,0 +1,67 @@
+"""From any model to a graph that trains, and the proof that the graph computes what the model does."""
+
+from .blame import origin
+from .choose import Capture, capture
+from .inputs import (
+    Inputs,
+    batch_size,
+    double_batch_of_one,
+    free_dimensions,
+    fresh,
+    in_order,
+    joined,
+    split_inputs,
+    tensors,
+    with_batch,
+)
+from .isolation import quiet, same_buffers, slow_attention
+from .measure import flop_counter, measure
+from .net import (
+    Net,
+    Region,
+    attribute,
+    copy_graph,
+    drop_dead_reads,
+    evaluating,
+    forget_meta,
+    is_captured,
+    meta_of,
+    regions,
+    set_submodule,
+    untraced,
+    unwrap,
+)
+
+__all__ = [
+    "Capture",
+    "Inputs",
+    "Net",
+    "Region",
+    "attribute",
+    "batch_size",
+    "capture",
+    "copy_graph",
+    "double_batch_of_one",
+    "drop_dead_reads",
+    "evaluating",
+    "flop_counter",
+    "forget_meta",
+    "free_dimensions",
+    "fresh",
+    "in_order",
+    "is_captured",
+    "joined",
+    "measure",
+    "meta_of",
+    "origin",
+    "quiet",
+    "regions",
+    "same_buffers",
+    "set_submodule",
+    "slow_attention",
+    "split_inputs",
+    "tensors",
+    "untraced",
+    "unwrap",
+    "with_batch",
+]

@@ -1,0 +1,39 @@
+"""Where in the user's model an error comes from, and what it was given, in words."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def one(value: Any) -> str:
+        return (
+            f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+
+    return ", ".join([*(one(a) for a in args), *(f"{k}={one(v)}" for k, v in kwargs.items())])
+
+
+def origin(error: BaseException, root: nn.Module) -> str:
+    """The module and line of the innermost frame of the user's own code."""
+    place = type(root).__name__
+    names = {id(module): name for name, module in root.named_modules()}
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        owner = frame.f_locals.get("self")
+        if file.startswith((_TORCH, str(Path(__file__).parent))) or file.startswith("<") or id(owner) not in names:
+            continue
+        name = names[id(owner)]
+        line = linecache.getline(file, number).strip()
+        place = f"{name or 'the model'} ({type(owner).__name__}, {Path(file).name}:{number}: `{line}`)"
+    return place

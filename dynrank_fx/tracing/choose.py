@@ -1,0 +1,229 @@
+"""From what the user has (a module, a GraphModule, an ExportedProgram) to a trainable net over a copy of it."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from ..errors import CaptureError, first_line
+from ..ops import module_op
+from .blame import describe
+from .equivalence import ROUNDING, difference, lost_in_a_graph, run
+from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
+from .inputs import split_inputs
+from .modules import capture_parts, modules_read
+from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, untraced, unwrap
+from .symbolic import closed_functions, closed_layers, trace_symbolically
+
+_RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_codes", "_graph"}
+
+
+class Capture(enum.Enum):
+    """How a model becomes a graph."""
+
+    SYMBOLIC = "torch.fx.symbolic_trace"
+    EXPORT = "torch.export"
+    MODULES = "module by module"
+
+
+def capture(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    how: Capture | None = None,
+) -> nn.Module:
+    """A trainable net that computes what ``model`` computes, over a copy of its parameters.
+
+    A Net where the model was captured whole; where only parts of it could be, a copy of the model itself whose parts
+    are Nets. the plan says which and why.
+
+    example_inputs: a tuple of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``. Needed for
+    torch.export, and to check the graph against the model; a GraphModule needs none. dynamic_shapes: as in
+    torch.export; by default every dimension is free that the model leaves free. how: by default symbolic tracing where
+    it works, opens every layer with weights, and reproduces the model on the example; torch.export otherwise; and
+    module by module where that fails too. What is a graph already stays the graph that it is, whatever ``how`` says.
+
+    Raises CaptureError naming the module and the line that cannot be traced, or what the example inputs do not fit.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module(check_guards=False)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"a {type(model).__name__} is no model that can be traced: give an nn.Module, a GraphModule or an "
+            f"ExportedProgram"
+        )
+    if how is not None and not isinstance(how, Capture):
+        ways = ", ".join(f"Capture.{way.name}" for way in Capture)
+        raise CaptureError(f"{how!r} is no way to capture a model: give one of {ways}")
+    model = unwrap(model)
+    if is_captured(model):
+        return copy.deepcopy(model)
+    if isinstance(model, fx.GraphModule):
+        adopted = _adopted(model)
+        _check_inputs(adopted, example_inputs)
+        return _noted(adopted, f"as the given graph{fixed_sizes(adopted)}")
+    _refuse(model)
+    twin = _copy(model)
+    _check_inputs(twin, example_inputs)
+    if how is None:
+        return _best(model, twin, example_inputs, dynamic_shapes)
+    lost = lost_in_a_graph(twin, example_inputs) if how is not Capture.MODULES else ""
+    if lost:
+        raise CaptureError(f"{type(model).__name__} cannot be captured whole: {lost}.")
+    if how is Capture.SYMBOLIC:
+        net: nn.Module = _noted(trace_symbolically(twin, model, example_inputs), "by symbolic tracing, as asked")
+    elif how is Capture.EXPORT:
+        exported, words = _exported(model, example_inputs, dynamic_shapes)
+        net = _noted(exported, f"by torch.export, as asked{words}")
+    else:
+        net = _parts(twin, model, example_inputs, "as asked")
+    meta_of(net)["how"] = how.name
+    return net
+
+
+def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> nn.Module:
+    """Symbolic tracing if it is faithful and opens everything, else torch.export, else what can be had in parts."""
+    lost = lost_in_a_graph(twin, example_inputs)
+    if lost:
+        return _parts(twin, model, example_inputs, f"{type(model).__name__} cannot be captured whole: {lost}.")
+    net: Net | None = None
+    closed: list[str] = []
+    try:
+        net = trace_symbolically(twin, model, example_inputs)
+        why = difference(net, twin, example_inputs).words
+        faithful = not why
+        closed = closed_layers(net) if faithful and example_inputs is not None else []
+        stays = [*closed, *closed_functions(net)] if faithful and example_inputs is not None else []
+        if stays:
+            why = f"{stays[0]} stays closed to symbolic tracing."
+    except CaptureError as error:
+        why, faithful = str(error), False
+        if example_inputs is None:
+            raise
+    if net is not None and not why:
+        return _noted(net, "by symbolic tracing")
+    try:
+        exported, words = _exported(model, example_inputs, dynamic_shapes)
+    except CaptureError as error:
+        reasons = f"{error} Symbolic tracing before it: {why}"
+    else:
+        short = shortcoming(exported, example_inputs) if dynamic_shapes is None else ""
+        freer = _freer(model, example_inputs, f"torch.export alone {short}.") if short else None
+        return freer or _noted(exported, f"by torch.export{words}: {f'It {short}. ' if short else ''}{why}")
+    if net is not None and faithful:  # sound, with closed layers: those that can be are opened by themselves
+        opened = capture_parts(net, example_inputs, only=closed)
+        parts = f"{len(opened)} of {len(closed)} closed layers by torch.export"
+        return _noted(net, f"by symbolic tracing, {parts}: {reasons}")
+    try:
+        return _parts(_copy(model), model, example_inputs, reasons)
+    except CaptureError as error:
+        raise CaptureError(f"{reasons} Module by module after it: {error}") from error
+
+
+def _freer(model: nn.Module, example_inputs: Any, why: str) -> nn.Module | None:
+    """The model captured module by module, where no part has the shortcomings of the exported whole."""
+    try:
+        net = _parts(_copy(model), model, example_inputs, why)
+    except CaptureError:  # the exported whole is sound, and stays
+        return None
+    nets = [module for module in net.modules() if isinstance(module, Net)]
+    return None if any(shortcoming(part, example_inputs) for part in nets) else net
+
+
+def _exported(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[Net, str]:
+    """The net; and in words how it differs by rounding, if it does, and the sizes that it serves no other than.
+
+    Raises CaptureError where the graph would differ by more, or train with other gradients.
+    """
+    net = export_both_modes(_copy(model), model, example_inputs, dynamic_shapes)
+    found = difference(net, model, example_inputs)
+    if found.size > ROUNDING:
+        raise CaptureError(f"{type(model).__name__} as torch.export has it is not the same: {found.words}")
+    rounding = f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
+    return net, rounding + fixed_sizes(net)
+
+
+def _parts(twin: nn.Module, model: nn.Module, example_inputs: Any, why: str) -> nn.Module:
+    """The copy of the model with its parts captured one by one, its own code running around them."""
+    if example_inputs is None:
+        raise CaptureError(f"the parts of {type(model).__name__} need example inputs to be traced; pass example_inputs")
+    parts = capture_parts(twin, example_inputs)
+    layers = [module for _, module in untraced(twin) if module_op(module) is not None]
+    if not parts and not layers:
+        raise CaptureError(f"no part of {type(model).__name__} with a matrix in it can be traced by itself.")
+    found = difference(twin, model, example_inputs)
+    if found.size > ROUNDING:
+        raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {found.words}")
+    meta_of(twin)["read"] = modules_read(twin, example_inputs)
+    return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
+
+
+def _noted(net: nn.Module, words: str) -> nn.Module:
+    """The net, with how it was captured in its meta."""
+    meta_of(net)["capture"] = words
+    return net
+
+
+def _adopted(model: fx.GraphModule) -> Net:
+    """The caller's own graph as a Net. One that torch.export made in one mode stays in it."""
+    root = copy_tree(model)
+    for node in model.graph.nodes:
+        if node.op == "get_attr" and node.target in vars(model):
+            vars(root)[node.target] = copy.deepcopy(vars(model)[node.target])
+    graph = copy_graph(model.graph)
+    mode = None
+    if "train" in vars(model):  # torch.export puts functions that raise in place of train() and eval()
+        settle_inputs(graph)
+        mode = mode_of(graph)
+    if mode is not None:
+        root.train(mode)
+    return finished(root, graph, None, model, fixed_mode=mode is not None)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}); the pass works on a copy, so make the model "
+            f"support copy.deepcopy"
+        ) from error
+
+
+def _check_inputs(model: nn.Module, example_inputs: Any) -> None:
+    """Run the copy once in eval mode: what does not fit should be said in the model's own terms."""
+    if example_inputs is None:
+        return
+    twin = copy.deepcopy(model)
+    if not getattr(twin, "fixed_mode", False):
+        twin.eval()
+    try:
+        with torch.no_grad():
+            run(twin, example_inputs)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not accept the example inputs ({describe(*split_inputs(example_inputs))}): "
+            f"{first_line(error)}."
+        ) from error
+
+
+def _refuse(model: nn.Module) -> None:
+    """What is wrong with a model whatever way it is traced."""
+    tensors = [name for name, value in vars(model).items() if isinstance(value, Tensor)]
+    for name in (*model._modules, *model._parameters, *model._buffers, *tensors):
+        if name in _RESERVED:
+            raise CaptureError(
+                f"the model calls a part of it {name!r}, which a graph module needs for itself: rename it"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise CaptureError(
+                f"{name or 'the model'} ({type(module).__name__}) has no weights yet: call the model once, on the "
+                f"example inputs, before it is transformed"
+            )

@@ -1,0 +1,120 @@
+"""Example inputs in the forms users have them, and their batch: the first dimension of their tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+
+Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def split_inputs(example_inputs: Any) -> Inputs:
+    """``(args, kwargs)`` from a tuple of arguments, a dict of keyword arguments, the pair ``(args, kwargs)``, or one
+    tensor.
+
+    Raises CaptureError for anything else.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
+            return example_inputs[0], dict(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise CaptureError(
+        f"example inputs of type {type(example_inputs).__name__} are not understood: "
+        "give a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)"
+    )
+
+
+def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs with the keyword arguments in the order of forward: torch.export binds those of a GraphModule by their
+    order, whatever their names.
+    """
+    args, kwargs = inputs
+    if not isinstance(module, fx.GraphModule):
+        return inputs
+    names = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return args, {name: kwargs[name] for name in (*names, *(name for name in kwargs if name not in names))}
+
+
+def fresh(example_inputs: Any) -> Any:
+    """The same with copies of the tensors, for a model may write into what it is given; one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        return copies.setdefault(id(tensor), tensor.detach().clone())
+
+    return pytree.tree_map_only(Tensor, copied, example_inputs)
+
+
+def batch_size(inputs: Inputs) -> int | None:
+    """The first dimension of the first tensor that has one."""
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+def double_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """The inputs with a batch of 1 doubled: torch.export takes a size of 1 for a constant."""
+    return with_batch((args, kwargs), 2) if batch_size((args, kwargs)) == 1 else (args, kwargs)
+
+
+def free_dimensions(args: tuple[Any, ...], kwargs: dict[str, Any], *, only_first: bool = False) -> Any:
+    """``dynamic_shapes`` for torch.export that frees every dimension of every tensor, or the first of each, where the
+    model allows it.
+    """
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            shapes[leaf] = dict.fromkeys(range(1 if only_first else leaf.ndim), torch.export.Dim.AUTO)
+    return shapes
+
+
+def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None, limits: Sequence[int | None] = ()) -> Inputs:
+    """The inputs at another batch size: rows of the example over again, in every tensor that shares its batch.
+
+    seed: draws new rows instead: floats from a normal distribution with the example's mean and deviation, other values
+    from the example's rows. Of an example of one value, such as zeros, all rows would be alike: its deviation is taken
+    as 1, and integers are drawn below a limit, where one is known. limits: by tensor, in order.
+    """
+    present = batch_size(inputs)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    below = {id(leaf): limit for leaf, limit in zip(given, limits, strict=False)}
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != present:
+            return leaf
+        if generator is None:
+            return leaf.detach()[torch.arange(batch) % leaf.shape[0]]
+        if leaf.is_floating_point():
+            noise = torch.randn((batch, *leaf.shape[1:]), generator=generator).to(leaf.device, leaf.dtype)
+            std = leaf.std() if leaf.numel() > 1 else leaf.abs().mean()
+            return leaf.mean() + torch.where(std > 0, std, 1) * noise
+        limit = below.get(id(leaf))
+        if limit is not None and leaf.dtype is not torch.bool and bool((leaf == leaf.flatten()[:1]).all()):
+            drawn = torch.randint(limit, (batch, *leaf.shape[1:]), generator=generator)
+            return drawn.to(leaf.device, leaf.dtype)
+        return leaf.detach()[torch.randint(leaf.shape[0], (batch,), generator=generator)]
+
+    done: dict[int, Any] = {}  # one tensor stays one
+    args, kwargs = pytree.tree_map(lambda leaf: done.setdefault(id(leaf), resized(leaf)), inputs)
+    return args, kwargs
+
+
+def joined(path: Sequence[Any]) -> str:
+    """``batch_ids_0`` for ``batch["ids"][0]``, as torch.export names its inputs."""
+    return "_".join(str(astuple(key)[0]) for key in path)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]

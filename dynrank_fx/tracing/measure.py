@@ -1,0 +1,174 @@
+"""One run of a net's evaluation graph on the example inputs: shapes and FLOPs, without side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import CaptureError
+from ..ops import OP_MODULES, Shape
+from .inputs import fresh, split_inputs
+from .isolation import same_buffers, same_randomness, slow_attention
+from .net import Net, untraced
+
+
+@dataclass
+class Measured:
+    """shapes: of every node that gives one tensor, and of the input of every layer that untraced code calls. flops: of
+    the whole model for the example inputs.
+    """
+
+    shapes: dict[fx.Node | nn.Module, Shape] = field(default_factory=dict)
+    flops: int = 0
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, net: Net, measured: Measured) -> None:
+        super().__init__(net, graph=net.graphs[False])
+        self.measured = measured
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.measured.shapes[n] = tuple(result.shape)
+        return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A captured part inside the graph is recorded too.
+        part = self.module.get_submodule(target)
+        return _record(part, args, kwargs, self.measured) if isinstance(part, Net) else part(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _own_lists((args, kwargs))
+        return target(*args, **kwargs)
+
+
+def _own_lists(value: Any) -> Any:
+    """With new lists, as in generated code: functions may write to theirs."""
+    if isinstance(value, list):
+        return [_own_lists(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_own_lists(item) for item in value)
+    return {key: _own_lists(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _record(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any], measured: Measured) -> Any:
+    graph = net.graphs[False]
+    values = _placeholders(graph, args, kwargs)
+    result = _Recorder(net, measured).run(*values, enable_io_processing=False)
+    return graph.process_outputs(result)
+
+
+def measure(net: nn.Module, example_inputs: Any) -> Measured:
+    """Shapes and FLOPs of the evaluation graph (torch.utils.flop_counter) on the example inputs.
+
+    Raises CaptureError where the inputs do not fit the graph.
+    """
+    args, kwargs = split_inputs(fresh(example_inputs))
+    if isinstance(net, Net):
+        _placeholders(net.graphs[False], args, kwargs)
+    modes = {module: module.training for module in net.modules()}
+    measured, counter = Measured(), flop_counter()
+    try:
+        for module in modes:
+            module.training = False
+        # Real tensors, not fake ones: those take a hundred times as long per operation, and cannot branch on data.
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), same_randomness(), same_buffers(net), slow_attention(), counter):
+                stack.enter_context(context)
+            stack.enter_context(_watched(net, measured))
+            if isinstance(net, Net):
+                _record(net, args, kwargs, measured)
+            else:
+                net(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    measured.flops = counter.get_total_flops()
+    return measured
+
+
+class _NoModules:
+    """In place of the counter's record of who calls what: it hooks into autograd, and fails where forward switches
+    gradients on or is given a parameter.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: Any) -> None: ...
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Of both products; torch counts them for CUDA's kernels alone."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[-2] * (width + value[-1])
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts FLOPs, those of the CPU's attention kernel too: ``get_total_flops()``."""
+    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=kernels)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
+
+
+@contextmanager
+def _watched(root: nn.Module, measured: Measured) -> Iterator[None]:
+    """Untraced code runs as it is: its captured parts are recorded, and the inputs of its layers noted."""
+    handles: list[Any] = []
+    parts = [] if isinstance(root, Net) else [module for module in root.modules() if isinstance(module, Net)]
+
+    def recorded(net: Net) -> Any:
+        return lambda *args, **kwargs: _record(net, args, kwargs, measured)
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            measured.shapes[module] = tuple(args[0].shape)
+
+    try:
+        for net in parts:
+            vars(net)["forward"] = recorded(net)
+        for _, module in untraced(root):
+            if isinstance(module, OP_MODULES):
+                handles.append(module.register_forward_pre_hook(note))
+        yield
+    finally:
+        for net in parts:
+            vars(net).pop("forward", None)
+        for handle in handles:
+            handle.remove()
+
+
+def _placeholders(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """One value per placeholder, in order."""
+    codegen = graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        spec = codegen.pytree_info.in_spec
+        order = spec.child(1).context if spec.num_children == 2 else list(kwargs)
+        return pytree.tree_leaves((args, {name: kwargs[name] for name in order}))
+    values, given = [], list(args)
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.target)
+        if name.startswith("*"):
+            values.append(given if name.count("*") == 1 else kwargs)
+            given = []
+        elif given:
+            values.append(given.pop(0))
+        elif name in kwargs:
+            values.append(kwargs[name])
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise CaptureError(f"the example inputs have no value for the model's argument {name!r}")
+    return values

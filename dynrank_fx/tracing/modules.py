@@ -1,0 +1,149 @@
+"""Capture module by module: a module that cannot be traced keeps its own code, with its parts captured inside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CaptureError
+from ..ops import module_op
+from .equivalence import ROUNDING, Effect, difference, difference_from, effect, lost_in_a_graph
+from .export import export_both_modes
+from .inputs import fresh
+from .net import Net, untraced
+from .symbolic import closed_layers, trace_symbolically
+
+
+def capture_parts(root: nn.Module, example_inputs: Any, only: Sequence[str] = ()) -> list[str]:
+    """Put a Net in the place of every part of ``root`` that can be captured by itself; the names of those parts.
+
+    The largest parts that can be are taken; below one that cannot, its children. Layers of torch's own that hold one
+    weight stay as they are: they can be sites without a graph around them. A part is captured only if it gives the
+    same bits on what the model gave it for the example inputs, and the model with it still does what it did. only:
+    these parts, and no others.
+    """
+    calls, expected = _calls(root, example_inputs)
+    found: dict[nn.Module, nn.Module] = {}  # a module under several names stays one
+    names: list[str] = []
+    waiting = list(only) or [name for name, _ in root.named_children()]
+    while waiting:
+        name = waiting.pop(0)
+        part = root.get_submodule(name)
+        if isinstance(part, Net | nn.RNNBase) or module_op(part) is not None or not _has_matrix(part):
+            continue
+        if part not in found and name in calls:
+            net = _captured(part, calls[name])
+            if net is not None and _serves(root, name, net, expected, example_inputs):
+                found[part] = net
+        if part in found:
+            root.set_submodule(name, found[part])
+            names.append(name)
+        elif not only:
+            waiting[:0] = [f"{name}.{child}" for child in dict(part.named_children())]
+    return names
+
+
+def modules_read(root: nn.Module, example_inputs: Any) -> list[str]:
+    """The modules, inside captured parts or single layers, whose parameters untraced code reads by itself when it runs
+    on the example inputs.
+    """
+    nets = [module for module in root.modules() if isinstance(module, Net)]
+    layers = [module for _, module in untraced(root) if module_op(module) is not None]
+    holders = [*layers, *(module for net in nets for module in net.modules() if module._parameters)]
+    read: dict[nn.Module, None] = {}
+    running: list[nn.Module] = []
+    kinds = {module: type(module) for module in holders if not isinstance(module, Net)}
+
+    def __getattr__(self: nn.Module, name: str) -> Any:
+        if not torch.compiler.is_compiling() and not running and name in vars(self)["_parameters"]:
+            read[self] = None
+        return nn.Module.__getattr__(self, name)
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():  # as it is by torch.cond, which allows no such notes
+            running.append(module)
+
+    def leave(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            running.pop()
+
+    with ExitStack() as stack:
+        for module in (*nets, *layers):
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        for module, kind in kinds.items():
+            module.__class__ = type(kind.__name__, (kind,), {"__getattr__": __getattr__})
+            stack.callback(setattr, module, "__class__", kind)
+        for net in nets:  # each has a class of its own, to which it writes its code
+            type(net).__getattr__ = __getattr__  # type: ignore[method-assign]
+            stack.callback(delattr, type(net), "__getattr__")
+        effect(root, example_inputs, mode=False)
+        with suppress(Exception):  # where the model does not train on the example, nothing is read
+            effect(root, example_inputs, mode=True)
+    return [name for name, module in root.named_modules(remove_duplicate=False) if module in read]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Effect]:
+    """The arguments of the first call of every module, as (args, kwargs), and its effect, on the example inputs."""
+    calls: dict[str, Any] = {}
+    handles = []
+
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, fresh((args, kwargs)))
+
+        return note
+
+    for name, module in root.named_modules(remove_duplicate=False):
+        if name and not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(noting(name), with_kwargs=True))
+    try:
+        return calls, effect(root, example_inputs, mode=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _captured(part: nn.Module, call: Any) -> Net | None:
+    """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
+    if lost_in_a_graph(part, call):
+        return None
+    try:
+        net = trace_symbolically(_shell(part), part, call)
+        if not closed_layers(net) and difference(net, part, call).size == 0:
+            return net
+    except CaptureError:
+        pass  # torch.export is next
+    try:
+        net = export_both_modes(_shell(part), part, call)
+    except CaptureError:
+        return None  # it keeps its own code, and its children are tried
+    return net if difference(net, part, call).size <= ROUNDING else None
+
+
+def _shell(part: nn.Module) -> nn.Module:
+    """The same parameters and submodules in a module of their own: a graph adds what it reads, the part stays."""
+    shell = type(part).__new__(type(part))  # not copy.copy, which parametrized modules refuse
+    vars(shell).update(vars(part))
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        vars(shell)[name] = copy.copy(vars(part)[name])
+    return shell
+
+
+def _serves(root: nn.Module, name: str, net: Net, expected: Effect, example_inputs: Any) -> bool:
+    """Whether the model does what it did with the net in the part's place: its code may want more than its forward."""
+    part = root.get_submodule(name)
+    root.set_submodule(name, net)
+    try:
+        return difference_from(root, expected, example_inputs, mode=False).size == 0
+    finally:
+        root.set_submodule(name, part)

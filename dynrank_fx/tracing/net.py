@@ -1,0 +1,237 @@
+"""The module that runs a captured model: its whole module tree, a graph per mode, and code per setting."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import CaptureError
+
+Forward = Callable[..., Any]
+
+
+class Net(fx.GraphModule):
+    """A GraphModule over the whole module tree of the model, with one graph for training and one for evaluation.
+
+    A plain GraphModule keeps only what its graph names and loses aliases, unused parameters and the order of names;
+    here ``state_dict()`` has the keys of the original. The two graphs are the same object where the mode changes
+    nothing.
+
+    Each setting (mode, phases, ranks) runs a code object of its own: Dynamo counts its recompilations per code
+    object, so that no number of settings reaches its limit, and a setting seen before finds its compiled graph again.
+
+    fixed_mode: the graph was exported in one mode by the caller and cannot be switched; ``train`` and ``eval`` then
+    raise.
+    """
+
+    graphs: dict[bool, fx.Graph]
+
+    def __init__(
+        self,
+        root: nn.Module,
+        train_graph: fx.Graph,
+        eval_graph: fx.Graph | None = None,
+        *,
+        fixed_mode: bool = False,
+    ) -> None:
+        super().__init__(root, train_graph, class_name=type(root).__name__)
+        self._adopt(root)
+        self.graphs = {True: train_graph, False: eval_graph or train_graph}
+        self.fixed_mode = fixed_mode
+        self.setting: Hashable = ()
+        self._codes: dict[Hashable, Forward] = {}
+        self.refresh()
+
+    def _adopt(self, root: nn.Module) -> None:
+        constants = {name: t for name, t in (vars(self) | vars(root)).items() if isinstance(t, Tensor)}
+        buffers = dict(self._buffers)
+        self._parameters, self._modules, self._buffers = root._parameters, root._modules, root._buffers
+        self._non_persistent_buffers_set = root._non_persistent_buffers_set
+        self.training = root.training
+        # Constants of the graph are no part of the model's state.
+        for name, tensor in (constants | buffers).items():
+            if name not in self._buffers and tensor is not None:
+                vars(self).pop(name, None)
+                self.register_buffer(name, tensor, persistent=False)
+
+    def refresh(self) -> None:
+        """Forget all generated code: after the graphs were rewritten."""
+        for graph in self.graphs.values():
+            graph.owning_module = self
+            graph.lint()
+        self._codes.clear()
+        self.specialize(self.setting)
+
+    def specialize(self, setting: Hashable) -> None:
+        """Run the code object of this setting in the present mode, generating it the first time."""
+        self.setting = setting
+        key = (self.training, setting)
+        if key not in self._codes:
+            self._graph = self.graphs[self.training]
+            self.recompile()
+            self._codes[key] = type(self).forward
+        type(self).forward = self._codes[key]  # type: ignore[method-assign]
+        self._graph = self.graphs[self.training]
+        codegen = self._graph._codegen
+        if isinstance(codegen, fx.graph._PyTreeCodeGen):  # the code reads these; the other graph's may differ
+            self._in_spec, self._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+
+    def train(self, mode: bool = True) -> Net:
+        """As in torch, and the graph of that mode runs. Raises CaptureError for a graph exported in one mode."""
+        if self.fixed_mode and mode != self.training:
+            raise CaptureError(
+                f"this graph was exported in {'training' if self.training else 'evaluation'} mode and cannot leave it: "
+                "give the nn.Module itself, which is captured in both modes"
+            )
+        super().train(mode)
+        self.specialize(self.setting)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A site that replaced a bare parameter keeps that parameter's name.
+        for name, module in self.named_modules(remove_duplicate=False):
+            if getattr(module, "bare", False) and prefix + name in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Net:
+        root = copy_tree(self, memo)
+        train = copy_graph(self.graphs[True])
+        same = self.graphs[False] is self.graphs[True]
+        other = None if same else copy_graph(self.graphs[False])
+        twin = Net(root, train, other, fixed_mode=self.fixed_mode)
+        memo[id(self)] = twin
+        twin.__class__.__name__ = type(self).__name__
+        twin.meta = copy.deepcopy(self.meta, memo)
+        twin.specialize(self.setting)
+        return twin
+
+    def __copy__(self) -> Net:
+        raise CaptureError("a shallow copy would share its switches with the original; use copy.deepcopy")
+
+
+def finished(
+    root: nn.Module, train: fx.Graph, other: fx.Graph | None, model: nn.Module, *, fixed_mode: bool = False
+) -> Net:
+    """The Net over ``root`` with these graphs, in the modes of ``model``. other: for evaluation, if it differs."""
+    for graph in (train, other or train):
+        graph._tracer_cls = fx.Tracer  # it is called when a saved module is loaded: not by our class, or export's own
+    net = Net(root, train, other, fixed_mode=fixed_mode)
+    type(net).__name__ = type(model).__name__
+    if not fixed_mode:
+        net.train(model.training)
+        for name, module in model.named_modules():
+            net.get_submodule(name).training = module.training
+    return net
+
+
+def copy_tree(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A bare module with a copy of the parameters, buffers and submodules, ties kept."""
+    root, memo = nn.Module(), {} if memo is None else memo
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"):
+        vars(root)[name] = copy.deepcopy(vars(module)[name], memo)
+    return root
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of the nodes. The calling convention is shared: nobody changes it, and copying a TreeSpec warns."""
+    twin = fx.Graph(tracer_cls=graph._tracer_cls)
+    value = twin.graph_copy(graph, val_map={})
+    twin.output(value, type_expr=graph.output_node().type).meta = copy.copy(graph.output_node().meta)
+    twin._codegen = graph._codegen
+    return twin
+
+
+def set_submodule(net: nn.Module, path: str, module: nn.Module) -> None:
+    """The module under the path. Unlike torch's own it takes names that are no identifiers."""
+    parent, _, name = path.rpartition(".")
+    net.get_submodule(parent)._modules[name] = module
+
+
+def drop_dead_reads(graph: fx.Graph, views: set[fx.Node]) -> None:
+    """Reads of weights, and of parts of them, that no node uses any more. Not eliminate_dead_code: it would drop
+    in-place updates.
+    """
+    for node in reversed(list(graph.nodes)):
+        if (node.op == "get_attr" or node in views) and not node.users:
+            graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it had. A graph exported in one mode stays in it."""
+    modes = {module: module.training for module in net.modules()}
+    fixed = getattr(unwrap(net), "fixed_mode", False)
+    if not fixed:
+        net.eval()
+    try:
+        yield
+    finally:
+        if not fixed:
+            net.train(modes[net])
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def unwrap(net: nn.Module) -> nn.Module:
+    """The module behind torch.compile's wrapper, or the module itself."""
+    return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net  # type: ignore[return-value]
+
+
+_META = "dynrank_meta"  # the attribute that stands in for GraphModule.meta where the model keeps its own class
+
+
+@dataclass(frozen=True)
+class Region:
+    """A captured part of the model: a Net, and where it stands ("" or a path that ends in a dot)."""
+
+    net: Net
+    prefix: str
+
+    def full(self, name: object) -> str:
+        """The name in the whole model of what the region's graphs call ``name``."""
+        return f"{self.prefix}{name}"
+
+
+def regions(root: nn.Module) -> list[Region]:
+    """Every captured part of the model; the model itself where it was captured whole."""
+    return [
+        Region(module, f"{name}." if name else "") for name, module in root.named_modules() if isinstance(module, Net)
+    ]
+
+
+def is_captured(module: nn.Module) -> bool:
+    """Whether the module was made by ``capture``: a Net, or a copy of a model whose parts were captured."""
+    return isinstance(module, Net) or _META in vars(module)
+
+
+def meta_of(root: nn.Module) -> dict[str, Any]:
+    """What is known of a captured model (its plan, how it was captured); it survives ``deepcopy``."""
+    found: dict[str, Any] = root.meta if isinstance(root, Net) else vars(root).setdefault(_META, {})
+    return found
+
+
+def forget_meta(root: nn.Module) -> None:
+    """Leave nothing of this package in a model whose parts were captured."""
+    vars(root).pop(_META, None)
+
+
+def untraced(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules outside of every Net, whose own code runs, with their paths."""
+    if isinstance(root, Net):
+        return
+    yield path, root
+    for name, child in root.named_children():
+        yield from untraced(child, f"{path}.{name}".lstrip("."))
+
+
+def attribute(net: nn.Module, path: str) -> Any:
+    """What ``path`` names in the module tree."""
+    return operator.attrgetter(path)(net)

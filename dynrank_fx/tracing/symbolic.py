@@ -1,0 +1,135 @@
+"""Capture by torch.fx's symbolic tracing: the model's own code, run on proxies in both modes."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import CaptureError, first_line
+from ..ops import has_hooks
+from .blame import origin
+from .inputs import split_inputs
+from .isolation import in_mode
+from .net import Net, finished
+
+
+def _surroundings() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+class _Tracer(fx.Tracer):
+    """Refuses what a graph of calls cannot hold: it would train where the model says ``no_grad``."""
+
+    proxy_buffer_attributes = True  # otherwise what forward does to a buffer would be done once, while tracing
+
+    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+        self.surroundings = _surroundings()
+        graph = super().trace(root, *args, **kwargs)
+        for name, buffer in root.named_buffers():
+            if isinstance(buffer, fx.Proxy):
+                raise RuntimeError(f"forward assigns the buffer {name}, which a symbolic graph cannot hold")
+        return graph
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self.surroundings:
+            raise RuntimeError("gradients or autocast are switched inside forward, which a symbolic graph cannot hold")
+        return super().create_node(*args, **kwargs)
+
+
+def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -> Net:
+    """The Net over ``root``, a copy of ``model``. Raises CaptureError naming the line that cannot be traced."""
+    graphs = {}
+    if has_hooks(model):
+        raise CaptureError(f"{type(model).__name__} has hooks of its own, which a symbolic graph would leave out.")
+    for mode in (True, False):
+        try:
+            with in_mode(root, mode):
+                graphs[mode] = _Tracer().trace(root)
+            compile(graphs[mode].python_code("self").src, "graph", "exec")
+        except Exception as error:
+            where = origin(error, root)
+            raise CaptureError(f"{where} cannot be traced symbolically: {first_line(error)}.") from error
+    given = _given(model, example_inputs)
+    for mode, graph in graphs.items():
+        _pin_optional(root, graph, mode, given)
+    same = graphs[True].python_code("self").src == graphs[False].python_code("self").src
+    return finished(root, graphs[True], None if same else graphs[False], model)
+
+
+def _given(model: nn.Module, example_inputs: Any) -> set[str]:
+    """The names of the arguments of forward for which the example has a value."""
+    if example_inputs is None:
+        return set()
+    args, kwargs = split_inputs(example_inputs)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return {name for name, value in bound.arguments.items() if value is not None}
+
+
+def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool, given: set[str]) -> None:
+    """Refuse, by plain assertions, the optional inputs for which forward would do something else.
+
+    ``x is None`` is false of a proxy, and so is ``torch.is_tensor(x)``: an input that forward tests must be there, and
+    one that the graph does not use must not, unless the example shows that it makes no difference.
+    """
+    optional = [node for node in graph.nodes if node.op == "placeholder" and node.args == (None,)]
+    tested = [node for node in optional if _is_tested(root, graph, node, mode)]
+    unused = [node for node in optional if not node.users and node not in tested and node.target not in given]
+    with graph.inserting_before(next((node for node in graph.nodes if node.op != "placeholder"), None)):
+        for nodes, test, words in ((tested, operator.is_not, "with"), (unused, operator.is_, "without")):
+            for node in nodes:
+                kept = graph.call_function(test, (node, None))
+                text = f"the graph was traced {words} {node.target}, and serves no other"
+                graph.call_function(torch._assert, (kept, text))
+
+
+def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) -> bool:
+    """Whether forward without this input is more than the same calls, given None."""
+    try:
+        with in_mode(root, mode):
+            without = _Tracer().trace(root, concrete_args={str(optional.target): None})
+    except Exception:  # forward needs it, whatever it does with it
+        return True
+    return _calls(graph, str(optional.target)) != _calls(without, str(optional.target))
+
+
+def _calls(graph: fx.Graph, optional: str) -> list[Any]:
+    """What is called with what, in order, None standing for the optional input."""
+    shown: dict[fx.Node, Any] = {}
+    found: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            shown[node] = None if node.target == optional else ("input", str(node.target))
+        elif getattr(node.target, "__name__", "") != "_assert_is_none":
+            shown[node] = ("call", len(found))
+            found.append((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), shown.get)))
+    return found
+
+
+def closed_layers(net: Net) -> list[str]:
+    """The layers that symbolic tracing left whole although they hold matrices that torch.export can open."""
+    called = dict.fromkeys(str(n.target) for g in net.graphs.values() for n in g.nodes if n.op == "call_module")
+    return [name for name in called if _is_closed(net.get_submodule(name))]
+
+
+def closed_functions(net: Net) -> list[str]:
+    """The functions that torch.fx was told not to trace although they are given a matrix of the model's."""
+    matrices = {name for name, p in net.named_parameters(remove_duplicate=False) if p.ndim >= 2}
+    found = []
+    for node in (node for graph in net.graphs.values() for node in graph.nodes if node.op == "call_function"):
+        given = any(each.op == "get_attr" and each.target in matrices for each in node.all_input_nodes)
+        if given and isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch."):
+            found.append(node.target.__name__)
+    return found
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """A leaf of torch's own with matrices inside submodules or under other names than ``weight``."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | Net) or hasattr(module, "parametrizations"):
+        return False
+    return any(p.ndim >= 2 and name != "weight" for name, p in module.named_parameters())

@@ -1,0 +1,42 @@
+"""Train in phases: in a loop of one's own by ``Phases``, or by the loop of the command line, with runs that resume."""
+
+from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
+from .facts import cost_of, train_state
+from .loop import fit
+from .phases import Phases, resume_phases_
+from .presets import Preset, paper_cifar10, paper_cifar100, practical
+from .rewarm import rewarm_
+from .run import CHECKPOINT, Run, plan_in, read_run, restore_run_, save_run, weights_in
+from .settings import Settings
+from .task import Task, evaluate, precision
+from .watch import Bar, Watcher, Watchers
+
+__all__ = [
+    "CHECKPOINT",
+    "Bar",
+    "Decay",
+    "Phases",
+    "Preset",
+    "Run",
+    "Settings",
+    "Task",
+    "Watcher",
+    "Watchers",
+    "cost_of",
+    "decays_in_a_known_way",
+    "evaluate",
+    "factor_decay_",
+    "fit",
+    "paper_cifar10",
+    "paper_cifar100",
+    "plan_in",
+    "practical",
+    "precision",
+    "read_run",
+    "restore_run_",
+    "resume_phases_",
+    "rewarm_",
+    "save_run",
+    "train_state",
+    "weights_in",
+]

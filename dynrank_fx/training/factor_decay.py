@@ -1,0 +1,156 @@
+"""Weight decay of factors: what takes the place of the optimizer's own decay of each of them.
+
+Decaying B and A at λ decays W = BA at about 2λ, and pulls the factors towards equal norms. Half of it on each decays W
+at λ, to first order. Decaying the product, that is λ/2 · ‖BA‖_F² with the gradients λ B AAᵀ and λ BᵀB A, does to W what
+λ/2 · ‖W‖_F² does (Frobenius decay, with spectral initialisation: arXiv 2105.01029, arXiv 2305.02538).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
+
+from ..errors import TransitionError
+from ..layouts import TwoFactors
+from ..phase import Phase
+from ..rewrite import Switched, switched_modules
+
+
+class Decay(enum.Enum):
+    """What decays where a site trains its factors. The rate is that of the factors' parameter group."""
+
+    EACH = "each factor, as the optimizer does"
+    HALVED = "each factor, by its share: half of it for two"
+    PRODUCT = "the product of the factors"
+
+
+# Adam, NAdam and RAdam say so in their groups.
+_DECOUPLED = (AdamW, Adafactor, Muon)
+_COUPLED = (SGD, Adam, NAdam, RAdam, Adagrad, Adamax, ASGD, RMSprop)
+
+
+class FactorDecay:
+    """The hooks of ``factor_decay_``; ``remove()``, or the end of a ``with`` block, takes them off."""
+
+    def __init__(self, net: nn.Module, optimizer: Optimizer, decay: Decay, decoupled: bool | None) -> None:
+        self.decay, self.decoupled = decay, decoupled
+        self._sites = [modules[0] for modules in switched_modules(net).values()]
+        self._pending: list[tuple[Parameter, dict[str, Any], Any, Tensor]] = []
+        self._handles: tuple[Any, ...] = ()
+        if decay is not Decay.EACH:
+            pre, post = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+            self._handles = (pre(self._before), post(self._after))
+
+    def __enter__(self) -> FactorDecay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the factors to the optimizer again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._pending = []
+        corrections = self._corrections(optimizer)
+        coupled = [row for row in corrections if not _decouples(optimizer, row[1], self.decoupled)]
+        for parameter, group, difference in corrections:
+            if _decouples(optimizer, group, self.decoupled):
+                self._pending.append((parameter, group, group["lr"], difference))
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None or not coupled:
+            _add_to_gradients(optimizer, coupled)
+            return None
+
+        def closure_then_decay() -> Any:
+            loss = closure()
+            _add_to_gradients(optimizer, coupled)
+            return loss
+
+        return (args[:1], {**kwargs, "closure": closure_then_decay})
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for parameter, group, before, difference in self._pending:
+                if parameter.grad is not None:
+                    # A re-warm-up lowers the rate within the step, and may do so before this hook or after it.
+                    rate = min(before, group["lr"]) * group["weight_decay"]
+                    parameter.sub_(difference * rate)
+        self._pending = []
+
+    @torch.no_grad()
+    def _corrections(self, optimizer: Optimizer) -> list[tuple[Parameter, dict[str, Any], Tensor]]:
+        """(factor p, its group, D(p) - p), where λ D(p) shall decay in the place of the optimizer's λ p."""
+        groups = {
+            id(p): group for group in optimizer.param_groups for p in group["params"] if group.get("weight_decay")
+        }
+        wanted: dict[Parameter, Tensor] = {}
+        for site in self._sites:
+            factors = site.factors if site.phase == int(Phase.LOW) else ()
+            if not any(id(factor) in groups for factor in factors):
+                continue
+            if self.decay is Decay.HALVED:
+                wanted |= {factor: factor / len(factors) for factor in factors}  # k factors: k times as fast a decay
+                continue
+            for factor, more in zip(factors, _decay_of(site), strict=True):
+                # A factor that several sites share decays by the sum of theirs.
+                wanted[factor] = wanted[factor] + more if factor in wanted else more
+        return [(p, groups[id(p)], target - p) for p, target in wanted.items() if id(p) in groups]
+
+
+def _decay_of(site: Switched) -> tuple[Tensor, ...]:
+    """Half the gradients of ‖W‖_F² at the factors: for two, B AAᵀ and BᵀB A."""
+    layout = site.layout
+    if not isinstance(layout, TwoFactors):
+        factors = tuple(factor.detach() for factor in site.factors)
+        return layout.pulled_back(factors, layout.join(factors))
+    B, A = layout.to_matrices(site.factors)
+    return layout.from_matrices((B @ (A @ A.mT), (B.mT @ B) @ A), site.shape)
+
+
+def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, dict[str, Any], Tensor]]) -> None:
+    # Under a GradScaler a fused optimizer divides the gradients by this itself.
+    scale = getattr(optimizer, "grad_scale", None)
+    for parameter, group, difference in rows:
+        if parameter.grad is not None:
+            more = difference * (group["weight_decay"] * (-1 if group.get("maximize") else 1))
+            parameter.grad.add_(more if scale is None else more * scale)
+
+
+def _decouples(optimizer: Optimizer, group: dict[str, Any], said: bool | None) -> bool:
+    """Whether weights decay beside the step (as in AdamW) and not through the gradient."""
+    if said is not None:
+        return said
+    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, _DECOUPLED)
+
+
+def decays_in_a_known_way(optimizer: Optimizer) -> bool:
+    """Whether it is known how this optimizer decays weights: not at all, beside its step, or through the gradient."""
+    decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+    return not decays or isinstance(optimizer, _COUPLED + _DECOUPLED)
+
+
+def factor_decay_(
+    net: nn.Module, optimizer: Optimizer, decay: Decay = Decay.PRODUCT, *, decoupled: bool | None = None
+) -> FactorDecay:
+    """Let the product of the factors decay in LOW, at the rate of their parameter group, and not each of them.
+
+    Hooks on ``optimizer.step()`` add what is missing to the optimizer's own decay and take off what is too much, so
+    that groups, schedules and switches of phase go on as they are. decoupled: whether the optimizer decays weights
+    beside its step, as AdamW does, or through the gradient, as SGD does; None for torch's own, of which it is known.
+
+    Raises TransitionError for another optimizer of which that is not said.
+    """
+    if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(optimizer):
+        raise TransitionError(
+            f"how {type(optimizer).__name__} decays weights is not known: say decoupled=True (beside the step, as "
+            "AdamW) or decoupled=False (through the gradient, as SGD)"
+        )
+    return FactorDecay(net, optimizer, decay, decoupled)

@@ -1,0 +1,128 @@
+"""What a schedule is told: where training stands, what the sites cost, and their spectra when it looks at them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ..phase import Phase
+from ..phases import phases_of
+from ..plan import PlannedSite
+from ..rewrite import plan_of, switched_modules
+from ..schedules import SiteState, TrainState
+from ..tracing import unwrap
+
+
+def train_state(
+    net: nn.Module,
+    optimizer: Optimizer,
+    epoch: int,
+    epochs: int,
+    lr_scheduler: Any = None,
+    *,
+    steps_per_epoch: int = 1,
+    rates: Sequence[float] = (),
+    spent: float = 0.0,
+) -> TrainState:
+    """The state of a training at the start of an epoch, for a schedule to look at.
+
+    lr_scheduler: stepped once an epoch, or as often as steps_per_epoch says. rates: the learning rates of the epochs so
+    far. spent: the sum of ``cost_of`` over them. Spectra are computed when they are asked for.
+    """
+    plan, phases = plan_of(net), phases_of(net)
+    sites = {}
+    for row in plan.sites:
+        dense, low = _costs(row, plan.total_flops, plan.total_params)
+        groups = row.site.params // math.prod(row.layout.matrix_shape(row.site.shape))
+        sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low, groups, row.pack)
+    planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
+    known = (*rates, *planned) if planned and len(rates) == epoch else ()
+    lr = float(optimizer.param_groups[0]["lr"])
+    return TrainState(epoch, epochs, lr, _Spectra(net), spent, known, sites)
+
+
+def cost_of(net: nn.Module) -> float:
+    """What a step costs in the present setting, by FLOPs (parameters where those are unknown), with the dense model
+    as 1.
+
+    The base of an ADAPTOR takes two of the three products of a dense step, which needs no gradient of it.
+    """
+    plan, phases = plan_of(net), phases_of(net)
+    more = 0.0
+    for row in plan.sites:
+        dense, low = _costs(row, plan.total_flops, plan.total_params)
+        more += {Phase.FULL: 0.0, Phase.LOW: low - dense, Phase.ADAPTOR: low - dense / 3}[phases[row.site.name]]
+    return 1 + more
+
+
+def _costs(row: PlannedSite, total_flops: int | None, total_params: int) -> tuple[float, float]:
+    """What a site costs dense and factored, in shares of the model. One without FLOPs runs in training only: as in the
+    plan's own total, it counts nothing.
+    """
+    if total_flops:
+        return (row.site.flops or 0) / total_flops, (row.flops or 0) / total_flops
+    return row.site.params / total_params, row.params / total_params
+
+
+class _Spectra(Mapping[str, tuple[float, ...]]):
+    """Singular values by site, computed when a schedule looks at them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._sites = switched_modules(unwrap(net))
+        self._known: dict[str, tuple[float, ...]] = {}
+
+    def __getitem__(self, name: str) -> tuple[float, ...]:
+        if name not in self._known:
+            values = self._sites[name][0].spectrum().flatten().sort(descending=True).values
+            self._known[name] = tuple(values.tolist())
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def planned_rates(optimizer: Optimizer, lr_scheduler: Any, epochs: int, steps: int = 1) -> tuple[float, ...]:
+    """The learning rate of the first group now and at the start of the following epochs, ``epochs`` of them.
+
+    lr_scheduler: one that is stepped so many times an epoch, or None for a constant rate. Empty where the rates depend
+    on what is not known yet (ReduceLROnPlateau) or the scheduler is none of torch's kind. Nothing is changed.
+    """
+    now = float(optimizer.param_groups[0]["lr"])
+    if lr_scheduler is None:
+        return (now,) * epochs
+    if isinstance(lr_scheduler, ReduceLROnPlateau) or not isinstance(lr_scheduler, LRScheduler):
+        return ()
+    dummy = _stand_in(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps without an optimizer's, and beyond a schedule's end
+        twin = copy.deepcopy(lr_scheduler, {id(optimizer): dummy, id(lr_scheduler.optimizer): dummy})
+        rates = []
+        for _ in range(epochs):
+            rates.append(float(dummy.param_groups[0]["lr"]))
+            try:
+                for _ in range(steps):
+                    twin.step()
+            except ValueError:  # OneCycleLR has an end
+                break
+    return tuple(rates)
+
+
+def _stand_in(optimizer: Optimizer) -> Optimizer:
+    """An optimizer with the same groups, each of one number."""
+    dummy = SGD([torch.zeros(1)], lr=0.0)
+    dummy.param_groups.clear()
+    for group in optimizer.param_groups:
+        settings = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
+        dummy.param_groups.append({**settings, "params": [torch.zeros(1)]})
+    return dummy

@@ -1,0 +1,135 @@
+"""A soft landing: before a cut, what it will take away decays to nothing, so that the cut changes nothing.
+
+A weight that trains densely fills its whole spectrum, and truncating it throws away what the network has come to rely
+on. So in every few steps of FULL the part of W that the coming cut would not keep is scaled down,
+
+    W ← (1 − c) W + c K,        K what the cut keeps: W V Vᵀ for two factors, V the top right singular vectors,
+
+with c = 1 / (applications left until the cut): what was there at the start falls linearly to zero, what the steps add
+since with it, and the dense optimizer moves into the kept part what matters. K follows W by one step of an iteration
+each time, see ``followed`` of the layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..layouts import Factors, Layout, full_precision
+from ..phase import Phase
+from ..phases import phases_in
+from ..rewrite import Switched, switched_modules
+from ..schedules import Schedule, TrainState
+from ..tracing import unwrap
+
+EVERY = 5
+"""Steps from one application to the next: at rank r it costs about r / (5 · tokens of a batch) of a step."""
+
+
+class Landing:
+    """Hooks on ``optimizer.step()``. ``begin(left)`` at the start of an epoch says for each site how many steps of FULL
+    are left until its cut; sites that are not named train as they are.
+
+    ``bases`` holds what tells K, by site: part of a checkpoint, so that a resumed run goes on bit by bit. ``split`` is
+    the cut that a landing leads to, for ``enter_``.
+    """
+
+    def __init__(self, net: nn.Module, optimizer: Optimizer, every: int = EVERY) -> None:
+        self._units = _units(net)
+        self.every, self.left = every, dict[str, int]()
+        self.bases: dict[str, Factors] = {}
+        self._handle = optimizer.register_step_post_hook(self._after)
+
+    def remove(self) -> None:
+        """Leave the weights to the optimizer again."""
+        self._handle.remove()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs: steps left and bases by site."""
+        return {"left": self.left, "bases": self.bases}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        devices = {unit[0].site: unit[0].outline.device for unit in self._units}
+        self.left = dict(state["left"])
+        self.bases = {site: tuple(each.to(devices[site]) for each in basis) for site, basis in state["bases"].items()}
+
+    def begin(self, left: Mapping[str, int]) -> None:
+        """Steps of FULL until the cut by site, from now on."""
+        self.left = dict(left)
+        self.bases = {site: basis for site, basis in self.bases.items() if site in self.left}
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for unit in self._units:
+            site = unit[0].site
+            left = self.left.get(site, 0)
+            if left <= 0 or unit[0].phase != int(Phase.FULL):
+                continue
+            self.left[site] = left - 1
+            if (left - 1) % self.every == 0:
+                self._shrink(unit, 1 / ((left - 1) // self.every + 1))
+
+    @torch.no_grad()
+    def _shrink(self, unit: list[Switched], c: float) -> None:
+        weights = [module._parameters["weight"] for module in unit]
+        stacked = torch.cat([w for w in weights if w is not None]) if len(unit) > 1 else weights[0]
+        assert stacked is not None
+        # Diverged: whoever trains will say so, and better.
+        W = torch.nan_to_num(_exact(stacked), 0.0, 0.0, 0.0)
+        site = unit[0].site
+        with full_precision():
+            kept, self.bases[site] = unit[0].layout.followed(W, unit[0].rank, self.bases.get(site, ()))
+            new = torch.lerp(_exact(stacked), kept, c)
+        sizes = [module.shape[0] for module in unit]
+        for weight, part in zip(weights, new.split(sizes) if len(unit) > 1 else [new], strict=True):
+            assert weight is not None
+            weight.copy_(part)
+
+    def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
+        """The factors that a landing came to, fitted to the weight once more; None where the plain cut finds them."""
+        last = self.bases.get(sites[0], ())
+        if layout.exact or not last:
+            return None
+        return tuple(each.to(weight.dtype) for each in layout.followed(_exact(weight), rank, last)[1])
+
+
+def _exact(weight: Tensor) -> Tensor:
+    """In float32 at least."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _units(net: nn.Module) -> list[list[Switched]]:
+    """The first module of every site, those that share a factor together, its owner first."""
+    firsts = {name: modules[0] for name, modules in switched_modules(unwrap(net)).items()}
+    units = dict.fromkeys(module.pack or (name,) for name, module in firsts.items())
+    return [[firsts[name] for name in unit] for unit in units]
+
+
+def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Phase]) -> dict[str, int]:
+    """For every site that is FULL now, the epochs until the schedule will cut it, this one counted.
+
+    The schedule is asked ahead, with learning rates as planned, compute as its own answers cost, and spectra as they
+    are. Sites that stay FULL to the end, or go on as an ADAPTOR, are left out.
+    """
+    if state.epochs is None:
+        return {}
+    waiting = {name for name, phase in phases.items() if phase is Phase.FULL}
+    sites = {name: replace(site, phase=phases[name]) for name, site in state.sites.items()}
+    spent, found = state.spent, dict[str, int]()
+    for ahead in range(1, state.epochs - state.epoch):
+        if not waiting:
+            break
+        epoch = state.epoch + ahead
+        lr = state.lrs[epoch] if epoch < len(state.lrs) else state.lr
+        spent += 1 - sum(site.dense - site.low for site in sites.values() if site.phase is not Phase.FULL)
+        asked = phases_in(schedule(replace(state, epoch=epoch, lr=lr, spent=spent, sites=sites)), sites)
+        cut = {name for name in waiting if asked.get(name, Phase.FULL) is not Phase.FULL}
+        waiting -= cut
+        found |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}
+        sites |= {name: replace(sites[name], phase=phase) for name, phase in asked.items()}
+    return found

@@ -1,0 +1,230 @@
+"""The training loop: epochs of a schedule's phases, each step of which can be saved and taken up again."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DynrankError
+from ..layouts import effective_rank, stable_rank
+from ..phase import Phase
+from ..phases import enter_
+from ..randomness import random_state, set_random_state
+from ..rewrite import a_twin, inline, switched_modules
+from ..tracing import Net
+from .phases import Phases
+from .run import Run
+from .settings import Settings
+from .task import Task, apply, evaluate, number, precision
+from .watch import Watcher
+
+
+def fit(
+    run: Run,
+    task: Task,
+    settings: Settings,
+    *,
+    save: Callable[[Run], None] = lambda run: None,
+    watcher: Watcher | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train to the end of ``settings.epochs``; True when there, False where ``should_stop`` ended it between two steps.
+
+    ``save`` is called after every epoch, every ``checkpoint_steps`` steps, and on a stop, never with values that are
+    not finite. Raises DynrankError for those, a batch that is no input of the model, and a loss that is no number;
+    and what enter_ raises.
+    """
+    watcher = watcher or Watcher()
+    if isinstance(run.optimizer, torch.optim.LBFGS):
+        raise DynrankError("LBFGS runs the model in its own step, which this loop does not do: give another optimizer")
+    forward: nn.Module = run.net
+    if settings.compile:
+        whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
+        forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
+    run.phases = phases = _phases(run, task, settings)
+    try:
+        while run.epoch < settings.epochs:
+            if run.step == 0:
+                _begin_epoch(run, settings, phases)
+                watcher.epoch_started(run, phases.transition)
+            started = time.perf_counter()
+            finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
+            run.record["seconds"] += time.perf_counter() - started
+            _refuse_diverged(run)
+            if not finished:
+                save(run)
+                return False
+            _finish_epoch(run, task, settings)
+            watcher.epoch_done(run, run.history[-1])
+            save(run)
+        return True
+    finally:
+        run.hooks, run.phases = phases.hooks_state(), None
+        phases.remove()
+
+
+def _phases(run: Run, task: Task, settings: Settings) -> Phases:
+    """The schedule at work from where the run stands."""
+    phases = Phases(
+        run.net,
+        run.optimizer,
+        run.schedule,
+        settings.epochs,
+        run.lr_scheduler,
+        steps=_steps(task),
+        carry=settings.carry,
+        rewarm=settings.rewarm,
+        decay=settings.decay,
+        random_init=settings.random_init,
+        landing=settings.landing,
+        spectra=settings.spectra,
+    )
+    phases.load_state_dict({"history": [*run.history, *([run.record] if run.step else [])], **run.hooks})
+    return phases
+
+
+def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
+    if run.history:
+        phases.steps = int(run.history[-1]["steps"])
+    run.record = phases.begin(run.epoch)
+    run.record["seconds"] = 0.0
+    run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
+    _restart_peak(settings)
+
+
+def _steps(task: Task) -> int | None:
+    """Batches of an epoch, as far as the data says."""
+    try:
+        return len(task.train_data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _train_epoch(
+    run: Run,
+    task: Task,
+    settings: Settings,
+    forward: nn.Module,
+    save: Callable[[Run], None],
+    watcher: Watcher,
+    should_stop: Callable[[], bool],
+) -> bool:
+    run.net.train()
+    seconds = []
+    for batch in _batches(run, task):
+        started = time.perf_counter()
+        loss, metric = _step(run, task, settings, forward, batch)
+        run.step += 1
+        seconds.append(time.perf_counter() - started)
+        watcher.step_done(run, loss, metric)
+        if should_stop():
+            return False
+        if settings.checkpoint_steps and run.step % settings.checkpoint_steps == 0:
+            _refuse_diverged(run)
+            save(run)
+    run.record["step_seconds"] = statistics.median(seconds) if seconds else None
+    return True
+
+
+def _refuse_diverged(run: Run) -> None:
+    """Before a checkpoint: what is not finite must not take the place of the last good one."""
+    if not all(bool(torch.isfinite(t).all()) for t in (run.totals[0], *run.net.parameters())):
+        raise DynrankError(
+            f"the training diverged in epoch {run.epoch + 1}, where the loss or a weight is not finite: lower the "
+            "learning rate; the last checkpoint is from before that"
+        )
+
+
+def _batches(run: Run, task: Task) -> Iterator[Any]:
+    """The epoch's batches; of an epoch that was left midway, those that are still to come, drawn as if never
+    interrupted.
+    """
+    if run.step == 0:
+        run.epoch_start = random_state(run.generators)
+        yield from task.train_data
+        return
+    now = random_state(run.generators)
+    assert run.epoch_start is not None
+    set_random_state(run.epoch_start, run.generators)
+    batches = iter(task.train_data)
+    if sum(1 for _ in itertools.islice(batches, run.step)) < run.step:
+        raise DynrankError(f"train_data() gives fewer than the {run.step} batches of the epoch that were trained on")
+    set_random_state(now, run.generators)
+    yield from batches
+
+
+def _step(
+    run: Run, task: Task, settings: Settings, forward: nn.Module, batch: Any
+) -> tuple[Tensor, float | Tensor | None]:
+    output, batch = apply(forward, task, settings, batch)
+    with precision(settings):
+        loss = task.loss(output, batch)
+    if loss.ndim or not loss.requires_grad:
+        what = f"a tensor of shape {tuple(loss.shape)}" if loss.ndim else "one without a gradient"
+        raise DynrankError(f"the loss must be one number that depends on the model's output: loss() gave {what}")
+    loss.backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
+    with torch.no_grad():
+        metric = task.metric(output, batch) if task.metric else None
+        run.totals += torch.stack([loss.detach().double(), number(metric, loss), torch.ones_like(loss).double()])
+    return loss.detach(), metric
+
+
+def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
+    loss, metric, batches = run.totals.tolist()
+    if batches == 0:
+        raise DynrankError(
+            f"train_data() gave no batch in epoch {run.epoch + 1}: is drop_last set on a data set smaller than one "
+            "batch, or is it a generator, which gives its batches once?"
+        )
+    run.record["steps"] = round(batches)
+    run.record |= {"loss": loss / batches, "metric": metric / batches if task.metric else None}
+    run.record |= evaluate(run.net, task, settings)
+    run.record["memory"] = _memory(run, settings)
+    if settings.spectra:
+        spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
+        run.record["effective_rank"] = {name: effective_rank(s) for name, s in spectra.items()}
+        run.record["stable_rank"] = {name: stable_rank(s) for name, s in spectra.items()}
+    if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        run.lr_scheduler.step(run.record.get("eval_loss", run.record["loss"]))
+    elif run.lr_scheduler is not None:
+        run.lr_scheduler.step()
+    if run.epoch + 1 == settings.epochs and task.eval_data is not None:
+        run.record["truncated"] = _truncated(run, task, settings)
+    run.history.append(run.record)
+    run.record, run.step, run.epoch, run.epoch_start = {}, 0, run.epoch + 1, None
+
+
+def _truncated(run: Run, task: Task, settings: Settings) -> dict[str, float | None]:
+    """Loss and metric of the truncated model: those just measured, where every site is in LOW already."""
+    if set(run.record["phases"].values()) == {"LOW"}:
+        return {key: run.record[key] for key in ("eval_loss", "eval_metric")}
+    twin = a_twin(run.net)
+    enter_(twin, Phase.LOW)
+    return evaluate(inline(twin), task, settings)
+
+
+def _memory(run: Run, settings: Settings) -> dict[str, int]:
+    """Bytes of parameters, buffers and optimizer state, and the peak of the epoch: of the device, or of the process."""
+    tensors = [*run.net.parameters(), *run.net.buffers()]
+    tensors += [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"state": sum(t.nbytes for t in tensors), "peak": peak}
+
+
+def _restart_peak(settings: Settings) -> None:
+    if torch.device(settings.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(settings.device)

@@ -1,0 +1,62 @@
+"""The learning rate after a switch: up again from little, within the steps, unseen by schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ..errors import TransitionError
+
+
+class Rewarm:
+    """Scales the learning rate from ``1/steps`` to 1 over the next ``steps`` optimizer steps, then takes itself off.
+
+    The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
+    ``left`` is how many steps remain, for a checkpoint; ``Rewarm(optimizer, steps, left=left)`` goes on from there.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
+        if steps < 0:
+            raise TransitionError(f"a learning rate cannot re-warm over {steps} steps; give 0 or more")
+        self.steps, self.left = steps, steps if left is None else left
+        self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
+        self._rates: list[Any] = []
+        self._handles: list[Any] = []
+        if self.left > 0:
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_post_hook(self._after),
+            ]
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        factor = (self.steps - self.left + 1) / self.steps
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        self.left -= 1
+        if self.left <= 0:
+            self.stop()
+
+    def stop(self) -> None:
+        """Take the scaling off now."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.left = [], 0
+
+
+def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
+    """Re-warm the learning rate after a switch: linearly from ``1/steps`` of it to all of it over the next ``steps``
+    steps.
+    """
+    return Rewarm(optimizer, steps)

@@ -1,0 +1,148 @@
+"""A training run on disk: one checkpoint file that holds everything, and the history as JSON lines to read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import files, store
+from ..errors import StoreError
+from ..phases import info_of, restore_, state_of
+from ..plan import Plan
+from ..randomness import random_state, set_random_state
+from ..schedules import Schedule
+from .phases import Phases
+from .state_tree import flatten, unflatten
+
+
+@dataclass
+class Run:
+    """A training run and where it stands: ``step`` batches into ``epoch``. All of it goes into a checkpoint."""
+
+    net: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    lr_scheduler: Any = None
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    """Sums over the epoch so far: loss, metric, batches."""
+    epoch_start: dict[str, Any] | None = None
+    """The random generators at the start of an epoch that was left midway."""
+    phases: Phases | None = None
+    """At work while the run is fitted."""
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """Where its re-warm-up and its landing stood when it was left (see ``Phases.hooks_state``)."""
+    generators: tuple[torch.Generator, ...] = ()
+    """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
+
+
+CHECKPOINT = "checkpoint.safetensors"
+HISTORY = "history.jsonl"
+
+
+def save_run(run: Run, folder: Path) -> None:
+    """Write the run's checkpoint and its history. Raises StoreError where the disk refuses, or for state that JSON
+    cannot hold.
+    """
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler is not None else None,
+        "random": random_state(run.generators),
+        "epoch_start": run.epoch_start if run.step else None,
+        "totals": run.totals,
+        "hooks": run.hooks if run.phases is None else run.phases.hooks_state(),
+    }
+    tree, tensors = flatten(state, "run")
+    info = {
+        **info_of(run.net),
+        "made_of": _made_of(run),
+        "epoch": run.epoch,
+        "step": run.step,
+        "record": run.record,
+        "history": run.history,
+        "state": tree,
+    }
+    weights = {f"net.{name}": tensor for name, tensor in state_of(run.net).items()}
+    store.write(folder / CHECKPOINT, weights | tensors, info)
+    files.write_text(folder / HISTORY, "".join(json.dumps(record) + "\n" for record in run.history))
+
+
+def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The checkpoint of a run folder as it stands in the file. Raises StoreError."""
+    if not folder.is_dir():
+        raise StoreError(f"there is no folder {folder}")
+    if not (folder / CHECKPOINT).exists():
+        raise StoreError(
+            f"{folder} has no {CHECKPOINT}: it is not a run of `dynrank-fx train`, or stopped before its first "
+            f"epoch ended"
+        )
+    return store.read(folder / CHECKPOINT)
+
+
+def plan_in(info: dict[str, Any]) -> Plan:
+    """The plan that a checkpoint was trained by."""
+    return Plan.from_json(info["plan"])
+
+
+def weights_in(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The net's own tensors in a checkpoint, by their names in its ``state_dict``."""
+    return {name.removeprefix("net."): t for name, t in tensors.items() if name.startswith("net.")}
+
+
+def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+    """Bring a run that was set up as at its start (all sites FULL, nothing trained) to where the checkpoint stands.
+
+    Raises StoreError where the checkpoint is of another model, optimizer or schedule.
+    """
+    for part, now in _made_of(run).items():
+        if info["made_of"][part] != now:
+            raise StoreError(
+                f"the checkpoint was trained with the {part} {info['made_of'][part]}, not {now}: resume with the same "
+                "options and model file"
+            )
+    restore_(run.net, weights_in(tensors), info, run.optimizer)
+    state = unflatten(info["state"], tensors)
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise StoreError(
+            f"the checkpoint's optimizer is not the one that optimizer(parameters) makes now: {error}"
+        ) from error
+    _restride(run.optimizer)
+    if run.lr_scheduler is not None:
+        run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    run.epoch, run.step, run.record, run.history = info["epoch"], info["step"], info["record"], info["history"]
+    if run.step:
+        run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
+    run.totals = state["totals"].to(next(run.net.parameters()).device)
+    run.epoch_start = state["epoch_start"]
+    run.hooks = state["hooks"]
+    set_random_state(state["random"], run.generators)
+
+
+def _made_of(run: Run) -> dict[str, str]:
+    """What must be the same on a resume. A function of the user's own is told by its name, not by its address."""
+    return {
+        "schedule": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(run.schedule)),
+        "optimizer": type(run.optimizer).__name__,
+        "learning-rate scheduler": type(run.lr_scheduler).__name__ if run.lr_scheduler is not None else "none",
+        "number of random generators in its data": str(len(run.generators)),
+    }
+
+
+def _restride(optimizer: Optimizer) -> None:
+    """State in the memory format of its parameter, and aligned as new memory is: the file keeps neither."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -1,0 +1,96 @@
+"""What a net is trained on and how, one forward of it on a batch, and its evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.utils import _pytree as pytree
+
+from ..errors import DynrankError
+from ..tracing import Inputs, evaluating, unwrap
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
+
+    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated.
+    """
+
+    train_data: Iterable[Any]
+    loss: Callable[[Any, Any], Tensor]
+    inputs: Callable[[Any], Inputs]
+    eval_data: Iterable[Any] | None = None
+    metric: Callable[[Any, Any], Any] | None = None
+
+
+def apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tuple[Any, Any]:
+    """The model's output, and the batch on the device."""
+    batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
+    args, kwargs = task.inputs(batch)
+    with precision(settings):
+        try:
+            return forward(*args, **kwargs), batch
+        except FailOnRecompileLimitHit as error:
+            raise DynrankError(
+                f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each of which is compiled "
+                "to a graph of its own: pad them to fewer, or train without compiling"
+            ) from error
+        except Exception as error:
+            _refuse_batch(unwrap(forward), args, kwargs, error)
+            raise
+
+
+def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+    """Say so if the batch is at fault: then the net, run plainly, fails on it too."""
+    try:
+        with torch.no_grad():
+            net(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as why:
+        given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        raise DynrankError(
+            f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
+            f"{type(why).__name__}: {(str(why).strip() or 'no reason given').splitlines()[0]}"
+        ) from error
+
+
+def precision(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bfloat16 where the settings ask for it."""
+    if not settings.amp:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
+
+
+def number(metric: Any, like: Tensor) -> Tensor:
+    """A metric in float64 on the device of ``like``; not a number where there is none."""
+    return torch.as_tensor(float("nan") if metric is None else metric, dtype=torch.float64, device=like.device)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float | None]:
+    """Mean loss and metric over eval_data, batches weighted by their size; empty without eval_data.
+
+    Eager: an evaluation is a small part of an epoch, and compiling it would cost one more graph per phase.
+    """
+    if task.eval_data is None:
+        return {}
+    sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
+    with evaluating(net):
+        for batch in task.eval_data:
+            output, batch = apply(net, task, settings, batch)
+            size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
+            with precision(settings):
+                loss = task.loss(output, batch).double()
+            sums += size * torch.stack([loss, number(task.metric(output, batch) if task.metric else None, loss)])
+            count += size
+    if count == 0:
+        raise DynrankError("eval_data() gave no batch: leave it out, or see that it can be gone through every epoch")
+    loss, metric = (sums / count).tolist()
+    return {"eval_loss": loss, "eval_metric": metric if task.metric else None}

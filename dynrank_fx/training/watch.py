@@ -1,0 +1,113 @@
+"""What one sees of a training run: a bar per epoch, and a line that stays."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..phases import Transition
+from .phases import phase_label
+from .run import Run
+
+
+class Watcher:
+    """Told what happens; every method does nothing until overridden."""
+
+    def epoch_started(self, run: Run, transition: Transition) -> None: ...
+
+    def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None: ...
+
+    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None: ...
+
+
+class Watchers(Watcher):
+    """Several as one."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self.watchers = watchers
+
+    def epoch_started(self, run: Run, transition: Transition) -> None:
+        for watcher in self.watchers:
+            watcher.epoch_started(run, transition)
+
+    def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None:
+        for watcher in self.watchers:
+            watcher.step_done(run, loss, metric)
+
+    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None:
+        for watcher in self.watchers:
+            watcher.epoch_done(run, record)
+
+
+class Bar(Watcher):
+    """A tqdm bar that names epoch, phase, loss, metric and learning rate; on a terminal only, the lines everywhere.
+
+    steps: batches per epoch, None where unknown. metric: what the metric is called.
+    """
+
+    def __init__(self, epochs: int, steps: int | None, metric: str = "accuracy", file: TextIO | None = None) -> None:
+        self.epochs, self.steps, self.metric, self.file = epochs, steps, metric, file or sys.stderr
+        self.bar: Any = None
+
+    def epoch_started(self, run: Run, transition: Transition) -> None:
+        if transition:
+            for phase in sorted({change.after for change in transition.changes}):
+                errors = [change.error for change in transition.changes if change.after is phase]
+                lost = (
+                    f"truncation moves the weights by up to {max(errors):.0%}" if max(errors) else "weights unchanged"
+                )
+                many = f"{len(errors)} sites enter" if len(errors) > 1 else "1 site enters"
+                self._line(f"{many} {phase.name}: {lost}")
+
+    def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None:
+        if self.bar is None:
+            self.bar = tqdm(
+                desc=f"epoch {run.epoch + 1}/{self.epochs} {phase_label(run.net)}",
+                total=self.steps,
+                initial=run.step - 1,
+                leave=False,
+                file=self.file,
+                disable=None,
+                dynamic_ncols=True,
+            )
+        self.bar.update()
+        # Reading a loss waits for the GPU, so not at every step.
+        if not self.bar.disable and (run.step % 10 == 0 or run.step == self.steps):
+            mean_loss, mean_metric, count = run.totals.tolist()
+            shown = {"loss": f"{mean_loss / count:.4f}"}
+            if metric is not None:
+                shown[self.metric] = f"{mean_metric / count:.2%}"
+            self.bar.set_postfix(shown | {"lr": f"{run.optimizer.param_groups[0]['lr']:.3g}"})
+
+    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None:
+        self.close()
+        parts = [f"epoch {record['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}", f"{record['phase']:<4}"]
+        parts.append(f"loss {record['loss']:.4f}")
+        if record["metric"] is not None:
+            parts.append(f"{self.metric} {record['metric']:.2%}")
+        if record.get("eval_metric") is not None:
+            parts.append(f"held out {record['eval_metric']:.2%}")
+        elif record.get("eval_loss") is not None:
+            parts.append(f"held-out loss {record['eval_loss']:.4f}")
+        if record.get("effective_rank"):
+            ranks = list(record["effective_rank"].values())
+            parts.append(f"effective rank {math.fsum(ranks) / len(ranks):.1f}")
+        self._line("  ".join([*parts, f"lr {record['lr']:.3g}", f"{record['seconds']:.1f} s"]))
+        cut = record.get("truncated", {})
+        if cut and cut["eval_loss"] != record["eval_loss"]:
+            held_out = f", held out {cut['eval_metric']:.2%}" if cut["eval_metric"] is not None else ""
+            self._line(f"truncated as it is now, the model has a loss of {cut['eval_loss']:.4f}{held_out}")
+
+    def close(self) -> None:
+        """Take the bar away, as at the end of an epoch or of a run that was stopped."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _line(self, text: str) -> None:
+        tqdm.write(text, file=self.file)

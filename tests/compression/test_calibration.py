@@ -1,0 +1,366 @@
+"""The calibrated cut against independent truth: the singular values of the outputs themselves, in float64."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dynrank_fx as dr
+from dynrank_fx.errors import CalibrationError, DynrankWarning
+from dynrank_fx.plan import Fixed
+
+
+def plain(net: nn.Module, **settings: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DynrankWarning)
+        return dr.truncate(net, **settings)
+
+
+class Twice(nn.Module):
+    """One linear used on two inputs of different means, whose bias is shared by both uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f(x), self.f(2 * x.flip(-1) - 1)
+
+
+class TwoBiases(nn.Module):
+    """One weight in two modules, each with a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(12, 20), nn.Linear(12, 20)
+        self.g.weight = self.f.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f(x), self.g(2 * x.flip(-1) - 1)
+
+
+class Product(nn.Module):
+    """x @ W, the weight's rows contracted, without a bias."""
+
+    def __init__(self, m: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(12, m))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+class Parts(nn.Module):
+    """Three parts of one weight, as attention takes them, on one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(36, 12)), nn.Parameter(torch.randn(36))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.w.chunk(3)
+        a, b, c = self.b.chunk(3)
+        return torch.cat([F.linear(x, q, a), F.linear(x, k, b), F.linear(x, v, c)], -1)
+
+
+class Stack(nn.Module):
+    """A matrix of a stack for every position of the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 12, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bsgi,gio->bsgo", x.unflatten(-1, (3, -1)), self.w)
+
+
+class Experts(nn.Module):
+    """Every example takes the matrix that it asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 12, 20))
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        return x @ self.w[at]
+
+
+class QKV(nn.Module):
+    """Three linears of one input, which can share a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 12, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """outputs: of the model's output, the rows [N, m] of each matrix, with whether a bias can take up their mean."""
+
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    outputs: Callable[[Any], list[tuple[Tensor, bool]]]
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+def vectors() -> tuple[Tensor, ...]:
+    mixing = torch.diag(torch.linspace(0.1, 3, 12)) @ torch.randn(12, 12)
+    return (torch.randn(40, 5, 12) @ mixing + torch.randn(12),)
+
+
+def images() -> tuple[Tensor, ...]:
+    return (F.avg_pool2d(torch.randn(6, 4, 18, 18), 3, 1) + torch.randn(4, 1, 1),)
+
+
+def one(y: Tensor) -> list[tuple[Tensor, bool]]:
+    return [(y.reshape(-1, y.shape[-1]), True)]
+
+
+def raw(y: Tensor) -> list[tuple[Tensor, bool]]:
+    return [(y.reshape(-1, y.shape[-1]), False)]
+
+
+def pooled(ys: tuple[Tensor, Tensor]) -> list[tuple[Tensor, bool]]:
+    return one(torch.cat(ys))
+
+
+def each_centred(ys: tuple[Tensor, Tensor]) -> list[tuple[Tensor, bool]]:
+    return [(torch.cat([(y - y.mean((0, 1))).reshape(-1, y.shape[-1]) for y in ys]), False)]
+
+
+def channels(groups: int) -> Callable[[Tensor], list[tuple[Tensor, bool]]]:
+    return lambda y: [(part.movedim(1, -1).reshape(-1, part.shape[1]), True) for part in y.chunk(groups, 1)]
+
+
+CASES = {
+    "linear, few outputs": Case(lambda: nn.Linear(12, 8), vectors, one),
+    "linear, many outputs": Case(lambda: nn.Linear(12, 30), vectors, one),
+    "linear without a bias": Case(lambda: nn.Linear(12, 20, bias=False), vectors, one),
+    "convolution": Case(lambda: nn.Conv2d(4, 10, 3, stride=2, padding=1), images, channels(1)),
+    "convolution without a bias": Case(lambda: nn.Conv2d(4, 10, 3, bias=False), images, channels(1)),
+    "groups": Case(lambda: nn.Conv2d(4, 16, 3, groups=2), images, channels(2)),
+    "used twice": Case(Twice, vectors, pooled),
+    "two biases": Case(TwoBiases, vectors, each_centred),
+    "product, few outputs": Case(lambda: Product(8), vectors, raw),
+    "product, many outputs": Case(lambda: Product(30), vectors, raw),
+    "parts": Case(Parts, vectors, lambda y: raw(y - torch.zeros(36))),
+    "stack": Case(
+        Stack,
+        lambda: (torch.randn(7, 9, 36) @ torch.randn(36, 36),),
+        lambda y: [(y[:, :, i].reshape(-1, 20), False) for i in range(3)],
+    ),
+    "shared factor": Case(QKV, vectors, raw, (("share_inputs", True),)),
+    "embedding": Case(
+        lambda: nn.Embedding(50, 16), lambda: (torch.randint(0, 20, (30, 4)),), raw, (("allow_unprofitable", True),)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cut_is_the_best_of_its_rank(name: str) -> None:
+    """The least error is the tail of the singular values of the outputs, by Eckart and Young."""
+    torch.manual_seed(1)
+    case = CASES[name]
+    model, inputs, rank = (
+        case.model().double(),
+        tuple(t.double() if t.is_floating_point() else t for t in case.inputs()),
+        3,
+    )
+    net = dr.transform(model, inputs, rank=Fixed(rank), **dict(case.settings))
+    assert [row.rank for row in dr.plan_of(net).sites] == [rank] * len(dr.plan_of(net).sites)
+    batches = [tuple(t[:3] for t in inputs), tuple(t[3:] for t in inputs)]
+    found = dr.truncate(net, dr.calibrate(net, batches, shrink=0.0))
+    with torch.no_grad():
+        wanted, given, by_weight = model(*inputs), found(*inputs), plain(net)(*inputs)
+    least = error = other = 0.0
+    bias = torch.zeros(())
+    for (y, centred), (z, _), (w, _) in zip(*map(case.outputs, (wanted, given, by_weight)), strict=True):
+        own = getattr(model, "b", bias).detach()  # what no cut touches is no part of the outputs
+        tail = torch.linalg.svdvals(y - y.mean(0) if centred else y - own)[rank:]
+        least += float(tail.square().sum())
+        error += float((y - z).square().sum()) if name != "two biases" else 0.0
+        other += float((y - w).square().sum())
+    if name == "two biases":
+        error = sum(float((y - z).square().sum()) for y, z in zip(wanted, given, strict=True))
+        other = sum(float((y - w).square().sum()) for y, w in zip(wanted, by_weight, strict=True))
+    assert least > 1e-3 * float(sum(y.square().sum() for y, _ in case.outputs(wanted)))
+    assert error == pytest.approx(least, rel=1e-6)
+    assert error < other
+
+
+def test_experts_are_told_apart() -> None:
+    torch.manual_seed(0)
+    model, x, at = Experts().double(), torch.randn(60, 5, 12).double(), torch.randint(0, 3, (60,))
+    net = dr.transform(model, (x, at), rank=Fixed(3))
+    with torch.no_grad():
+        y, z = model(x, at), dr.truncate(net, dr.calibrate(net, [(x[:9], at[:9]), (x[9:], at[9:])], shrink=0.0))(x, at)
+    for expert in range(3):
+        wanted = y[at == expert].reshape(-1, 20)
+        least = float(torch.linalg.svdvals(wanted)[3:].square().sum())
+        assert float((wanted - z[at == expert].reshape(-1, 20)).square().sum()) == pytest.approx(least, rel=1e-6)
+
+
+@pytest.mark.parametrize("shrink", [None, 0.0, 0.5])
+def test_never_worse_than_plain_svd_on_the_calibration_data(shrink: float | None) -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, x = nn.Linear(24, 16), torch.randn(6 + 10 * seed, 24)
+        net = dr.transform(model, (x,), rank=Fixed(4))
+        with torch.no_grad():
+            y = model(x)
+            found, other = (
+                (small(x) - y).norm()
+                for small in (dr.truncate(net, dr.calibrate(net, [(x,)], shrink=shrink)), plain(net))
+            )
+        assert found <= other
+
+
+def test_what_too_few_data_leave_open_is_settled_by_the_weight() -> None:
+    """Two examples span two directions of the outputs; the other two of the rank are the best of the weight beyond."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 16, bias=False).double(), torch.randn(2, 24).double()
+    small = dr.truncate(dr.transform(model, (x,), rank=Fixed(6)), [(x,)])
+    W, found = model.weight.detach(), small.weight if hasattr(small, "weight") else None
+    with torch.no_grad():
+        found = small(torch.eye(24).double()).T - small(torch.zeros(1, 24).double()).T
+        Y = (x @ W.T - (x @ W.T).mean(0)).T
+        held = torch.linalg.svd(Y, full_matrices=False).U[:, :1]  # about their mean two examples span one
+        beyond = torch.linalg.svdvals(W - held @ held.T @ W)
+    assert float((W - found).norm()) == pytest.approx(float(beyond[5:].norm()), rel=1e-2)
+
+
+def test_means_go_into_the_biases() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 10, 3, bias=False), nn.ReLU()), images()[0] + 5
+    net = dr.transform(model, (x,), rank=Fixed(2))
+    small = dr.truncate(net, [(x,)])
+    names = dict(small.named_parameters())
+    assert names["0.bias"].shape == (10,)
+    first = nn.Sequential(*[small])(x)
+    assert first.shape == model(x).shape
+    assert "bias" not in dict(model.named_parameters())
+
+
+def test_in_turn_every_site_sees_what_the_cut_ones_before_give() -> None:
+    """The last site is then the best for the inputs that it will really get."""
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 14)).double(), vectors()[0].double()
+    net = dr.transform(model, (x,), rank=Fixed(3), exclude=())
+    small = dr.truncate(net, [(x,)], sequential=True)
+    with torch.no_grad():
+        hidden: list[Tensor] = []
+        handle = small.get_submodule("1").register_forward_hook(lambda module, args, y: hidden.append(y))
+        z = small(x)
+        handle.remove()
+        y = model[2](hidden[0]).reshape(-1, 14)
+    least = float(torch.linalg.svdvals(y - y.mean(0))[3:].square().sum())
+    assert float((y - z.reshape(-1, 14)).square().sum()) == pytest.approx(least, rel=5e-3)
+
+
+def test_a_site_in_low_keeps_its_factors() -> None:
+    net = dr.transform(QKV(), vectors(), rank=Fixed(3))
+    dr.enter_(net, dr.Phase.LOW)
+    x = vectors()[0]
+    assert torch.equal(dr.truncate(net, [(x,)])(x), net.eval()(x))
+
+
+def test_a_site_in_low_is_cut_further_by_its_outputs() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(12, 20), vectors()[0]
+    net = dr.transform(model, (x,), rank=Fixed(6))
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net, dr.calibrate(net, [(x,)], shrink=0.0), rank=Fixed(3))
+    with torch.no_grad():
+        net.eval()
+        y, z = net(x).reshape(-1, 20).double(), small(x).reshape(-1, 20).double()
+    least = float(torch.linalg.svdvals(y - y.mean(0))[3:].square().sum())
+    assert float((y - z).square().sum()) == pytest.approx(least, rel=1e-3)
+
+
+def test_a_budget_looks_at_the_outputs() -> None:
+    """Of two equal weights, the one whose inputs fill one direction needs but little rank."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.wide.load_state_dict(self.narrow.state_dict())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.narrow(x[..., :1] * torch.ones(32)) + self.wide(x)
+
+    model, x = Two(), torch.randn(200, 32)
+    net = dr.transform(model, (x,), rank=Fixed(8))
+    small = dr.truncate(net, [(x,)], rank=dr.Budget(params=0.55))
+    sizes = {name: p.shape for name, p in small.named_parameters()}
+    assert sizes["narrow.left"][1] == 1
+    assert "wide.weight" in sizes or sizes["wide.left"][1] > 8
+    assert sum(p.numel() for p in small.parameters()) <= 0.55 * sum(p.numel() for p in model.parameters())
+
+
+def test_where_outputs_do_not_decide_it_says_so() -> None:
+    net = dr.transform(nn.Conv2d(8, 8, 3), (torch.randn(2, 8, 6, 6),), rank=Fixed(2), conv_layout=dr.SpatialLayout)
+    with pytest.warns(DynrankWarning, match="weight: cut by plain SVD, since no factor of the spatial layout"):
+        dr.truncate(net, [(torch.randn(2, 8, 6, 6),)])
+    net = dr.transform(nn.Linear(12, 12), (torch.randn(2, 12),), rank=Fixed(2))
+    with pytest.warns(DynrankWarning, match="since there are no calibration data"):
+        dr.truncate(net)
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([], "empty"),
+        ([(torch.zeros(0, 12),)], "empty"),
+        (7, "int are no batches"),
+        ([(torch.full((2, 12), float("nan")),)], "batch 0 holds numbers that are not finite"),
+        ([(torch.randn(2, 12),), (torch.randn(2, 11),)], "batch 1 does not fit the model"),
+        ([(torch.full((2, 12), 3e38),)], "outputs of weight are not finite on calibration batch 0"),
+    ],
+)
+def test_bad_calibration_data_are_a_sentence(batches: Any, words: str) -> None:
+    model = nn.Linear(12, 12)
+    nn.init.ones_(model.weight)
+    net = dr.transform(model, (torch.randn(2, 12),), rank=Fixed(2))
+    with pytest.raises(CalibrationError, match=words):
+        dr.truncate(net, batches)
+
+
+def test_modes_buffers_and_weights_are_as_before() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Dropout())
+    net = dr.transform(model, (torch.randn(4, 12),), rank=Fixed(2))
+    net[1].eval() if hasattr(net, "__getitem__") else net.get_submodule("1").eval()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    modes = {name: module.training for name, module in net.named_modules()}
+    dr.calibrate(net, [(torch.randn(9, 12),)])
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert net(torch.zeros(50, 12)).eq(0).any()  # dropout is on again
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("dynrank_fx.compression.calibration.output_tokens", broken)
+    net = dr.transform(nn.Linear(12, 8), (torch.randn(2, 12),), rank=Fixed(2))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        dr.calibrate(net, [(torch.randn(2, 12),)])
+    monkeypatch.undo()
+    assert dr.calibrate(net, [(torch.randn(2, 12),)]).moments["weight"].count == 2
+
+
+def test_a_module_without_sites_is_no_net_to_calibrate() -> None:
+    with pytest.raises(CalibrationError, match="Linear has no sites to calibrate"):
+        dr.calibrate(nn.Linear(4, 4), [(torch.randn(2, 4),)])

@@ -1,0 +1,174 @@
+"""What follows a truncation: batch norms against torch's own, a fine-tune that comes nearer and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dynrank_fx as dr
+from dynrank_fx.compression import recalibrate_, recover_
+from dynrank_fx.compression.recover import distance
+from dynrank_fx.errors import CalibrationError
+from dynrank_fx.plan import Fixed
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
+
+
+def batches(count: int = 6) -> list[Any]:
+    torch.manual_seed(5)
+    return [(torch.randn(16, 3, 8, 8) + 1,) for _ in range(count)]
+
+
+@pytest.fixture(params=[dr.Capture.SYMBOLIC, dr.Capture.EXPORT])
+def small(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    net = dr.transform(Net(), batches(1)[0], rank=Fixed(2), how=request.param, allow_unprofitable=True)
+    return dr.truncate(net, batches())
+
+
+def test_batch_norms_get_the_mean_of_what_the_batches_have(small: nn.Module) -> None:
+    """Against the convolution's own outputs: means of the batches' means and (unbiased) variances."""
+    x = [batch for (batch,) in batches()]
+    parameters = {name: p.detach().clone() for name, p in small.named_parameters()}
+    assert recalibrate_(small, batches()) == 1
+    buffers = {name.rpartition(".")[2]: b for name, b in small.named_buffers()}
+    right = next(p for name, p in parameters.items() if name == "conv.right")
+    left, bias = parameters["conv.left"], parameters["conv.bias"]
+    with torch.no_grad():
+        seen = [nn.functional.conv2d(nn.functional.conv2d(each, right), left, bias) for each in x]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    var = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(buffers["running_mean"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffers["running_var"], var, rtol=1e-4, atol=1e-5)
+    assert torch.equal(small(x[0]), small(x[0]))  # neither dropout nor batch statistics are on afterwards
+    assert all(torch.equal(p, parameters[name]) for name, p in small.named_parameters())
+
+
+def test_recovery_comes_nearer_to_the_dense_model(small: nn.Module) -> None:
+    torch.manual_seed(0)
+    dense = Net().eval()
+    held_out = batches(8)[6:]
+
+    def error(module: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(float(distance(module(*b), dense(*b))) for b in held_out)
+
+    before, buffers = error(small), {name: b.clone() for name, b in small.named_buffers()}
+    losses = recover_(small, dense, batches(), 40)
+    assert len(losses) == 40
+    assert error(small) < 0.5 * before
+    assert all(torch.equal(b, buffers[name]) for name, b in small.named_buffers())
+    assert all(p.grad is None and p.requires_grad for p in small.parameters())
+
+
+def test_recovery_by_the_users_loss_and_of_some_parameters(small: nn.Module) -> None:
+    data = [(x, torch.full((len(x), 4), 3.0)) for (x,) in batches()]
+    kept = {name: p.detach().clone() for name, p in small.named_parameters() if name != "head.bias"}
+
+    class FirstOnly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.inner(x)
+
+    losses = recover_(
+        FirstOnly(),
+        nn.Identity(),
+        data,
+        30,
+        loss=lambda z, number: (z - data[number][1]).square().mean(),
+        names=["inner.head.bias"],
+    )
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, kept[name]) for name, p in small.named_parameters() if name != "head.bias")
+
+
+def test_a_loss_that_overflows_leaves_the_module_as_it_was(small: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    losses = iter([1.0, 1.0, float("inf")])
+    with pytest.raises(CalibrationError, match="is inf at step 2"):
+        recover_(small, Net(), batches(), 5, loss=lambda z, number: (z.square().sum() + 1) * next(losses))
+    assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+
+
+def test_a_batch_that_does_not_fit_is_named(small: nn.Module) -> None:
+    with pytest.raises(CalibrationError, match="calibration batch 1 does not fit"):
+        recalibrate_(small, [*batches(1), (torch.randn(2, 5),)])
+
+
+class Two(nn.Module):
+    """A batch norm before the layer that is cut, and one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.second = nn.BatchNorm1d(12), nn.Linear(12, 16), nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.layer(self.first(x)))
+
+
+def cut_between(how: dr.Capture) -> tuple[nn.Module, nn.Module]:
+    """The model dense, with statistics of its own, and cut."""
+    torch.manual_seed(0)
+    model = Two()
+    for _ in range(20):
+        model(torch.randn(32, 12))
+    x = (torch.randn(8, 12),)
+    net = dr.transform(model, x, rank=Fixed(2), how=how, allow_unprofitable=True)
+    dense = dr.inline(net.eval() if how is dr.Capture.SYMBOLIC else net)
+    return dense.eval() if how is dr.Capture.SYMBOLIC else dense, dr.truncate(net, [x])
+
+
+@pytest.mark.parametrize("how", [dr.Capture.SYMBOLIC, dr.Capture.EXPORT])
+def test_batch_norms_that_no_cut_feeds_keep_their_statistics(how: dr.Capture) -> None:
+    dense, small = cut_between(how)
+    before = {name: b.clone() for name, b in small.named_buffers()}
+    data = [(3 + torch.randn(32, 12),) for _ in range(3)]
+    assert recalibrate_(small, data, like=dense) == 1
+    after = dict(small.named_buffers())
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("first"))
+    assert not torch.equal(before["second.running_mean"], after["second.running_mean"])
+
+
+def test_batches_count_by_their_rows_and_a_single_row_not_at_all() -> None:
+    _, small = cut_between(dr.Capture.SYMBOLIC)
+    data = [(torch.randn(30, 12),), (5 + torch.randn(10, 12),), (torch.full((1, 12), 1e3),)]
+    recalibrate_(small, data)
+    mean = torch.cat([batch for (batch,) in data[:2]]).mean(0)
+    torch.testing.assert_close(small.get_buffer("first.running_mean"), mean, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CalibrationError, match="has one row: give batches of more"):
+        recalibrate_(small, [(torch.randn(1, 12),)])
+
+
+def test_a_loss_without_a_gradient_is_told_and_leaves_the_module_as_it_was(small: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    steps = iter(range(10))
+
+    def detached_later(z: Tensor, number: int) -> Any:
+        return z.square().mean() if next(steps) < 2 else z.detach().square().mean()
+
+    for loss in (detached_later, lambda z, number: 1.0):
+        with pytest.raises(CalibrationError, match="the loss of the recovery has no gradient"):
+            recover_(small, Net(), batches(), 5, loss=loss)
+        assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+
+
+def test_steps_and_names_that_are_none(small: nn.Module) -> None:
+    assert recover_(small, Net(), batches(), 0) == []
+    with pytest.raises(CalibrationError, match="a recovery of -1 steps is none"):
+        recover_(small, Net(), batches(), -1)
+    with pytest.raises(CalibrationError, match="no parameter nope: its names are like "):
+        recover_(small, Net(), batches(), 1, names=["nope"])

@@ -1,0 +1,85 @@
+"""Rank policies: from what is known of all sites to one rank per site."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+import dynrank_fx as dr
+from dynrank_fx.plan import Curve
+
+
+def curve(max_rank: int, spectrum: list[list[float]] | None = None) -> Curve:
+    def measured() -> torch.Tensor:
+        assert spectrum is not None, "a spectrum costs an SVD: nobody but Energy may ask for it"
+        return torch.tensor(spectrum, dtype=torch.float64)
+
+    return Curve("site", max_rank, measured)
+
+
+def test_fixed_gives_every_site_its_rank_even_those_that_cannot_have_it():
+    assert dr.Fixed(5).ranks([curve(9), curve(3), curve(5)]) == [5, 5, 5]
+    assert dr.Fixed(5).ranks([]) == []
+
+
+def test_a_fixed_rank_over_every_limit_is_refused_with_the_largest():
+    with pytest.raises(dr.PlanError, match="rank 10 is over the limit of every site \\(the largest is 9\\); give 9"):
+        dr.Fixed(10).ranks([curve(9), curve(3)])
+
+
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_ratio_is_the_exact_floor_and_at_least_one(percent):
+    """0.29 · 100 is 28.999… in binary."""
+    sizes = (1, 7, 64, 100, 1000, 4096)
+    expected = [max(1, math.floor(Fraction(percent, 100) * size)) for size in sizes]
+    assert dr.Ratio(percent / 100).ranks([curve(size) for size in sizes]) == expected
+
+
+def test_energy_is_the_least_rank_that_keeps_the_share_in_every_group():
+    equal, steep = [[1.0] * 4], [[10.0, 1.0, 1.0, 1.0]]
+    both = [steep[0], equal[0]]
+    curves = [curve(4, equal), curve(4, steep), curve(4, both)]
+    assert dr.Energy(0.75).ranks(curves) == [3, 1, 3]
+    assert dr.Energy(0.98).ranks(curves) == [4, 2, 4]
+    assert dr.Energy(1.0).ranks([*curves, curve(3, [[1.0, 0.0, 0.0]]), curve(2, [[0.0, 0.0]])]) == [4, 4, 4, 1, 1]
+
+
+def test_energy_is_measured_on_the_weight():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(20, 16, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(16, 3) @ torch.randn(3, 20))
+    net = dr.transform(torch.nn.Sequential(layer), rank=dr.Energy(0.999999))
+    assert [row.rank for row in dr.plan_of(net).sites] == [3]
+
+
+@pytest.mark.parametrize("policy", [dr.Fixed(3), dr.Ratio(0.5), dr.Energy(0.9)], ids=repr)
+def test_policies_are_frozen_values(policy):
+    assert policy == dataclasses.replace(policy)
+    assert hash(policy) == hash(dataclasses.replace(policy))
+    assert eval(repr(policy), vars(dr)) == policy
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(policy, dataclasses.fields(policy)[0].name, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: dr.Fixed(0), "a rank of 0 leaves nothing of a layer; give a whole number of 1 or more"),
+        (lambda: dr.Fixed(-4), "a rank of -4"),
+        (lambda: dr.Fixed(2.5), "a rank of 2.5 .*whole number"),
+        (lambda: dr.Ratio(0), "a rank ratio of 0 is not a fraction; give one above 0 and at most 1"),
+        (lambda: dr.Ratio(1.5), "a rank ratio of 1.5"),
+        (lambda: dr.Ratio(math.nan), "a rank ratio of nan"),
+        (lambda: dr.Energy(0.0), "an energy of 0.0 is not a share"),
+        (lambda: dr.Energy(95), "an energy of 95"),
+        (lambda: dr.Energy(math.nan), "an energy of nan"),
+    ],
+)
+def test_what_is_no_rank_is_refused_in_words(make, sentence):
+    with pytest.raises(dr.PlanError, match=sentence):
+        make()

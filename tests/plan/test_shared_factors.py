@@ -1,0 +1,226 @@
+"""Sites that read the same input share one right factor: their phases, their optimizer state and their files."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from models import gradients, randomized
+from torch import Tensor, nn
+
+import dynrank_fx as dr
+from dynrank_fx.rewrite import switched_modules
+
+
+class Attention(nn.Module):
+    """Query, key and value of one input, gate and up of another; key and value narrower, one without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6, bias=False)
+        self.o = nn.Linear(12, 12)
+        self.gate, self.up, self.down = nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = torch.cat([self.k(x)] * 2, -1), torch.cat([self.v(x)] * 2, -1)
+        x = x + self.o(torch.softmax(self.q(x) @ k.mT, -1) @ v)
+        return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+QKV, GLU = ("q.weight", "k.weight", "v.weight"), ("gate.weight", "up.weight")
+CAPTURES = pytest.mark.parametrize("how", [dr.Capture.SYMBOLIC, dr.Capture.EXPORT], ids=lambda how: how.name)
+
+
+def made(ratio: float = 0.5, dtype: torch.dtype = torch.float64, **more: object) -> tuple[nn.Module, Attention, Tensor]:
+    torch.manual_seed(0)
+    model, x = randomized(Attention()).to(dtype), torch.randn(3, 5, 12, dtype=dtype)
+    net = dr.transform(model, (x,), rank=dr.Ratio(ratio), share_inputs=True, allow_unprofitable=True, **more)
+    return net, model, x
+
+
+def factors(net: nn.Module, names: tuple[str, ...]) -> tuple[list[Tensor], Tensor]:
+    modules = switched_modules(net)
+    return [modules[name][0].factors[0] for name in names], modules[names[0]][0].factors[1]
+
+
+@CAPTURES
+def test_packs_are_found_and_full_is_the_original_and_low_at_full_rank_too(how):
+    net, model, x = made(1.0, how=how)
+    plan = dr.plan_of(net)
+    assert {row.site.name: row.pack for row in plan.sites} == {
+        **dict.fromkeys(QKV, QKV),
+        **dict.fromkeys(GLU, GLU),
+        "o.weight": (),
+        "down.weight": (),
+    }
+    assert torch.equal(net(x), model(x))
+    expected = gradients(model, x)
+    for name, gradient in gradients(net, x).items():
+        assert torch.equal(gradient, expected[name]), name
+    net.zero_grad()
+    dr.enter_(net, dr.Phase.LOW)
+    torch.testing.assert_close(net(x), model(x))
+    assert torch.compile(net, fullgraph=True, backend="eager")(x).equal(net(x))
+    dr.enter_(net, dr.Phase.FULL)
+    torch.testing.assert_close(net(x), model(x))
+    assert sorted(net.state_dict()) == sorted(model.state_dict())
+
+
+@CAPTURES
+def test_the_shared_factor_is_the_best_for_all_weights_together_and_computed_once(how):
+    net, model, x = made(how=how)
+    dr.enter_(net, dr.Phase.LOW)
+    for names in (QKV, GLU):
+        stacked = torch.cat([model.get_parameter(name).detach() for name in names])
+        lefts, right = factors(net, names)
+        error = torch.linalg.vector_norm(stacked - torch.cat(lefts) @ right).detach()
+        best = torch.linalg.vector_norm(torch.linalg.svdvals(stacked)[right.shape[0] :])
+        assert float(error) <= 1.001 * float(best)
+    plan = dr.plan_of(net)
+    assert sum(p.numel() for p in net.parameters()) == plan.low_params
+    small = dr.truncate(net)
+    torch.testing.assert_close(small(x), net.eval()(x))
+    assert small.code.count("q.right") == 1
+    assert "k.right" not in small.code
+    low = net(x)
+    dr.enter_(net, dr.Phase.FULL)
+    torch.testing.assert_close(net(x), low)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_optimizer_state_moves_as_that_of_the_stacked_weight(kind):
+    net, _, x = made()
+    torch.manual_seed(1)
+    params = [{"params": [p for n, p in net.named_parameters() if n != "k.weight"]}]
+    params.append({"params": [net.get_parameter("k.weight")], "lr": 0.003})
+    make = {"sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), "adamw": torch.optim.AdamW}[kind]
+    optimizer, key = make(params), "momentum_buffer" if kind == "sgd" else "exp_avg"
+
+    def step() -> None:
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    moment = torch.cat([optimizer.state[net.get_parameter(name)][key] for name in QKV])
+    dr.enter_(net, dr.Phase.LOW, optimizer)
+    lefts, right = factors(net, QKV)
+    torch.testing.assert_close(torch.cat([optimizer.state[left][key] for left in lefts]), moment @ right.T)
+    torch.testing.assert_close(optimizer.state[right][key], torch.cat(lefts).T @ moment)
+    assert [p is lefts[1] for p in optimizer.param_groups[1]["params"]] == [True], "in the group of what it replaced"
+    assert any(p is right for p in optimizer.param_groups[0]["params"])
+    step()
+    dr.enter_(net, dr.Phase.FULL, optimizer)
+    assert [p is net.get_parameter("k.weight") for p in optimizer.param_groups[1]["params"]] == [True]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in net.parameters()} == {id(p) for p in optimizer.state}
+    step()
+
+
+def test_a_pack_changes_its_phase_and_rank_together_or_not_at_all():
+    net, _, x = made()
+    with pytest.raises(
+        dr.TransitionError, match=r"q\.weight, k\.weight, v\.weight share a factor: give them one phase"
+    ):
+        dr.enter_(net, {"q*": dr.Phase.LOW})
+    assert set(dr.phases_of(net).values()) == {dr.Phase.FULL}
+    dr.enter_(net, {"[qkv].weight": dr.Phase.LOW})
+    before = net(x)
+    plan = dr.plan_of(net)
+    with pytest.raises(dr.PlanError, match="share a factor: give them one rank"):
+        plan.with_ranks({"q.weight": 3})
+    dr.replan_(net, plan.with_ranks(dict.fromkeys(QKV, 12)))
+    torch.testing.assert_close(net(x), before)
+    dr.replan_(net, plan.with_ranks(dict.fromkeys(QKV, 2)))
+    assert factors(net, QKV)[1].shape == (2, 12)
+    with torch.no_grad():
+        net.get_submodule("v").left.fill_(float("nan"))
+    with pytest.raises(dr.TransitionError, match=r"v\.weight has non-finite weights"):
+        dr.enter_(net, dr.Phase.FULL)
+    assert dr.phases_of(net)["q.weight"] is dr.Phase.LOW
+
+
+def test_a_failed_switch_in_the_middle_of_a_pack_is_undone(monkeypatch):
+    net, _, x = made()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before, output = copy.deepcopy(optimizer.state_dict()), net(x)
+    from dynrank_fx.phases import transition
+
+    def failing(modules, *args):
+        if modules[0].site == "v.weight":
+            raise RuntimeError("no more")
+        return replace(modules, *args)
+
+    replace = transition.replace_parameters
+    monkeypatch.setattr(transition, "replace_parameters", failing)
+    with pytest.raises(RuntimeError, match="no more"):
+        dr.enter_(net, dr.Phase.LOW, optimizer)
+    assert torch.equal(net(x), output)
+    after = optimizer.state_dict()
+    assert str(sorted(after["state"].items())) == str(sorted(before["state"].items()))
+    assert after["param_groups"] == before["param_groups"]
+
+
+def test_packs_survive_copies_files_and_plans(tmp_path):
+    net, model, x = made(dtype=torch.float32)
+    dr.enter_(net, dr.Phase.LOW)
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(x), net(x))
+    assert factors(twin, QKV)[1] is twin.get_submodule("q").right
+    dr.save(net, tmp_path / "net")
+    again = dr.load(tmp_path / "net", model, (x,))
+    assert torch.equal(again(x), net(x))
+    plan = dr.plan_of(net)
+    assert dr.Plan.from_json(plan.to_json()) == plan
+    assert "right of q.weight" in str(plan)
+    report = dr.export_onnx(net, (x,), tmp_path / "net.onnx")
+    assert report.params == sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda rows: rows.pop(1), r"has not every row of the pack q\.weight, k\.weight, v\.weight"),
+        (lambda rows: rows[1].update(rank=3), "share a factor: give them one rank"),
+        (lambda rows: rows[1].update(pack=["q.weight"]), "has not every row of the pack"),
+        (
+            lambda rows: [row.update(rank=13) for row in rows[:3]],
+            "cannot have rank 13: give a whole number from 1 to 12",
+        ),
+    ],
+)
+def test_an_edited_pack_that_cannot_be_is_refused(edit, sentence):
+    data = json.loads(dr.plan_of(made()[0]).to_json())
+    edit(data["sites"])
+    with pytest.raises(dr.PlanError, match=sentence):
+        dr.Plan.from_json(json.dumps(data))
+
+
+def test_a_plan_cannot_pack_what_reads_another_input():
+    net, model, x = made()
+    data = json.loads(dr.plan_of(net).to_json())
+    for row in data["sites"]:
+        row["pack"] = ["q.weight", "o.weight"] if row["site"]["name"] in ("q.weight", "o.weight") else []
+    with pytest.raises(dr.PlanError, match=r"o\.weight does not read the input of q\.weight"):
+        dr.transform(model, (x,), plan=dr.Plan.from_json(json.dumps(data)))
+
+
+def test_what_differs_in_override_dtype_or_training_is_not_packed():
+    torch.manual_seed(0)
+    model = Attention()
+    model.k.weight.requires_grad_(False)
+    model.up.weight.data = model.up.weight.data.clone()
+    net = dr.transform(
+        model,
+        (torch.randn(2, 5, 12),),
+        rank=dr.Ratio(0.5),
+        share_inputs=True,
+        allow_unprofitable=True,
+        overrides={"up": dr.Override(rank=dr.Fixed(2))},
+    )
+    assert {row.pack for row in dr.plan_of(net).sites} == {(), ("q.weight", "v.weight")}

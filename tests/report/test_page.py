@@ -1,0 +1,153 @@
+"""The page of a run: whole, self-contained, escaped, and true to the history, whatever the history holds."""
+
+from __future__ import annotations
+
+import base64
+import re
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
+
+import dynrank_fx as dr
+from dynrank_fx.report import write_page
+from dynrank_fx.training import Run, Settings, Task, fit
+
+
+class Text(HTMLParser):
+    """The cells of all tables, the pictures, and whether tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.pictures: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag == "img":
+            self.pictures.append((dict(attrs)["alt"] or "", dict(attrs)["src"] or ""))
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def trained(schedule: Any, epochs: int = 4, **settings: Any) -> Run:
+    torch.manual_seed(0)
+    net = dr.transform(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32)), (torch.randn(4, 16),))
+    optimizer = SGD(net.parameters(), lr=0.1)
+    batches = [(torch.randn(8, 16), torch.randint(32, (8,))) for _ in range(3)]
+    task = Task(
+        batches,
+        lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
+        lambda batch: ((batch[0],), {}),
+        batches,
+        lambda output, batch: (output.argmax(1) == batch[1]).float().mean(),
+    )
+    run = Run(net, optimizer, schedule, MultiStepLR(optimizer, [2]))
+    fit(run, task, Settings(epochs, compile=False, **settings))
+    return run
+
+
+def page(run: Run, path: Path, title: str = "a run") -> Text:
+    write_page(run.history, dr.plan_of(run.net), path, title=title, metric="accuracy")
+    text = Text()
+    text.feed(path.read_text())
+    assert text.open == []
+    assert not re.search(r"(src|href)=\"(?!data:)", path.read_text()), "nothing is fetched"
+    return text
+
+
+def test_the_page_of_a_run_says_what_its_history_says(tmp_path):
+    run = trained(dr.schedules.auto(0.8))
+    text = page(run, tmp_path / "r.html")
+    last, plan = run.history[-1], dr.plan_of(run.net)
+    for cell in (
+        f"{last['spent'] / 4:.1%}",
+        f"{plan.total_params:,}",
+        f"{last['eval_metric']:.2%}",
+        f"{last['eval_loss']:.4f}",
+        f"{last['effective_rank']['2.weight']:.1f}",
+        *[reason for record in run.history for reason in record["reasons"] if record["switch_error"]],
+    ):
+        assert any(cell in each for each in text.cells), cell
+    assert [alt for alt, _ in text.pictures] == [
+        "Effective rank of every site",
+        "Effective rank over the epochs",
+        "Spectra before and after the last cut",
+        "Loss and metric, by epochs and by compute",
+    ]
+    for _, source in text.pictures:
+        assert source.startswith("data:image/svg+xml;base64,")
+        xml.etree.ElementTree.fromstring(base64.b64decode(source.partition(",")[2]))
+
+
+def test_spectra_before_and_after_a_cut_are_those_of_the_weight():
+    run = trained(dr.schedules.warm_up(2), epochs=3)
+    before, after = run.history[2]["switch_spectra"]["2.weight"]
+    assert len(before) == 32
+    rank = next(row.rank for row in dr.plan_of(run.net).sites if row.site.name == "2.weight")
+    assert after == pytest.approx(before[:rank] + [0.0] * (32 - rank), rel=2e-3)
+    assert run.history[1]["switch_spectra"] == {}
+    error = run.history[2]["switch_error"]["2.weight"]
+    assert error**2 == pytest.approx(sum(v * v for v in before[rank:]) / sum(v * v for v in before), rel=5e-3)
+
+
+def test_spectra_are_recorded_where_a_schedule_names_sites_by_pattern():
+    run = trained(lambda state: {"*": dr.Phase.LOW} if state.epoch == 1 else {}, epochs=2)
+    assert set(run.history[1]["switch_spectra"]) == set(run.history[1]["switch_error"]) == {"0.weight", "2.weight"}
+
+
+def test_the_map_of_a_site_in_groups_is_over_all_its_singular_values():
+    from dynrank_fx.report.page import _most
+
+    for layer, most in ((nn.Conv2d(8, 12, 3, groups=2), 12), (nn.Conv2d(8, 12, 3), 12), (nn.Linear(8, 12), 8)):
+        x = torch.randn(2, 8, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(2, 8)
+        for layout in (dr.ChannelLayout, dr.TuckerLayout):
+            net = dr.transform(
+                nn.Sequential(layer), (x,), rank=dr.Fixed(2), conv_layout=layout, allow_unprofitable=True
+            )
+            (row,) = dr.plan_of(net).sites
+            assert _most(row) == net.get_submodule("0").spectrum().numel() == most
+
+
+def test_the_metric_after_truncation_is_that_of_the_truncated_model(tmp_path):
+    run = trained(dr.schedules.always(dr.Phase.FULL), epochs=2)
+    said = run.history[-1]["truncated"]
+    assert "truncated" not in run.history[0]
+    assert said["eval_loss"] != run.history[-1]["eval_loss"]
+    assert any(f"{said['eval_metric']:.2%}" in cell for cell in page(run, tmp_path / "r.html").cells)
+    low = trained(dr.schedules.always(dr.Phase.LOW), epochs=2).history[-1]
+    assert low["truncated"] == {"eval_loss": low["eval_loss"], "eval_metric": low["eval_metric"]}
+
+
+@pytest.mark.parametrize("last", [dr.Phase.LOW, dr.Phase.ADAPTOR])
+def test_every_phase_and_a_name_that_is_no_html(last, tmp_path):
+    run = trained(dr.schedules.FullBetween(1, 2, last), epochs=3)
+    text = page(run, tmp_path / "r.html", title="<script>&")
+    assert "<script>" not in (tmp_path / "r.html").read_text()
+    assert last.name in text.cells
+
+
+def test_without_spectra_there_are_no_ranks_to_draw(tmp_path):
+    run = trained(dr.schedules.warm_up(1), epochs=2, spectra=False)
+    assert [alt for alt, _ in page(run, tmp_path / "r.html").pictures] == ["Loss and metric, by epochs and by compute"]
+
+
+def test_a_run_without_an_epoch_is_told(tmp_path):
+    with pytest.raises(dr.StoreError, match="a run has no finished epoch yet"):
+        write_page([], dr.plan_of(trained(dr.schedules.warm_up(1), epochs=1).net), tmp_path / "r.html", title="a run")
+    assert not (tmp_path / "r.html").exists()
