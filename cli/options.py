@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dynrank_fx.layouts import ConvLayout
-    from dynrank_fx.plan import Override, RankPolicy, Role
+    from dynrank_fx.plan import Override, PlanOptions, RankPolicy, Role
 
     from .modelfile import ModelFile
+
+# The layouts of convolutions by name, so that `--help` need not import them: as in dynrank_fx.layouts.
+CONV_LAYOUTS = ("channel", "spatial", "tucker", "cp")
 
 _PLAN_OPTIONS = (
     click.option("--rank", metavar="R", help="A fraction of each matrix (0.25, the default) or one rank for all (16)."),
@@ -33,7 +36,7 @@ _PLAN_OPTIONS = (
     click.option("--multiple-of", type=int, default=1, metavar="N", help="Round ranks up to a multiple of N."),
     click.option(
         "--layout",
-        type=click.Choice(["channel", "spatial", "tucker", "cp"]),
+        type=click.Choice(CONV_LAYOUTS),
         default="channel",
         help="Of convolutions.",
     ),
@@ -95,7 +98,7 @@ calibrate_option = click.option(
     help="Batches of calibration_data() or train_data() that a cut looks at; 0 for a plain SVD.",
 )
 
-# The names under which a command gets them, in the order of `transformed`.
+# The names under which a command gets them.
 PLAN_OPTIONS = (
     *("rank", "energy", "include", "exclude", "override", "multiple_of"),
     *("layout", "share_inputs", "leave", "how", "plan_file"),
@@ -133,11 +136,8 @@ def export_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_export_options(out: Path) -> None:
     """Refuse the options of an ONNX file for a file that is none."""
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "") is not click.core.ParameterSource.DEFAULT
-        if parameter.name in _OF_EXPORT and given:
-            raise click.UsageError(f"{parameter.opts[0]} is of an ONNX file, and {out} is none: leave it out")
+    for parameter in _given(_OF_EXPORT):
+        raise click.UsageError(f"{parameter.opts[0]} is of an ONNX file, and {out} is none: leave it out")
 
 
 def _dynamic(texts: tuple[str, ...]) -> dict[str, dict[int, str]] | None:
@@ -161,11 +161,19 @@ def roles_of(leave: tuple[str, ...]) -> list[Role]:
     return [Role[name.upper()] for name in leave if name != "none"]
 
 
-def refuse_beside(flag: str, options: dict[str, Any]) -> None:
-    """Refuse options that a plan made before would leave without effect."""
-    for name in ("rank", "energy", "include", "exclude", "override", "plan_file"):
-        if options.get(name):
-            raise click.UsageError(f"{flag} brings its plan along: leave out --{name.removesuffix('_file')}")
+def refuse_beside(flag: str, *but: str) -> None:
+    """Refuse the options of planning that a plan made before would leave without effect."""
+    for parameter in _given(PLAN_OPTIONS):
+        if parameter.name not in but:
+            raise click.UsageError(f"{flag} brings its plan along: leave out {parameter.opts[0]}")
+
+
+def _given(names: Collection[str]) -> list[click.Parameter]:
+    """The options of these names that the command line has, whatever their values."""
+    context = click.get_current_context()
+    source = click.core.ParameterSource
+    given = {name for name in names if context.get_parameter_source(name) in (source.COMMANDLINE, source.ENVIRONMENT)}
+    return [parameter for parameter in context.command.params if parameter.name in given]
 
 
 def rank_policy(rank: str | None, energy: float | None, hint: str = "--rank") -> RankPolicy:
@@ -195,7 +203,7 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
         for word in words.split(","):
             if word == "dense":
                 said["dense"] = True
-            elif word in ("channel", "spatial", "tucker", "cp"):
+            elif word in CONV_LAYOUTS:
                 said["layout"] = _conv_layout(word)
             else:
                 said["rank"] = rank_policy(word, None, hint="--override")
@@ -206,48 +214,40 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
 
 
 def _conv_layout(word: str) -> ConvLayout:
-    from dynrank_fx.layouts import CONV_LAYOUTS
+    from dynrank_fx import layouts
 
-    return next(layout for layout in CONV_LAYOUTS if layout.name == word)
+    return next(layout for layout in layouts.CONV_LAYOUTS if layout.name == word)
+
+
+def plan_options_of(options: Mapping[str, Any], policy: RankPolicy | None = None) -> PlanOptions:
+    """What ``plan_options`` were given. policy: in place of ``--rank`` and ``--energy``."""
+    from dynrank_fx.plan import PlanOptions
+
+    return PlanOptions(
+        rank=policy or rank_policy(options["rank"], options["energy"]),
+        include=options["include"],
+        exclude=options["exclude"],
+        overrides=overrides_of(options["override"]),
+        multiple_of=options["multiple_of"],
+        conv_layout=_conv_layout(options["layout"]),
+        share_inputs=options["share_inputs"],
+        leave=roles_of(options["leave"]),
+    )
 
 
 def transformed(
-    file: ModelFile,
-    *,
-    rank: str | None,
-    energy: float | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    override: tuple[str, ...],
-    multiple_of: int,
-    layout: str,
-    share_inputs: bool,
-    leave: tuple[str, ...],
-    how: str | None,
-    plan_file: Path | None,
-    policy: RankPolicy | None = None,
-    allow_empty: bool = False,
+    file: ModelFile, options: Mapping[str, Any], *, policy: RankPolicy | None = None, allow_empty: bool = False
 ) -> nn.Module:
-    """The model of a model file, transformed as the options say. policy: in place of ``rank`` and ``energy``."""
+    """The model of a model file, transformed as ``plan_options`` say."""
     from dynrank_fx.phases import read_plan
     from dynrank_fx.rewrite import transform
     from dynrank_fx.tracing import Capture
 
-    if plan_file is not None:
-        given = {"rank": rank, "energy": energy, "include": include, "exclude": exclude, "override": override}
-        refuse_beside("--plan", given)
-    return transform(
-        file.model(),
-        file.example_inputs(),
-        rank=policy or rank_policy(rank, energy),
-        include=include,
-        exclude=exclude,
-        overrides=overrides_of(override),
-        multiple_of=multiple_of,
-        conv_layout=_conv_layout(layout),
-        share_inputs=share_inputs,
-        leave=roles_of(leave),
-        how=None if how is None else Capture[how.upper()],
-        plan=None if plan_file is None else read_plan(plan_file),
-        allow_empty=allow_empty,
-    )
+    plan: dict[str, Any]
+    if options["plan_file"] is not None:
+        refuse_beside("--plan", "plan_file", "how")
+        plan = {"plan": read_plan(options["plan_file"])}
+    else:
+        plan = {"options": plan_options_of(options, policy)}
+    how = None if options["how"] is None else Capture[options["how"].upper()]
+    return transform(file.model(), file.example_inputs(), how=how, allow_empty=allow_empty, **plan)

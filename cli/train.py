@@ -11,7 +11,7 @@ import click
 
 from dynrank_fx.errors import ModelFileError, StoreError
 
-from .options import PLAN_OPTIONS, plan_options, refuse_beside, transformed
+from .options import plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
 from .stopping import stop_signals
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -157,12 +157,10 @@ def _net(file: ModelFile, options: dict[str, Any]) -> nn.Module:
     if options["start"] is not None:
         from dynrank_fx.phases import load
 
-        refuse_beside("--from", options)
+        refuse_beside("--from")
         return load(options["start"], file.model(), file.example_inputs())
-    chosen = {name: options[name] for name in PLAN_OPTIONS}
-    if not any(chosen[name] for name in ("rank", "energy", "plan_file")):
-        chosen["policy"] = how_to_train(options).rank
-    return transformed(file, **chosen)
+    of_preset = not any(options[name] for name in ("rank", "energy", "plan_file"))
+    return transformed(file, options, policy=how_to_train(options).rank if of_preset else None)
 
 
 def _check_device(device: str) -> None:

@@ -31,7 +31,7 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
 
     from .modelfile import load_model_file
 
-    net = transformed(load_model_file(model_file), allow_empty=dry_run, **options)
+    net = transformed(load_model_file(model_file), options, allow_empty=dry_run)
     plan = plan_of(net)
     click.echo(plan.to_json().rstrip() if as_json else str(plan))
     if dry_run:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .plan import Fixed as Fixed
     from .plan import Override as Override
     from .plan import Plan as Plan
+    from .plan import PlanOptions as PlanOptions
     from .plan import Ratio as Ratio
     from .plan import Role as Role
     from .plan import StableRank as StableRank
@@ -128,6 +129,7 @@ _HOME = {
         "Fixed",
         "Override",
         "Plan",
+        "PlanOptions",
         "Ratio",
         "Role",
         "StableRank",

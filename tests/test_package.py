@@ -38,6 +38,7 @@ PUBLIC = [
     "Phases",
     "Plan",
     "PlanError",
+    "PlanOptions",
     "Ratio",
     "Role",
     "ScheduleError",

@@ -68,7 +68,7 @@ def test_the_tables_have_every_row_and_its_mean(study, tmp_path):
 def test_the_guard_holds_the_spectral_norm_after_a_switch(study):
     torch.manual_seed(0)
     net = dr.transform(
-        torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False)), (torch.randn(4, 16),), rank=dr.ranks.Fixed(4)
+        torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False)), (torch.randn(4, 16),), rank=dr.Fixed(4)
     )
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     guard = sys.modules["guard"].SpectralGuard(net, optimizer)

@@ -5,7 +5,8 @@ from .costs import break_even_rank, costs_of
 from .find import find_sites, why_not
 from .fit import fit_plan
 from .locate import Located, NodeUse, Reader, input_of, locate
-from .make import make_plan
+from .make import make_plan, plan_by
+from .options import PlanChoices, PlanOptions, chosen
 from .overrides import Override
 from .plan import Plan, PlannedSite
 from .ranks import Cost, Curve, Energy, Fixed, RankPolicy, Ratio, StableRank, checked_policy, ranks_by_policy
@@ -22,6 +23,8 @@ __all__ = [
     "NodeUse",
     "Override",
     "Plan",
+    "PlanChoices",
+    "PlanOptions",
     "PlannedSite",
     "RankPolicy",
     "Ratio",
@@ -30,6 +33,7 @@ __all__ = [
     "StableRank",
     "break_even_rank",
     "checked_policy",
+    "chosen",
     "costs_of",
     "find_sites",
     "fit_plan",
@@ -37,6 +41,7 @@ __all__ = [
     "input_of",
     "locate",
     "make_plan",
+    "plan_by",
     "ranks_by_policy",
     "why_not",
 ]

@@ -2,82 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 from torch import nn
 
 from ..errors import PlanError
-from ..layouts import ChannelLayout, ConvLayout, layout_for
+from ..layouts import layout_for
 from ..ops import ConvOp, ConvTransposeOp
 from ..tracing import measure, meta_of
 from .costs import costs_of, curve_of, rows_of
 from .find import find_sites
 from .locate import Located, input_of, locate, refuse_non_finite
-from .overrides import Override, checked_conv_layout, override_of
+from .options import PlanChoices, PlanOptions, chosen
+from .overrides import Override, override_of
 from .plan import Plan, PlannedSite
-from .ranks import RankPolicy, checked_policy, ranks_by_policy
+from .ranks import RankPolicy, ranks_by_policy
 from .roles import Role, roles_of
 from .site import Site, Skipped, matches
-
-_NONE: Mapping[str, Override] = {}
 
 
 def make_plan(
     net: nn.Module,
-    rank: RankPolicy,
+    options: PlanOptions | RankPolicy | None = None,
     example_inputs: Any = None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    overrides: Mapping[str, Override] = _NONE,
-    multiple_of: int = 1,
-    conv_layout: ConvLayout = ChannelLayout,
-    share_inputs: bool = False,
-    leave: Collection[Role] = (),
-    allow_unprofitable: bool = False,
+    **choices: Unpack[PlanChoices],
 ) -> Plan:
     """Decide on data, before anything is rewritten: ranks for every site that may be factored and pays.
 
-    include, exclude: shell patterns on site names and aliases; all sites by default. overrides: by such a pattern, what
-    is decided otherwise (see ``Override``); a later one wins. multiple_of: ranks are rounded up to it. share_inputs:
-    linears that read the same input (query, key and value; gate and up) share their right factor, at a rank decided for
-    all of them together. leave: roles whose weights stay dense, as far as the graphs tell them. A site is skipped
-    where its factors would cost no less than the dense weight, in parameters or in FLOPs, unless allow_unprofitable.
+    Args:
+        net: What ``capture`` made.
+        options: Every choice of planning, or the rank policy alone.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``;
+            without them FLOPs are not counted.
+        **choices: Fields of ``PlanOptions`` that are chosen otherwise.
 
-    Raises PlanError for a pattern that matches nothing, a rank that no site can have, or non-finite weights.
+    Returns:
+        The plan: the sites with their layouts and ranks, and of every other matrix the reason why it stays dense.
+
+    Raises:
+        PlanError: For a pattern that matches nothing, a rank that no site can have, or non-finite weights.
     """
-    if multiple_of < 1:
-        raise PlanError(f"ranks cannot be multiples of {multiple_of}; give 1 or more")
-    checked_policy(rank)
-    checked_conv_layout(conv_layout)
-    include, exclude = ((names,) if isinstance(names, str) else tuple(names) for names in (include, exclude))
+    if options is not None and not isinstance(options, PlanOptions):
+        choices, options = {"rank": options, **choices}, None
+    return plan_by(net, chosen(options, choices), example_inputs)
+
+
+def plan_by(net: nn.Module, options: PlanOptions, example_inputs: Any) -> Plan:
+    """As ``make_plan``, by options that are settled."""
     measured = None if example_inputs is None else measure(net, example_inputs)
     sites, skipped = find_sites(net, measured.shapes if measured else None)
-    _check_patterns([*include, *exclude, *overrides], [*sites, *skipped])
-    said = {site.name: override_of(site, overrides) for site in sites}
-    _check_layouts(overrides, sites)
+    _check_patterns([*options.include, *options.exclude, *options.overrides], [*sites, *skipped])
+    said = {site.name: override_of(site, options.overrides) for site in sites}
+    _check_layouts(options.overrides, sites)
     located = locate(net)
-    reasons = _left_alone(sites, include, exclude, said, roles_of(located) if leave else {}, leave)
-    chosen = [site for site in sites if site.name not in reasons]
-    refuse_non_finite((site.name for site in chosen), located)
-    packs = packs_of(chosen, located, said) if share_inputs else [[site] for site in chosen]
-    layouts = [layout_for(pack[0].uses[0].op, said[pack[0].name].layout or conv_layout) for pack in packs]
+    reasons = _left_alone(sites, options, said, roles_of(located) if options.leave else {})
+    free = [site for site in sites if site.name not in reasons]
+    refuse_non_finite((site.name for site in free), located)
+    groups = sharing_groups(free, located, said) if options.share_inputs else [[site] for site in free]
+    layouts = [layout_for(group[0].uses[0].op, said[group[0].name].layout or options.conv_layout) for group in groups]
     total, flops = sum(p.numel() for p in net.parameters()), measured.flops if measured else None
     totals = {"params": total, "flops": flops}
     curves = [
-        curve_of(pack, layout, located, multiple_of, costs_of(pack, layout, totals))
-        for pack, layout in zip(packs, layouts, strict=True)
+        curve_of(group, layout, located, options.multiple_of, costs_of(group, layout, totals))
+        for group, layout in zip(groups, layouts, strict=True)
     ]
     rows: list[PlannedSite] = []
-    ranks = ranks_by_policy([said[pack[0].name].rank or rank for pack in packs], curves)
-    for pack, layout, curve, r in zip(packs, layouts, curves, ranks, strict=True):
-        pack_rows = rows_of(pack, layout, -(-r // multiple_of) * multiple_of)
-        why = _too_much(pack_rows, curve.max_rank, allow_unprofitable)
+    ranks = ranks_by_policy([said[group[0].name].rank or options.rank for group in groups], curves)
+    for group, layout, curve, r in zip(groups, layouts, curves, ranks, strict=True):
+        rank = -(-r // options.multiple_of) * options.multiple_of
+        group_rows = rows_of(group, layout, rank)
+        why = _too_much(group_rows, curve.max_rank, options.allow_unprofitable)
         if why:
-            reasons.update(dict.fromkeys((site.name for site in pack), why))
+            reasons.update(dict.fromkeys((site.name for site in group), why))
         else:
-            rows += pack_rows
+            rows += group_rows
     order = {name: i for i, name in enumerate(located)}
     rows.sort(key=lambda row: order[row.site.name])
     left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
@@ -86,29 +85,24 @@ def make_plan(
 
 
 def _left_alone(
-    sites: Sequence[Site],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    said: Mapping[str, Override],
-    roles: Mapping[str, Role],
-    leave: Collection[Role],
+    sites: Sequence[Site], options: PlanOptions, said: Mapping[str, Override], roles: Mapping[str, Role]
 ) -> dict[str, str]:
     """Why sites stay dense by their names or roles. What an override says of a site goes before its role."""
     reasons = {}
     for site in sites:
-        if include and not matches(site, include):
+        if options.include and not matches(site, options.include):
             reasons[site.name] = "not among the names to include"
-        elif matches(site, exclude):
+        elif matches(site, options.exclude):
             reasons[site.name] = "excluded by name"
         elif said[site.name].dense:
             reasons[site.name] = "left alone by name"
-        elif roles.get(site.name) in leave and said[site.name] == Override():
+        elif roles.get(site.name) in options.leave and said[site.name] == Override():
             reasons[site.name] = roles[site.name].value
     return reasons
 
 
 def _too_much(rows: Sequence[PlannedSite], limit: int, allow_unprofitable: bool) -> str | None:
-    """Why the site, or the pack of sites, should stay dense: its rank is too high, or its factors do not pay."""
+    """Why the site, or the sites that share a factor, stay dense: the rank is too high, or factors do not pay."""
     rank, shape = rows[0].rank, "x".join(map(str, rows[0].site.shape))
     if len(rows) > 1:
         shape = f"{len(rows)} weights ({shape}, ...) with one input"
@@ -143,15 +137,17 @@ def _check_layouts(overrides: Mapping[str, Override], sites: Sequence[Site]) -> 
             raise PlanError(f"the override of {pattern!r} asks for a layout of convolutions, and fits no convolution")
 
 
-def packs_of(
+def sharing_groups(
     sites: Sequence[Site], located: Mapping[str, Located], overrides: Mapping[str, Override]
 ) -> list[list[Site]]:
-    """The sites in packs: plain linears of one input, dtype, device and override; any other site by itself."""
-    packs: dict[object, list[Site]] = {}
+    """The sites that share a right factor together: plain linears of one input, dtype, device and override; any other
+    site by itself.
+    """
+    groups: dict[object, list[Site]] = {}
     for site in sites:
         found = located[site.name]
         weight = found.parameter
         inputs = input_of(found)
         alike = (inputs, overrides[site.name], weight.dtype, weight.device, weight.requires_grad)
-        packs.setdefault(site.name if inputs is None else alike, []).append(site)
-    return list(packs.values())
+        groups.setdefault(site.name if inputs is None else alike, []).append(site)
+    return list(groups.values())

@@ -39,9 +39,8 @@ def checked_conv_layout(layout: ConvLayout) -> ConvLayout:
     return layout
 
 
-def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
-    """All that the fitting patterns say of a site together; a later one wins."""
-    found = Override()
+def checked_overrides(overrides: Mapping[str, Override]) -> Mapping[str, Override]:
+    """The overrides themselves. Raises PlanError for what are none."""
     if not isinstance(overrides, Mapping):
         raise PlanError(f"overrides are a dict from patterns to Override, not a {type(overrides).__name__}")
     for pattern, override in overrides.items():
@@ -49,6 +48,13 @@ def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
             raise PlanError(
                 f"the override of {pattern!r} is {override!r}: give an Override, such as Override(dense=True)"
             )
+    return overrides
+
+
+def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
+    """All that the fitting patterns say of a site together; a later one wins."""
+    found = Override()
+    for pattern, override in overrides.items():
         if matches(site, [pattern]):
             said = {key: value for key, value in vars(override).items() if value is not None}
             found = replace(found, **said)

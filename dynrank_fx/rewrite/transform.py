@@ -2,72 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..layouts import ChannelLayout, ConvLayout
-from ..plan import Override, Plan, RankPolicy, Ratio, Role, fit_plan, make_plan
+from ..plan import Plan, PlanChoices, PlanOptions, chosen, fit_plan, plan_by
 from ..tracing import Capture, capture
 from .factorize import factorize_
 from .inline import holds_captured
 from .switched import switched_modules
 
-_QUARTER = Ratio(0.25)
-_NONE: Mapping[str, Override] = {}
-
 
 def transform(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
+    options: PlanOptions | None = None,
     *,
-    rank: RankPolicy = _QUARTER,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    overrides: Mapping[str, Override] = _NONE,
-    multiple_of: int = 1,
-    conv_layout: ConvLayout = ChannelLayout,
-    share_inputs: bool = False,
-    leave: Collection[Role] = (),
-    allow_unprofitable: bool = False,
-    allow_empty: bool = False,
     plan: Plan | None = None,
     how: Capture | None = None,
     dynamic_shapes: Any = None,
+    allow_empty: bool = False,
+    **choices: Unpack[PlanChoices],
 ) -> nn.Module:
     """A copy of the model with a switchable site, in phase FULL, wherever factoring pays; see ``plan_of(net)``.
 
-    model: an ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
-    ExportedProgram. plan: a given plan in place of rank, include, exclude, overrides, multiple_of, conv_layout,
-    share_inputs, leave and allow_unprofitable, which ``make_plan`` explains; how and dynamic_shapes: see ``capture``.
+    Args:
+        model: An ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
+            ExportedProgram.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
+        options: Every choice of planning in one value.
+        plan: A given plan, in place of the choices of planning.
+        how: The way to capture the model, see ``capture``.
+        dynamic_shapes: As in ``torch.export``; by default every dimension is free that the model leaves free.
+        allow_empty: Whether a plan without any site is taken.
+        **choices: Fields of ``PlanOptions``, a shorthand for options: ``transform(model, inputs, rank=Ratio(0.5))``.
 
-    Raises CaptureError, PlanError; a plan without any site is a PlanError unless allow_empty.
+    Returns:
+        The net: in FULL it computes what the model computes, bit by bit.
+
+    Raises:
+        CaptureError: Where the model cannot be captured, or the example inputs do not fit it.
+        PlanError: Where the plan or the options do not fit the model, where nothing would be factored, and for a net
+            that was transformed before.
     """
     if isinstance(model, nn.Module) and holds_captured(model) and switched_modules(model):
         raise PlanError(
             f"{type(model).__name__} has been transformed already: change its ranks by replan_, or transform the "
             f"original model, or what truncate makes of it"
         )
+    if plan is not None and (options is not None or choices):
+        raise PlanError("a given plan says what is factored: leave out the options of planning beside it")
+    settled = chosen(options, choices)
     net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=how)
-    if plan is None:
-        plan = make_plan(
-            net,
-            rank,
-            example_inputs,
-            include=include,
-            exclude=exclude,
-            overrides=overrides,
-            multiple_of=multiple_of,
-            conv_layout=conv_layout,
-            share_inputs=share_inputs,
-            leave=leave,
-            allow_unprofitable=allow_unprofitable,
-        )
-    else:
-        plan = fit_plan(net, plan, example_inputs)
+    plan = plan_by(net, settled, example_inputs) if plan is None else fit_plan(net, plan, example_inputs)
     if not plan.sites and not allow_empty:
         raise PlanError(
             f"nothing would be factored: {_reasons(plan)}; choose other weights or another rank (`transform --dry-run` "

@@ -59,7 +59,7 @@ TRAININGS: dict[str, Callable[[int, Any], Preset]] = {
 def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0) -> nn.Module:
     """A net after the task's epochs."""
     seed_all(seed)
-    net = task.transformed(dr.ranks.Ratio(0.25))
+    net = task.transformed(dr.Ratio(0.25))
     preset, optimizer = way(task.epochs, costs_of(net)), task.optimizer(net.parameters())
     run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, task.epochs))
     fit(run, task.data(), Settings(task.epochs, compile=False, **preset.settings))
@@ -95,7 +95,7 @@ def cuts(full: nn.Module, ratio: float, candidates: Candidates) -> dict[str, nn.
     """A net in FULL cut in every way, to as many parameters (or FLOPs) as one rank ratio for all sites gives.
     candidates: what ``compress`` makes its cuts by, of the net as its training left it.
     """
-    policy, dense, batches = dr.ranks.Ratio(ratio), candidates.dense, candidates.data or ()
+    policy, dense, batches = dr.Ratio(ratio), candidates.dense, candidates.data or ()
     plain = dr.truncate(full, rank=policy)
     calibrated = dr.truncate(full, candidates.known, rank=policy)
     dr.recalibrate_(calibrated, batches, like=dense)

@@ -92,7 +92,7 @@ def train(cell: Cell) -> dict[str, Any]:
     started = time.perf_counter()
     task = TASKS[cell.task]
     seed_all(cell.seed)
-    net = task.transformed(dr.ranks.Ratio(cell.rank))
+    net = task.transformed(dr.Ratio(cell.rank))
     costs = costs_of(net)
     epochs = task.epochs
     if cell.compute == "equal compute":
@@ -159,7 +159,7 @@ def measured(task: StudyTask, rank: float) -> dict[str, dict[str, float]]:
     settings = Settings(1, device=task.device, amp=task.amp)
     steps, found = {}, {}
     for phase in dr.Phase:
-        net = task.transformed(dr.ranks.Ratio(rank))
+        net = task.transformed(dr.Ratio(rank))
         optimizer = task.optimizer(net.parameters())
         dr.enter_(net, phase, optimizer)
         steps[phase] = partial(_step, net, optimizer, data, settings, batch)

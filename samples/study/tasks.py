@@ -23,6 +23,7 @@ import digits
 import gpt
 
 import dynrank_fx as dr
+from dynrank_fx.plan import RankPolicy
 from dynrank_fx.training import Task
 
 
@@ -40,7 +41,7 @@ class StudyTask:
     exclude: Sequence[str] = ()
     device: str = "cpu"
 
-    def transformed(self, rank: dr.ranks.RankPolicy) -> nn.Module:
+    def transformed(self, rank: RankPolicy) -> nn.Module:
         example = next(iter(self.data().train_data))[0][:2].cpu()  # its checks run on the CPU
         net = dr.transform(self.model(), (example,), rank=rank, leave=self.leave, exclude=self.exclude)
         return net.to(self.device)

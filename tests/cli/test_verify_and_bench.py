@@ -48,7 +48,7 @@ def test_factors_are_the_same_site_as_their_weight() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 14))
     x = torch.randn(3, 12)
-    net = dr.transform(model, (x,), rank=dr.ranks.Fixed(3), exclude=("0.*",))
+    net = dr.transform(model, (x,), rank=dr.Fixed(3), exclude=("0.*",))
     dr.export_onnx(model, (x,), "dense.onnx")
     dr.export_onnx(dr.truncate(net, [(torch.randn(50, 12),)]), (x,), "small.onnx")
     verdict = compare_onnx("dense.onnx", "small.onnx")
@@ -114,7 +114,7 @@ def test_a_parameter_that_stands_bare_is_a_site_too() -> None:
 
     torch.manual_seed(0)
     model, x = Bare(), torch.randn(3, 12)
-    net = dr.transform(model, (x,), rank=dr.ranks.Fixed(3))
+    net = dr.transform(model, (x,), rank=dr.Fixed(3))
     dr.export_onnx(model, (x,), "dense.onnx")
     dr.export_onnx(dr.truncate(net, [(torch.randn(50, 12),)]), (x,), "small.onnx")
     first = compare_onnx("dense.onnx", "small.onnx").first

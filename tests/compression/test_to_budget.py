@@ -146,7 +146,7 @@ def test_what_is_not_faster_as_a_whole_gives_way_site_by_site(monkeypatch: pytes
     assert found.times is not None
     assert found.times.ratio == 0.9
     monkeypatch.setattr(ModelTimes, "pair", lambda self, small: Pair(1.0, 1.2, 1.2))
-    found = compress(model(), batches()[0], dr.ranks.Ratio(0.25), batches(), times=times)
+    found = compress(model(), batches()[0], dr.Ratio(0.25), batches(), times=times)
     assert all(cut.rank is None for cut in found.cuts)
     assert params(found.module) == params(model())
 
@@ -327,7 +327,7 @@ class Product(nn.Module):
     ],
 )
 def test_a_sites_own_model_has_the_shapes_of_the_site(net: nn.Module, x: Tensor) -> None:
-    plan = dr.plan_of(dr.transform(net, (x,), rank=dr.ranks.Fixed(2), allow_unprofitable=True))
+    plan = dr.plan_of(dr.transform(net, (x,), rank=dr.Fixed(2), allow_unprofitable=True))
     for rank in (None, 2):
         made = site_model(plan.sites, rank, np.float32)
         assert made is not None
@@ -347,7 +347,7 @@ def test_sites_that_share_a_factor_are_timed_together() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.q(x) + self.k(x)
 
-    plan = dr.plan_of(dr.transform(QK(), (torch.randn(4, 16),), rank=dr.ranks.Fixed(3), share_inputs=True))
+    plan = dr.plan_of(dr.transform(QK(), (torch.randn(4, 16),), rank=dr.Fixed(3), share_inputs=True))
     made = site_model(plan.sites, 3, np.float32)
     assert made is not None
     assert [len(made[0].graph.node), len(made[0].graph.output)] == [3, 2]

@@ -79,7 +79,7 @@ def test_int8_weights_have_one_scale_per_row_and_are_a_quarter_as_large(
 ) -> None:
     model, inputs = tagger
     if factored:
-        net = dr.transform(model, inputs, rank=dr.ranks.Ratio(0.25))
+        net = dr.transform(model, inputs, rank=dr.Ratio(0.25))
         model = dr.truncate(net, [inputs])
     full = export_onnx(model, inputs, tmp_path / "full.onnx")
     report = export_onnx(model, inputs, tmp_path / "m.onnx", precision=Precision.INT8_WEIGHTS)

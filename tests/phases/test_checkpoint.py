@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dynrank_fx as dr
 from dynrank_fx import store
 from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.tracing import Net
 
 FULL, LOW, ADAPTOR = dr.Phase
 
@@ -50,7 +51,7 @@ PHASES: dict[str, Any] = {
 }
 
 
-def made(seed: int = 0, **options: Any) -> dr.tracing.Net:
+def made(seed: int = 0, **options: Any) -> Net:
     torch.manual_seed(seed)
     net = dr.transform(Mixture(), INPUTS, rank=dr.Fixed(5), **options)
     assert [row.site.name for row in dr.plan_of(net).sites] == SITES

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dynrank_fx as dr
+from dynrank_fx.plan import Curve
 from dynrank_fx.plan.budget import Point, allocate
 
 
@@ -164,10 +165,10 @@ def test_ranks_follow_the_weights_by_the_rungs_of_the_ladder():
 def test_a_stable_rank_is_scaled_by_that_of_independent_entries():
     """stable(W) of independent entries is about mn / (√m + √n)²: such a weight keeps about all of its rank."""
     torch.manual_seed(0)
-    curve = dr.ranks.Curve("w", 200, lambda: torch.linalg.svdvals(torch.randn(1, 800, 200).double()), (800, 200))
+    curve = Curve("w", 200, lambda: torch.linalg.svdvals(torch.randn(1, 800, 200).double()), (800, 200))
     assert 190 <= dr.StableRank().ranks([curve])[0] <= 200
     assert 95 <= dr.StableRank(0.5).ranks([curve])[0] <= 105
-    one = dr.ranks.Curve("w", 200, lambda: torch.tensor([[3.0] + [0.0] * 199]), (800, 200))
+    one = Curve("w", 200, lambda: torch.tensor([[3.0] + [0.0] * 199]), (800, 200))
     assert dr.StableRank().ranks([one]) == [3], "⌈1 · 200 / (800 · 200 / (√800 + √200)²)⌉"
 
 

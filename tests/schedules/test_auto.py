@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 import dynrank_fx as dr
 from dynrank_fx.layouts import effective_rank
-from dynrank_fx.schedules import SiteState
+from dynrank_fx.schedules import Schedule, SiteState
 from dynrank_fx.schedules.auto import _Seen
 from dynrank_fx.schedules.state import Decision
 from dynrank_fx.training import Run, Settings, Task, fit, read_run, restore_run_, save_run
@@ -257,7 +257,7 @@ def test_sites_that_share_a_factor_go_together():
 # In a run
 
 
-def a_collapsing_run(schedule: dr.phase.Schedule) -> tuple[Run, Task, Settings]:
+def a_collapsing_run(schedule: Schedule) -> tuple[Run, Task, Settings]:
     """Two linears that learn a map of rank one, once the learning rate is up; decay takes what it does not need."""
     torch.manual_seed(0)
     net = dr.transform(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), (torch.randn(4, 32),))

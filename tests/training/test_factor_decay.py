@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.rewrite import Switched, switched_modules
 
 RATE, DECAY = 0.05, 0.3
 COUPLED: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -44,7 +44,7 @@ def low(share: bool = False) -> tuple[nn.Module, Tensor]:
     return net, x
 
 
-def firsts(net: nn.Module) -> list[dr.switched.Switched]:
+def firsts(net: nn.Module) -> list[Switched]:
     return [modules[0] for modules in switched_modules(net).values()]
 
 

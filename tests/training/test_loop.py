@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dynrank_fx as dr
 from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.schedules import Schedule
 from dynrank_fx.training import Run, Settings, Task, Watcher, cost_of, evaluate, fit
 from dynrank_fx.training.phases import phase_label
 
@@ -51,7 +52,7 @@ TASK = Task(
 )
 
 
-def a_run(net: nn.Module, schedule: dr.phase.Schedule = ALWAYS_LOW, lr: float = 0.05) -> Run:
+def a_run(net: nn.Module, schedule: Schedule = ALWAYS_LOW, lr: float = 0.05) -> Run:
     return Run(net, SGD(net.parameters(), lr=lr, momentum=0.9), schedule)
 
 
@@ -92,7 +93,7 @@ def refusal(run: Callable[[], Any]) -> str:
     ],
     ids=["full", "low", "interleave", "aligned", "join", "a function"],
 )
-def test_every_epoch_is_in_the_phase_the_schedule_says(schedule: dr.phase.Schedule, epochs: int, expected: str) -> None:
+def test_every_epoch_is_in_the_phase_the_schedule_says(schedule: Schedule, epochs: int, expected: str) -> None:
     run = a_run(made(), schedule)
     assert fit(run, TASK, replace(EAGER, epochs=epochs))
     assert "".join(record["phase"][0] for record in run.history) == expected

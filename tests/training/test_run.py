@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import dynrank_fx as dr
 from dynrank_fx.randomness import generators_of, random_state, seed_all
+from dynrank_fx.schedules import Schedule, Setting
 from dynrank_fx.training import CHECKPOINT, Run, Settings, Task, fit, read_run, restore_run_, save_run
 from dynrank_fx.training.state_tree import flatten
 
@@ -76,12 +77,12 @@ def loader(**options: Any) -> DataLoader[Any]:
     return DataLoader(Noisy(), 8, shuffle=True, **options)
 
 
-def mixed(state: dr.TrainState) -> dr.phase.Setting:
+def mixed(state: dr.TrainState) -> Setting:
     """A schedule of the user's own, with sites apart."""
     return {"*": FULL, "conv.weight": LOW} if state.epoch % 2 else {"*": LOW, "w": FULL}
 
 
-def adaptors(state: dr.TrainState) -> dr.phase.Setting:
+def adaptors(state: dr.TrainState) -> Setting:
     return dr.Phase.ADAPTOR if state.epoch == 2 else LOW if state.epoch == 0 else FULL
 
 
@@ -97,7 +98,7 @@ class Recipe:
 
     optimizer: Callable[[Any], Optimizer] = NESTEROV
     lr_scheduler: Callable[[Optimizer], Any] = MULTISTEP
-    schedule: dr.phase.Schedule = LOW_FULL
+    schedule: Schedule = LOW_FULL
     model: Callable[[], nn.Module] = Digits
     data: Callable[[], Any] = loader
     settings: Settings = EAGER

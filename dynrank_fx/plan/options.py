@@ -1,0 +1,77 @@
+"""What a plan is made by: every choice of planning in one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
+
+from ..errors import PlanError
+from ..layouts import ChannelLayout, ConvLayout
+from .overrides import Override, checked_conv_layout, checked_overrides
+from .ranks import RankPolicy, Ratio, checked_policy
+from .roles import Role
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is factored, how, and to which rank. ``transform``, ``make_plan``, ``compress`` and the commands share it.
+
+    Attributes:
+        rank: The rank policy, for every site whose override names no other; by default a quarter of the smaller side.
+        include: Shell patterns on names and aliases of weights; where there are any, only weights that fit one of them.
+        exclude: Shell patterns; the weights that fit one of them stay dense.
+        overrides: By shell pattern, what is decided otherwise for the weights that fit; of several, the later one wins.
+        multiple_of: Ranks are rounded up to multiples of it, 1 or more.
+        conv_layout: The layout of convolutions; one that it does not serve takes ``ChannelLayout``.
+        share_inputs: Whether linears that read one input (query, key and value; gate and up) share their right
+            factor, at a rank decided for all of them together.
+        leave: Roles whose weights stay dense, as far as the graphs tell them.
+        allow_unprofitable: Whether a site is factored although its factors cost no less than the dense weight, in
+            parameters or in FLOPs.
+
+    Raises:
+        PlanError: For a value that is none of these.
+    """
+
+    rank: RankPolicy = field(default_factory=lambda: Ratio(0.25))
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    multiple_of: int = 1
+    conv_layout: ConvLayout = ChannelLayout
+    share_inputs: bool = False
+    leave: Collection[Role] = ()
+    allow_unprofitable: bool = False
+
+    def __post_init__(self) -> None:
+        checked_policy(self.rank)
+        checked_conv_layout(self.conv_layout)
+        checked_overrides(self.overrides)
+        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+            raise PlanError(f"ranks cannot be multiples of {self.multiple_of!r}; give 1 or more")
+        for role in self.leave:
+            if not isinstance(role, Role):
+                raise PlanError(f"{role!r} is no role: give {', '.join(f'Role.{each.name}' for each in Role)}")
+        for name in ("include", "exclude"):  # one pattern by itself is meant as a pattern, not as its letters
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+
+
+class PlanChoices(TypedDict, total=False):
+    """The fields of ``PlanOptions`` as keyword arguments."""
+
+    rank: RankPolicy
+    include: Sequence[str]
+    exclude: Sequence[str]
+    overrides: Mapping[str, Override]
+    multiple_of: int
+    conv_layout: ConvLayout
+    share_inputs: bool
+    leave: Collection[Role]
+    allow_unprofitable: bool
+
+
+def chosen(options: PlanOptions | None, choices: PlanChoices) -> PlanOptions:
+    """The options, but for what the keyword arguments say otherwise."""
+    return PlanOptions(**choices) if options is None else replace(options, **choices)
