@@ -13,8 +13,8 @@ from ..errors import PlanError
 from ..phase import Phase
 from ..phases import Timing, enter_, phases_of
 from ..plan import Budget, RankPolicy, Ratio, Role
-from ..rewrite import a_twin, holds_captured, inline, plan_of, transform
-from ..tracing import unwrap
+from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
+from ..tracing import own_, shell, unwrap
 from .batches import checked_batches
 from .calibration import calibrate
 from .candidates import Candidate, Candidates
@@ -78,13 +78,14 @@ def compress(
     if isinstance(budget, MaxDrop) and metric is None:
         raise PlanError("a budget of the metric's fall takes a metric, and data to score on: give both")
     net, low = _in_full(model, example_inputs, include, exclude, leave)
-    dense = inline(net)
+    dense = inline_(shell(net))
     known = None if data is None else calibrate(net, data)
     whole = None if times is None else ModelTimes(dense, example_inputs, times)
     candidates = Candidates(net, dense, data, known, _timing(whole), multiple_of, sequential, low)
 
     def made(policy: RankPolicy, margin: float | None) -> Candidate:
         found = candidates.best(policy, margin)
+        own_(found.module, net)
         if data is not None and recover_steps and any(cut.error > 0 for cut in found.cuts):
             recover_(found.module, dense, data, recover_steps, loss=loss)
         return found
@@ -127,6 +128,7 @@ def _in_full(
             exclude=exclude,
             leave=leave,
             allow_unprofitable=True,
+            copy=False,
         )
         net = a_twin(made)
     phases = phases_of(net)

@@ -13,15 +13,17 @@ from .site import Site, Skipped, Use
 
 
 def find_sites(
-    net: nn.Module, shapes: Mapping[fx.Node | nn.Module, Shape] | None = None
+    net: nn.Module,
+    shapes: Mapping[fx.Node | nn.Module, Shape] | None = None,
+    located: Mapping[str, Located] | None = None,
 ) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
     """Every matrix of the model, in the order of its parameters, as a Site or as Skipped.
 
     shapes: of the nodes' outputs, and of the inputs of modules that untraced code calls (``interpret.measure``), for
-    counting FLOPs; without them sites have parameter counts only.
+    counting FLOPs; without them sites have parameter counts only. located: what ``locate`` found, if known already.
     """
     sites, skipped = [], []
-    for found in locate(net).values():
+    for found in (locate(net) if located is None else located).values():
         (name, *others), shape = found.names, tuple(found.parameter.shape)
         reason = why_not(found)
         if reason:

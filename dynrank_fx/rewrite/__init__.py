@@ -1,7 +1,7 @@
 """Rewrite once: every planned weight of a traced model becomes a switchable site."""
 
 from .factorize import factorize, factorize_
-from .inline import holds_captured, inline
+from .inline import holds_captured, inline, inline_
 from .meta import a_twin, plan_of, set_plan, specialize_
 from .switched import STEM, Switched, switched_modules
 from .transform import transform
@@ -14,6 +14,7 @@ __all__ = [
     "factorize_",
     "holds_captured",
     "inline",
+    "inline_",
     "plan_of",
     "set_plan",
     "specialize_",

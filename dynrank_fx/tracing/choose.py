@@ -1,4 +1,4 @@
-"""From what the user has (a module, a GraphModule, an ExportedProgram) to a trainable net over a copy of it."""
+"""From what the user has (a module, a GraphModule, an ExportedProgram) to a trainable net."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ..ops import module_op
 from .blame import describe
 from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
-from .gradients import kept, sketched
 from .inputs import split_inputs
 from .modules import capture_parts, modules_read
 from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, untraced, unwrap
@@ -41,18 +40,29 @@ def capture(
     how: Capture | None = None,
     copy: bool = True,
 ) -> nn.Module:
-    """A trainable net that computes what ``model`` computes, over a copy of its parameters.
+    """A trainable net that computes what ``model`` computes.
 
-    A Net where the model was captured whole; where only parts of it could be, a copy of the model itself whose parts
-    are Nets. the plan says which and why.
+    A Net where the model was captured whole; where only parts of it could be, the model's own module tree whose parts
+    are Nets. The plan says which and why. The model, its arguments and the random generators stay as they are: it is
+    run once in evaluation and once in training mode, as a shell that shares its weights.
 
-    example_inputs: a tuple of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``. Needed for
-    torch.export, and to check the graph against the model; a GraphModule needs none. dynamic_shapes: as in
-    torch.export; by default every dimension is free that the model leaves free. how: by default symbolic tracing where
-    it works, opens every layer with weights, and reproduces the model on the example; torch.export otherwise; and
-    module by module where that fails too. What is a graph already stays the graph that it is, whatever ``how`` says.
+    Args:
+        model: An ``nn.Module``, a GraphModule or an ExportedProgram. What is a graph already stays the graph that it
+            is, whatever ``how`` says.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``. Needed for
+            torch.export, and to check the graph against the model; a GraphModule needs none.
+        dynamic_shapes: As in torch.export; by default every dimension is free that the model leaves free.
+        how: By default symbolic tracing where it works, opens every layer with weights, and reproduces the model on
+            the example; torch.export otherwise; and module by module where that fails too.
+        copy: Whether the net has weights of its own. If False it shares the model's parameters and buffers, as the
+            same objects, and takes next to no memory. Training the net then trains the model too, as long as a weight
+            is dense: what enters LOW leaves the net for its factors, and the model's own weight is no longer trained.
 
-    Raises CaptureError naming the module and the line that cannot be traced, or what the example inputs do not fit.
+    Returns:
+        The net.
+
+    Raises:
+        CaptureError: Naming the module and the line that cannot be traced, or what the example inputs do not fit.
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module(check_guards=False)
@@ -73,8 +83,8 @@ def capture(
         net = _noted(adopted, f"as the given graph{fixed_sizes(adopted)}")
     else:
         _refuse(model)
-        net = _captured(model, Original(model, example_inputs, kept if copy else sketched), dynamic_shapes, how)
-    return own_(net) if copy else sharing(net, model)
+        net = _captured(model, Original(model, example_inputs), dynamic_shapes, how)
+    return own_(net, model) if copy else sharing(net, model)
 
 
 def _captured(model: nn.Module, original: Original, dynamic_shapes: Any, how: Capture | None) -> nn.Module:

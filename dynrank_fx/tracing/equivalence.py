@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from ..errors import first_line
-from .gradients import Comparison, Gradient, Keep, each_gradient, kept
+from .gradients import Sketch, sketched_gradients, wrong_gradient
 from .inputs import fresh, split_inputs
 from .isolation import quiet, same_buffers, same_randomness, same_values, slow_attention
 from .net import Net
@@ -42,26 +42,23 @@ ROUNDING = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What a call gives, the buffers that it changes, by name, as it leaves them, and gradients, if it trains.
+    """What a call gives, the buffers that it changes, by name, as it leaves them, and sketches of its gradients.
 
-    inputs_train: the inputs were such as come from a layer that trains before.
+    gradients: none of a call in evaluation mode. inputs_train: the inputs were such as come from a layer that
+    trains before.
     """
 
     output: Any
     buffers: dict[str, Tensor]
-    gradients: dict[str, Gradient] = dataclasses.field(default_factory=dict)
+    gradients: dict[str, Sketch]
     inputs_train: bool = False
 
 
 class Original:
-    """What a model does on the example inputs. It runs when first asked, once in each mode.
+    """What a model does on the example inputs. It runs when first asked, once in each mode."""
 
-    keep: what is kept of a gradient. All gradients whole take as much room as the weights: room that a net's own copy
-    will take later. Where there is to be none, ``sketched`` takes a sixteenth of it.
-    """
-
-    def __init__(self, model: nn.Module, example_inputs: Any, keep: Keep = kept) -> None:
-        self.example_inputs, self.keep = example_inputs, keep
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.example_inputs = example_inputs
         self._model = shell(model)
         self._lost: list[str] = []
 
@@ -73,19 +70,9 @@ class Original:
     def trained(self) -> Effect | None:
         """None where the model does not train on the example: a batch norm over one row, say."""
         for inputs_train in (True, False):  # some models refuse inputs that need a gradient
-            gradients: dict[str, Gradient] = {}
-
-            def note(name: str, gradient: Tensor, to: dict[str, Gradient] = gradients) -> None:
-                to[name] = self.keep(gradient)
-
             watch = self._watch if inputs_train else None
-            try:
-                found = effect(
-                    self._model, self.example_inputs, mode=True, each=note, inputs_train=inputs_train, watch=watch
-                )
-            except Exception:  # no business of a net
-                continue
-            return dataclasses.replace(found, gradients=gradients)
+            with suppress(Exception):  # no business of a net
+                return effect(self._model, self.example_inputs, mode=True, inputs_train=inputs_train, watch=watch)
         return None
 
     @property
@@ -121,9 +108,8 @@ def difference(net: nn.Module, original: Original) -> Difference:
 def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mode: bool) -> Difference:
     """Of what the net does in one mode from what is expected."""
     where = "in training " if mode else ""
-    gradients = Comparison(expected.gradients)
     try:
-        got = effect(net, example_inputs, mode=mode, each=gradients, inputs_train=expected.inputs_train)
+        got = effect(net, example_inputs, mode=mode, inputs_train=expected.inputs_train)
     except Exception as error:
         return Difference(float("inf"), f"its graph fails {where}on the example inputs: {first_line(error)}.")
     size = apart(expected.output, got.output)
@@ -134,7 +120,7 @@ def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mo
         if lost > ROUNDING:
             return Difference(lost, f"its graph changes the buffer {name} otherwise {where}on the example inputs.")
         size = max(size, lost)
-    if wrong := gradients.wrong:
+    if wrong := wrong_gradient(expected.gradients, got.gradients):
         return Difference(float("inf"), f"its graph gives {wrong} another gradient on the example inputs.")
     return Difference(size, f"its graph rounds otherwise {where}on the example inputs." if size else "")
 
@@ -144,17 +130,16 @@ def effect(
     example_inputs: Any,
     *,
     mode: bool,
-    each: Callable[[str, Tensor], None] | None = None,
     inputs_train: bool = False,
     watch: Callable[[Any, list[Any]], None] | None = None,
 ) -> Effect:
     """Of a call in evaluation (False) or training mode; modes, buffers and weights are as before afterwards.
 
-    each: is shown the gradients, one after the other; none of them is kept here. watch: is shown what the model gave
-    and the functions that ran under checkpoints.
+    watch: is shown what the model gave and the functions that ran under checkpoints.
     """
     with ExitStack() as stack:
-        for context in (torch.set_grad_enabled(mode), slow_attention(), same_values(model), same_buffers(model)):
+        stack.enter_context(torch.set_grad_enabled(mode))
+        for context in (slow_attention(), same_values(model), same_buffers(model)):
             stack.enter_context(context)
         stack.enter_context(_in_mode(model, mode))
         stack.enter_context(quiet())
@@ -166,9 +151,9 @@ def effect(
         changed = {name: after[name].clone() for name in both if apart(before[name], after[name])}
         if watch is not None:
             watch(given, checkpoints)
-        if mode and each is not None:
-            each_gradient(model, [tensor for tensor in _tensors(given) if tensor.requires_grad], each)
-    return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, inputs_train=inputs_train)
+        training = [tensor for tensor in _tensors(given) if tensor.requires_grad]
+        gradients = sketched_gradients(model, training) if mode else {}
+    return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, gradients, inputs_train)
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:
@@ -203,7 +188,8 @@ def run(model: nn.Module, example_inputs: Any, *, grad: bool = False) -> Any:
     """The output, with inputs and random generators left as they are. grad: as from a layer that trains before."""
     args, kwargs = split_inputs(fresh(example_inputs))
     if grad:
-        args, kwargs = pytree.tree_map_only(Tensor, _with_grad, (args, kwargs))
+        made: dict[int, Tensor] = {}  # one tensor stays one
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: made.setdefault(id(t), _with_grad(t)), (args, kwargs))
     with same_randomness():
         return model(*args, **kwargs)
 

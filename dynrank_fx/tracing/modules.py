@@ -14,7 +14,6 @@ from ..errors import CaptureError
 from ..ops import module_op
 from .equivalence import ROUNDING, Effect, Original, difference, difference_from, effect
 from .export import export_both_modes
-from .gradients import sketched
 from .inputs import fresh
 from .net import Net, untraced
 from .symbolic import closed_layers, trace_symbolically
@@ -116,7 +115,7 @@ def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Effect
 
 def _captured(part: nn.Module, call: Any) -> Net | None:
     """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
-    original = Original(part, call, sketched)  # beside the whole model's gradients, this part's would be too many
+    original = Original(part, call)
     if original.lost:
         return None
     try:

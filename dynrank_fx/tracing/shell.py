@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
@@ -31,10 +32,11 @@ def same_parameters(model: nn.Module) -> dict[int, Any]:
     return {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if _is_plain(p)}
 
 
-def own_(net: nn.Module) -> nn.Module:
-    """The shell with values of its own: the one copy of the weights that there is."""
+def own_(net: nn.Module, model: nn.Module) -> nn.Module:
+    """The shell, or what was made of it, with values of its own where it shares those of the model."""
+    shared = {p.untyped_storage()._cdata for p in model.parameters() if _is_plain(p)}
     for parameter in net.parameters():
-        if _is_plain(parameter):
+        if _is_plain(parameter) and parameter.untyped_storage()._cdata in shared:
             parameter.data = parameter.data.clone()
     return net
 
@@ -52,4 +54,5 @@ def sharing(net: nn.Module, model: nn.Module) -> nn.Module:
 
 def _is_plain(parameter: nn.Parameter) -> bool:
     """Whether two parameters can share its values: those of other classes, and of inference mode, are copied."""
-    return type(parameter) is nn.Parameter and type(parameter.data) is Tensor and not parameter.is_inference()
+    plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+    return plain and parameter.layout is torch.strided and not parameter.is_inference()
