@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError, reason
-from ..tracing import fresh, split_inputs
+from ..tracing import fresh, same_values, split_inputs
 
 
 def checked_batches(batches: Iterable[Any], like: Any = None) -> list[Any]:

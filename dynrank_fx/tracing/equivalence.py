@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -144,7 +144,8 @@ def effect(
         stack.enter_context(_in_mode(model, mode))
         stack.enter_context(quiet())
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with _noting_checkpoints() if watch is not None else nullcontext([]) as checkpoints:
+        noting: AbstractContextManager[list[Any]] = nullcontext([]) if watch is None else _noting_checkpoints()
+        with noting as checkpoints:
             given = run(model, example_inputs, grad=inputs_train)
         after = {name: buffer.detach() for name, buffer in model.named_buffers()}
         both = before.keys() & after.keys()
