@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+NAME ?= steps switch held peak truncation startup scale shared sites onnx
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-gpu fuzz zoo bench lint wheel clean
+.PHONY: demo docs test test-gpu fuzz zoo bench bench-gpu lint wheel clean
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,24 +20,30 @@ test: $(INSTALLED)          ## the everyday tests; one thread each, so that JOBS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 test-gpu: $(INSTALLED)      ## what needs a CUDA device
-	$(BIN)/python -m pytest -q -m gpu $(addprefix tests/test_,gpu.py compile.py contracts.py optim.py export.py)
+	$(BIN)/python -m pytest -q -m 'gpu and not fuzz' tests
 
-fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz -n $(JOBS)
+fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each), and all of their grid
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'fuzz and not gpu' -n $(JOBS)
 
 zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py
 
-bench: $(INSTALLED)         ## the README's figures, measured here
-	$(BIN)/python samples/measure.py
+bench: $(INSTALLED)         ## the figures of the documents, measured here: all that take minutes, or NAME="steps switch"
+	$(BIN)/python benchmarks/run.py $(NAME)
+
+bench-gpu: $(INSTALLED)     ## what only a GPU can say
+	$(BIN)/python benchmarks/run.py large onnx
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)          ## the pages, into site/; a warning, such as of a broken link, fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv build dist demo *.egg-info
+	rm -rf .venv build dist demo site *.egg-info

@@ -9,7 +9,6 @@ there at some moment. Other processes disturb the times, not the peaks.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import gc
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dynrank_fx as dr
+from benchmarks.result import Column, Table
 
 VOCABULARY, TIME = 1024, 32
 RANK = dr.Ratio(0.25)
@@ -35,7 +35,7 @@ RANK = dr.Ratio(0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of a model: float32 where it fits, else bfloat16."""
+    """Of a model."""
 
     layers: int
     width: int
@@ -48,7 +48,6 @@ SHAPES = {
     "0.15 B": Shape(12, 1024, 2816),
     "0.6 B": Shape(12, 2048, 5632),
     "1.1 B": Shape(22, 2048, 5632),
-    "0.6 B, bfloat16": Shape(12, 2048, 5632, "bfloat16"),
     "1.1 B, bfloat16": Shape(22, 2048, 5632, "bfloat16"),
 }
 
@@ -86,6 +85,9 @@ class Layer(nn.Module):
 
 class Llama(nn.Module):
     """Tokens [batch, time] to scores [batch, time, VOCABULARY]; a small vocabulary, so that the layers count."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -181,7 +183,7 @@ def export_low(shape: Shape, folder: Path) -> Call:
 
 def save(shape: Shape, folder: Path) -> Call:
     net = _net(shape, dr.Phase.FULL)
-    return lambda: (net, dr.save(net, folder / "saved"))
+    return lambda: dr.save(net, folder / "saved")
 
 
 def load(shape: Shape, folder: Path) -> Call:
@@ -190,20 +192,23 @@ def load(shape: Shape, folder: Path) -> Call:
     return lambda: (model, dr.load(folder / "saved", model))
 
 
-ROWS: dict[str, Callable[..., Call]] = {
+ROWS: dict[str, Callable[[Shape, Path], Call]] = {
     "transform": transform,
-    "transform, by torch.export": lambda *at: transform(*at, how=dr.Capture.EXPORT),
-    "transform, module by module": lambda *at: transform(*at, how=dr.Capture.MODULES),
+    "transform, copy=False": lambda *at: transform(*at, copy=False),
+    "transform by torch.export": lambda *at: transform(*at, how=dr.Capture.EXPORT),
+    "transform by torch.export, copy=False": lambda *at: transform(*at, how=dr.Capture.EXPORT, copy=False),
+    "transform module by module": lambda *at: transform(*at, how=dr.Capture.MODULES),
     "enter_ FULL to LOW": enter_low,
     "enter_ LOW to FULL": enter_full,
     "truncate in LOW": truncate_low,
-    "truncate in FULL, calibrated": truncate_full,
-    "compress": compress,
     "export_onnx of the dense model": export_dense,
     "export_onnx in LOW": export_low,
     "save": save,
     "load": load,
+    "truncate in FULL, calibrated": truncate_full,
+    "compress to a quarter of the rank": compress,
 }
+SLOW = ("truncate in FULL, calibrated", "compress to a quarter of the rank")  # measured at the least size only
 
 
 # One row, in a process of its own
@@ -213,8 +218,6 @@ ROWS: dict[str, Callable[..., Call]] = {
 class Row:
     """weights: bytes of the model's. peak, after: bytes above the start, at most and when the call has returned."""
 
-    what: str
-    size: str
     weights: int
     peak: int
     after: int
@@ -240,10 +243,10 @@ def measured(what: str, size: str) -> Row:
         _give_back()
         after = _resident("VmRSS") - before
         del kept
-    return Row(what, size, weights, peak, after, seconds)
+    return Row(weights, peak, after, seconds)
 
 
-def _on_meta(shape: Shape) -> nn.Module:
+def _on_meta(shape: Shape) -> Llama:
     with torch.device("meta"):
         return Llama(shape)
 
@@ -262,48 +265,44 @@ def _resident(what: str) -> int:
 
 # All rows
 
+COLUMNS = (
+    Column("call"),
+    Column("size"),
+    Column("weights", "GB", ".2f"),
+    Column("peak above the start", "× weights", ".2f"),
+    Column("left afterwards", "× weights", ".2f"),
+    Column("time", "s", ".1f"),
+)
+NOTE = (
+    "Each row in a process of its own, by its resident memory; what a call returns is left afterwards, and what it "
+    "frees is counted as negative. All in float32 but for what says bfloat16."
+)
 
-def rows(names: Sequence[str], sizes: Sequence[str]) -> Iterator[Row]:
-    for size in sizes:
-        for name in names:
-            command = [sys.executable, __file__, "--one", name, "--sizes", size]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["killed, perhaps for its memory"]
-                print(f"{name} at {size} failed: {lines[-1]}", file=sys.stderr)
+
+def memory(quick: bool) -> Table:
+    rows = []
+    for size in ("tiny",) if quick else ("0.15 B", "0.6 B", "1.1 B"):
+        for name in ROWS:
+            if name in SLOW and size not in ("tiny", "0.15 B"):
                 continue
-            yield Row(**json.loads(done.stdout.splitlines()[-1]))
+            row = _apart(name, size)
+            shares: tuple[float | None, ...] = (None,) * 4
+            if row is not None:
+                shares = (row.weights / 1e9, row.peak / row.weights, row.after / row.weights, row.seconds)
+            rows.append((name, size, *shares))
+    return Table(COLUMNS, tuple(rows), NOTE)
 
 
-def table(found: Sequence[Row]) -> str:
-    lines = [
-        "| | size | weights | peak above the start | left after it | time |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in found:
-        peak, after = (f"{each / row.weights:.2f} × weights" for each in (row.peak, row.after))
-        lines.append(
-            f"| {row.what} | {row.size} | {row.weights / 1e9:.2f} GB | {peak} | {after} | {row.seconds:.1f} s |"
-        )
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("rows", nargs="*", help=f"of: {'; '.join(ROWS)}")
-    parser.add_argument("--sizes", default="0.15 B;0.6 B;1.1 B", help=f"of: {'; '.join(SHAPES)}")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
-    parser.add_argument("--one", metavar="ROW", help="this row in this process, as JSON")
-    given = parser.parse_args(argv)
-    if given.one:
-        print(json.dumps(dataclasses.asdict(measured(given.one, given.sizes))))
-        return
-    found = []
-    for row in rows(given.rows or list(ROWS), ["tiny"] if given.quick else given.sizes.split(";")):
-        print(json.dumps(dataclasses.asdict(row)), file=sys.stderr)
-        found.append(row)
-    print(table(found))
+def _apart(name: str, size: str) -> Row | None:
+    """The row from a process of its own. None where that failed, for its memory perhaps; stderr says why."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, size]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        print(f"{name} at {size}: {why[-1]}", file=sys.stderr)
+        return None
+    return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(dataclasses.asdict(measured(*sys.argv[1:]))))

@@ -49,7 +49,7 @@ def bench(
         if not (key and equals and value):
             raise click.UsageError(f"--provider-option {setting}: write KEY=VALUE, such as enable_cuda_graph=1")
     chosen = (provider, {key: value for key, _, value in pairs}) if provider and settings else provider
-    from dynrank_fx.onnx import bench_onnx, machine, table
+    from dynrank_fx.onnx import bench_onnx, onnx_machine, table
 
     timings = bench_onnx(
         file,
@@ -59,6 +59,6 @@ def bench(
         repeats=repeats,
     )
     if as_json:
-        click.echo(json.dumps({"machine": machine(), "timings": [each.to_json() for each in timings]}, indent=1))
+        click.echo(json.dumps({"machine": onnx_machine(), "timings": [each.to_json() for each in timings]}, indent=1))
     else:
-        click.echo(f"{table(timings)}\n\n{machine()}")
+        click.echo(f"{table(timings)}\n\n{onnx_machine()}")

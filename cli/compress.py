@@ -124,16 +124,13 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
     if out.suffix == ".pt":
         click.echo(_stored(found.module, out))
         return
-    metadata = {"dynrank_plan": found.plan.to_json()}
-    if found.metrics is not None:
-        metadata["dynrank_metric"] = f"{found.metrics[1]:.6g} (dense: {found.metrics[0]:.6g})"
     report = export_onnx(
         found.module,
         file.example_inputs(),
         out,
         more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
         providers=[options["provider"]],
-        metadata=metadata,
+        metadata=found.metadata,
         **arguments,
     )
     click.echo(str(report))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from dynrank_fx.schedules import EpochRecord
 
 
 @click.command()
@@ -28,7 +32,7 @@ def inspect(target: Path, model_file: Path | None, plot: Path | None, as_json: b
 
     from .runs import open_run
 
-    history = []
+    history: list[EpochRecord] = []
     if target.suffix == ".onnx":
         rows = inspect_onnx(target)
     elif target.suffix == ".py":

@@ -18,9 +18,9 @@ def report(run: Path, out: Path | None) -> None:
       dynrank-fx report digits-run -o report.html
     """
     from dynrank_fx.report import write_page
-    from dynrank_fx.training import plan_in, read_run
+    from dynrank_fx.training import history_in, plan_in, read_run
 
     _, info = read_run(run)
     path = out or run / "report.html"
-    write_page(info["history"], plan_in(info), path, title=run.resolve().name)
+    write_page(history_in(info), plan_in(info), path, title=run.resolve().name)
     click.echo(f"wrote {path}; open it in a browser", err=True)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynrank_fx.errors import StoreError
+from dynrank_fx.errors import StoreError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dynrank_fx.schedules import EpochRecord
 
     from .modelfile import ModelFile
 
@@ -24,7 +26,7 @@ class Opened:
 
     net: nn.Module
     file: ModelFile
-    history: list[dict[str, Any]]
+    history: list[EpochRecord]
 
 
 @dataclass(frozen=True)
@@ -46,31 +48,18 @@ def final_form(source: Path, model_file: Path | None, weights: Path | None, cali
         return FinalForm(module.eval(), file, calibration_inputs(file, calibrate), {})
     if weights is not None:
         raise StoreError(f"{source} has its own weights: leave out --weights")
-    return _truncated(open_run(source, model_file), calibrate)
+    from dynrank_fx.compression import deployed
 
-
-def _truncated(opened: Opened, calibrate: int) -> FinalForm:
-    """The net with all of its sites in factors; those that are dense at the end are cut on so many calibration batches,
-    the same ones every time.
-    """
-    from dynrank_fx.compression import recalibrate_, truncate
-    from dynrank_fx.phase import Phase
-    from dynrank_fx.phases import phases_of
-    from dynrank_fx.rewrite import inline, plan_of
-
+    opened = open_run(source, model_file)
     batches = calibration_inputs(opened.file, calibrate)
-    if set(phases_of(opened.net).values()) - {Phase.LOW}:
-        module, metric = truncate(opened.net, batches or None), metric_of(opened.file)
-        if batches:
-            recalibrate_(module, batches, like=inline(opened.net.eval()))
-        score = None if metric is None else metric(module)
-    else:
-        known = opened.history[-1].get("truncated") if opened.history else None
-        module, score = truncate(opened.net), (known or {}).get("eval_metric")
-    metadata = {"dynrank_plan": plan_of(opened.net).to_json()}
-    if score is not None:
-        metadata["dynrank_metric"] = f"{score:.6g}"
-    return FinalForm(module, opened.file, batches, metadata)
+
+    def metric(module: nn.Module) -> float | None:
+        score = metric_of(opened.file)  # only now, as it draws the data
+        return None if score is None else score(module)
+
+    measured = opened.history[-1].truncated.get("eval_metric") if opened.history else None
+    found = deployed(opened.net, batches, metric=metric, measured=measured)
+    return FinalForm(found.module, opened.file, batches, found.metadata)
 
 
 def _module_of(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:
@@ -96,7 +85,7 @@ def _stored_module(path: Path) -> nn.Module:
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {path}") from error
     except Exception as error:
-        raise StoreError(f"{path} could not be loaded ({str(error).strip().splitlines()[0][:200]})") from error
+        raise StoreError(f"{path} could not be loaded ({first_line(error)[:200]})") from error
     if not isinstance(found, nn.Module):
         raise StoreError(
             f"{path} holds a {type(found).__name__} and no module: give weights by --weights, and MODEL.PY"
@@ -190,7 +179,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     """The net in a folder of ``train`` or ``transform``. Raises StoreError, ModelFileError and what loading raises."""
     from dynrank_fx.phases import how_in, load, rebuilt, restore_
-    from dynrank_fx.training import CHECKPOINT, plan_in, read_run, weights_in
+    from dynrank_fx.training import CHECKPOINT, history_in, plan_in, read_run, weights_in
 
     from .modelfile import load_model_file
 
@@ -209,4 +198,4 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     file = load_model_file(model_file or Path(read_run_file(folder)["model_file"]))
     net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
     restore_(net, weights_in(tensors), info)
-    return Opened(net, file, info["history"])
+    return Opened(net, file, history_in(info))

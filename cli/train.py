@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dynrank_fx.errors import ModelFileError, StoreError
+from dynrank_fx.errors import ModelFileError, StoreError, first_line
 
 from .options import plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--amp", type=click.Choice(["bf16"]), help="Autocast to bfloat16.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all random numbers.")
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), metavar="N", help="Also save every N steps.")
 @click.option("--tensorboard", is_flag=True, help="Also write the epochs' records for TensorBoard, into --out.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
@@ -139,7 +139,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
         amp=options["amp"] == "bf16",
         compile=not options["no_compile"],
         checkpoint_steps=options["checkpoint_steps"],
-        **{**how.settings, "decay": known_decay(how.decay, options, optimizer)},
+        **how.choices | {"decay": known_decay(how.decay, options, optimizer)},
     )
     task = Task(
         train_data=file.train_data(),
@@ -169,8 +169,9 @@ def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelFileError(f"the device {device!r} cannot be used here ({first}); give --device cpu") from error
+        raise ModelFileError(
+            f"the device {device!r} cannot be used here ({first_line(error)}); give --device cpu"
+        ) from error
 
 
 def _bar(task: Task, settings: Settings) -> Any:

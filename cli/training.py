@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dynrank_fx.errors import DynrankWarning
+from dynrank_fx.phase import Phase
+from dynrank_fx.schedules import BY_NAME
 
 if TYPE_CHECKING:
-    from dynrank_fx.schedules import Schedule
+    from dynrank_fx.schedules import NamedSchedule, Schedule
     from dynrank_fx.training import Decay, Preset
 
-_SCHEDULES = ("auto", "aligned", "interleave", "low", "full", "paper-cifar10", "paper-cifar100")
 _OPTIONS = (
     click.option(
-        "--schedule", type=click.Choice(_SCHEDULES), help="By default auto; aligned where --lr-milestones are given."
+        "--schedule",
+        type=click.Choice(tuple(named.name for named in BY_NAME)),
+        help="By default auto; aligned where --lr-milestones are given.",
     ),
     click.option(
         "--cost",
@@ -54,26 +57,22 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _name(options: dict[str, Any]) -> str:
-    return options["schedule"] or ("aligned" if options["lr_milestones"] else "auto")
+def _named(options: dict[str, Any]) -> NamedSchedule:
+    name = options["schedule"] or ("aligned" if options["lr_milestones"] else "auto")
+    return next(named for named in BY_NAME if named.name == name)
 
 
 def how_to_train(options: dict[str, Any]) -> Preset:
-    """The preset that the schedule goes with, but for what is asked for otherwise."""
+    """The preset that goes with the schedule, but for what is asked for otherwise."""
     from dynrank_fx import training
     from dynrank_fx.phases import Carry
     from dynrank_fx.training import Decay
 
-    name, cost = _name(options), options["cost"]
-    if cost is not None and name != "auto":
-        raise click.UsageError(f"--cost is the budget of auto, and says nothing to {name}")
-    match name:
-        case "paper-cifar10":
-            preset = training.paper_cifar10()
-        case "paper-cifar100":
-            preset = training.paper_cifar100()
-        case _:
-            preset = training.practical() if cost is None else training.practical(cost)
+    named = _named(options)
+    if options["cost"] is not None and "cost" not in named.takes:
+        raise click.UsageError(f"--cost is the budget of auto, and says nothing to {named.name}")
+    papers = {"paper-cifar10": training.paper_cifar10, "paper-cifar100": training.paper_cifar100}
+    preset = papers.get(named.name, training.practical)()
     asked = {
         "carry": options["carry"] and Carry[options["carry"].upper()],
         "decay": options["decay"] and Decay[options["decay"].upper()],
@@ -100,23 +99,14 @@ def known_decay(decay: Decay, options: dict[str, Any], optimizer: Any) -> Decay:
 
 def schedule_of(options: dict[str, Any], epochs: int, lr_scheduler: Any) -> Schedule:
     """The schedule that the options ask for."""
-    from dynrank_fx import schedules
-    from dynrank_fx.phase import Phase
-
-    name = _name(options)
+    named = _named(options)
     last = {"svd": Phase.LOW, "adaptor": Phase.ADAPTOR, None: None}[options["deflate"]]
-    if last is not None and not name.startswith(("aligned", "paper")):
-        raise click.UsageError(f"--deflate goes with aligned and paper-*, not with {name}")
-    match name:
-        case "auto" | "paper-cifar10" | "paper-cifar100":
-            schedule = how_to_train(options).schedule
-            return schedule if last is None else replace(schedule, last=last)  # type: ignore[type-var]
-        case "aligned":
-            return schedules.aligned(epochs, _decays(options["lr_milestones"], lr_scheduler), last or Phase.LOW)
-        case "interleave":
-            return schedules.interleave(low=options["low"], full=options["full"])
-        case phase:
-            return schedules.always(Phase[phase.upper()])
+    if last is not None and "last" not in named.takes:
+        raise click.UsageError(f"--deflate goes with aligned and paper-*, not with {named.name}")
+    given = {name: options[name] for name in ("cost", "low", "full")} | {"epochs": epochs, "last": last}
+    if "lr_milestones" in named.takes:
+        given["lr_milestones"] = _decays(options["lr_milestones"], lr_scheduler)
+    return named(given)
 
 
 def _decays(given: str | None, lr_scheduler: Any) -> tuple[int, ...]:

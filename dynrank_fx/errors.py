@@ -44,9 +44,8 @@ class DynrankWarning(UserWarning):
 
 
 def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, without a full stop."""
     lines = str(error).strip().splitlines()
-    if lines and "co_varnames is too small" in lines[0]:
-        return "its forward has arguments that torch.fx cannot read (it is wrapped by a decorator)"
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
@@ -54,5 +53,4 @@ def reason(error: BaseException) -> str:
     """The first line of the error at the bottom of it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return first_line(error)

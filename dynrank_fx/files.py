@@ -14,32 +14,40 @@ from safetensors import SafetensorError
 from .errors import StoreError
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file, written whole or not at all. Raises StoreError where the disk refuses."""
-    with replacing(path) as beside:
+def write_text(path: Path, text: str, *, final: Path | None = None) -> None:
+    """A text file, written whole or not at all; ``final`` as in ``replacing``. Raises StoreError where the disk
+    refuses.
+    """
+    with replacing(path, final=final) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, final: Path | None = None, alone: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if all goes well: on the disk, not only in its cache.
 
-    It is in a folder of a fixed name, so that the next write clears away what a killed one left. Raises StoreError
-    where the disk refuses.
+    What else is written beside that (the weights of an ONNX file) goes along, and before it.
+
+    final: where the file will be in the end, for errors to name, if ``path`` is in a folder that is to be renamed.
+    alone: nobody else writes the file at the same time; then what a killed write left behind is cleared away.
+    Raises StoreError where the disk refuses.
     """
-    folder = path.parent / f".{path.name}.part"
+    folder = path.parent / (f".{path.name}.part" if alone else f".{path.name}.{os.getpid()}.part")
     beside = folder / path.name
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir()
         yield beside
-        beside.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files private
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        for made in [*(each for each in folder.iterdir() if each != beside), beside]:
+            made.chmod(folder.stat().st_mode & 0o666)  # safetensors and onnx make their files private
+            with open(made, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(made, path.with_name(made.name))
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} could not be written ({_why(error)}); what was there before is unchanged") from error
+        raise StoreError(
+            f"{final or path} could not be written ({_why(error)}); what was there before is unchanged"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -62,6 +70,7 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
     """A new folder that takes the place of ``path`` at the end, with all its files or not at all.
 
     names: the files that may be in a folder there already; anything else in it is somebody's work and is not touched.
+    Write its files with ``final``, so that an error names the place they were meant for.
     Raises StoreError where the folder has other files or the disk refuses.
     """
     if path.exists() and not path.is_dir():
@@ -85,8 +94,6 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
     except BaseException as error:
         if old.exists() and not path.exists():
             os.rename(old, path)
-        if isinstance(error, StoreError):
-            raise StoreError(str(error).replace(str(new), str(path))) from error
         if isinstance(error, OSError):
             raise StoreError(f"{path} could not be written ({_why(error)}); what was there is unchanged") from error
         raise

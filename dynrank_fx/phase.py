@@ -1,8 +1,9 @@
-"""Phases of a site, and the facts a schedule may look at. No torch here: a schedule is plain Python."""
+"""The phases of a site. No torch here: a schedule is plain Python."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 
 ALPHA = 16.0
 """The branch of an ADAPTOR is multiplied by this over its rank: the constant of the paper's code (arXiv 2508.08625)."""
@@ -23,5 +24,8 @@ class Phase(enum.IntEnum):
     """A frozen dense base plus a trained low-rank branch of scale ``ALPHA / rank``: the paper's own last phase."""
 
 
-"""One phase for every site, or a phase per site name or pattern (sites it does not name keep theirs)."""
-"""A pure function of the state: the same state always gives the same setting."""
+def summary(phases: Iterable[Phase]) -> str:
+    """``FULL`` or ``LOW`` where all sites are in it, or how many are in which: ``1 FULL 3 LOW``."""
+    found = list(phases)
+    counts = [(phase.name, found.count(phase)) for phase in Phase if phase in found]
+    return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)

@@ -20,10 +20,11 @@ VERSION = 1
 _FORMAT = "dynrank-fx store"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, final: Path | None = None) -> None:
     """One safetensors file with ``tensors`` and the JSON value ``info``; a kill at any moment leaves the old file.
 
-    Names of one and the same tensor are stored once and come back as one. Raises StoreError where the disk refuses.
+    Names of one and the same tensor are stored once and come back as one. final: as in ``replacing``. Raises StoreError
+    where the disk refuses.
     """
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
@@ -37,7 +38,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
         storages.add(pointer)
     text = json.dumps({"info": info, "aliases": {a: b for a, b in aliases.items() if a != b}}, ensure_ascii=True)
     metadata = {"format": _FORMAT, "version": str(VERSION), "content": text, "sha256": _checksum(kept, text)}
-    with replacing(path) as beside:
+    with replacing(path, final=final) as beside:
         save_file(kept, beside, metadata)
 
 

@@ -1,4 +1,4 @@
-"""Plain-text tables, for plans and reports."""
+"""Plain text for plans and reports: tables, and how a size has changed."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
 
     rule = "  ".join("-" * widths[i] for i in keep)
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
+
+
+def change(before: int, after: int) -> str:
+    """Both sizes, and the second as a share of the first, which is the dense model's."""
+    return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"

@@ -1,20 +1,16 @@
-"""Measurements: two things in one run, in turn, and where the time of an ONNX file goes."""
+"""Measurements: two things in one run, in turn, and the machine that they ran on."""
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
-_HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -80,54 +76,3 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def weight_times(path: Path, feed: Mapping[str, Any], *, repeats: int = 20) -> dict[str, float]:
-    """Median microseconds that onnxruntime (CPU provider) spends on each weight of an ONNX file, by its own profile.
-
-    By initializer name, for convolutions and matrix products; onnxruntime fuses what follows them (bias, batch norm,
-    ReLU) into the same kernel. A weight whose kernel cannot be told is left out.
-    """
-    import onnx
-    import onnxruntime
-
-    owners = _kernel_names(onnx.load(path))
-    with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        for _ in range(repeats + 3):
-            session.run(None, dict(feed))
-        events = json.loads(Path(session.end_profiling()).read_text())
-    times: dict[str, list[float]] = {}
-    for event in events:
-        name = event["name"].removesuffix("_kernel_time").removesuffix("_nchwc")
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and name in owners:
-            times.setdefault(owners[name], []).append(event["dur"])
-    return {weight: statistics.median(values[3:] or values) for weight, values in times.items()}
-
-
-def _kernel_names(model: Any) -> dict[str, str]:
-    """The weight behind each name that onnxruntime may give a kernel: of the node, or of an output it was fused up
-    to.
-    """
-    weights = {initializer.name for initializer in model.graph.initializer}
-    consumers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-    found: dict[str, tuple[int, str]] = {}
-    for node in model.graph.node:
-        weight = next((name for name in node.input[1:2] if name in weights), None)
-        if node.op_type not in _HEAVY or weight is None:
-            continue
-        found[node.name] = (0, weight)
-        names, distance = list(node.output), 0
-        while names and distance < 5:
-            for name in names:
-                if distance < found.get(name, (99, ""))[0]:
-                    found[name] = (distance, weight)
-            after = [c for name in names for c in consumers.get(name, ()) if c.op_type not in _HEAVY]
-            names, distance = [name for c in after for name in c.output], distance + 1
-    return {name: weight for name, (_, weight) in found.items()}

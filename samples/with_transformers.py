@@ -56,9 +56,7 @@ def main(epochs: int = 4, count: int = 2000) -> None:
         trainer = Trainer(net(), arguments, train_dataset=Windows(count), callbacks=[callback])
         loss = trainer.train().training_loss
     for record in callback.history:
-        print(
-            f"epoch {record['epoch'] + 1:>2}  {record['phase']:<12} compute so far {record['spent']:.2f} dense epochs"
-        )
+        print(f"epoch {record.epoch + 1:>2}  {record.phase:<12} compute so far {record.spent:.2f} dense epochs")
     print(f"mean training loss {loss:.3f}")
     small = dr.truncate(trainer.model)
     print(f"{sum(p.numel() for p in small.parameters()):,} parameters after truncation")

@@ -100,6 +100,31 @@ class Products(nn.Module):
         return F.linear(x, q), F.linear(x, k), F.linear(x, v)
 
 
+class Experts(nn.Module):
+    """Stacks of matrices: one gathered for each row, one whose first axis an einsum shares, and an einsum with dots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.heads, self.last = matrix(3, 8, 9), matrix(2, 4, 5), matrix(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.experts[(x[:, 0] > 0).long()]
+        x = torch.tanh(torch.bmm(chosen, x.unsqueeze(-1)).squeeze(-1))
+        x = torch.tanh(torch.einsum("bhd,hde->bhe", x.unflatten(1, (2, 4)), self.heads))
+        return torch.einsum("...e,oe->...o", x, self.last)
+
+
+class Attention(nn.Module):
+    """A layer that symbolic tracing leaves closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.block(x, x, x, need_weights=False)[0]))
+
+
 class Conv1D(nn.Module):
     """A weight [inputs, outputs], as GPT-2 has it."""
 
@@ -123,6 +148,17 @@ class Reads(nn.Module):
         return self.b(x) / self.b.weight.shape[1] + self.b.weight.norm()
 
 
+class ReadKernel(nn.Module):
+    """A convolution whose kernel the code looks at besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x)) / self.conv.weight.square().sum().sqrt()
+
+
 class Modal(nn.Module):
     """Dropout and batch norm: training and evaluation differ, and buffers change in forward."""
 
@@ -137,18 +173,38 @@ class Modal(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its example inputs, and the sites that must be found in it."""
+    """A model, its example inputs, and the sites that must be found in it.
+
+    conv: whether its sites are convolutions. plain: over how many axes, where they are neither in groups nor
+    transposed. free: the axes of the input that may have other sizes than in the example. bare: the model's own code
+    reads its weights, so that module by module it can be captured only as a part of another. kind: what it is about,
+    the same for cases that differ in how they use it.
+    """
 
     name: str
     model: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     sites: tuple[str, ...] = ("layer.weight",)
     conv: bool = False
+    plain: int = 0
+    free: tuple[int, ...] = (0,)
+    bare: bool = False
+    kind: str = "Linear"
+
+    def other_inputs(self) -> Tensor:
+        """Inputs of other sizes than the example's, on every axis that is free."""
+        like = self.inputs()
+        shape = [size + 2 if axis in self.free else size for axis, size in enumerate(like.shape)]
+        return torch.randn(shape) if like.is_floating_point() else torch.randint(int(like.max()) + 1, shape)
 
 
 def _layer(name: str, make: Callable[[], nn.Module], *shape: int) -> Case:
-    conv = name.startswith("conv")
-    return Case(name, lambda: OneLayer(make()), lambda: torch.randn(*shape), conv=conv)
+    layer, axes = make(), range(len(shape))
+    conv = isinstance(layer, nn.modules.conv._ConvNd)
+    plain = len(layer.kernel_size) if conv and not layer.transposed and layer.groups == 1 else 0
+    free = tuple(i for i in axes if i != (1 if conv else axes[-1]))
+    kind = type(layer).__name__ + " in groups" * (conv and layer.groups > 1)
+    return Case(name, lambda: OneLayer(make()), lambda: torch.randn(*shape), Case.sites, conv, plain, free, kind=kind)
 
 
 CASES: tuple[Case, ...] = (
@@ -185,19 +241,76 @@ CASES: tuple[Case, ...] = (
     _layer("conv transposed 3d", lambda: nn.ConvTranspose3d(4, 6, (3, 2, 3), stride=(1, 2, 2)), 2, 4, 3, 4, 2),
     _layer("conv3d", lambda: nn.Conv3d(4, 6, (3, 2, 3), padding=(1, 0, 1)), 2, 4, 5, 6, 7),
     _layer("conv3d grouped strided", lambda: nn.Conv3d(4, 8, 3, stride=(1, 2, 2), groups=2, bias=False), 2, 4, 5, 6, 7),
-    Case("functional", Functional, lambda: torch.randn(2, 8, 9, 8), ("kernel", "w"), conv=True),
+    Case(
+        "functional",
+        Functional,
+        lambda: torch.randn(2, 8, 9, 8),
+        ("kernel", "w"),
+        conv=True,
+        plain=2,
+        free=(0, 2, 3),
+        bare=True,
+        kind="Conv2d",
+    ),
     Case("called three times", CalledTwice, lambda: torch.randn(5, 10), ("inner.weight",)),
     Case("shared linears", SharedLinears, lambda: torch.randn(5, 10), ("first.weight",)),
-    Case("tied embedding", Tied, lambda: torch.randint(20, (3, 7)), ("embed.weight", "mix.weight")),
+    Case(
+        "tied embedding",
+        Tied,
+        lambda: torch.randint(20, (3, 7)),
+        ("embed.weight", "mix.weight"),
+        free=(0, 1),
+        kind="Embedding",
+    ),
+    Case(
+        "embedding with padding",
+        lambda: nn.Sequential(nn.Embedding(20, 12, padding_idx=3), nn.Tanh()),
+        lambda: torch.randint(20, (3, 7)),
+        ("0.weight",),
+        free=(0, 1),
+        kind="Embedding",
+    ),
     Case(
         "products",
         Products,
         lambda: torch.randn(4, 4, 8),
         ("plain", "added", "turned", "before", "packed", "stack", "heads", "merge"),
+        bare=True,
+        kind="products",
     ),
-    Case("weight of inputs by outputs", lambda: OneLayer(Conv1D()), lambda: torch.randn(3, 4, 7)),
-    Case("weights that are read", Reads, lambda: torch.randn(5, 10), ("a.weight", "b.weight")),
-    Case("dropout and batch norm", Modal, lambda: torch.randn(4, 4, 6, 6), ("conv.weight", "head.weight"), conv=True),
+    Case("experts", Experts, lambda: torch.randn(5, 9), ("experts", "heads", "last"), bare=True, kind="experts"),
+    Case("weight of inputs by outputs", lambda: OneLayer(Conv1D()), lambda: torch.randn(3, 4, 7), free=(0, 1)),
+    Case("weights that are read", Reads, lambda: torch.randn(5, 10), ("a.weight", "b.weight"), bare=True),
+    Case(
+        "kernel that is read",
+        ReadKernel,
+        lambda: torch.randn(2, 6, 7, 6),
+        ("conv.weight",),
+        conv=True,
+        plain=2,
+        free=(0, 2, 3),
+        bare=True,
+        kind="Conv2d",
+    ),
+    Case(
+        "dropout and batch norm",
+        Modal,
+        lambda: torch.randn(4, 4, 6, 6),
+        ("conv.weight", "head.weight"),
+        conv=True,
+        plain=2,
+        free=(0, 2, 3),
+        kind="Conv2d",
+    ),
+)
+
+ATTENTION = Case(
+    "attention",
+    Attention,
+    lambda: torch.randn(3, 4, 8),
+    ("block.in_proj_weight", "block.out_proj.weight", "head.weight"),
+    free=(0, 1),
+    kind="attention",
 )
 
 

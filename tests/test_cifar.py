@@ -140,8 +140,8 @@ def test_the_papers_training_runs_through_all_three_phases(cifar10):
     run = Run(net, optimizer, schedule, file.lr_scheduler(optimizer))
     settings = Settings(epochs=3, compile=False, carry=preset.carry, random_init=preset.random_init)
     assert fit(run, task, settings)
-    assert [record["phase"] for record in run.history] == ["LOW", "FULL", "ADAPTOR"]
-    costs = [record["spent"] for record in run.history]
+    assert [record.phase for record in run.history] == ["LOW", "FULL", "ADAPTOR"]
+    costs = [record.spent for record in run.history]
     assert costs[0] < 0.65
     assert 1.15 < costs[2] - costs[1] < 1.25, "an ADAPTOR costs more than a dense step"
     assert len(optimizer.param_groups[0]["params"]) == len(list(net.parameters()))

@@ -163,7 +163,10 @@ def test_the_wheel_holds_the_package_and_the_command_and_no_other_package(wheel:
         (points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "dynrank-fx = dynrank_fx.cli.main:main" in archive.read(points).decode()
     assert {name.split("/")[0] for name in names} == {"dynrank_fx", f"dynrank_fx-{dr.__version__}.dist-info"}
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "dynrank_fx").rglob("*.py")} | {"dynrank_fx/py.typed"}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "dynrank_fx").rglob("*.py")} | {
+        "dynrank_fx/__init__.pyi",
+        "dynrank_fx/py.typed",
+    }
     expected |= {f"dynrank_fx/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == expected
 

@@ -127,7 +127,6 @@ def test_what_was_read_may_be_written_to_without_touching_the_file(tmp_path: Pat
 def test_a_file_is_as_readable_to_others_as_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     store.write(tmp_path / "f", {"x": torch.ones(1)}, {})
-    store.write_text(tmp_path / "t", "text")
     assert len({stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}) == 1
 
 
@@ -281,15 +280,11 @@ def test_a_disk_that_is_full_at_the_last_moment_is_a_sentence(small: Path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    for write in (
-        lambda: store.write(small, {"w": torch.zeros(1000)}, {}),
-        lambda: store.write_text(small, "text"),
-    ):
-        assert refusal(write) == (
-            f"{small} could not be written (No space left on device); what was there before is unchanged"
-        )
-        assert small.read_bytes() == before
-        assert files(small.parent) == ["small"]
+    assert refusal(lambda: store.write(small, {"w": torch.zeros(1000)}, {})) == (
+        f"{small} could not be written (No space left on device); what was there before is unchanged"
+    )
+    assert small.read_bytes() == before
+    assert files(small.parent) == ["small"]
 
 
 def test_a_disk_that_takes_no_more_is_a_sentence(small: Path) -> None:
@@ -318,125 +313,7 @@ def test_a_disk_that_takes_no_more_is_a_sentence(small: Path) -> None:
 @pytest.mark.parametrize("parent", ["no/such/folder", "small"], ids=["missing", "a file"])
 def test_a_place_that_cannot_be_written_is_a_sentence(small: Path, parent: str) -> None:
     path = small.parent / parent / "f"
-    for write in (lambda: store.write(path, {"w": torch.zeros(1)}, {}), lambda: store.write_text(path, "text")):
-        message = refusal(write)
-        assert message.startswith(f"{path} could not be written (")
-        assert "rror" not in message
+    message = refusal(lambda: store.write(path, {"w": torch.zeros(1)}, {}))
+    assert message.startswith(f"{path} could not be written (")
+    assert "rror" not in message
     assert files(small.parent) == ["small"]
-
-
-# Folders
-
-
-def test_a_folder_appears_with_all_its_files(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "made"
-    with store.replacing_folder(path, frozenset({"a", "b"})) as new:
-        store.write_text(new / "a", "1")
-        assert not path.exists()
-        store.write_text(new / "b", "2")
-    assert {name: (path / name).read_text() for name in files(path)} == {"a": "1", "b": "2"}
-    assert files(path.parent) == ["made"]
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.parent.stat().st_mode)
-
-
-def test_a_folder_of_ours_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    path, names = tmp_path / "made", frozenset({"a", "b"})
-    path.mkdir()
-    (path / "b").write_text("old")
-    with store.replacing_folder(path, names) as new:
-        store.write_text(new / "a", "new")
-    assert files(path) == ["a"]
-    assert files(tmp_path) == ["made"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [Stop(), ValueError("mine"), StoreError("mine"), OSError(errno.ENOSPC, "full")],
-    ids=lambda e: type(e).__name__,
-)
-@pytest.mark.parametrize("there", [True, False], ids=["over an old one", "new"])
-def test_a_folder_that_fails_midway_changes_nothing(tmp_path: Path, error: BaseException, there: bool) -> None:
-    path = tmp_path / "made"
-    if there:
-        path.mkdir()
-        (path / "a").write_text("old")
-
-    def write() -> None:
-        with store.replacing_folder(path, frozenset({"a"})) as new:
-            store.write_text(new / "a", "new")
-            raise error
-
-    with pytest.raises(StoreError if isinstance(error, OSError) else type(error)):
-        write()
-    assert files(tmp_path) == (["made"] if there else [])
-    if there:
-        assert (path / "a").read_text() == "old"
-
-
-def test_a_disk_that_is_full_in_the_middle_of_a_folder_names_the_file_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def write() -> None:
-        with store.replacing_folder(tmp_path / "made", frozenset()) as new:
-            monkeypatch.setattr(os, "fsync", full)
-            store.write_text(new / "a", "text")
-
-    path = tmp_path / "made" / "a"
-    assert (
-        refusal(write) == f"{path} could not be written (No space left on device); what was there before is unchanged"
-    )
-    assert files(tmp_path) == []
-
-
-def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, rename = tmp_path / "made", os.rename
-    path.mkdir()
-    (path / "a").write_text("old")
-
-    def failing(source: Any, target: Any) -> None:
-        if Path(source).name == "new":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", failing)
-
-    def write() -> None:
-        with store.replacing_folder(path, frozenset({"a"})) as new:
-            store.write_text(new / "a", "new")
-
-    assert refusal(write) == f"{path} could not be written (No space left on device); what was there is unchanged"
-    assert (path / "a").read_text() == "old"
-    assert files(tmp_path) == ["made"]
-
-
-def test_somebody_elses_files_are_not_touched(tmp_path: Path) -> None:
-    path = tmp_path / "made"
-    path.mkdir()
-    (path / "thesis.txt").write_text("mine")
-    (path / "a").write_text("old")
-    entered = []
-
-    def write() -> None:
-        with store.replacing_folder(path, frozenset({"a"})):
-            entered.append(True)
-
-    assert refusal(write) == f"{path} holds thesis.txt, which is not ours to replace; choose an empty or a new folder"
-    assert not entered
-    assert files(path) == ["a", "thesis.txt"]
-
-
-def test_a_folder_in_the_place_of_a_file_or_below_one(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("mine")
-
-    def write(folder: Path) -> None:
-        with store.replacing_folder(folder, frozenset()):
-            pass
-
-    assert refusal(lambda: write(path)) == f"{path} is a file; give the name of a folder"
-    assert refusal(lambda: write(path / "below")).startswith(f"{path / 'below'} could not be written (")
-    assert path.read_text() == "mine"
-    assert files(tmp_path) == ["file"]

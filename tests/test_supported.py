@@ -1,4 +1,4 @@
-"""The README's table of what is supported, line by line: what it says of the plan is what the plan says."""
+"""The table of docs/supported.md, line by line: what it says of the plan is what the plan says."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dynrank_fx as dr
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-TABLE = README.partition("## What is supported")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).parents[1] / "docs" / "supported.md").read_text(encoding="utf-8")
+TABLE = PAGE.partition("\n## ")[0]
 ROWS = dict(re.findall(r"^\| (?!what|---)(.+?) \| (.+?) \|", TABLE, re.MULTILINE))
 
 

@@ -4,6 +4,7 @@ from .batchnorms import recalibrate_
 from .calibration import calibrate
 from .candidates import Candidates
 from .covariance import Calibration
+from .deploy import Deployed, deployed
 from .recover import recover_
 from .result import Compressed
 from .site_times import SiteTimes
@@ -14,11 +15,13 @@ __all__ = [
     "Calibration",
     "Candidates",
     "Compressed",
+    "Deployed",
     "MaxDrop",
     "SiteTimes",
     "calibrate",
     "compress",
     "cut_",
+    "deployed",
     "recalibrate_",
     "recover_",
     "truncate",

@@ -1,7 +1,7 @@
 """What a call of an op reads and gives, as rows of numbers: one row per application of the weight's matrix.
 
-Shapes: g matrices (groups, or a stack), N rows ("tokens": examples, positions, pixels), n contracted and m output
-numbers of one matrix.
+Shapes: g matrices (groups, or a stack), N rows (examples, positions, pixels), n contracted and m output numbers of one
+matrix.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..layouts import ChannelLayout, EinsumLayout, Layout, LinearLayout
-from ..ops import ConvOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, Shape, View
+from ..layouts import Layout
+from ..ops import ConvOp, EinsumOp, LinearOp, MatmulOp, Op, ProductOp, Shape, View
 
 
 @dataclass(frozen=True)
-class Tokens:
+class ActivationRows:
     """rows [g', N, k], for the matrices ``which`` (a number, or one per g'; None for all in order) and the numbers from
     ``start`` on.
     """
@@ -27,35 +27,32 @@ class Tokens:
     start: int = 0
 
 
-def outputs_are_rows(op: Op, layout: Layout) -> bool | None:
-    """Whether what the op gives goes along the rows of the layout's matrix view, or along its columns; None where it
-    goes along neither, so that no product of two factors cuts the outputs alone.
+def outputs_along_rows(op: Op, layout: Layout) -> bool | None:
+    """Whether what the op gives goes along the rows of the layout's matrix view (the left factor is applied last), or
+    along its columns; None where it goes along neither, so that no product of two factors cuts the outputs alone.
     """
-    if isinstance(layout, LinearLayout) and not isinstance(op, EinsumOp | ConvOp):
-        view = op.view  # type: ignore[union-attr]
-        return bool(op.contracts_rows == view.transposed)  # type: ignore[union-attr]
-    if isinstance(layout, EinsumLayout) and isinstance(op, EinsumOp):
-        return op.axes[2] == layout.rows
-    # A transposed convolution has its inputs along the rows.
-    return True if isinstance(layout, ChannelLayout) and isinstance(op, ConvOp) else None
+    if not layout.last_holds_outputs(op):
+        return None
+    _, factor = layout.stages(op, 1)[-1]  # the same at any rank
+    return factor == 0
 
 
-def has_input_tokens(op: Op) -> bool:
+def has_input_rows(op: Op) -> bool:
     """Whether the op multiplies its input by the matrix as it is: no rows to look up, no kernel to slide."""
     return isinstance(op, LinearOp | MatmulOp | EinsumOp)
 
 
-def has_output_tokens(op: Op, shape: Shape) -> bool:
+def has_output_rows(op: Op, shape: Shape) -> bool:
     """Whether every call gives all outputs of the matrix, so that they can be told apart by their place."""
-    if isinstance(op, LinearOp | MatmulOp | EmbeddingOp):
+    if isinstance(op, ProductOp):
         return op.view == View(transposed=op.view.transposed, dtype=op.view.dtype) and len(shape) == 2
     return isinstance(op, ConvOp)
 
 
-def input_tokens(op: Op, x: Tensor, shape: Shape, at: Any = None) -> Tokens:
+def input_rows(op: Op, x: Tensor, shape: Shape, at: Any = None) -> ActivationRows:
     """The op's input as rows [g, N, n]. shape: of the weight."""
     if isinstance(op, EinsumOp):
-        return Tokens(_einsum_rows(op, x))
+        return ActivationRows(_einsum_rows(op, x))
     assert isinstance(op, LinearOp | MatmulOp)
     view = op.view
     if isinstance(op, MatmulOp) and op.weight_first and x.ndim > 1:
@@ -64,21 +61,21 @@ def input_tokens(op: Op, x: Tensor, shape: Shape, at: Any = None) -> Tokens:
     start = 0 if part is None else part[0]
     if view.gathered:  # at [...], x [..., N, n]: each example's own matrix
         rows = x.expand(*at.shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
-        return Tokens(rows, at.reshape(-1), start)
+        return ActivationRows(rows, at.reshape(-1), start)
     if view.index is not None:
-        return Tokens(x.reshape(1, -1, x.shape[-1]), view.index, start)
-    return Tokens(_stacked(x, shape[:-2]), None, start)
+        return ActivationRows(x.reshape(1, -1, x.shape[-1]), view.index, start)
+    return ActivationRows(_stacked(x, shape[:-2]), None, start)
 
 
-def output_tokens(op: Op, y: Tensor, groups: int) -> Tokens:
+def output_rows(op: Op, y: Tensor, groups: int) -> ActivationRows:
     """What the op gave, without the bias, as rows [g, N, m]."""
     if isinstance(op, ConvOp):
         batched = y if y.ndim == len(op.stride) + 2 else y[None]
         by_group = batched.unflatten(1, (groups, -1)).movedim((1, 2), (0, -1))  # [g, batch, *out, m]
-        return Tokens(by_group.reshape(groups, -1, by_group.shape[-1]))
+        return ActivationRows(by_group.reshape(groups, -1, by_group.shape[-1]))
     if isinstance(op, MatmulOp) and op.weight_first and y.ndim > 1:
         y = y.mT
-    return Tokens(y.reshape(1, -1, y.shape[-1]))
+    return ActivationRows(y.reshape(1, -1, y.shape[-1]))
 
 
 def _stacked(x: Tensor, stack: Shape) -> Tensor:

@@ -1,6 +1,6 @@
-"""Collecting what the outputs of sites hold, over calibration data: see ``moments`` for what decides a cut.
+"""Collecting what the outputs of sites hold, over calibration data: see ``covariance`` for what decides a cut.
 
-Sums are kept in float64, one moment per site, and added batch by batch.
+Sums are kept in float64, one matrix of products per site, and added batch by batch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,14 +17,17 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
-from ..rewrite import STEM, Switched, switched_modules
+from ..rewrite import STEM, SiteGroup, Switched, site_groups, switched_modules
 from ..tracing import evaluating, is_captured, regions, same_buffers, untraced, unwrap
-from .activation_rows import has_input_tokens, has_output_tokens, input_tokens, output_tokens, outputs_are_rows
+from .activation_rows import has_input_rows, has_output_rows, input_rows, output_rows, outputs_along_rows
 from .batches import call, checked_batches
-from .covariance import Calibration, Moments
+from .covariance import Calibration, Covariance
 
 _BYTES = 4 * 2**30
-"""Moments of so many bytes are collected in one pass over the data; sites beyond that take another."""
+"""Covariances of so many bytes are collected in one pass over the data; sites beyond that take another."""
+
+Watched: TypeAlias = tuple[SiteGroup, Covariance]
+"""A group, and what is seen of it."""
 
 
 def calibrate(
@@ -32,7 +35,7 @@ def calibrate(
 ) -> Calibration:
     """Run the net on the batches, in its present phases and in evaluation mode, and collect what its sites give.
 
-    batches: each as ``example_inputs``. sites: by name; all by default. shrink: see ``Moments.basis``.
+    batches: each as ``example_inputs``. sites: by name; all by default. shrink: see ``Covariance.basis``.
 
     Raises CalibrationError for a module that ``transform`` did not make, and where there is no batch, a batch does not
     fit the model, or numbers are not finite.
@@ -43,31 +46,17 @@ def calibrate(
             f"{type(net).__name__} has no sites to calibrate: give what transform or factorize made of it"
         )
     data = checked_batches(batches)
-    units = _units(root, sites)
-    moments: dict[str, Moments] = {}
-    plain: dict[str, str] = {}
-    for unit in units:
-        reason = _why_plain(unit[0])
-        if reason:
-            plain |= dict.fromkeys((modules[0].site for modules in unit), reason)
-        else:
-            moments[unit[0][0].site] = _no_moments(unit)
+    groups = site_groups(root, [name for name in switched_modules(root) if sites is None or name in sites])
+    plain = {group.name: why for group in groups if (why := _why_plain(group.sites[0])) is not None}
+    deciding = [(group, _unseen(group)) for group in groups if group.name not in plain]
     order: dict[str, None] = {}
     with evaluating(root), same_buffers(root), torch.no_grad():
-        for some in _passes([unit for unit in units if unit[0][0].site in moments], moments):
-            _run(root, data, some, moments, order)
-    for name in [name for name, found in moments.items() if found.count == 0]:
-        plain |= dict.fromkeys(moments.pop(name).sites, "the calibration data never reach it")
-    everywhere = {name: found for found in moments.values() for name in found.sites}
-    return Calibration(everywhere, plain, tuple(order), shrink)
-
-
-def _units(root: nn.Module, sites: Collection[str] | None) -> list[list[list[Switched]]]:
-    """The sites, each with all its modules; those that share a right factor together, its owner first."""
-    found = switched_modules(root)
-    wanted = [name for name in found if sites is None or name in sites]
-    units = dict.fromkeys(found[name][0].pack or (name,) for name in wanted)
-    return [[found[name] for name in unit] for unit in units]
+        for some in _passes(deciding):
+            _run(root, data, some, order)
+    plain |= {group.name: "the calibration data never reach it" for group, seen in deciding if seen.count == 0}
+    covariances = {name: seen for group, seen in deciding if seen.count for name in group.names}
+    reasons = {name: plain[group.name] for group in groups if group.name in plain for name in group.names}
+    return Calibration(covariances, reasons, tuple(order), shrink)
 
 
 def _why_plain(modules: Sequence[Switched]) -> str | None:
@@ -75,62 +64,51 @@ def _why_plain(modules: Sequence[Switched]) -> str | None:
     ops, layout, shape = [op for module in modules for op in module.ops], modules[0].layout, modules[0].shape
     if not isinstance(layout, TwoFactors):
         return f"the {layout.name} layout has more than two factors"
-    sides = {outputs_are_rows(op, layout) for op in ops}
+    sides = {outputs_along_rows(op, layout) for op in ops}
     if None in sides:
         return f"no factor of the {layout.name} layout of a {ops[0].kind} holds whole outputs"
     if len(sides) > 1:
         return "it is used both as it is and transposed"
-    if not all(map(has_input_tokens, ops)) and not all(has_output_tokens(op, shape) for op in ops):
+    if not all(map(has_input_rows, ops)) and not all(has_output_rows(op, shape) for op in ops):
         return "its uses take parts of it in different ways"
     return None
 
 
-def _no_moments(unit: Sequence[Sequence[Switched]]) -> Moments:
-    first = unit[0][0]
-    layout, ops = first.layout, [op for modules in unit for module in modules for op in module.ops]
+def _unseen(group: SiteGroup) -> Covariance:
+    """What will be seen of a group: of its inputs or of its outputs, whichever is smaller and can be told apart."""
+    layout, ops = group.layout, [op for module in group.modules for op in module.ops]
     assert isinstance(layout, TwoFactors)
-    shape = (sum(modules[0].shape[0] for modules in unit), *first.shape[1:])
-    rows = bool(outputs_are_rows(ops[0], layout))
-    g, (m, n) = layout.to_matrix(first.outline).shape[0], layout.matrix_shape(shape)
-    m, n = (m, n) if rows else (n, m)
-    by_outputs = len(unit) == 1 and all(has_output_tokens(op, shape) for op in ops)
-    of_inputs = all(map(has_input_tokens, ops)) and (n < m or not by_outputs)
+    along_rows = bool(outputs_along_rows(ops[0], layout))
+    g, (m, n) = layout.to_matrix(group.owner.outline).shape[0], layout.matrix_shape(group.shape)
+    m, n = (m, n) if along_rows else (n, m)
+    by_outputs = not group.shared and all(has_output_rows(op, group.shape) for op in ops)
+    of_inputs = all(map(has_input_rows, ops)) and (n < m or not by_outputs)
     k = n if of_inputs else m
-    second = torch.zeros(g, k, k, dtype=torch.float64, device=first.outline.device)
-    return Moments(tuple(modules[0].site for modules in unit), layout, rows, of_inputs, second)
+    products = torch.zeros(g, k, k, dtype=torch.float64, device=group.owner.outline.device)
+    return Covariance(group.names, layout, along_rows, of_inputs, products)
 
 
-def _passes(
-    units: Sequence[list[list[Switched]]], moments: Mapping[str, Moments]
-) -> Iterable[list[list[list[Switched]]]]:
-    """The sites in turns whose moments take at most so much memory together, or one site in a turn."""
-    turn: list[list[list[Switched]]] = []
+def _passes(deciding: Sequence[Watched]) -> Iterable[list[Watched]]:
+    """The groups in turns whose covariances take at most so much memory together, or one group in a turn."""
+    turn: list[Watched] = []
     size = 0
-    for unit in units:
-        more = moments[unit[0][0].site].second.nbytes
-        if turn and size + more > _BYTES:
+    for group, seen in deciding:
+        if turn and size + seen.products.nbytes > _BYTES:
             yield turn
             turn, size = [], 0
-        turn.append(unit)
-        size += more
+        turn.append((group, seen))
+        size += seen.products.nbytes
     if turn:
         yield turn
 
 
-def _run(
-    root: nn.Module,
-    data: Sequence[Any],
-    units: Sequence[list[list[Switched]]],
-    moments: Mapping[str, Moments],
-    order: dict[str, None],
-) -> None:
-    """One pass over the data with hooks on these sites."""
+def _run(root: nn.Module, data: Sequence[Any], watched: Sequence[Watched], order: dict[str, None]) -> None:
+    """One pass over the data with hooks on these groups."""
     handles: list[RemovableHandle] = []
     free, paths = _free_biases(root), {id(module): name for name, module in root.named_modules()}
-    for unit in units:
-        found = moments[unit[0][0].site]
-        for module in unit[0] if len(unit) > 1 else [module for modules in unit for module in modules]:
-            hook = _Watch(found, unit, order, free, paths[id(module)])
+    for group, seen in watched:
+        for module in group.sites[0] if group.shared else group.modules:
+            hook = _Watch(seen, group, order, free, paths[id(module)])
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         for number, batch in enumerate(data):
@@ -141,10 +119,10 @@ def _run(
                     handle.remove()
                 call(root, batch, number)
                 raise error.__cause__ or error from None  # the model takes the batch: what failed is ours
-            for unit in units:
-                if not bool(torch.isfinite(moments[unit[0][0].site].second).all()):
+            for group, seen in watched:
+                if not bool(torch.isfinite(seen.products).all()):
                     raise CalibrationError(
-                        f"the outputs of {unit[0][0].site} are not finite on calibration batch {number}: look for a "
+                        f"the outputs of {group.name} are not finite on calibration batch {number}: look for a "
                         "diverged model, or leave the batch out"
                     )
     finally:
@@ -154,33 +132,33 @@ def _run(
 
 @dataclass(frozen=True)
 class _Watch:
-    """A forward pre-hook that adds what a call reads, or gives, to the moments."""
+    """A forward pre-hook that adds what a call reads, or gives, to the covariance."""
 
-    moments: Moments
-    unit: list[list[Switched]]
+    seen: Covariance
+    group: SiteGroup
     order: dict[str, None]
     free: Mapping[int, tuple[str, str]]
     path: str
 
     def __call__(self, module: Switched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        use, found = int(kwargs.get("use", 0)), self.moments
-        if len(self.unit) > 1 and use != STEM:
-            return  # what the sites of a pack take is the shared input, or what the shared factor made of it
+        use, found = int(kwargs.get("use", 0)), self.seen
+        if self.group.shared and use != STEM:
+            return  # what the sites that share a factor take is the shared input, or what the shared factor made of it
         op, x, at = module.ops[max(use, 0)], args[0], kwargs.get("at")
         if found.of_inputs:
-            tokens = input_tokens(op, x, module.shape, at)
+            active = input_rows(op, x, module.shape, at)
         else:
-            tokens = output_tokens(op, op(x, module.weight, None, at), found.second.shape[0])
+            active = output_rows(op, op(x, module.weight, None, at), found.products.shape[0])
         self.order[found.sites[0]] = None
-        X = tokens.rows.double()
-        part = slice(tokens.start, tokens.start + X.shape[-1])
-        if isinstance(tokens.which, Tensor):
-            found.second[:, part, part].index_add_(0, tokens.which, X.mT @ X)
-        elif tokens.which is not None:
-            found.second[tokens.which, part, part] += (X.mT @ X)[0]
+        X = active.rows.double()
+        part = slice(active.start, active.start + X.shape[-1])
+        if isinstance(active.which, Tensor):
+            found.products[:, part, part].index_add_(0, active.which, X.mT @ X)
+        elif active.which is not None:
+            found.products[active.which, part, part] += (X.mT @ X)[0]
         else:
-            found.second[:, part, part] += X.mT @ X
-        rows = X.shape[-2] * (1 if tokens.which is None else X.shape[0])
+            found.products[:, part, part] += X.mT @ X
+        rows = X.shape[-2] * (1 if active.which is None else X.shape[0])
         found.count += rows
         key = self._taker(op, module, args[1:])
         if key is not None:
@@ -191,7 +169,7 @@ class _Watch:
         """The name of what takes up a mean of this call: the module by its own bias, or a bias that is given."""
         own = not given
         bias = module._parameters["bias"] if own else given[0]
-        if len(self.unit) > 1 or not _adds_constants(op, bias is not None):
+        if self.group.shared or not _adds_constants(op, bias is not None):
             return None
         if own:
             return self.path

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..phases import RankUnit, Timing, rank_units
+from ..phases import LatencyOf, RankUnit, rank_units
 from ..plan import Budget, RankPolicy
 from ..rewrite import a_twin, inline_, plan_of
 from .batches import call
@@ -43,16 +43,15 @@ class Candidate:
 class Candidates:
     """Cuts of one net, dense in evaluation mode, and of what ``inline`` makes of it.
 
-    data, known: calibration batches and what they tell of the net; None for cuts by plain SVD. timing: measured times
-    of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the weights
-    that were factored before.
+    data, known: calibration batches and what they tell of the net; None for cuts by plain SVD. latency: measured times
+    of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the weights that were factored before.
     """
 
     net: nn.Module
     dense: nn.Module
     data: Sequence[Any] | None = None
     known: Calibration | None = None
-    timing: Timing | None = None
+    latency: LatencyOf | None = None
     multiple_of: int = 1
     sequential: bool = False
     low: Mapping[str, int] = field(default_factory=dict)
@@ -86,7 +85,7 @@ class Candidates:
 
     def ranks(self, policy: RankPolicy, margin: float | None, weights: Mapping[str, float]) -> Ranks:
         """What the policy says. weights: see ``sensitivities``."""
-        units = self._units(timing=self.timing, margin=margin, weights=weights)
+        units = self._units(latency=self.latency, margin=margin, weights=weights)
         return ranks_of(self.net, policy, self.known, units)
 
     def cut(self, ranks: Ranks) -> Candidate:

@@ -1,8 +1,9 @@
 """What the outputs of sites hold, and the cut that keeps them (not the weights) best.
 
-Of the outputs y = W x [m] before the bias, the second moment C [m, m] about their mean decides: W' = V Vᵀ W with V the
-top eigenvectors of C has the least E‖y − y'‖² of all rank-r weights, when (I − V Vᵀ) E[y] goes into the bias. Where
-n < m the moment of the inputs stands in its place, C = W E[x xᵀ] Wᵀ.
+Of the outputs y = W x [m] before the bias, the covariance C [m, m] decides: W' = V Vᵀ W with V the top eigenvectors of
+C has the least E‖y − y'‖² of all rank-r weights, when (I − V Vᵀ) E[y] goes into the bias. Where no bias can take that
+up, C = E[y yᵀ] is about zero, not about the mean. Where n < m the covariance of the inputs stands in its place,
+C = W E[x xᵀ] Wᵀ.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from ..layouts import Factors, Layout, TwoFactors
 
 
 @torch.no_grad()
-def output_basis(W: Tensor, moment: Tensor, shrink: float, *, of_inputs: bool) -> tuple[Tensor, Tensor]:
+def output_basis(W: Tensor, covariance: Tensor, shrink: float, *, of_inputs: bool) -> tuple[Tensor, Tensor]:
     """The directions of the outputs y = W x by what they hold: V [g, m, k] orthonormal, and √λ [g, k], λ falling.
 
-    moment: E[y yᵀ] [g, m, m], or E[x xᵀ] [g, n, n] where of_inputs, of centred y or x. With C = E[y yᵀ] = W E[x xᵀ] Wᵀ,
-    min ‖y − y'‖² over y' = V_r V_rᵀ y is Σ_{i>r} λ_i, reached by the top eigenvectors of C. shrink: so large a share
-    of W Wᵀ, at the trace of C, is added to C: what too few data leave open is then settled as by plain SVD. All in
-    float64.
+    covariance: E[y yᵀ] [g, m, m], or E[x xᵀ] [g, n, n] where of_inputs, of centred y or x. With C = E[y yᵀ], which is
+    W E[x xᵀ] Wᵀ, min ‖y − y'‖² over y' = V_r V_rᵀ y is Σ_{i>r} λ_i, reached by the top eigenvectors of C. shrink: so
+    large a share of W Wᵀ, at the trace of C, is added to C: what too few data leave open is then settled as by plain
+    SVD. All in float64.
     """
-    W, moment = W.double(), moment.double()
-    values, Q = torch.linalg.eigh(moment)
+    W, covariance = W.double(), covariance.double()
+    values, Q = torch.linalg.eigh(covariance)
     values = values.clamp_min(0)
     energy = ((W @ Q).square().sum(-2) * values).sum(-1) if of_inputs else values.sum(-1)
     scale = shrink * energy / W.square().sum((-2, -1)).clamp_min(torch.finfo(W.dtype).tiny)
@@ -34,7 +35,7 @@ def output_basis(W: Tensor, moment: Tensor, shrink: float, *, of_inputs: bool) -
         # C + s W Wᵀ = W (E[x xᵀ] + s I) Wᵀ.
         return _left_basis(W @ (Q * (values + scale[..., None]).sqrt()[..., None, :]))
     if shrink:
-        values, Q = torch.linalg.eigh(moment + scale[..., None, None] * (W @ W.mT))
+        values, Q = torch.linalg.eigh(covariance + scale[..., None, None] * (W @ W.mT))
     return Q.flip(-1), values.flip(-1).clamp_min(0).sqrt()
 
 
@@ -67,11 +68,11 @@ def projected(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Moments:
+class Covariance:
     """What was seen of one site, or of the sites that share a right factor.
 
     sites: the site's name, or those of all that share. rows: whether outputs go along the rows of the matrix view.
-    of_inputs: the sums are over what goes in, not over what comes out. second: Σ y yᵀ [g, k, k]. sums: by name of
+    of_inputs: the sums are over what goes in, not over what comes out. products: Σ y yᵀ [g, k, k]. sums: by name of
     a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose mean it can take up.
     """
 
@@ -79,16 +80,16 @@ class Moments:
     layout: TwoFactors
     rows: bool
     of_inputs: bool
-    second: Tensor
+    products: Tensor
     count: int = 0
     sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def centred(self) -> Tensor:
-        """The moment about the means that a bias can take up."""
-        second = self.second
+        """The covariance, about the means that a bias can take up."""
+        products = self.products
         for total, n in self.sums.values():
-            second = second - total[..., :, None] * total[..., None, :] / n
-        return second / max(self.count, 1)
+            products = products - total[..., :, None] * total[..., None, :] / n
+        return products / max(self.count, 1)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """The matrix view with outputs along the rows."""
@@ -98,20 +99,20 @@ class Moments:
     def basis(self, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
         """Directions of the outputs and the root of what each holds, see ``output_basis``.
 
-        shrink: by default k / (k + rows seen), k the size of the moment: as much as C itself
-        where there are hardly any data, and next to nothing where there are plenty.
+        shrink: by default k / (k + rows seen), k the size of the covariance: as much as C
+        itself where there are hardly any data, and next to nothing where there are plenty.
         """
         if shrink is None:
-            k = self.second.shape[-1]
+            k = self.products.shape[-1]
             shrink = k / (k + self.count)
         return output_basis(self.oriented(weight), self.centred(), shrink, of_inputs=self.of_inputs)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Moments by site. plain: why a site is cut by plain SVD all the same."""
+    """Covariances by site. plain: why a site is cut by plain SVD all the same."""
 
-    moments: Mapping[str, Moments]
+    covariances: Mapping[str, Covariance]
     plain: Mapping[str, str]
     order: tuple[str, ...]
     """Sites by their first call, those that share a factor by its owner."""
@@ -119,7 +120,7 @@ class Calibration:
 
     def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
         """Factors that keep the outputs of these sites best; None where nothing is known of them."""
-        found = self.moments.get(sites[0])
+        found = self.covariances.get(sites[0])
         if found is None:
             return None
         V = found.basis(weight, self.shrink)[0][..., :rank]
@@ -130,13 +131,13 @@ class Calibration:
     @property
     def scarce(self) -> list[str]:
         """Sites of which fewer outputs were seen than these have entries: what they hold is hardly known."""
-        return [name for name, found in self.moments.items() if found.count < found.second.shape[-1]]
+        return [name for name, found in self.covariances.items() if found.count < found.products.shape[-1]]
 
     def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
         """Roots of what each direction of the outputs holds, [g, min(m, n)], largest first: the error of a cut to rank
         r is the sum of squares beyond it.
         """
-        found = self.moments.get(site)
+        found = self.covariances.get(site)
         if found is None:
             return None
         return found.basis(weight, 0.0)[1][..., : min(found.layout.matrix_shape(tuple(weight.shape)))].cpu()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..plan import Plan
-from ..text import text_table
+from ..text import change, text_table
 from ..timing import Pair
 from .covariance import Calibration
 from .truncation import Cut, cut_plainly
@@ -35,6 +35,14 @@ class Compressed:
     metrics: tuple[float, float] | None
     notes: tuple[str, ...]
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What its file tells: the plan, and the metric it reaches, where that was measured."""
+        told = {"dynrank_plan": self.plan.to_json()}
+        if self.metrics is not None:
+            told["dynrank_metric"] = f"{self.metrics[1]:.6g} (dense: {self.metrics[0]:.6g})"
+        return told
+
     def __str__(self) -> str:
         rows = []
         by_name = {row.site.name: row for row in self.plan.sites}
@@ -45,9 +53,9 @@ class Compressed:
             rank, error = ("dense", "") if cut.rank is None else (str(cut.rank), f"{cut.error:.3f}")
             rows.append((cut.site, shape, rank, f"{row.site.params:,} -> {params:,}", error))
         lines = [text_table(("weight", "shape", "rank", "parameters", "change of the weight"), rows, right=(2,)), ""]
-        lines.append(f"parameters  {_change(*self.params)}")
+        lines.append(f"parameters  {change(*self.params)}")
         if self.flops is not None:
-            lines.append(f"FLOPs       {_change(*self.flops)} on the example inputs")
+            lines.append(f"FLOPs       {change(*self.flops)} on the example inputs")
         if self.times is not None:
             dense = f"{1e3 * self.times.first:.3f} ms"
             lines.append(f"time        {self.times.ratio:.2f} of dense ({dense} on the example inputs) in onnxruntime")
@@ -82,7 +90,7 @@ def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, u
     lossy = {cut.site for cut in cuts if cut.error > _NOTHING}
     scarce = [] if known is None else [name for name in known.scarce if name in lossy]
     if scarce:
-        fewest = min(known.moments[name].count for name in scarce) if known else 0
+        fewest = min(known.covariances[name].count for name in scarce) if known else 0
         notes.append(
             f"The calibration data are few for {len(scarce)} of {len(cuts)} weights ({scarce[0]} was seen to give "
             f"{fewest} outputs): give more batches."
@@ -106,7 +114,3 @@ def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, u
     if untimed:
         notes.append(f"Nothing was timed, since the dense model does not become an ONNX file: {untimed}")
     return tuple(notes)
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"

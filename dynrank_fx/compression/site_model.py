@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ops import ConvOp, ConvTransposeOp, DepthwiseOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, Shape
+from ..ops import ConvOp, ConvTransposeOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, ProductOp, Shape
 from ..plan import PlannedSite
 
 _OPSET = 18
@@ -48,22 +48,22 @@ def site_model(rows: Sequence[PlannedSite], rank: int | None, element: Any) -> t
     from onnx import helper
 
     graph, feeds = _Graph(element), dict[str, Any]()
-    pack = len(rows) > 1
+    shared = len(rows) > 1
     stem: str | None = None
     for row in rows:
-        shapes = None if rank is None else row.layout.factor_shapes(row.site.shape, rank)
         for use in row.site.uses:
             x = use.input_shape
             if x is None or not _known(use.op):
                 return None
-            if not (pack and feeds):
+            if not (shared and feeds):
                 feeds[f"x{len(feeds)}"] = _values(use.op, x, row.site.shape, element)
             value = f"x{len(feeds) - 1}"
-            if shapes is None:
+            if rank is None:
                 value, x = _apply(graph, use.op, value, x, row.site.shape)
             else:
-                for number, (stage, index) in enumerate(row.layout.stages(use.op)):
-                    if pack and number == 0 and stem is not None:
+                shapes = row.layout.factor_shapes(row.site.shape, rank)
+                for number, (stage, index) in enumerate(row.layout.stages(use.op, rank)):
+                    if shared and number == 0 and stem is not None:
                         value, x = stem, stage.output_shape(x, shapes[index])
                         continue
                     value, x = _apply(graph, stage, value, x, shapes[index])
@@ -81,7 +81,7 @@ def site_model(rows: Sequence[PlannedSite], rank: int | None, element: Any) -> t
 
 
 def _known(op: Op) -> bool:
-    return not (isinstance(op, LinearOp | MatmulOp | EmbeddingOp) and op.view.gathered)
+    return not (isinstance(op, ProductOp) and op.view.gathered)
 
 
 def _values(op: Op, x: Shape, weight: Shape, element: Any) -> Any:
@@ -100,18 +100,20 @@ def _apply(graph: _Graph, op: Op, x: str, x_shape: Shape, weight: Shape) -> tupl
         first, second = (graph.weight(weight), x) if op.weight_first else (x, graph.weight(weight))
         left, right = (op.weight, op.x) if op.weight_first else (op.x, op.weight)
         return graph.node("Einsum", [first, second], equation=f"{left},{right}->{op.out}"), out
+    assert isinstance(op, ProductOp)
     shape = op.view.shape(weight)
     if isinstance(op, EmbeddingOp):
         return graph.node("Gather", [graph.weight(shape), x]), out
     if isinstance(op, LinearOp):
         return graph.node("MatMul", [x, graph.weight((*shape[:-2], shape[-1], shape[-2]))]), out
+    assert isinstance(op, MatmulOp)
     W = graph.weight(shape)
     return graph.node("MatMul", [W, x] if op.weight_first else [x, W]), out
 
 
 def _convolution(graph: _Graph, op: ConvOp | ConvTransposeOp, x: str, weight: Shape) -> str:
     attributes: dict[str, Any] = {"kernel_shape": weight[2:], "strides": op.stride, "dilations": op.dilation}
-    attributes["group"] = weight[0] if isinstance(op, DepthwiseOp) else op.groups
+    attributes["group"] = op.groups
     if isinstance(op, ConvTransposeOp):
         attributes |= {"output_padding": op.output_padding, "pads": (*op.padding, *op.padding)}
     elif isinstance(op.padding, str):

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import files
+from ..errors import StoreError
 from ..onnx import Provider, bound, runtime, session_of, threads
 from ..plan import Cost, PlannedSite
 from ..timing import Pair, interleaved, processor
@@ -80,10 +82,9 @@ class SiteTimes:
             return
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.cache.with_suffix(f".{os.getpid()}.part")
-            beside.write_text(json.dumps(self._known))
-            os.replace(beside, self.cache)
-        except OSError:
+            with files.replacing(self.cache, alone=False) as beside:
+                beside.write_text(json.dumps(self._known))
+        except (OSError, StoreError):
             return
 
     def _key(self, rows: Sequence[PlannedSite], rank: int) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias, Unpack
 
 from torch import nn
 
 from ..errors import PlanError
 from ..phase import Phase
-from ..phases import Timing, enter_, phases_of
-from ..plan import Budget, RankPolicy, Ratio, Role
+from ..phases import LatencyOf, enter_, phases_of
+from ..plan import Budget, PlanChoices, PlanOptions, RankPolicy, Ratio, chosen
 from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
 from ..tracing import own_, shell, unwrap
 from .batches import checked_batches
@@ -26,6 +26,10 @@ from .site_times import SiteTimes
 _MARGINS = (0.0, 0.15, 0.35, 1.0)
 """How much faster than dense a site has to be, tried in turn until the whole model is no slower; at 1 all are dense."""
 _TIGHTENINGS = 3
+_BISECTIONS = 8
+
+Score: TypeAlias = Callable[[nn.Module], float]
+"""The score of a module; larger is better."""
 
 
 @dataclass(frozen=True)
@@ -44,100 +48,77 @@ def compress(
     example_inputs: Any,
     budget: RankPolicy | MaxDrop,
     calibration: Iterable[Any] | None = None,
+    options: PlanOptions | None = None,
     *,
-    metric: Callable[[nn.Module], float] | None = None,
+    metric: Score | None = None,
     recover_steps: int = 0,
     loss: Loss | None = None,
     times: SiteTimes | None = None,
-    multiple_of: int = 1,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    leave: Collection[Role] = (),
     sequential: bool = False,
+    **choices: Unpack[PlanChoices],
 ) -> Compressed:
     """Cut a trained model to a budget so that its outputs change least, and measure what became of it.
 
-    model: any nn.Module, or a net of ``transform`` in any phase. budget: ``Budget(flops=0.5)`` and the like,
-    ``MaxDrop(0.01)`` of ``metric`` (larger is better), or any rank policy. calibration: batches of inputs; without
-    them the cut is a plain SVD. recover_steps: of fine-tuning towards the dense model's outputs, or by ``loss(output,
-    number of the calibration batch)``. times: measures sites where the model is to run (the shapes are those of the
-    example inputs); a site that is not faster factored stays dense, and the whole is never slower than the dense model,
-    unless the budget is one of parameters. None to measure nothing. multiple_of: ranks are multiples of it. include,
-    exclude, leave: as in ``make_plan``. sequential: as in ``truncate``.
+    Args:
+        model: Any ``nn.Module``, or a net of ``transform`` in any phase.
+        example_inputs: As in ``transform``; FLOPs are counted, and times measured, at their shapes.
+        budget: ``Budget(flops=0.5)`` and the like, ``MaxDrop(0.01)`` of the metric, or any rank policy.
+        calibration: Batches of inputs, each as the example inputs; without them the cut is a plain SVD.
+        options: What may be factored, and how. The budget decides the ranks, so that ``rank`` and
+            ``allow_unprofitable`` say nothing here; of a net of ``transform`` only ``multiple_of`` is read, since it
+            has a plan already.
+        metric: Of a module, larger is better.
+        recover_steps: Of fine-tuning the result towards the dense model's outputs.
+        loss: In place of those outputs, of (output, number of the calibration batch).
+        times: Measures sites where the model is to run. A site that is not faster factored stays dense, and the whole
+            is never slower than the dense model, unless the budget is one of parameters. None measures nothing.
+        sequential: As in ``truncate``.
+        **choices: Fields of ``PlanOptions``, a shorthand for options.
 
-    Raises PlanError for a budget that cannot be met (and says the least one that can), CalibrationError for data that
-    do not serve; the model stays as it is.
+    Returns:
+        The smaller module and what is known of it. The model stays as it is.
+
+    Raises:
+        PlanError: For a budget that cannot be met (it says the least one that can), and for options that make no sense.
+        CalibrationError: For calibration data that do not serve.
     """
     data = None if calibration is None else checked_batches(calibration, like=example_inputs)
     if sequential and data is None:
         raise PlanError("to calibrate one layer after the other takes calibration data, and there are none: give some")
-    if multiple_of < 1 or recover_steps < 0:
-        raise PlanError(f"multiple_of={multiple_of}, recover_steps={recover_steps}: give 1 or more, and 0 or more")
+    if recover_steps < 0:
+        raise PlanError(f"a recovery of {recover_steps} steps is none: give 0 or more")
     if recover_steps and data is None:
         raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:
         raise PlanError("a budget of the metric's fall takes a metric, and data to score on: give both")
-    net, low = _in_full(model, example_inputs, include, exclude, leave)
+    settled = chosen(options, choices)
+    net, low = _in_full(model, example_inputs, settled)
     dense = inline_(shell(net))
     known = None if data is None else calibrate(net, data)
     whole = None if times is None else ModelTimes(dense, example_inputs, times)
-    candidates = Candidates(net, dense, data, known, _timing(whole), multiple_of, sequential, low)
-
-    def made(policy: RankPolicy, margin: float | None) -> Candidate:
-        found = candidates.best(policy, margin)
-        own_(found.module, net)
-        if data is not None and recover_steps and any(cut.error > 0 for cut in found.cuts):
-            recover_(found.module, dense, data, recover_steps, loss=loss)
-        return found
-
-    def at(margin: float | None) -> Compressed:
-        def result(policy: RankPolicy | MaxDrop) -> Compressed:
-            if isinstance(policy, MaxDrop):
-                assert metric is not None
-                wanted = _scored(metric, dense) - policy.drop
-                found = _least(lambda each: made(each, margin), lambda module: metric(module) >= wanted)
-            else:
-                found = made(policy, margin)
-            pair, why = (None, "") if whole is None else (whole.pair(found.module), whole.why)
-            return compressed(plan_of(net), found.module, found.cuts, known, pair, why)
-
-        if isinstance(budget, Budget) and budget.latency is not None:
-            return _in_time(budget, budget.latency, result)
-        return result(budget)
-
-    size_asked = isinstance(budget, Budget) and budget.params is not None
-    found = at(None) if size_asked or whole is None or whole.dense is None else _no_slower(at)
+    candidates = Candidates(net, dense, data, known, _latency(whole), settled.multiple_of, sequential, low)
+    found = _Search(candidates, budget, metric, recover_steps, loss, whole).found()
     if times is not None:
         times.save()
     metrics = None if metric is None else (_scored(metric, dense), _scored(metric, found.module))
     return replace(found, metrics=metrics)
 
 
-def _in_full(
-    model: nn.Module, example_inputs: Any, include: Sequence[str], exclude: Sequence[str], leave: Collection[Role]
-) -> tuple[nn.Module, dict[str, int]]:
+def _in_full(model: nn.Module, example_inputs: Any, options: PlanOptions) -> tuple[nn.Module, dict[str, int]]:
     """The model as a net in evaluation mode, every site dense, and the ranks of those that were factored before."""
     if holds_captured(unwrap(model)):
         net = a_twin(model)
     else:
-        made = transform(
-            model,
-            example_inputs,
-            rank=Ratio(0.25),
-            include=include,
-            exclude=exclude,
-            leave=leave,
-            allow_unprofitable=True,
-            copy=False,
-        )
-        net = a_twin(made)
+        # Of any rank, and whether it pays or not: that is decided by the budget.
+        everything = replace(options, rank=Ratio(0.25), multiple_of=1, allow_unprofitable=True)
+        net = a_twin(transform(model, example_inputs, everything, copy=False))
     phases = phases_of(net)
     low = {row.site.name: row.rank for row in plan_of(net).sites if phases[row.site.name] is Phase.LOW}
     enter_(net, Phase.FULL)
     return net, low
 
 
-def _timing(whole: ModelTimes | None) -> Timing | None:
+def _latency(whole: ModelTimes | None) -> LatencyOf | None:
     """Times of sites in shares of the dense model's."""
     if whole is None or whole.dense is None:
         return None
@@ -145,66 +126,107 @@ def _timing(whole: ModelTimes | None) -> Timing | None:
     return lambda rows: sites.cost(rows, total)
 
 
-def _in_time(budget: Budget, asked: float, result: Callable[[Budget], Compressed]) -> Compressed:
-    """The result that is measured to take the share of time that was asked for: the times of single sites may add up
-    to less than the whole takes, and the budget is tightened by what is missing.
+@dataclass(frozen=True)
+class _Search:
+    """The search for a cut that meets the budget and is not slower than the dense model.
+
+    ``found`` tries ``within_budget`` at rising margins: so much faster than dense has a site to be, to be factored at
+    all; None where that does not matter. ``within_budget`` tries ``cut`` until the whole model meets the budget.
     """
-    best, share = result(budget), asked
-    for _ in range(_TIGHTENINGS):
+
+    candidates: Candidates
+    budget: RankPolicy | MaxDrop
+    metric: Score | None
+    recover_steps: int
+    loss: Loss | None
+    whole: ModelTimes | None
+
+    def found(self) -> Compressed:
+        """The first result that is not slower than the dense model; by the budget alone where that does not count."""
+        size_asked = isinstance(self.budget, Budget) and self.budget.params is not None
+        if size_asked or self.whole is None or self.whole.dense is None:
+            return self.within_budget(None)
+        notes: tuple[str, ...] = ()
+        for margin in _MARGINS:
+            try:
+                found = self.within_budget(margin)
+            except PlanError as error:
+                raise PlanError(
+                    f"{error}. Only layers that are faster than dense count here: a budget of parameters asks for "
+                    "size alone"
+                ) from error
+            assert found.times is not None
+            if margin == _MARGINS[-1] or found.times.ratio <= 1 + NOISE:
+                break
+            notes = (
+                f"The whole model took {found.times.ratio:.2f} of the dense one's time with every layer that is "
+                "faster by itself, so that those least faster stayed dense.",
+            )
+        return replace(found, notes=(*found.notes, *notes))
+
+    def within_budget(self, margin: float | None) -> Compressed:
+        """The result that meets the budget as a whole."""
+        if isinstance(self.budget, MaxDrop):
+            return self.told(self._least_within(self.budget.drop, margin))
+        if isinstance(self.budget, Budget) and self.budget.latency is not None:
+            return self._in_time(self.budget, self.budget.latency, margin)
+        return self.told(self.cut(self.budget, margin))
+
+    def cut(self, policy: RankPolicy, margin: float | None) -> Candidate:
+        """The best cut by a policy, recovered if that is asked for and anything was lost."""
+        found, data = self.candidates.best(policy, margin), self.candidates.data
+        own_(found.module, self.candidates.net)
+        if data is not None and self.recover_steps and any(cut.error > 0 for cut in found.cuts):
+            recover_(found.module, self.candidates.dense, data, self.recover_steps, loss=self.loss)
+        return found
+
+    def told(self, candidate: Candidate) -> Compressed:
+        """What is told of a cut: the whole model's time is measured here."""
+        pair, untimed = (None, "") if self.whole is None else (self.whole.pair(candidate.module), self.whole.why)
+        plan, known = plan_of(self.candidates.net), self.candidates.known
+        return compressed(plan, candidate.module, candidate.cuts, known, pair, untimed)
+
+    def _in_time(self, budget: Budget, asked: float, margin: float | None) -> Compressed:
+        """The result that is measured to take the share of time that was asked for: the times of single sites may add
+        up to less than the whole takes, and the budget is tightened by what is missing.
+        """
+        best, share = self.told(self.cut(budget, margin)), asked
+        for _ in range(_TIGHTENINGS):
+            if best.times is None or best.times.ratio <= asked + NOISE:
+                return best
+            share *= asked / best.times.ratio
+            try:
+                found = self.told(self.cut(replace(budget, latency=share), margin))
+            except PlanError:  # there is no less
+                break
+            if found.times is not None and found.times.ratio < best.times.ratio:
+                best = found
         if best.times is None or best.times.ratio <= asked + NOISE:
             return best
-        share *= asked / best.times.ratio
-        try:
-            found = result(replace(budget, latency=share))
-        except PlanError:  # there is no less
-            break
-        if found.times is not None and found.times.ratio < best.times.ratio:
-            best = found
-    if best.times is None or best.times.ratio <= asked + NOISE:
+        reached = f"{best.times.ratio:.2f}"
+        missed = f"Asked for {asked:g} of the dense model's time; the least that was reached is {reached}."
+        return replace(best, notes=(*best.notes, missed))
+
+    def _least_within(self, drop: float, margin: float | None) -> Candidate:
+        """The cut of fewest parameters whose metric has fallen by at most so much, by bisection of the budget."""
+        assert self.metric is not None
+        wanted = _scored(self.metric, self.candidates.dense) - drop
+        low, high, best = 0.0, 1.0, self.cut(Budget(params=1.0), margin)
+        for _ in range(_BISECTIONS):
+            share = (low + high) / 2
+            try:
+                found = self.cut(Budget(params=share), margin)
+            except PlanError:  # rank 1 everywhere is still larger
+                low = share
+                continue
+            if self.metric(found.module) >= wanted:  # not where the metric is no number
+                high, best = share, found
+            else:
+                low = share
         return best
-    missed = f"Asked for {asked:g} of the dense model's time; the least that was reached is {best.times.ratio:.2f}."
-    return replace(best, notes=(*best.notes, missed))
 
 
-def _no_slower(at: Callable[[float], Compressed]) -> Compressed:
-    """The first result that is not slower than the dense model, by rising margins."""
-    notes: tuple[str, ...] = ()
-    for margin in _MARGINS:
-        try:
-            found = at(margin)
-        except PlanError as error:
-            raise PlanError(
-                f"{error}. Only layers that are faster than dense count here: a budget of parameters asks for size "
-                "alone"
-            ) from error
-        assert found.times is not None
-        if margin == _MARGINS[-1] or found.times.ratio <= 1 + NOISE:
-            break
-        notes = (
-            f"The whole model took {found.times.ratio:.2f} of the dense one's time with every layer that is faster by "
-            "itself, so that those least faster stayed dense.",
-        )
-    return replace(found, notes=(*found.notes, *notes))
-
-
-def _least(made: Callable[[RankPolicy], Candidate], good: Callable[[nn.Module], bool]) -> Candidate:
-    """The good one of fewest parameters, by bisection of the budget."""
-    low, high, best = 0.0, 1.0, made(Budget(params=1.0))
-    for _ in range(8):
-        share = (low + high) / 2
-        try:
-            found = made(Budget(params=share))
-        except PlanError:  # rank 1 everywhere is still larger
-            low = share
-            continue
-        if good(found.module):  # not where the metric is no number
-            high, best = share, found
-        else:
-            low = share
-    return best
-
-
-def _scored(metric: Callable[[nn.Module], float], module: nn.Module) -> float:
+def _scored(metric: Score, module: nn.Module) -> float:
     said = metric(module)
     try:
         value = float(said)

@@ -119,11 +119,11 @@ def added_biases(net: nn.Module, known: Calibration) -> dict[str, int]:
     """
     parameters = dict(net.named_parameters())
     found: dict[str, int] = {}
-    for moments in known.moments.values():
-        modules = [net.get_submodule(key) for key in moments.sums if key not in parameters]
+    for covariance in known.covariances.values():
+        modules = [net.get_submodule(key) for key in covariance.sums if key not in parameters]
         weights = [module.weight for module in modules if module._parameters["bias"] is None]
-        count = sum(moments.oriented(weight).shape[:-1].numel() for weight in weights if isinstance(weight, Tensor))
-        found[moments.sites[0]] = count
+        count = sum(covariance.oriented(weight).shape[:-1].numel() for weight in weights if isinstance(weight, Tensor))
+        found[covariance.sites[0]] = count
     return found
 
 
@@ -140,7 +140,7 @@ def ranks_of(
     counted = policy.of[:1] if isinstance(policy, Budget) else ()
     ranks: dict[str, int | None] = {}
     for unit, wanted in zip(units, chosen, strict=True):
-        r = min((rung for rung in unit.curve.rungs if rung >= wanted), default=wanted)
+        r = min((rank for rank in unit.curve.grid if rank >= wanted), default=wanted)
         ranks |= dict.fromkeys(unit.names, r if r < unit.curve.max_rank and unit.pays(r, *counted) else None)
     return ranks
 
@@ -155,7 +155,7 @@ def _turns(low: Mapping[str, Phase], known: Calibration | None, sequential: bool
         return [dict(low)] if low else []
     turns = []
     for first in known.order:
-        found = known.moments.get(first)
+        found = known.covariances.get(first)
         names = [name for name in (found.sites if found else (first,)) if name in low]
         turns.append(dict.fromkeys(names, Phase.LOW))
     rest = {name: phase for name, phase in low.items() if not any(name in turn for turn in turns)}
@@ -170,7 +170,7 @@ class _Cutter:
     shifts: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
-        found = None if self.known is None else self.known.moments.get(sites[0])
+        found = None if self.known is None else self.known.covariances.get(sites[0])
         factors = None if self.known is None else self.known.split(sites, layout, weight, rank)
         if found is not None and factors is not None:
             lost = found.oriented(weight).double() - found.oriented(layout.join(factors)).double()

@@ -7,35 +7,26 @@ from typing import Any
 from torch import nn
 
 from ..errors import TransitionError
-from ..phases import Carry
 from ..rewrite import switched_modules
-from ..schedules import Schedule
+from ..schedules import EpochRecord, Schedule
 from ..tracing import is_captured
-from ..training import Decay, Phases
+from ..training import Phases, PhaseSettings, practical
 
 
 class PhasesHolder:
     """A schedule with how it is entered; ``phases`` once training has begun.
 
-    carry, rewarm, decay, landing: as in ``dynrank_fx.Phases``; the defaults are those of the practical preset.
-    ``history`` has a record of every epoch.
+    choices: those of ``PhaseSettings``, by name; for the others the practical preset's. ``history`` has a record of
+    every epoch.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        carry: Carry = Carry.MOVE,
-        rewarm: int = 0,
-        decay: Decay = Decay.PRODUCT,
-        landing: bool = True,
-    ) -> None:
+    def __init__(self, schedule: Schedule, **choices: Any) -> None:
         self.schedule = schedule
-        self.how: dict[str, Any] = {"carry": carry, "rewarm": rewarm, "decay": decay, "landing": landing}
+        self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[EpochRecord]:
         return self.phases.history if self.phases is not None else []
 
 

@@ -52,7 +52,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             configs[0].scheduler if configs else None,
             steps=math.ceil(steps) if math.isfinite(steps) else None,
             lr_every_step=every_step,
-            **self.how,
+            settings=self.settings,
         )
         if self._restored is not None:
             self.phases.load_state_dict(self._restored)
@@ -61,7 +61,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         assert self.phases is not None
         self.phases.net.zero_grad()  # Lightning keeps the gradients of a step until the next one
         record = self.phases.begin(trainer.current_epoch)
-        pl_module.log("dynrank/spent", record["spent"])  # type: ignore[operator]
+        pl_module.log("dynrank/spent", record.spent)  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
         return self.phases.state_dict() if self.phases is not None else {}

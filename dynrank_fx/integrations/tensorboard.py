@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from ..phase import Phase
+from ..schedules import EpochRecord
 from ..training import Run, Watcher
 
 _SCALARS = ("loss", "metric", "eval_loss", "eval_metric", "lr", "spent", "step_seconds")
@@ -20,18 +20,18 @@ class TensorBoard(Watcher):
     def __init__(self, folder: str | Path) -> None:
         self.writer = SummaryWriter(str(folder))
 
-    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None:
-        epoch = record["epoch"] + 1
+    def epoch_done(self, run: Run, record: EpochRecord) -> None:
+        epoch = record.epoch + 1
         for name in _SCALARS:
-            if record.get(name) is not None:
+            if record[name] is not None:
                 self.writer.add_scalar(name, record[name], epoch)
         for name in _BY_SITE:
-            for site, value in record.get(name, {}).items():
+            for site, value in record[name].items():
                 self.writer.add_scalar(f"{name}/{site}", value, epoch)
-        phases = list(record["phases"].values())
-        self.writer.add_scalar("share of sites in FULL", phases.count("FULL") / max(len(phases), 1), epoch)
-        for what, count in record.get("memory", {}).items():
+        phases = list(record.phases.values())
+        self.writer.add_scalar("share of sites in FULL", phases.count(Phase.FULL) / max(len(phases), 1), epoch)
+        for what, count in record.memory.items():
             self.writer.add_scalar(f"memory/{what}", count, epoch)
-        if record.get("reasons"):
-            self.writer.add_text("decisions", "  \n".join(record["reasons"]), epoch)
+        if record.reasons:
+            self.writer.add_text("decisions", "  \n".join(record.reasons), epoch)
         self.writer.flush()

@@ -45,7 +45,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             getattr(lr_scheduler, "scheduler", lr_scheduler),
             steps=max(1, math.ceil(state.max_steps / epochs)),
             lr_every_step=True,
-            **self.how,
+            settings=self.settings,
         )
         if state.global_step:
             self._restore(args, state)

@@ -1,16 +1,17 @@
 """How a weight becomes factors and back: the algebra of every layout, on tensors alone."""
 
 from .base import Factors, Layout
-from .choose import CONV_LAYOUTS, ConvLayout, layout_for, layout_named
+from .choose import CONV_LAYOUTS, LAYOUTS, ConvLayout, layout_for, layout_named
 from .conv import ChannelLayout, SpatialLayout
 from .matrix import EinsumLayout, LinearLayout
 from .spectra import effective_rank, energy_rank, product_singular_values, singular_values, stable_rank
-from .svd import full_precision
+from .svd import at_least_float32, full_precision
 from .tensor import CPLayout, TuckerLayout
 from .two_factors import TwoFactors
 
 __all__ = [
     "CONV_LAYOUTS",
+    "LAYOUTS",
     "CPLayout",
     "ChannelLayout",
     "ConvLayout",
@@ -21,6 +22,7 @@ __all__ = [
     "SpatialLayout",
     "TuckerLayout",
     "TwoFactors",
+    "at_least_float32",
     "effective_rank",
     "energy_rank",
     "full_precision",

@@ -16,7 +16,7 @@ Factors: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class FactorLayout(abc.ABC):
+class Layout(abc.ABC):
     """What all layouts share. ``join`` is linear in each factor.
 
     exact: whether full rank reproduces the weight. factor_names: what the factors are called in the module of a site.
@@ -28,7 +28,7 @@ class FactorLayout(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def for_op(cls, op: Op) -> FactorLayout:
+    def for_op(cls, op: Op) -> Layout:
         """The layout of this kind for a weight that the op applies."""
 
     @abc.abstractmethod
@@ -52,8 +52,14 @@ class FactorLayout(abc.ABC):
         """Shapes of the factors."""
 
     @abc.abstractmethod
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
-        """(op, index of its factor) in the order they apply; the bias goes to the last."""
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
+        """(op, index of its factor) in the order they apply, at a rank; the bias goes to the last."""
+
+    def last_holds_outputs(self, op: Op) -> bool:
+        """Whether the factor that is applied last has a row or a column for each number that the op gives, and nothing
+        else, so that a product of two factors cuts the outputs alone.
+        """
+        return False
 
     @abc.abstractmethod
     def split(self, weight: Tensor, rank: int) -> Factors:
@@ -91,7 +97,7 @@ class FactorLayout(abc.ABC):
     def flops(self, op: Op, x: Shape, weight: Shape, rank: int, *, last_only: bool = False) -> int:
         """FLOPs of all stages for one input of shape ``x``; of the last alone where another site does the first."""
         shapes, counts = self.factor_shapes(weight, rank), []
-        for stage, index in self.stages(op):
+        for stage, index in self.stages(op, rank):
             counts.append(stage.flops(x, shapes[index]))
             x = stage.output_shape(x, shapes[index])
         return counts[-1] if last_only else sum(counts)
@@ -117,6 +123,3 @@ class FactorLayout(abc.ABC):
 def shapes_of(tensors: Factors) -> tuple[Shape, ...]:
     """Their shapes, to compare."""
     return tuple(tuple(each.shape) for each in tensors)
-
-
-Layout: TypeAlias = FactorLayout

@@ -26,27 +26,29 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from ..errors import PlanError
-from ..ops import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op
-from .base import FactorLayout, Layout
+from ..ops import ConvolutionOp, EinsumOp, Op
+from .base import Layout
 from .conv import ChannelLayout, SpatialLayout
 from .matrix import EinsumLayout, LinearLayout
-from .tensor import CPLayout, TensorLayout, TuckerLayout
+from .tensor import CPLayout, TuckerLayout
 
-ConvLayout: TypeAlias = type[ChannelLayout] | type[SpatialLayout] | type[TuckerLayout] | type[CPLayout]
+ConvLayout: TypeAlias = type[Layout]
+"""One of ``CONV_LAYOUTS``."""
 
 CONV_LAYOUTS: tuple[ConvLayout, ...] = (ChannelLayout, SpatialLayout, TuckerLayout, CPLayout)
-LAYOUTS: tuple[type[FactorLayout], ...] = (LinearLayout, EinsumLayout, *CONV_LAYOUTS)
+LAYOUTS: tuple[type[Layout], ...] = (LinearLayout, EinsumLayout, *CONV_LAYOUTS)
 
 
 def layout_for(op: Op, conv_layout: ConvLayout = ChannelLayout) -> Layout:
-    """The layout of a weight that the op applies: the one there is, or for convolutions the one chosen."""
+    """The layout of a weight that the op applies: the one there is, or for convolutions the one chosen; what that does
+    not serve (Tucker and CP take ordinary convolutions in one group alone), the channel layout does.
+    """
     if isinstance(op, EinsumOp):
         return EinsumLayout.for_op(op)
-    if isinstance(op, LinearOp | MatmulOp | EmbeddingOp):
+    if not isinstance(op, ConvolutionOp):
         return LinearLayout()
     layout = conv_layout.for_op(op)
-    # Tucker and CP are of ordinary convolutions alone: what they do not serve, the channel layout does.
-    return layout if not issubclass(conv_layout, TensorLayout) or layout.serves(op) else ChannelLayout.for_op(op)
+    return layout if layout.serves(op) else ChannelLayout.for_op(op)
 
 
 def layout_named(name: str, op: Op) -> Layout:

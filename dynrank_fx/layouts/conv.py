@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..ops import ConvOp, ConvTransposeOp, Op, Shape
+from ..ops import ConvolutionOp, ConvOp, Op, Shape
 from .base import Factors
 from .two_factors import TwoFactors
 
@@ -25,10 +25,11 @@ class GroupedFactors(TwoFactors):
 
     @classmethod
     def for_op(cls, op: Op) -> GroupedFactors:
-        return cls(op.groups)  # type: ignore[union-attr]
+        assert isinstance(op, ConvolutionOp)
+        return cls(op.groups)
 
     def serves(self, op: Op) -> bool:
-        return isinstance(op, ConvOp | ConvTransposeOp) and op.groups == self.groups
+        return isinstance(op, ConvolutionOp) and op.groups == self.groups
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class ChannelLayout(GroupedFactors):
     """A k×k convolution to r channels, then 1×1. Transposed: 1×1 to r channels, then k×k."""
 
     name: ClassVar[str] = "channel"
+
+    def last_holds_outputs(self, op: Op) -> bool:
+        return isinstance(op, ConvOp)  # the last stage of a transposed convolution is k×k
 
     def matrix_shape(self, weight: Shape) -> tuple[int, int]:
         return weight[0] // self.groups, math.prod(weight[1:])
@@ -61,8 +65,8 @@ class ChannelLayout(GroupedFactors):
         left, right = self.factor_shapes(weight, matrices[0].shape[-1])
         return matrices[0].reshape(left), matrices[1].reshape(right)
 
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
-        assert isinstance(op, ConvOp | ConvTransposeOp)
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
+        assert isinstance(op, ConvolutionOp)
         return _in_order(op, (op, 1), (op.pointwise, 0))
 
 
@@ -107,10 +111,10 @@ class SpatialLayout(GroupedFactors):
         view = matrices[0].reshape(self.groups, m // self.groups, math.prod(k2), rank).permute(0, 1, 3, 2)
         return view.reshape(left), matrices[1].reshape(right)
 
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
-        assert isinstance(op, ConvOp | ConvTransposeOp)
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
+        assert isinstance(op, ConvolutionOp)
         return _in_order(op, (op.on_axes([0]), 1), (op.on_axes(range(1, len(op.stride))), 0))
 
 
-def _in_order(op: ConvOp | ConvTransposeOp, right: tuple[Op, int], left: tuple[Op, int]) -> tuple[tuple[Op, int], ...]:
+def _in_order(op: ConvolutionOp, right: tuple[Op, int], left: tuple[Op, int]) -> tuple[tuple[Op, int], ...]:
     return (left, right) if op.spreads else (right, left)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..ops import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, Shape
+from ..ops import EinsumOp, Op, ProductOp, Shape
 from .base import Factors
 from .two_factors import TwoFactors
 
@@ -31,7 +31,10 @@ class LinearLayout(TwoFactors):
         return cls()
 
     def serves(self, op: Op) -> bool:
-        return isinstance(op, LinearOp | MatmulOp | EmbeddingOp)
+        return isinstance(op, ProductOp)
+
+    def last_holds_outputs(self, op: Op) -> bool:
+        return True
 
     def matrix_shape(self, weight: Shape) -> tuple[int, int]:
         return weight[-2], weight[-1]
@@ -56,8 +59,8 @@ class LinearLayout(TwoFactors):
         left, right = self.factor_shapes(weight, matrices[0].shape[-1])
         return matrices[0].reshape(left), matrices[1].reshape(right)
 
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
-        assert isinstance(op, LinearOp | MatmulOp | EmbeddingOp)
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
+        assert isinstance(op, ProductOp)
         order = ((op.view.of_left(), 0), (op.view.of_right(), 1))
         # The factor that holds the contracted axis comes first: with W = LR, x W = (x L) R and x Wᵀ = (x Rᵀ) Lᵀ.
         (first, i), (last, j) = order if op.contracts_rows != op.view.transposed else order[::-1]
@@ -87,6 +90,9 @@ class EinsumLayout(TwoFactors):
             return False
         shared, contracted, free = op.axes
         return shared == self.shared and {contracted, free} == {self.rows, self.columns}
+
+    def last_holds_outputs(self, op: Op) -> bool:
+        return True
 
     def _sizes(self, weight: Shape) -> tuple[Shape, Shape, Shape]:
         shared, rows, columns = (tuple(weight[i] for i in axes) for axes in (self.shared, self.rows, self.columns))
@@ -126,7 +132,7 @@ class EinsumLayout(TwoFactors):
         left, right = self.factor_shapes(weight, matrices[0].shape[-1])
         return matrices[0].reshape(left), matrices[1].reshape(right)
 
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
         assert isinstance(op, EinsumOp)
         r = next(letter for letter in string.ascii_letters if letter not in op.x + op.weight + op.out)
         shared, rows, columns = ("".join(op.weight[i] for i in axes) for axes in (self.shared, self.rows, self.columns))

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 # Up to this many columns a float64 SVD costs milliseconds; above it the Gram matrix's eigenvectors are several
-# times faster (the README's table has the figures).
+# times faster (docs/measured.md has the figures).
 _SMALL = 128
 # Energy of the discarded directions, in parts of the largest eigenvalue, below which the Gram matrix in float32 cannot
 # tell them apart: its rounding costs up to about 1e-5 of that eigenvalue, and 2e-3 of the tail is what 1.001 allows.
 _FLOAT32_TAIL = 1e-2
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, where its own type is a shorter one."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import ConvOp, Op, Shape
-from .base import FactorLayout, Factors, shapes_of
+from .base import Factors, Layout, shapes_of
 from .svd import next_basis
 
 # Of alternating least squares: Tucker starts close to its optimum, CP does not.
@@ -23,7 +23,7 @@ _CP_FOLLOWING = 2  # from the factors of a few steps ago: 16 r FLOPs a number of
 
 
 @dataclass(frozen=True)
-class TensorLayout(FactorLayout):
+class TensorLayout(Layout):
     """What both share: the channel view as their spectrum."""
 
     @classmethod
@@ -70,17 +70,21 @@ class TuckerLayout(TensorLayout):
         ones = tuple(1 for _ in kernel)
         return (m, r, *ones), (r, s, *kernel), (s, n, *ones)
 
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
         assert isinstance(op, ConvOp)
         return (op.pointwise, 2), (op, 1), (op.pointwise, 0)
 
     def join_flops(self, weight: Shape, rank: int) -> int:
         (m, r, *_), (_, s, *kernel), (_, n, *_) = self.factor_shapes(weight, rank)
-        return 2 * math.prod(kernel) * r * s * n + 2 * math.prod(kernel) * m * r * n
+        per_tap = m * s * (r + n) if m >= n else r * n * (s + m)
+        return 2 * math.prod(kernel) * per_tap
 
     def join(self, factors: Factors) -> Tensor:
-        left, core, right = factors
-        return torch.einsum("mr,rs...,sn->mn...", left.flatten(1), core, right.flatten(1))
+        """The core times the outer factor of more channels, then times the other: the order that costs less."""
+        left, core, right = factors[0].flatten(1), factors[1], factors[2].flatten(1)
+        if left.shape[0] >= right.shape[1]:
+            return torch.einsum("ms...,sn->mn...", torch.einsum("mr,rs...->ms...", left, core), right)
+        return torch.einsum("mr,rn...->mn...", left, torch.einsum("rs...,sn->rn...", core, right))
 
     def inner(self, one: Factors, other: Factors) -> Tensor:
         """By products of the outer factors, [r, r] and [s, s]: no tensor is larger than the core."""
@@ -132,15 +136,15 @@ class CPLayout(TensorLayout):
     factor_names: ClassVar[tuple[str, ...]] = ("left", "along", "across", "right")
 
     def serves(self, op: Op) -> bool:
-        return super().serves(op) and len(op.stride) == 2  # type: ignore[union-attr]
+        return super().serves(op) and isinstance(op, ConvOp) and len(op.stride) == 2
 
     def factor_shapes(self, weight: Shape, rank: int) -> tuple[Shape, ...]:
         m, n, k1, k2 = weight
         return (m, rank, 1, 1), (rank, 1, k1, 1), (rank, 1, 1, k2), (rank, n, 1, 1)
 
-    def stages(self, op: Op) -> tuple[tuple[Op, int], ...]:
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
         assert isinstance(op, ConvOp)
-        return (op.pointwise, 3), (op.depthwise([0]), 1), (op.depthwise([1]), 2), (op.pointwise, 0)
+        return (op.pointwise, 3), (op.depthwise([0], rank), 1), (op.depthwise([1], rank), 2), (op.pointwise, 0)
 
     def join(self, factors: Factors) -> Tensor:
         left, along, across, right = factors

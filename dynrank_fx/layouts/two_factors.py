@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..ops import Shape
-from .base import FactorLayout, Factors, shapes_of
+from .base import Factors, Layout, shapes_of
 from .moments import moments_to_dense, second_moments_to_dense
 from .svd import next_basis, right_basis, truncate
 
 
 @dataclass(frozen=True)
-class TwoFactors(FactorLayout):
+class TwoFactors(Layout):
     """What the two-factor layouts share: everything but their matrix view. ``to_matrix`` serves moments of the weight
     too, ``to_matrices`` those of the factors.
     """

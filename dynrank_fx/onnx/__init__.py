@@ -1,7 +1,7 @@
 """Write ONNX files that onnxruntime agrees with, compare them, and time them."""
 
 from .agreement import check_batch_sizes, onnx_inputs
-from .bench import bench_onnx, machine, table
+from .bench import bench_onnx, onnx_machine, table
 from .convert import converted
 from .diff import compare_onnx
 from .export import ExportReport, check_opset, export_onnx, verify_onnx
@@ -25,8 +25,8 @@ __all__ = [
     "converted",
     "export_onnx",
     "loaded",
-    "machine",
     "onnx_inputs",
+    "onnx_machine",
     "random_inputs",
     "runtime",
     "session",

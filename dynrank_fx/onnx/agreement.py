@@ -140,7 +140,7 @@ def _agreement(batch: int, name: str, got: Tensor, want: Tensor, tolerance: floa
     finite = want.isfinite()
     if want.numel() and not finite.any():
         raise ExportError(f"PyTorch gives no finite value {where}, so nothing can be compared: check the weights")
-    max_abs, largest = _largest(got[finite] - want[finite]), _largest(want[finite])
+    max_abs, largest = _max_abs(got[finite] - want[finite]), _max_abs(want[finite])
     same_rest = torch.allclose(got[~finite], want[~finite], equal_nan=True)
     if not (same_rest and max_abs <= tolerance * (largest + 0.01)):  # so written that a NaN fails
         raise ExportError(
@@ -150,5 +150,6 @@ def _agreement(batch: int, name: str, got: Tensor, want: Tensor, tolerance: floa
     return Agreement(batch, name, max_abs, max_abs / largest if largest else 0.0)
 
 
-def _largest(values: Tensor) -> float:
+def _max_abs(values: Tensor) -> float:
+    """NaN where there is one."""
     return float(values.abs().max()) if values.numel() else 0.0

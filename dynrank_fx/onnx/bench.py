@@ -116,7 +116,7 @@ def _times(call: Callable[[], None], repeats: int) -> list[float]:
     return found
 
 
-def machine() -> str:
+def onnx_machine() -> str:
     """The machine and onnxruntime in one line."""
     count = threads()
     said = threads_said(count) if count else "its own number of threads"

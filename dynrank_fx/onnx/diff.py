@@ -13,16 +13,20 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, reason
+from ..layouts import LAYOUTS
 from .random_inputs import loaded, random_inputs, table_rows
 from .session import Provider, session, session_of
 
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
-_FACTORS = re.compile(r"(\.(weight|left|right|core|along|across))?(_int8)?$")
+_HELD = "|".join(sorted({"weight"}.union(*(layout.factor_names for layout in LAYOUTS))))
+_BEHIND_SITE = re.compile(rf"(\.({_HELD}))?(_int8)?$")  # what follows a site's name in that of a weight or a factor
 
 
 @dataclass(frozen=True)
-class Difference:
-    """An output, or the value of a site: errors over all batches, ‖a − b‖ / ‖a‖ and the largest."""
+class Gap:
+    """How far two files are apart in an output, or in the value of a site: over all batches, ‖a − b‖ / ‖a‖ and the
+    largest.
+    """
 
     name: str
     relative: float
@@ -33,8 +37,8 @@ class Difference:
 class Verdict:
     """outputs: of both files. sites: what both have, in the order of the first file. tolerance: of ``relative``."""
 
-    outputs: tuple[Difference, ...]
-    sites: tuple[Difference, ...]
+    outputs: tuple[Gap, ...]
+    sites: tuple[Gap, ...]
     tolerance: float
 
     @property
@@ -42,7 +46,7 @@ class Verdict:
         return all(each.relative <= self.tolerance for each in self.outputs)
 
     @property
-    def first(self) -> Difference | None:
+    def first(self) -> Gap | None:
         """The first site that differs by more than the tolerance."""
         return next((each for each in self.sites if not each.relative <= self.tolerance), None)
 
@@ -92,7 +96,7 @@ def compare_onnx(
             at_end.setdefault(name, []).append((got[0][name], got[1][its]))
         for name in shared:
             at_sites.setdefault(name, []).append((got[0][values[0][name]], got[1][values[1][name]]))
-    return Verdict(_differences(at_end), _differences(at_sites), tolerance)
+    return Verdict(_gaps(at_end), _gaps(at_sites), tolerance)
 
 
 def _paired(opened: Sequence[Any], paths: Sequence[str | os.PathLike[str]], which: str) -> dict[str, str]:
@@ -140,7 +144,7 @@ def _site_values(model: Any) -> dict[str, str]:
                 name = made[name].input[0]
             if name in weights:
                 seen[name] = seen.get(name, 0) + 1
-                use = _FACTORS.sub("", name, count=1) + (f" (use {seen[name]})" if seen[name] > 1 else "")
+                use = _BEHIND_SITE.sub("", name, count=1) + (f" (use {seen[name]})" if seen[name] > 1 else "")
                 found.pop(use, None)  # the last of its factors stays, where it stands
                 found[use] = biased(node.output[0])
     return found
@@ -168,14 +172,14 @@ def _with_outputs(model: Any, folder: Path, values: Sequence[str], provider: Pro
         ) from error
 
 
-def _differences(found: dict[str, list[tuple[Any, Any]]]) -> tuple[Difference, ...]:
-    return tuple(_difference(name, pairs) for name, pairs in found.items())
+def _gaps(found: dict[str, list[tuple[Any, Any]]]) -> tuple[Gap, ...]:
+    return tuple(_gap(name, pairs) for name, pairs in found.items())
 
 
-def _difference(name: str, pairs: Sequence[tuple[Any, Any]]) -> Difference:
+def _gap(name: str, pairs: Sequence[tuple[Any, Any]]) -> Gap:
     if any(np.shape(a) != np.shape(b) for a, b in pairs):
-        return Difference(name, float("inf"), float("inf"))
+        return Gap(name, float("inf"), float("inf"))
     a, b = (np.concatenate([np.asarray(pair[i], dtype=np.float64).ravel() for pair in pairs]) for i in (0, 1))
     gap = a - b
     scale = float(np.linalg.norm(a)) or 1.0
-    return Difference(name, float(np.linalg.norm(gap)) / scale, float(np.abs(gap).max(initial=0.0)))
+    return Gap(name, float(np.linalg.norm(gap)) / scale, float(np.abs(gap).max(initial=0.0)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import ExportError, reason
+from .. import files
+from ..errors import ExportError, StoreError, reason
 from .precision import Precision
 
 _WORTH_A_FILE = 1024  # bytes of a tensor that is stored outside
@@ -27,19 +27,14 @@ def check_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A path in a temporary folder beside ``path``, whose file takes its place if all goes well."""
+    """A path in a temporary folder beside ``path``, whose files take their places if all goes well: the weights before
+    the graph, which would be none without them. Raises ExportError where the disk refuses.
+    """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
-            beside = Path(folder, path.name)
+        with files.replacing(path) as beside:
             yield beside
-            # The weights first: a file without them would be none.
-            for made in sorted(Path(folder).iterdir(), key=lambda made: made == beside):
-                with open(made, "r+b") as file:
-                    os.fsync(file.fileno())
-                os.replace(made, path.with_name(made.name))
-    except OSError as error:
-        why = error.strerror or error
-        raise ExportError(f"{path} could not be written ({why}); what was there before is unchanged") from error
+    except StoreError as error:
+        raise ExportError(str(error)) from error
 
 
 def write_file(model: Any, path: Path, outside: bool) -> None:

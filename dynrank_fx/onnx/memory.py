@@ -1,7 +1,8 @@
 """The memory that one ONNX file takes in onnxruntime, seen by a process of its own.
 
 What a process has loaded before, or another file has taken and given back, does not show in it. The child is this file
-run as a script: it imports NumPy and onnxruntime alone, and runs a trivial file first.
+run as a script, without its folder on the path (``-P``), whose files are called as other modules are: it imports NumPy
+and onnxruntime alone, and runs a trivial file first.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ def memory_of(
     path: str | os.PathLike[str], provider: tuple[str, dict[str, Any]], feeds: Mapping[str, np.ndarray]
 ) -> tuple[int | None, int | None]:
     """(host, GPU) bytes: how far the peak of a process rises above what it held before the session, and what a GPU then
-    holds more. None where that cannot be told. provider: a name and
-    options, as onnxruntime takes it.
+    holds more. None where that cannot be told. provider: a name and options, as onnxruntime takes it.
     """
     from onnx import TensorProto, helper
 
@@ -37,7 +37,8 @@ def memory_of(
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "trivial.onnx").write_bytes(trivial.SerializeToString())
         np.savez(Path(folder, "feeds.npz"), *feeds.values())
-        command = [sys.executable, __file__, json.dumps([os.path.abspath(path), provider, list(feeds), folder])]
+        given = json.dumps([os.path.abspath(path), provider, list(feeds), folder])
+        command = [sys.executable, "-P", __file__, given]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return None, None

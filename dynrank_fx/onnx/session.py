@@ -14,8 +14,8 @@ import torch
 from ..errors import ExportError, reason
 
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]
-_SILENT, _WARNING = 4, 2  # severities of onnxruntime's log, the second its default
-_DAMAGED = ("Protobuf parsing failed", "No graph was found in the protobuf")
+_SILENT = 4  # the severity of onnxruntime's log above which there is none
+_DAMAGED = ("Protobuf parsing failed", "protobuf parsing failed", "No graph was found in the protobuf")
 _WITHOUT_WEIGHTS = ("External data path", "External initializer")
 _TOO_NEW = ("Unsupported model IR version", "guarantees* support for models stamped with official released onnx opset")
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from \S+ failed:|\S+\.(cc|h):\d+ .*\) ")
@@ -74,15 +74,12 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads()
     options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
-    ort.set_default_logger_severity(_SILENT)
     try:
         opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as error:
         if cuda and not providers and not _of_the_file(str(error)):
             return _opened(source, name, ("CPUExecutionProvider",))
         raise ExportError(_refusal(error, name, names[0], available)) from error
-    finally:
-        ort.set_default_logger_severity(_WARNING)
     used = opened.get_providers()[0]
     if providers and used != names[0]:
         raise ExportError(f"{names[0]} did not come up: install the libraries it needs, or ask for {used}")

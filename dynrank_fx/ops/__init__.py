@@ -1,11 +1,12 @@
 """What layers compute: an op for each kind of product and convolution, and how a model's code is read as one."""
 
-from .conv import ConvOp, ConvTransposeOp, DepthwiseOp
+from .conv import ConvolutionOp, ConvOp, ConvTransposeOp
 from .from_calls import Call, call_of
 from .from_modules import OP_MODULES, has_hooks, holds_more, module_op
 from .from_views import gather_index, parts_of, reads_metadata
-from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp
-from .op import Op, op_from_json, op_to_json
+from .kinds import op_from_json, op_to_json
+from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, ProductOp
+from .op import Op
 from .view import WHOLE, Shape, View
 
 __all__ = [
@@ -14,12 +15,13 @@ __all__ = [
     "Call",
     "ConvOp",
     "ConvTransposeOp",
-    "DepthwiseOp",
+    "ConvolutionOp",
     "EinsumOp",
     "EmbeddingOp",
     "LinearOp",
     "MatmulOp",
     "Op",
+    "ProductOp",
     "Shape",
     "View",
     "call_of",

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 
+from .op import Op
 from .view import Shape
 
 _CONV: dict[int, Callable[..., Any]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Any]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+class ConvolutionOp(Op):
+    """A convolution, transposed or not, over ``len(stride)`` axes.
+
+    spreads: whether its weight has the inputs along the first axis, which it spreads over the outputs.
+    """
+
+    stride: tuple[int, ...]
+    groups: int
+    spreads: ClassVar[bool]
+
+    @abc.abstractmethod
+    def on_axes(self, axes: Iterable[int]) -> ConvolutionOp:
+        """The part of it that a kernel of size 1 outside ``axes`` does; bias and groups apart."""
+
+    @property
+    @abc.abstractmethod
+    def pointwise(self) -> ConvolutionOp:
+        """A 1×1 convolution in the same groups."""
+
+
 @dataclass(frozen=True)
-class ConvOp:
+class ConvOp(ConvolutionOp):
     """``x [N, C_in, *in], weight [C_out, C_in/groups, *kernel] -> [N, C_out, *out]`` over ``len(stride)`` axes.
 
     padding: per axis, or "same". pad and pad_mode: a padding mode other than zeros is an F.pad before the
@@ -30,24 +52,19 @@ class ConvOp:
     pad: tuple[int, ...] = ()
     pad_mode: str = "zeros"
 
-    spreads = False
+    spreads: ClassVar[bool] = False
 
     def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
-        return self.convolved(x, weight, bias, self.groups)
-
-    def convolved(self, x: Any, weight: Any, bias: Any, groups: int) -> Any:
-        """The convolution in so many groups."""
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)
         convolve = _CONV[len(self.stride)]
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def kind(self) -> str:
         return f"conv{len(self.stride)}d"
 
     def on_axes(self, axes: Iterable[int]) -> ConvOp:
-        """The part of this convolution that a kernel of size 1 outside ``axes`` does; bias and groups apart."""
         kept, dims = set(axes), range(len(self.stride))
         # F.pad counts axes from the last.
         pad = tuple(amount if len(dims) - 1 - i // 2 in kept else 0 for i, amount in enumerate(self.pad))
@@ -62,9 +79,9 @@ class ConvOp:
             pad_mode=self.pad_mode if any(pad) else "zeros",
         )
 
-    def depthwise(self, axes: Iterable[int]) -> DepthwiseOp:
-        """The part that a kernel of size 1 outside ``axes`` does, on each channel alone."""
-        return DepthwiseOp(**vars(self.on_axes(axes)))
+    def depthwise(self, axes: Iterable[int], channels: int) -> ConvOp:
+        """The part that a kernel of size 1 outside ``axes`` does, on each of so many channels alone."""
+        return replace(self.on_axes(axes), groups=channels)
 
     @property
     def pointwise(self) -> ConvOp:
@@ -93,18 +110,7 @@ class ConvOp:
 
 
 @dataclass(frozen=True)
-class DepthwiseOp(ConvOp):
-    """``x [N, r, *in], weight [r, 1, *kernel] -> [N, r, *out]``: a stage between others, on each of r channels alone.
-
-    r is given in the call, as ``at``: a graph's proxy of the weight does not tell it.
-    """
-
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
-        return self.convolved(x, weight, bias, at)
-
-
-@dataclass(frozen=True)
-class ConvTransposeOp:
+class ConvTransposeOp(ConvolutionOp):
     """``x [N, C_in, *in], weight [C_in, C_out/groups, *kernel] -> [N, C_out, *out]`` over ``len(stride)`` axes."""
 
     stride: tuple[int, ...]
@@ -113,7 +119,7 @@ class ConvTransposeOp:
     dilation: tuple[int, ...]
     groups: int = 1
 
-    spreads = True
+    spreads: ClassVar[bool] = True
 
     def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
         convolve = _TRANSPOSED[len(self.stride)]
@@ -124,7 +130,6 @@ class ConvTransposeOp:
         return f"conv_transpose{len(self.stride)}d"
 
     def on_axes(self, axes: Iterable[int]) -> ConvTransposeOp:
-        """The part of this convolution that a kernel of size 1 outside ``axes`` does; bias and groups apart."""
         kept, dims = set(axes), range(len(self.stride))
         return ConvTransposeOp(
             stride=tuple(self.stride[i] if i in kept else 1 for i in dims),

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .op import Op
 from .view import WHOLE, Shape, View
 
 
 @dataclass(frozen=True)
-class LinearOp:
-    """``x [..., n], weight [m, n] -> [..., m]``."""
+class ProductOp(Op):
+    """A product with a matrix, or with the part of it that ``view`` takes.
+
+    contracts_rows: whether the rows of the weight are summed over, as in ``x @ W``, or its columns, as in ``x @ W.T``.
+    """
 
     view: View = WHOLE
+
+    @property
+    @abc.abstractmethod
+    def contracts_rows(self) -> bool: ...
+
+    @property
+    @abc.abstractmethod
+    def first(self) -> ProductOp:
+        """The op of the first of two stages, its view apart."""
+
+    @property
+    @abc.abstractmethod
+    def last(self) -> ProductOp:
+        """The op of the second stage, which adds the bias; its view apart."""
+
+
+@dataclass(frozen=True)
+class LinearOp(ProductOp):
+    """``x [..., n], weight [m, n] -> [..., m]``."""
 
     kind = "linear"
     contracts_rows = False
@@ -26,12 +50,10 @@ class LinearOp:
 
     @property
     def first(self) -> LinearOp:
-        """The op of the first of two stages, its view apart."""
         return LinearOp()
 
     @property
     def last(self) -> LinearOp:
-        """The op of the second stage, which adds the bias."""
         return LinearOp()
 
     def output_shape(self, x: Shape, weight: Shape) -> Shape:
@@ -43,12 +65,11 @@ class LinearOp:
 
 
 @dataclass(frozen=True)
-class MatmulOp:
+class MatmulOp(ProductOp):
     """``x [..., k, n] @ weight [..., n, m]``, or ``weight @ x`` where weight_first; a bias as in addmm (baddbmm for a
     batched weight, a stack of matrices), ``beta · bias + alpha · product``.
     """
 
-    view: View = WHOLE
     weight_first: bool = False
     batched: bool = False
     beta: float = 1
@@ -89,10 +110,9 @@ class MatmulOp:
 
 
 @dataclass(frozen=True)
-class EmbeddingOp:
+class EmbeddingOp(ProductOp):
     """``x [...] of row numbers, weight [m, n] -> [..., n]``: reads rows; it multiplies nothing."""
 
-    view: View = WHOLE
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
     sparse: bool = False
@@ -120,7 +140,7 @@ class EmbeddingOp:
 
 
 @dataclass(frozen=True)
-class EinsumOp:
+class EinsumOp(Op):
     """A product of one input and the weight in Einstein's notation.
 
     x, weight, out: the subscripts; "..." may stand in x and out. Axes of the weight are shared (in x and out),
@@ -160,6 +180,3 @@ class EinsumOp:
 
     def flops(self, x: Shape, weight: Shape) -> int:
         return 2 * math.prod(x) * math.prod(weight[i] for i in self.axes[2])
-
-
-ProductOp: TypeAlias = LinearOp | MatmulOp | EmbeddingOp

@@ -1,45 +1,36 @@
-"""The operations a site can be: pure values that apply, and count.
-
-An op takes (input, weight, bias, and which matrices of a stack to gather) and holds everything else (stride, padding,
-which part of the weight, ...), so that the same value runs the dense weight, each factor, and an fx.Proxy when a graph
-is inlined.
-"""
+"""What an op is: one operation that a weight can be applied by, as a pure value that applies, and counts."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, TypeAlias
+import abc
+from dataclasses import dataclass
+from typing import Any
 
-from .conv import ConvOp, ConvTransposeOp
-from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, ProductOp
-from .view import View
-
-ConvolutionOp: TypeAlias = ConvOp | ConvTransposeOp
-Op: TypeAlias = ProductOp | EinsumOp | ConvolutionOp
-
-_KINDS: dict[str, type[Any]] = {
-    "linear": LinearOp,
-    "matmul": MatmulOp,
-    "embedding": EmbeddingOp,
-    "einsum": EinsumOp,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), ConvOp),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ConvTransposeOp),
-}
+from .view import Shape
 
 
-def op_to_json(op: Op) -> dict[str, Any]:
-    """A plain dictionary with the kind of the op and its settings."""
-    return {"kind": op.kind, **asdict(op)}
+@dataclass(frozen=True)
+class Op(abc.ABC):
+    """A frozen value that takes (input, weight, bias, and which matrices of a stack to gather) and holds everything
+    else (stride, padding, which part of the weight, ...), so that the same value runs the dense weight, each factor,
+    and an ``fx.Proxy`` when a graph is inlined: hence ``Any`` for what it is given and gives.
 
+    kind: the name of the op in plans, see ``kinds``.
+    """
 
-def op_from_json(data: dict[str, Any]) -> Op:
-    """The op that ``op_to_json`` described. Raises KeyError or TypeError on anything else."""
-    fields = {key: _tuples(value) for key, value in data.items() if key != "kind"}
-    if "view" in fields:
-        fields["view"] = View(**{key: _tuples(value) for key, value in fields["view"].items()})
-    op: Op = _KINDS[data["kind"]](**fields)
-    return op
+    @property
+    @abc.abstractmethod
+    def kind(self) -> str:
+        """What plans call it."""
 
+    @abc.abstractmethod
+    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+        """Apply the weight to ``x``."""
 
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    @abc.abstractmethod
+    def output_shape(self, x: Shape, weight: Shape) -> Shape:
+        """The shape of what it gives for an input and a weight of these shapes."""
+
+    @abc.abstractmethod
+    def flops(self, x: Shape, weight: Shape) -> int:
+        """Multiplications and additions, two a pair; what is only read or moved counts nothing."""

@@ -3,14 +3,14 @@
 from .carry import Carry
 from .checkpoint import how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .init import randomize_
-from .rerank import RankUnit, Timing, rank_units, reranked
+from .rerank import LatencyOf, RankUnit, rank_units, reranked
 from .setting import phases_in
 from .transition import Transition, enter_, phases_of, replan_
 
 __all__ = [
     "Carry",
+    "LatencyOf",
     "RankUnit",
-    "Timing",
     "Transition",
     "enter_",
     "how_in",

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..errors import DynrankWarning
-from ..layouts import Factors, Layout
+from ..layouts import Factors, Layout, at_least_float32
 from .groups import State, group_of
 
 
@@ -97,7 +97,7 @@ def moved_to_dense(
 
 def _exact(factors: Factors) -> Factors:
     """The factors in float32 at least."""
-    return tuple(f.detach().float() if f.dtype.itemsize < 4 else f.detach() for f in factors)
+    return tuple(at_least_float32(factor.detach()) for factor in factors)
 
 
 def stacked_state(states: Sequence[State]) -> State:

@@ -20,7 +20,8 @@ from ..tracing import Capture, capture, is_captured, meta_of, shell, unwrap
 from .replace import parameters_of, replace_parameters
 from .values import in_format_of
 
-_FILES = frozenset({"plan.json", "weights.safetensors", "graph.txt"})
+_PLAN, _WEIGHTS, _GRAPH = "plan.json", "weights.safetensors", "graph.txt"
+_FILES = frozenset({_PLAN, _WEIGHTS, _GRAPH})
 
 
 def save(net: nn.Module, folder: str | Path) -> None:
@@ -29,11 +30,11 @@ def save(net: nn.Module, folder: str | Path) -> None:
     The folder appears whole or not at all. Raises PlanError for a module without a plan, StoreError where the disk
     refuses or the folder holds other files.
     """
-    root = _root(net)
-    with files.replacing_folder(Path(folder), _FILES) as new:
-        files.write_text(new / "plan.json", plan_of(root).to_json())
-        store.write(new / "weights.safetensors", state_of(root), info_of(root))
-        files.write_text(new / "graph.txt", graph_text(root))
+    root, folder = _root(net), Path(folder)
+    with files.replacing_folder(folder, _FILES) as new:
+        files.write_text(new / _PLAN, plan_of(root).to_json(), final=folder / _PLAN)
+        store.write(new / _WEIGHTS, state_of(root), info_of(root), final=folder / _WEIGHTS)
+        files.write_text(new / _GRAPH, graph_text(root), final=folder / _GRAPH)
 
 
 def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn.Module:
@@ -44,8 +45,8 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn
     LOW site.
     """
     folder = Path(folder)
-    tensors, info = store.read(folder / "weights.safetensors")
-    net = rebuilt(model, read_plan(folder / "plan.json"), example_inputs, how_in(info))
+    tensors, info = store.read(folder / _WEIGHTS)
+    net = rebuilt(model, read_plan(folder / _PLAN), example_inputs, how_in(info))
     restore_(net, tensors, info)
     return net
 

@@ -16,7 +16,7 @@ from ..tracing import unwrap
 
 def branch(module: Switched, rank: int, like: Tensor) -> Factors:
     """Factors whose product is zero: that applied last is, the others are random as torch initialises a layer."""
-    shapes, last = module.layout.factor_shapes(module.shape, rank), module.layout.stages(module.ops[0])[-1][1]
+    shapes, last = module.layout.factor_shapes(module.shape, rank), module.layout.stages(module.ops[0], rank)[-1][1]
     factors = tuple(like.new_zeros(shape) for shape in shapes)
     for index, factor in enumerate(factors):
         if index != last:

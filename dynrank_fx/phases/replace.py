@@ -64,7 +64,7 @@ def replace_parameters(
 class _Entry:
     """What one site had before its switch, the values apart. places: (group, index, name) of each in the optimizer."""
 
-    modules: list[Switched]
+    modules: Sequence[Switched]
     phase: int
     rank: int
     old: list[weakref.ref[Parameter]]
@@ -87,7 +87,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def keep(self, modules: list[Switched], old: tuple[Parameter, ...]) -> None:
+    def keep(self, modules: Sequence[Switched], old: tuple[Parameter, ...]) -> None:
         """Note a site that is about to change. Raises OSError where the disk has no room."""
         states = [dict(self.optimizer.state.get(p, {})) if self.optimizer else {} for p in old]
         record = {"values": [p.detach() for p in old], "states": states, "base": modules[0]._buffers["base"]}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from ..errors import TransitionError
 from ..phase import Phase
 from ..plan import fits
-from ..schedules import Setting
+from ..schedules import Decision, Setting
 
 
 def phases_in(setting: Setting, names: Iterable[str]) -> dict[str, Phase]:
@@ -15,11 +15,11 @@ def phases_in(setting: Setting, names: Iterable[str]) -> dict[str, Phase]:
 
     Raises TransitionError for what is no phase, and for a pattern that matches no site.
     """
-    names = list(names)
-    if not isinstance(setting, Mapping):
-        return dict.fromkeys(names, _phase(setting))
+    names, asked = list(names), setting.phases if isinstance(setting, Decision) else setting
+    if not isinstance(asked, Mapping):
+        return dict.fromkeys(names, _phase(asked))
     phases: dict[str, Phase] = {}
-    for pattern, phase in setting.items():
+    for pattern, phase in asked.items():
         matching = [name for name in names if name == pattern or fits(name, pattern)]
         if not matching:
             raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {names[0]}")

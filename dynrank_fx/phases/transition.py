@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from ..errors import PlanError, TransitionError
 from ..layouts import full_precision
 from ..phase import Phase
 from ..plan import Plan
-from ..rewrite import Switched, plan_of, set_plan, specialize_, switched_modules
+from ..rewrite import SiteGroup, Switched, plan_of, set_plan, site_groups, specialize_, switched_modules
 from ..schedules import Setting
 from ..tracing import unwrap
 from .carry import Carry, can_move, warn_reset
@@ -76,20 +76,19 @@ def enter_(
             "the net has no site to switch: make it by transform, and look at its plan for the reasons"
         )
     targets = phases_in(setting, sites)
-    changing = {name: sites[name] for name, phase in targets.items() if sites[name][0].phase != int(phase)}
+    changing = [name for name, phase in targets.items() if sites[name][0].phase != int(phase)]
     if not changing:
         return Transition(())
-    units = _units(sites, changing)
-    for unit in units:
-        together = [modules[0].site for modules in unit]
-        if len({targets.get(name, Phase(sites[name][0].phase)) for name in together}) > 1:
-            raise TransitionError(f"{', '.join(together)} share a factor: give them one phase")
-        if len(unit) > 1 and targets[together[0]] is Phase.ADAPTOR:
+    groups = site_groups(root, changing)
+    for group in groups:
+        if len({targets.get(module.site, Phase(module.phase)) for module in group.firsts}) > 1:
+            raise TransitionError(f"{', '.join(group.names)} share a factor: give them one phase")
+        if group.shared and targets[group.name] is Phase.ADAPTOR:
             raise TransitionError(
-                f"{', '.join(together)} share a factor, which takes the place of their input and leaves none for the "
-                "base of an ADAPTOR: transform without share_inputs, or give them another phase"
+                f"{', '.join(group.names)} share a factor, which takes the place of their input and leaves none for "
+                "the base of an ADAPTOR: transform without share_inputs, or give them another phase"
             )
-    moves = [_Move(unit, targets[unit[0][0].site], unit[0][0].rank) for unit in units]
+    moves = [_Move(group, targets[group.name], group.owner.rank) for group in groups]
     return _switch(root, moves, optimizer, carry, split)
 
 
@@ -102,16 +101,16 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
     root = unwrap(net)
     _refuse_wrapped(root)
     old, sites = plan_of(root), switched_modules(root)
-    same = [[(row.site.name, row.layout, row.pack) for row in each.sites] for each in (plan, old)]
+    same = [[(row.site.name, row.layout, row.sharing) for row in each.sites] for each in (plan, old)]
     if same[0] != same[1]:
-        raise PlanError("the new plan has other sites, layouts or packs than the net; only ranks can change")
+        raise PlanError("the new plan has other sites, layouts or shared factors than the net; only ranks can change")
     ranks = {row.site.name: row.rank for row in plan.sites}
     changed = [name for name, modules in sites.items() if modules[0].rank != ranks[name]]
     moves = [
-        _Move(unit, phase, ranks[unit[0][0].site])
-        for unit in _units(sites, changed)
-        if unit[0][0].phase != int(Phase.FULL)
-        for phase in (Phase.FULL, Phase(unit[0][0].phase))
+        _Move(group, phase, ranks[group.name])
+        for group in site_groups(root, changed)
+        if group.owner.phase != int(Phase.FULL)
+        for phase in (Phase.FULL, Phase(group.owner.phase))
     ]
     transition = _switch(root, moves, optimizer, carry) if moves else Transition(())
     for row in plan.sites:
@@ -143,16 +142,16 @@ def _refuse_wrapped(root: nn.Module) -> None:
             )
 
 
-def _check(sites: Mapping[str, list[Switched]], optimizer: Optimizer | None) -> None:
+def _check(modules: Iterable[Switched], optimizer: Optimizer | None) -> None:
     """Everything that can be wrong with values, before anything is touched."""
     present = []
-    for name, modules in sites.items():
-        for parameter in parameters_of(modules[0]):
-            refuse_parameter(name, parameter)
+    for module in modules:
+        for parameter in parameters_of(module):
+            refuse_parameter(module.site, parameter)
             present.append(parameter)
             if not bool(torch.isfinite(parameter).all()):
                 raise TransitionError(
-                    f"{name} has non-finite weights: nothing was switched; look for a diverged step, and lower "
+                    f"{module.site} has non-finite weights: nothing was switched; look for a diverged step, and lower "
                     f"the learning rate"
                 )
     if optimizer is None:
@@ -171,24 +170,19 @@ def _check(sites: Mapping[str, list[Switched]], optimizer: Optimizer | None) -> 
 
 @dataclass(frozen=True)
 class _Move:
-    """One site, or a pack of them, each with all its modules, to be brought into a phase, with a rank from then on."""
+    """A group to be brought into a phase, with a rank from then on."""
 
-    sites: list[list[Switched]]
+    group: SiteGroup
     phase: Phase
     rank: int
-
-
-def _units(sites: Mapping[str, list[Switched]], changing: Iterable[str]) -> list[list[list[Switched]]]:
-    """The sites that change, those of a pack together, the owner of the shared factor first."""
-    units = dict.fromkeys(sites[name][0].pack or (name,) for name in changing)
-    return [[sites[name] for name in unit] for unit in units]
 
 
 def _switch(
     root: nn.Module, moves: Sequence[_Move], optimizer: Optimizer | None, carry: Carry, split: Split | None = None
 ) -> Transition:
     """All moves, in order, or none of them."""
-    _check({modules[0].site: modules for move in moves for modules in move.sites}, optimizer)
+    # A group may move twice, by way of FULL.
+    _check({module.site: module for move in moves for module in move.group.firsts}.values(), optimizer)
     if optimizer is not None and carry is Carry.MOVE and not can_move(optimizer):
         carry = Carry.RESET
         warn_reset(optimizer)
@@ -200,7 +194,7 @@ def _switch(
                     changes += _change_sites(move, optimizer, carry, journal, split)
             except OSError as error:
                 raise TransitionError(
-                    f"no room to keep {move.sites[0][0].site} safe during its switch ({error}); "
+                    f"no room to keep {move.group.name} safe during its switch ({error}); "
                     "net and optimizer are as before"
                 ) from error
     specialize_(root)
@@ -211,16 +205,16 @@ def _switch(
 def _change_sites(
     move: _Move, optimizer: Optimizer | None, carry: Carry, journal: Journal, split: Split | None
 ) -> list[SiteChange]:
-    firsts, phase = [modules[0] for modules in move.sites], move.phase
-    name, layout = firsts[0].site, firsts[0].layout
-    adaptor = Phase.ADAPTOR in (phase, Phase(firsts[0].phase))
+    group, phase = move.group, move.phase
+    firsts, owner, layout = group.firsts, group.owner, group.layout
+    adaptor = Phase.ADAPTOR in (phase, Phase(owner.phase))
     # A branch that starts at zero has no moments to take over, and its own say little of the weight that it ends in.
     carrying = optimizer if carry is Carry.MOVE and not adaptor else None
     old_weights = [module.weight.detach() for module in firsts]
     base = old_weights[0] if phase is Phase.ADAPTOR else None
     new: list[list[Value]]
     if phase is Phase.ADAPTOR:
-        new = [[(value, {}) for value in branch(firsts[0], move.rank, old_weights[0])]]
+        new = [[(value, {}) for value in branch(owner, move.rank, old_weights[0])]]
         new_weights = old_weights
     elif phase is Phase.LOW:
         new = factors_of(firsts, old_weights, move.rank, carrying, split)
@@ -230,9 +224,9 @@ def _change_sites(
         new = dense_of(firsts, old_weights, carrying)
         new_weights = old_weights
     if not all(bool(torch.isfinite(value).all()) for values in new for value, _ in values):
-        raise TransitionError(f"{name} could not be split into finite factors; net and optimizer are as before")
+        raise TransitionError(f"{group.name} could not be split into finite factors; net and optimizer are as before")
     changes = []
-    for modules, values, old_weight, new_weight in zip(move.sites, new, old_weights, new_weights, strict=True):
+    for modules, values, old_weight, new_weight in zip(group.sites, new, old_weights, new_weights, strict=True):
         module, before, replaced = modules[0], Phase(modules[0].phase), modules[0].parameter_names
         lost = torch.linalg.vector_norm((new_weight - old_weight).float())
         error = float(lost / torch.linalg.vector_norm(old_weight.float()).clamp_min(1e-30))

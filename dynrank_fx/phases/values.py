@@ -26,7 +26,11 @@ something else than the weight alone; None where nothing else is known.
 
 
 def factors_of(
-    firsts: list[Switched], weights: list[Tensor], rank: int, optimizer: Optimizer | None, split: Split | None = None
+    firsts: Sequence[Switched],
+    weights: list[Tensor],
+    rank: int,
+    optimizer: Optimizer | None,
+    split: Split | None = None,
 ) -> list[list[Value]]:
     """Per site the values of its new parameters with their optimizer states: all factors, and (left,) of those that
     share the first one's right. split: by default the layout's own.
@@ -45,7 +49,7 @@ def factors_of(
     return new
 
 
-def dense_of(firsts: list[Switched], weights: list[Tensor], optimizer: Optimizer | None) -> list[list[Value]]:
+def dense_of(firsts: Sequence[Switched], weights: list[Tensor], optimizer: Optimizer | None) -> list[list[Value]]:
     """Per site the value of its dense weight with its optimizer state."""
     sizes, states = [weight.shape[0] for weight in weights], [State() for _ in weights]
     if optimizer is not None:

@@ -1,7 +1,7 @@
 """Decide on data: which weights are factored, by which layout, to which rank, and why the others stay dense."""
 
 from .budget import Budget
-from .costs import break_even_rank, costs_of
+from .costs import break_even_rank, costs_of, curve_of, spectrum_of
 from .find import find_sites, why_not
 from .fit import fit_plan
 from .locate import Located, NodeUse, Reader, input_of, locate
@@ -9,7 +9,7 @@ from .make import make_plan, plan_by
 from .options import PlanChoices, PlanOptions, chosen
 from .overrides import Override
 from .plan import Plan, PlannedSite
-from .ranks import Cost, Curve, Energy, Fixed, RankPolicy, Ratio, StableRank, checked_policy, ranks_by_policy
+from .ranks import Cost, Curve, Energy, Fixed, Metric, RankPolicy, Ratio, StableRank, checked_policy, ranks_by_policy
 from .roles import Role
 from .site import fits
 
@@ -20,6 +20,7 @@ __all__ = [
     "Energy",
     "Fixed",
     "Located",
+    "Metric",
     "NodeUse",
     "Override",
     "Plan",
@@ -35,6 +36,7 @@ __all__ = [
     "checked_policy",
     "chosen",
     "costs_of",
+    "curve_of",
     "find_sites",
     "fit_plan",
     "fits",
@@ -43,5 +45,6 @@ __all__ = [
     "make_plan",
     "plan_by",
     "ranks_by_policy",
+    "spectrum_of",
     "why_not",
 ]

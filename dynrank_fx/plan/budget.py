@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..errors import PlanError
-from .ranks import Curve
+from .ranks import Curve, Metric
 
 Point: TypeAlias = tuple[float, float, int]
 """(cost, error, rank) of a site."""
 
 _ROUNDING = 1e-12
-_WORDS = {"params": "parameters", "flops": "FLOPs", "latency": "measured times"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ class Budget:
             raise PlanError(f"a budget of {given[0]} is no share of the dense model; give one above 0 and at most 1")
 
     @property
-    def of(self) -> tuple[str, float]:
+    def of(self) -> tuple[Metric, float]:
         """What it is a budget of, and the share."""
         return next(iter(self._given.items()))
 
     @property
-    def _given(self) -> dict[str, float]:
-        shares = {"params": self.params, "flops": self.flops, "latency": self.latency}
+    def _given(self) -> dict[Metric, float]:
+        shares = {Metric.PARAMS: self.params, Metric.FLOPS: self.flops, Metric.LATENCY: self.latency}
         return {what: share for what, share in shares.items() if share is not None}
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
@@ -60,21 +59,21 @@ class Budget:
             return []
         metric, share = self.of
         if any(metric not in curve.costs for curve in curves):
-            how = "let compress time the sites" if metric == "latency" else "give example inputs"
-            raise PlanError(f"the {_WORDS[metric]} of the sites are unknown: {how}, or give a budget of parameters")
+            how = "let compress time the sites" if metric is Metric.LATENCY else "give example inputs"
+            raise PlanError(f"the {metric.value} of the sites are unknown: {how}, or give a budget of parameters")
         room = share - curves[0].costs[metric].rest
         points = [points_of(curve, metric) for curve in curves]
         least = sum(row[0][0] for row in points)
         if least > room + _ROUNDING:
             raise PlanError(
-                f"{share:g} of the dense {_WORDS[metric]} cannot be met: with the least ranks the model still takes "
+                f"{share:g} of the dense {metric.value} cannot be met: with the least ranks the model still takes "
                 f"{least + curves[0].costs[metric].rest:.4f} of them; give that or more, or leave less of it dense"
             )
         chosen = _even(points, room) if self.even else allocate(points, room)
         return [row[i][2] for row, i in zip(points, chosen, strict=True)]
 
 
-def points_of(curve: Curve, metric: str) -> list[Point]:
+def points_of(curve: Curve, metric: Metric) -> list[Point]:
     """The ranks worth having, by rising cost: those that cost less than dense, up to the rank that the weight has; else
     dense itself as the full rank.
     """
@@ -82,7 +81,7 @@ def points_of(curve: Curve, metric: str) -> list[Point]:
     energy = spectrum.square().sum(0)
     total = float(energy.sum()) or 1.0
     tail = (energy.sum() - energy.cumsum(0)).clamp_min(0).tolist()
-    ranks = curve.rungs or range(1, curve.max_rank + 1)
+    ranks = curve.grid or range(1, curve.max_rank + 1)
     points: list[Point] = []
     for r in ranks:
         if cost.at(r) < cost.dense:

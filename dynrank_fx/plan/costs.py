@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..layouts import Layout, singular_values
-from .locate import Located
 from .plan import PlannedSite
-from .ranks import Cost, Curve
+from .ranks import Cost, Curve, Metric, rank_grid
 from .site import Site
 
 
-def rows_of(pack: Sequence[Site], layout: Layout, rank: int) -> list[PlannedSite]:
-    """The rows of a site by itself, or of the sites of a pack, at a rank."""
-    names = tuple(site.name for site in pack) if len(pack) > 1 else ()
-    return [PlannedSite(site, layout, rank, names) for site in pack]
+def rows_of(group: Sequence[Site], layout: Layout, rank: int) -> list[PlannedSite]:
+    """The rows of a site by itself, or of the sites that share a factor, at a rank."""
+    names = tuple(site.name for site in group) if len(group) > 1 else ()
+    return [PlannedSite(site, layout, rank, names) for site in group]
 
 
-def costs_of(pack: Sequence[Site], layout: Layout, totals: Mapping[str, int | None]) -> dict[str, Cost]:
-    """What the sites cost by each of the model's totals that is known (``params``, ``flops``), in shares of it.
+def costs_of(group: Sequence[Site], layout: Layout, totals: Mapping[Metric, int | None]) -> dict[Metric, Cost]:
+    """What the sites cost by each of the model's totals that is known, in shares of it.
 
     A site without FLOPs runs in training only: as in the plan's own total, it counts nothing.
     """
 
-    def share(rows: Sequence[Site | PlannedSite], what: str, total: int) -> float:
-        return sum(getattr(row, what) or 0 for row in rows) / total
+    def share(rows: Sequence[Site | PlannedSite], what: Metric, total: int) -> float:
+        return sum((row.params if what is Metric.PARAMS else row.flops) or 0 for row in rows) / total
 
-    def cost(what: str, total: int) -> Cost:
-        return Cost(share(pack, what, total), lambda rank: share(rows_of(pack, layout, rank), what, total))
+    def cost(what: Metric, total: int) -> Cost:
+        return Cost(share(group, what, total), lambda rank: share(rows_of(group, layout, rank), what, total))
 
     return {what: cost(what, total) for what, total in totals.items() if total}
 
@@ -51,18 +51,25 @@ def break_even_rank(site: Site, layout: Layout) -> tuple[int, int | None]:
 
 
 def curve_of(
-    pack: Sequence[Site], layout: Layout, located: Mapping[str, Located], rungs: int, costs: Mapping[str, Cost]
+    group: Sequence[Site],
+    layout: Layout,
+    spectrum: Callable[[], Tensor],
+    costs: Mapping[Metric, Cost],
+    *,
+    multiple_of: int = 1,
+    steps: int | None = None,
 ) -> Curve:
-    """What a rank policy may look at: of a pack, the matrix of all its weights, one above the other.
+    """What a rank policy may look at, of a site or of those that share a factor.
 
-    rungs: ranks are multiples of it.
+    spectrum: gives the singular values [g, k] of the weights, one above the other, when asked for. multiple_of, steps:
+    of the rank grid.
     """
-    weights = [located[site.name].parameter.detach() for site in pack]
-    shape = (sum(site.shape[0] for site in pack), *pack[0].shape[1:])
-
-    def spectrum() -> torch.Tensor:
-        return singular_values(layout.to_matrix(torch.cat(weights) if len(weights) > 1 else weights[0]))
-
+    shape = (sum(site.shape[0] for site in group), *group[0].shape[1:])
     limit = layout.max_rank(shape)
-    ranks = () if rungs == 1 else (*range(rungs, limit, rungs), limit)
-    return Curve(pack[0].name, limit, spectrum, layout.matrix_shape(shape), ranks, costs)
+    grid = rank_grid(limit, multiple_of, steps=steps)
+    return Curve(group[0].name, limit, spectrum, layout.matrix_shape(shape), grid, costs)
+
+
+def spectrum_of(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
+    """The singular values [g, k] of weights, one above the other."""
+    return singular_values(layout.to_matrix(torch.cat(list(weights)) if len(weights) > 1 else weights[0]))

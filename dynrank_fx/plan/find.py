@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from torch import fx, nn
 
 from ..layouts import layout_for
-from ..ops import OP_MODULES, ConvOp, ConvTransposeOp, Shape, has_hooks, holds_more
+from ..ops import OP_MODULES, ConvolutionOp, Shape, has_hooks, holds_more
 from .locate import Located, locate
 from .site import Site, Skipped, Use
 
+Shapes: TypeAlias = Mapping[fx.Node | nn.Module, Sequence[Shape]]
+_UNKNOWN: Sequence[Shape | None] = (None,)
+
 
 def find_sites(
-    net: nn.Module,
-    shapes: Mapping[fx.Node | nn.Module, Shape] | None = None,
-    located: Mapping[str, Located] | None = None,
+    net: nn.Module, shapes: Shapes | None = None, located: Mapping[str, Located] | None = None
 ) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
     """Every matrix of the model, in the order of its parameters, as a Site or as Skipped.
 
-    shapes: of the nodes' outputs, and of the inputs of modules that untraced code calls (``interpret.measure``), for
-    counting FLOPs; without them sites have parameter counts only. located: what ``locate`` found, if known already.
+    shapes: of the nodes' outputs, and of the inputs of modules that untraced code calls, for each time that they were
+    run (``measure``): for counting FLOPs; without them sites have parameter counts only.
+    located: what ``locate`` found, if that is known already.
     """
     sites, skipped = [], []
     for found in (locate(net) if located is None else located).values():
@@ -29,18 +32,24 @@ def find_sites(
         if reason:
             skipped.append(Skipped(name, shape, reason, tuple(others)))
         else:
-            reads = len({reader.weight for reader in found.readers if reader.graph is reader.region.net.graphs[False]})
-            sites.append(Site(name, shape, _uses(net, found, shapes or {}), tuple(others), reads))
+            sites.append(Site(name, shape, _uses(net, found, shapes or {}), tuple(others), _reads(found, shapes or {})))
     return tuple(sites), tuple(skipped)
 
 
-def _uses(net: nn.Module, found: Located, shapes: Mapping[fx.Node | nn.Module, Shape]) -> tuple[Use, ...]:
+def _uses(net: nn.Module, found: Located, shapes: Shapes) -> tuple[Use, ...]:
     in_eval = [use for use in found.uses if use.region is None or use.graph is use.region.net.graphs[False]]
     uses = []
     for use in in_eval or found.uses:
         at = use.x if use.node is not None else net.get_submodule(use.holder.rpartition(".")[0])
-        uses.append(Use(use.op, None if at is None else shapes.get(at)))
+        times = _UNKNOWN if at is None else shapes.get(at, _UNKNOWN)
+        uses += [Use(use.op, shape) for shape in times]
     return tuple(uses)
+
+
+def _reads(found: Located, shapes: Shapes) -> int:
+    """How often the dense weight is read by itself in one evaluation."""
+    weights = {reader.weight for reader in found.readers if reader.graph is reader.region.net.graphs[False]}
+    return sum(len(shapes.get(weight, _UNKNOWN)) for weight in weights)
 
 
 # What has no layout: the modules, how the names of the functions start, and the reason.
@@ -97,7 +106,7 @@ def _why_mixed(found: Located) -> str | None:
     ops = [use.op for use in found.uses]
     op, shape = ops[0], tuple(found.parameter.shape)
     if not all(layout_for(op).serves(other) for other in ops):
-        convolutions = all(isinstance(other, ConvOp | ConvTransposeOp) for other in ops)
+        convolutions = all(isinstance(other, ConvolutionOp) for other in ops)
         if convolutions:
             return "its convolutions have different numbers of groups"
         kinds = sorted({other.kind for other in ops})

@@ -42,7 +42,7 @@ def fit_plan(
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
-        rows.append(PlannedSite(here, layout_of(here, row.layout.name), row.rank, row.pack))
+        rows.append(PlannedSite(here, layout_of(here, row.layout.name), row.rank, row.sharing))
     checked_rows(rows)
     flops = measured.flops if measured else None
     if measured is None and [_ops(row) for row in rows] == [_ops(row) for row in plan.sites]:
@@ -63,4 +63,5 @@ def fit_plan(
 
 
 def _ops(row: PlannedSite) -> list[Op]:
-    return [use.op for use in row.site.uses]
+    """What is done with the weight; how often, only a run tells where code that is not traced calls a layer."""
+    return list(dict.fromkeys(use.op for use in row.site.uses))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 from torch import nn
 
 from ..errors import PlanError
 from ..layouts import layout_for
-from ..ops import ConvOp, ConvTransposeOp
+from ..ops import ConvolutionOp
 from ..tracing import measure, meta_of
-from .costs import costs_of, curve_of, rows_of
+from .costs import costs_of, curve_of, rows_of, spectrum_of
 from .find import find_sites
 from .locate import Located, input_of, locate, refuse_non_finite
 from .options import PlanChoices, PlanOptions, chosen
 from .overrides import Override, override_of
 from .plan import Plan, PlannedSite
-from .ranks import RankPolicy, ranks_by_policy
+from .ranks import Metric, RankPolicy, ranks_by_policy
 from .roles import Role, roles_of
 from .site import Site, Skipped, matches
 
@@ -64,9 +65,15 @@ def plan_by(
     groups = sharing_groups(free, located, said) if options.share_inputs else [[site] for site in free]
     layouts = [layout_for(group[0].uses[0].op, said[group[0].name].layout or options.conv_layout) for group in groups]
     total, flops = sum(p.numel() for p in net.parameters()), measured.flops if measured else None
-    totals = {"params": total, "flops": flops}
+    totals = {Metric.PARAMS: total, Metric.FLOPS: flops}
     curves = [
-        curve_of(group, layout, located, options.multiple_of, costs_of(group, layout, totals))
+        curve_of(
+            group,
+            layout,
+            partial(spectrum_of, layout, [located[site.name].parameter.detach() for site in group]),
+            costs_of(group, layout, totals),
+            multiple_of=options.multiple_of,
+        )
         for group, layout in zip(groups, layouts, strict=True)
     ]
     rows: list[PlannedSite] = []
@@ -135,7 +142,7 @@ def _check_layouts(overrides: Mapping[str, Override], sites: Sequence[Site]) -> 
     """A layout may be asked of a pattern that fits other sites too, but not of one that fits no convolution."""
     for pattern, override in overrides.items():
         ops = [site.uses[0].op for site in sites if matches(site, [pattern])]
-        if override.layout is not None and not any(isinstance(op, ConvOp | ConvTransposeOp) for op in ops):
+        if override.layout is not None and not any(isinstance(op, ConvolutionOp) for op in ops):
             raise PlanError(f"the override of {pattern!r} asks for a layout of convolutions, and fits no convolution")
 
 

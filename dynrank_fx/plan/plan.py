@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import PlanError
 from ..layouts import Layout, layout_named
-from ..text import text_table
+from ..text import change, text_table
 from .site import Site, Skipped
 
 VERSION = 1
@@ -21,19 +21,19 @@ VERSION = 1
 class PlannedSite:
     """One row: the site, how it is factored, and to which rank.
 
-    pack: the names of the sites that read the same input and share one ``right``, the owner of it first; empty for a
-    site with two factors of its own.
+    sharing: the names of the sites that read the same input and share one ``right``, the owner of it first; empty for
+    a site whose factors are its own.
     """
 
     site: Site
     layout: Layout
     rank: int
-    pack: tuple[str, ...] = ()
+    sharing: tuple[str, ...] = ()
 
     @property
     def shares_right(self) -> bool:
-        """Whether another site of the pack owns the ``right`` factor and applies it for this one."""
-        return self.pack[:1] not in ((), (self.site.name,))
+        """Whether another site of those that share it owns the ``right`` factor and applies it for this one."""
+        return self.sharing[:1] not in ((), (self.site.name,))
 
     @property
     def factor_names(self) -> tuple[str, ...]:
@@ -63,8 +63,8 @@ class PlannedSite:
     def to_json(self) -> dict[str, Any]:
         # The costs are there to be read; reading a plan counts them anew.
         cost = {"params": [self.site.params, self.params], "flops": [self.site.flops, self.flops]}
-        pack = {"pack": self.pack} if self.pack else {}
-        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank, **pack, **cost}
+        sharing = {"sharing": self.sharing} if self.sharing else {}
+        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank, **sharing, **cost}
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ class Plan:
         lines.append(f"{sites} factored, {matrices} left dense")
         if self.capture:
             lines.append(f"captured    {self.capture}")
-        lines.append(f"parameters  {_change(self.total_params, self.low_params)}")
+        lines.append(f"parameters  {change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
-            lines.append(f"FLOPs       {_change(self.total_flops, self.low_flops)} on the example inputs")
+            lines.append(f"FLOPs       {change(self.total_flops, self.low_flops)} on the example inputs")
         return "\n".join(lines)
 
 
@@ -163,7 +163,7 @@ def _table_row(row: PlannedSite) -> tuple[str, ...]:
     name = " = ".join((site.name, *site.aliases))
     calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
     if row.shares_right:
-        calls = f"right of {row.pack[0]}"
+        calls = f"right of {row.sharing[0]}"
     return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, calls, "")
 
 
@@ -180,14 +180,10 @@ def _count(n: int) -> str:
     return f"{n:,}"
 
 
-def _change(before: int, after: int) -> str:
-    return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"
-
-
 def _row_from_json(data: dict[str, Any]) -> PlannedSite:
     site = Site.from_json(data["site"])
-    pack = tuple(map(str, data.get("pack", ())))
-    return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], pack)
+    sharing = data.get("sharing", data.get("pack", ()))  # its name in older plans
+    return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], tuple(map(str, sharing)))
 
 
 def layout_of(site: Site, name: str) -> Layout:
@@ -200,19 +196,20 @@ def layout_of(site: Site, name: str) -> Layout:
 
 def checked_rows(rows: Iterable[PlannedSite]) -> tuple[PlannedSite, ...]:
     """The rows themselves. Raises PlanError for a layout that does not serve its op, or a rank it cannot have; in a
-    pack, for ranks that differ and for sites that cannot share a factor.
+    group that shares a factor, for ranks that differ and for sites that cannot.
     """
     by_name = {row.site.name: row for row in rows}
     for row in rows:
-        pack = [by_name.get(name) for name in row.pack]
-        members = [member for member in pack if member is not None and member.pack == row.pack]
+        members = [each for name in row.sharing if (each := by_name.get(name)) and each.sharing == row.sharing]
         _check_layout(row)
-        if not row.pack:
+        if not row.sharing:
             _check_rank(row, row.layout.max_rank(row.site.shape))
             continue
-        names = ", ".join(row.pack)
-        if row.site.name not in row.pack or len(members) < len(row.pack) or len(pack) < 2:
-            raise PlanError(f"the plan has not every row of the pack {names}: put it back, or empty each row's pack")
+        names = ", ".join(row.sharing)
+        if row.site.name not in row.sharing or len(members) < max(2, len(row.sharing)):
+            raise PlanError(
+                f"the plan lacks a row of {names}, which share a factor: put it back, or empty their sharing"
+            )
         if len({(member.rank, member.site.shape[1:], member.site.kind) for member in members}) > 1:
             raise PlanError(f"{names} share a factor: give them one rank, and only linear sites of the same input")
         _check_rank(row, min(sum(member.site.shape[0] for member in members), row.site.shape[1]))

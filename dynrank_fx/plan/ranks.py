@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,14 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..layouts import energy_rank, stable_rank
+
+
+class Metric(enum.Enum):
+    """What is counted of a site and of a model."""
+
+    PARAMS = "parameters"
+    FLOPS = "FLOPs"
+    LATENCY = "measured times"
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,8 @@ class Curve:
     """What a policy may look at of one site.
 
     max_rank: the rank that loses nothing. spectrum: singular values per group [g, max_rank], computed when asked for.
-    matrix: rows and columns of a group. rungs: the ranks to choose from, rising; empty for all. costs: by what is
-    counted, ``params`` or ``flops`` (which are there only where the inputs are known). weight: what an error of all its
+    matrix: rows and columns of a group. grid: the ranks to choose from, rising; empty for all. costs: by what is
+    counted (FLOPs only where the inputs are known, times only where sites were timed). weight: what an error of all its
     energy does to the model, over what that of another site does; 1 where that is not known. rank: of the weight, where
     it was factored before; else 0.
     """
@@ -40,8 +49,8 @@ class Curve:
     max_rank: int
     spectrum: Callable[[], Tensor]
     matrix: tuple[int, int] = (1, 1)
-    rungs: tuple[int, ...] = ()
-    costs: Mapping[str, Cost] = field(default_factory=dict)
+    grid: tuple[int, ...] = ()
+    costs: Mapping[Metric, Cost] = field(default_factory=dict)
     weight: float = 1.0
     rank: int = 0
 
@@ -151,11 +160,18 @@ def ranks_by_policy(policies: Sequence[RankPolicy], curves: Sequence[Curve]) -> 
     return ranks
 
 
-def _costs(curves: Sequence[Curve]) -> dict[str, list[Cost]]:
+def _costs(curves: Sequence[Curve]) -> dict[Metric, list[Cost]]:
     """The costs of all curves by what is counted, where all have it."""
     known = set.intersection(*(set(curve.costs) for curve in curves)) if curves else set()
-    return {what: [curve.costs[what] for curve in curves] for what in sorted(known)}
+    return {what: [curve.costs[what] for curve in curves] for what in Metric if what in known}
 
 
-def _told(curve: Curve, rest: Mapping[str, float]) -> Curve:
+def _told(curve: Curve, rest: Mapping[Metric, float]) -> Curve:
     return replace(curve, costs={what: replace(cost, rest=rest[what]) for what, cost in curve.costs.items()})
+
+
+def rank_grid(limit: int, multiple_of: int = 1, *, steps: int | None = None) -> tuple[int, ...]:
+    """The ranks to choose from, rising to the limit: multiples of a number, or so many even steps; empty for all."""
+    if steps is not None:
+        return tuple(sorted({-(-limit * step // steps) for step in range(1, steps + 1)}))
+    return () if multiple_of == 1 else (*range(multiple_of, limit, multiple_of), limit)

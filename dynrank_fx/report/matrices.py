@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DynrankError, ExportError
+from ..errors import DynrankError, ExportError, first_line
 from ..layouts import effective_rank, energy_rank, layout_for, singular_values, stable_rank
 from ..phase import Phase
 from ..plan import break_even_rank, find_sites, locate
@@ -91,7 +91,7 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     try:
         model = onnx.load(path)
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
-        raise ExportError(f"{path} could not be read as an ONNX file ({str(error).splitlines()[0]})") from error
+        raise ExportError(f"{path} could not be read as an ONNX file ({first_line(error)})") from error
     used = {
         name: (node.op_type, next((a.i for a in node.attribute if a.name == "group"), 1))
         for node in model.graph.node

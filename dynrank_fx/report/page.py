@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ import torch
 
 from .. import files
 from ..errors import StoreError
+from ..phase import Phase
 from ..plan import Plan, PlannedSite
+from ..schedules import EpochRecord
 from .run_plots import losses, rank_curves, rank_map, switch_spectra
 
 if TYPE_CHECKING:
@@ -30,15 +32,13 @@ img { max-width: 100%; } .wide { overflow-x: auto; }
 """
 
 
-def write_page(
-    history: Sequence[Mapping[str, Any]], plan: Plan, path: Path, *, title: str, metric: str = "metric"
-) -> None:
+def write_page(history: Sequence[EpochRecord], plan: Plan, path: Path, *, title: str, metric: str = "metric") -> None:
     """Write the page of a run. Raises StoreError for a run without a finished epoch, or where the disk refuses."""
     if not history:
         raise StoreError(f"{title} has no finished epoch yet: there is nothing to report")
     limits = {row.site.name: _most(row) for row in plan.sites}
     parts = [_head(title), _summary(history, plan, metric)]
-    ranked = bool(history[0].get("effective_rank"))
+    ranked = bool(history[0].effective_rank)
     if ranked:
         parts += [
             _picture("Effective rank of every site", rank_map(history, limits)),
@@ -91,61 +91,58 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
 
 
-def _summary(history: Sequence[Mapping[str, Any]], plan: Plan, metric: str) -> str:
+def _summary(history: Sequence[EpochRecord], plan: Plan, metric: str) -> str:
     last, epochs = history[-1], len(history)
     rows: list[tuple[str, str]] = [
         ("epochs", str(epochs)),
-        ("training compute, of as many dense epochs", f"{last['spent'] / epochs:.1%}"),
-        ("training time", f"{sum(record['seconds'] for record in history):.0f} s"),
-        ("time of a step, median of the last epoch", f"{1e3 * (last.get('step_seconds') or 0):.1f} ms"),
+        ("training compute, of as many dense epochs", f"{last.spent / epochs:.1%}"),
+        ("training time", f"{sum(record.seconds or 0 for record in history):.0f} s"),
+        ("time of a step, median of the last epoch", f"{1e3 * (last.step_seconds or 0):.1f} ms"),
         ("parameters, dense", f"{plan.total_params:,}"),
         ("parameters, truncated", f"{plan.low_params:,} ({plan.low_params / max(plan.total_params, 1):.1%})"),
     ]
     if plan.total_flops and plan.low_flops is not None:
         rows.append(("FLOPs, truncated over dense", f"{plan.low_flops / plan.total_flops:.1%}"))
-    if last.get("memory"):
-        peak = max(record["memory"]["peak"] for record in history)
+    if last.memory:
+        peak = max(record.memory["peak"] for record in history)
         rows.append(("peak memory", f"{peak / 1e6:,.0f} MB"))
-        rows.append(("parameters, buffers and optimizer state, last", f"{last['memory']['state'] / 1e6:,.1f} MB"))
-    rows.append(("training loss", f"{last['loss']:.4f}"))
-    if last.get("eval_loss") is not None:
-        rows.append(("held-out loss", f"{last['eval_loss']:.4f}"))
-    if last.get("eval_metric") is not None:
-        rows.append((f"held-out {metric}", f"{last['eval_metric']:.2%}"))
-    if (last.get("truncated") or {}).get("eval_metric") is not None:
-        rows.append((f"held-out {metric} after truncation", f"{last['truncated']['eval_metric']:.2%}"))
+        rows.append(("parameters, buffers and optimizer state, last", f"{last.memory['state'] / 1e6:,.1f} MB"))
+    figures = (
+        ("training loss", last.loss, ".4f"),
+        ("held-out loss", last.eval_loss, ".4f"),
+        (f"held-out {metric}", last.eval_metric, ".2%"),
+        (f"held-out {metric} after truncation", last.truncated.get("eval_metric"), ".2%"),
+    )
+    rows += [(what, format(value, form)) for what, value, form in figures if value is not None]
     return "<h2>What it came to</h2>\n" + _table(("", ""), rows)
 
 
-def _decisions(history: Sequence[Mapping[str, Any]]) -> str:
+def _decisions(history: Sequence[EpochRecord]) -> str:
     """A line per epoch at which something switched, or was decided otherwise than before."""
-    rows, before = [], None
+    rows, before = [], ""
     for record in history:
-        said = list(record.get("reasons", ()))
-        if record["switch_error"] or record["phase"] != before:
-            errors = [error for site, error in record["switch_error"].items() if record["phases"][site] == "LOW"]
+        if record.switch_error or record.phase != before:
+            errors = [error for site, error in record.switch_error.items() if record.phases[site] is Phase.LOW]
             lost = f"moves weights by up to {max(errors):.2g} of their norm" if errors else ""
-            rows.append((record["epoch"] + 1, record["phase"], lost, "; ".join(said)))
-        before = record["phase"]
+            rows.append((record.epoch + 1, record.phase, lost, "; ".join(record.reasons)))
+        before = record.phase
     return "<h2>Switches and decisions</h2>\n" + _table(("epoch", "phase", "the cut", "why"), rows)
 
 
-def _sites(history: Sequence[Mapping[str, Any]], plan: Plan) -> str:
+def _sites(history: Sequence[EpochRecord], plan: Plan) -> str:
     first, last = history[0], history[-1]
     errors: dict[str, float] = {}
     for record in history:
-        errors |= {site: e for site, e in record["switch_error"].items() if record["phases"][site] == "LOW"}
+        errors |= {site: e for site, e in record.switch_error.items() if record.phases[site] is Phase.LOW}
     rows = []
     for row in plan.sites:
         name = row.site.name
-        ranks = [
-            f"{record['effective_rank'][name]:.1f}" if record.get("effective_rank") else "" for record in (first, last)
-        ]
-        stable = f"{last['stable_rank'][name]:.1f}" if last.get("stable_rank") else ""
+        ranks = [f"{record.effective_rank[name]:.1f}" if record.effective_rank else "" for record in (first, last)]
+        stable = f"{last.stable_rank[name]:.1f}" if last.stable_rank else ""
         shape, error = "×".join(map(str, row.site.shape)), errors.get(name)
-        rank = last.get("ranks", {}).get(name, row.rank)
+        rank = last.ranks.get(name, row.rank)
         lost = "" if error is None else f"{error:.1%}"
-        rows.append((name, shape, row.layout.name, rank, last["phases"][name], *ranks, stable, lost))
+        rows.append((name, shape, row.layout.name, rank, last.phases[name].name, *ranks, stable, lost))
     head = (
         "site",
         "shape",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..errors import DynrankError
+from ..phase import Phase
+from ..schedules import EpochRecord
 from .matrices import MatrixRow
 
 if TYPE_CHECKING:
@@ -16,38 +19,39 @@ if TYPE_CHECKING:
 
 
 _LEGEND_LINE = 0.16  # inches: a legend higher than its axes would leave them no room
-_SHADE = {"FULL": "#f2c14e", "LOW": "#dbe6f0", "ADAPTOR": "#c9b6de"}
+_SHADE = {Phase.FULL: "#f2c14e", Phase.LOW: "#dbe6f0", Phase.ADAPTOR: "#c9b6de"}
 
 
-def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
     """Effective rank of every site, and loss with the held-out metric, over the epochs of a run."""
-    figure = blank_figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].get("effective_rank", ()))))
+    figure = blank_figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].effective_rank)))
     ranks, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    epochs = [record["epoch"] + 1 for record in history]
+    epochs = [record.epoch + 1 for record in history]
     shade_phases(ranks, history)
     shade_phases(losses, history)
     explain_shades(figure, history)
-    for index, site in enumerate(history[0].get("effective_rank", ())):
+    for index, site in enumerate(history[0].effective_rank):
         ranks.plot(
             epochs,
-            [record["effective_rank"][site] for record in history],
+            [record.effective_rank[site] for record in history],
             marker="o",
             markersize=3,
             linewidth=1.4,
-            color=colour_of(index, len(history[0]["effective_rank"])),
+            color=colour_of(index, len(history[0].effective_rank)),
             label=site.removesuffix(".weight"),
         )
     ranks.set_ylabel("effective rank")
     ranks.set_title("Effective rank of each site")
     if ranks.lines:
         ranks.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
-    losses.plot(epochs, [record["loss"] for record in history], color="#333333", marker="o", markersize=3, label="loss")
+    loss = known(record.loss for record in history)
+    losses.plot(epochs, loss, color="#333333", marker="o", markersize=3, label="loss")
     losses.set_ylabel("training loss")
     losses.set_xlabel("epoch")
     losses.xaxis.get_major_locator().set_params(integer=True)
-    if history[-1].get("eval_metric") is not None:
+    if history[-1].eval_metric is not None:
         metric = losses.twinx()
-        values = [100 * record["eval_metric"] for record in history]
+        values = [100 * value for value in known(record.eval_metric for record in history)]
         metric.plot(epochs, values, color="#c0392b", marker="s", markersize=3, linestyle="--")
         metric.set_ylabel("held-out accuracy, %", color="#c0392b")
     _save(figure, path)
@@ -77,24 +81,29 @@ def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
     _save(figure, path)
 
 
-def shade_phases(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+def shade_phases(axes: Axes, history: Sequence[EpochRecord]) -> None:
     """One band per epoch, so that an epoch of mixed phases is a blend of both colours."""
     for record in history:
-        phases = list(record["phases"].values())
-        start = record["epoch"] + 0.5
+        phases = list(record.phases.values())
+        start = record.epoch + 0.5
         for phase, colour in _SHADE.items():
             share = phases.count(phase) / max(len(phases), 1)
             axes.axvspan(start, start + 1, color=colour, alpha=0.5 * share, linewidth=0)
-    axes.set_xlim(history[0]["epoch"] + 0.5, history[-1]["epoch"] + 1.5)
+    axes.set_xlim(history[0].epoch + 0.5, history[-1].epoch + 1.5)
 
 
-def explain_shades(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
+def explain_shades(figure: Figure, history: Sequence[EpochRecord]) -> None:
     """A legend of the phases that the run has."""
     from matplotlib.patches import Patch
 
-    seen = {phase for record in history for phase in record["phases"].values()}
-    bands = [Patch(color=c, alpha=0.5, label=f"{phase} epochs") for phase, c in _SHADE.items() if phase in seen]
+    seen = {phase for record in history for phase in record.phases.values()}
+    bands = [Patch(color=c, alpha=0.5, label=f"{phase.name} epochs") for phase, c in _SHADE.items() if phase in seen]
     figure.legend(handles=bands, loc="outside upper right", fontsize=8, frameon=False, ncols=3)
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    """The values, with a gap in a line where one is not known."""
+    return [math.nan if value is None else value for value in values]
 
 
 def colour_of(index: int, count: int) -> Any:

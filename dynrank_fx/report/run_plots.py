@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .plots import blank_figure, colour_of, explain_shades, shade_phases
+from ..phase import Phase
+from ..schedules import EpochRecord
+from .plots import blank_figure, colour_of, explain_shades, known, shade_phases
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-History = Sequence[Mapping[str, Any]]
+History: TypeAlias = Sequence[EpochRecord]
 
 _MOST_LINES, _MOST_SPECTRA = 16, 12
 
 
 def rank_map(history: History, limits: Mapping[str, int]) -> Figure:
     """Effective rank over the largest possible, a row per site, a column per epoch; a dot where the site was FULL."""
-    sites = list(history[0]["effective_rank"])
+    sites = list(history[0].effective_rank)
     figure = blank_figure(9, 1.6 + 0.2 * max(4, len(sites)))
     axes = figure.subplots()
-    values = [[record["effective_rank"][site] / limits[site] for record in history] for site in sites]
+    values = [[record.effective_rank[site] / limits[site] for record in history] for site in sites]
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     for column, record in enumerate(history):
-        full = [row for row, site in enumerate(sites) if record["phases"][site] == "FULL"]
+        full = [row for row, site in enumerate(sites) if record.phases[site] is Phase.FULL]
         axes.plot([column] * len(full), full, "o", markersize=2, color="white", markeredgecolor="black", linewidth=0.4)
     axes.set_yticks(range(len(sites)), [site.removesuffix(".weight") for site in sites], fontsize=7)
     marks = range(0, len(history), -(-len(history) // 24))
-    axes.set_xticks(marks, [str(history[i]["epoch"] + 1) for i in marks], fontsize=7)
+    axes.set_xticks(marks, [str(history[i].epoch + 1) for i in marks], fontsize=7)
     axes.set_xlabel("epoch (a dot: the site was FULL)")
     figure.colorbar(image, ax=axes, label="effective rank / full rank")
     return figure
@@ -39,15 +40,15 @@ def rank_curves(history: History) -> Figure:
     """Effective rank of every site, and their mean, over the epochs, phases shaded."""
     figure = blank_figure(9, 4)
     axes = figure.subplots()
-    sites = list(history[0]["effective_rank"])
+    sites = list(history[0].effective_rank)
     shade_phases(axes, history)
     explain_shades(figure, history)
-    epochs = [record["epoch"] + 1 for record in history]
+    epochs = [record.epoch + 1 for record in history]
     for index, site in enumerate(sites):
         label = site.removesuffix(".weight") if len(sites) <= _MOST_LINES else None
-        values = [record["effective_rank"][site] for record in history]
+        values = [record.effective_rank[site] for record in history]
         axes.plot(epochs, values, linewidth=1, color=colour_of(index, len(sites)), label=label)
-    mean = [sum(record["effective_rank"].values()) / len(sites) for record in history]
+    mean = [sum(record.effective_rank.values()) / len(sites) for record in history]
     axes.plot(epochs, mean, linewidth=2.2, color="black", label="mean")
     axes.set_xlabel("epoch")
     axes.set_ylabel("effective rank")
@@ -57,11 +58,11 @@ def rank_curves(history: History) -> Figure:
 
 def switch_spectra(history: History) -> Figure | None:
     """Singular values before and after the last cut of each site, over the largest; None where nothing was cut."""
-    cuts: dict[str, tuple[int, list[float], list[float]]] = {}
+    cuts: dict[str, tuple[int, tuple[float, ...], tuple[float, ...]]] = {}
     for record in history:
-        for site, (before, after) in record.get("switch_spectra", {}).items():
-            if record["phases"][site] == "LOW":
-                cuts[site] = (record["epoch"], before, after)
+        for site, (before, after) in record.switch_spectra.items():
+            if record.phases[site] is Phase.LOW:
+                cuts[site] = (record.epoch, before, after)
     if not cuts:
         return None
     shown = list(cuts.items())[:_MOST_SPECTRA]
@@ -89,18 +90,20 @@ def losses(history: History, metric: str) -> Figure:
     """Loss and metric against epochs, and against compute in dense epochs."""
     figure = blank_figure(9, 5)
     (top_left, top_right), (low_left, low_right) = figure.subplots(2, 2, sharey="row")
-    epochs, spent = [record["epoch"] + 1 for record in history], [record["spent"] for record in history]
-    held_out = history[-1].get("eval_metric") is not None
+    epochs, spent = [record.epoch + 1 for record in history], [record.spent for record in history]
+    loss, eval_loss = known(record.loss for record in history), known(record.eval_loss for record in history)
     for axes, at in ((top_left, epochs), (top_right, spent)):
-        axes.plot(
-            at, [record["loss"] for record in history], color="#333333", marker="o", markersize=2.5, label="training"
-        )
-        if history[-1].get("eval_loss") is not None:
-            values = [record["eval_loss"] for record in history]
-            axes.plot(at, values, color="#c0392b", marker="s", markersize=2.5, linestyle="--", label="held out")
+        axes.plot(at, loss, color="#333333", marker="o", markersize=2.5, label="training")
+        if history[-1].eval_loss is not None:
+            axes.plot(at, eval_loss, color="#c0392b", marker="s", markersize=2.5, linestyle="--", label="held out")
         axes.legend(fontsize=7, frameon=False)
-    for axes, at in ((low_left, epochs), (low_right, spent)):
-        _metric(axes, history, at, held_out)
+    metrics = [record.metric for record in history]
+    if history[-1].eval_metric is not None:
+        metrics = [record.eval_metric for record in history]
+    if metrics[-1] is not None:
+        percent = [100 * value for value in known(metrics)]
+        for axes, at in ((low_left, epochs), (low_right, spent)):
+            axes.plot(at, percent, color="#c0392b", marker="s", markersize=2.5)
     shade_phases(top_left, history)
     shade_phases(low_left, history)
     explain_shades(figure, history)
@@ -109,9 +112,3 @@ def losses(history: History, metric: str) -> Figure:
     low_left.set_xlabel("epoch")
     low_right.set_xlabel("compute, in epochs of dense training")
     return figure
-
-
-def _metric(axes: Axes, history: History, at: Sequence[float], held_out: bool) -> None:
-    key = "eval_metric" if held_out else "metric"
-    if history[-1].get(key) is not None:
-        axes.plot(at, [100 * record[key] for record in history], color="#c0392b", marker="s", markersize=2.5)

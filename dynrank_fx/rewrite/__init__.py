@@ -1,6 +1,7 @@
 """Rewrite once: every planned weight of a traced model becomes a switchable site."""
 
 from .factorize import factorize, factorize_
+from .groups import SiteGroup, site_groups
 from .inline import holds_captured, inline, inline_
 from .meta import a_twin, plan_of, set_plan, specialize_
 from .switched import STEM, Switched, switched_modules
@@ -8,6 +9,7 @@ from .transform import transform
 
 __all__ = [
     "STEM",
+    "SiteGroup",
     "Switched",
     "a_twin",
     "factorize",
@@ -17,6 +19,7 @@ __all__ = [
     "inline_",
     "plan_of",
     "set_plan",
+    "site_groups",
     "specialize_",
     "switched_modules",
     "transform",

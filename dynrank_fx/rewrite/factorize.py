@@ -41,12 +41,12 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
         reason = why_not(found)
         if reason:
             raise PlanError(f"the plan factors {row.site.name}, which must stay dense: {reason}")
-        if row.pack and input_of(found) != input_of(located[row.pack[0]]):
-            raise PlanError(f"{row.site.name} does not read the input of {row.pack[0]} and cannot share its factor")
+        if row.sharing and input_of(found) != input_of(located[row.sharing[0]]):
+            raise PlanError(f"{row.site.name} does not read the input of {row.sharing[0]} and cannot share its factor")
     for row in plan.sites:
         _put_site(net, row, located[row.site.name])
-    for pack in dict.fromkeys(row.pack for row in plan.sites if row.pack):
-        _share_input(net, pack, [located[name] for name in pack])
+    for names in dict.fromkeys(row.sharing for row in plan.sites if row.sharing):
+        _share_input(net, names, [located[name] for name in names])
     for region in regions(net):
         for graph in dict.fromkeys(region.net.graphs.values()):
             drop_dead_reads(graph, {view for found in located.values() for use in found.uses for view in use.views})
@@ -141,12 +141,12 @@ def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
     graph.erase_node(node)
 
 
-def _share_input(net: nn.Module, pack: tuple[str, ...], members: Sequence[Located]) -> None:
-    """The sites of a pack take the output of the shared factor, which is computed once in each graph."""
-    modules = [module for module in net.modules() if isinstance(module, Switched) and module.site in pack]
-    owner = next(module for module in modules if module.site == pack[0])
+def _share_input(net: nn.Module, names: tuple[str, ...], members: Sequence[Located]) -> None:
+    """These sites take the output of the shared factor, which is computed once in each graph."""
+    modules = [module for module in net.modules() if isinstance(module, Switched) and module.site in names]
+    owner = next(module for module in modules if module.site == names[0])
     for module in modules:
-        module.join_pack(pack, owner)
+        module.share_right(names, owner)
     for region in regions(net):
         paths = {name: module for name, module in region.net.named_modules() if module in modules}
         for graph in dict.fromkeys(region.net.graphs.values()):

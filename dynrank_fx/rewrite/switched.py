@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import TransitionError
 from ..layouts import Layout, TwoFactors, product_singular_values, singular_values
-from ..ops import DepthwiseOp, Op, Shape
+from ..ops import Op, Shape
 from ..phase import ALPHA, Phase
 
 _FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
-STEM = -1  # the call of a pack's owner that applies the shared factor
+STEM = -1  # the call of the owner that applies a shared factor
 
 
 class Switched(nn.Module):
@@ -28,7 +28,7 @@ class Switched(nn.Module):
     bare: the module stands where a bare parameter stood (``block.w``), whose name the dense weight keeps in
     ``state_dict``.
 
-    In a pack (sites that read the same input and share one ``right``) the first site owns ``right``, and its module
+    Of sites that read the same input and share one ``right``, the first owns ``right``, and its module
     applies it for all: a call with ``use=STEM`` gives x in FULL and ``right`` of x in LOW, which the sites then take in
     place of x.
 
@@ -50,15 +50,12 @@ class Switched(nn.Module):
         bare: bool = False,
     ) -> None:
         super().__init__()
-        self.ops, self.layout, self.rank, self.site, self.bare = tuple(ops), layout, rank, site, bare
+        self.ops, self.layout, self.site, self.bare = tuple(ops), layout, site, bare
+        self.rank = rank
         self.phase = _FULL
-        self.pack: tuple[str, ...] = ()
+        self.sharing: tuple[str, ...] = ()
         self.owner: tuple[Switched, ...] = ()  # in a tuple, so that it is no submodule
         self.shape: Shape = tuple(weight.shape)
-        # Per op, the (op, name of its factor) to apply one after the other.
-        self.stages = tuple(
-            tuple((stage, layout.factor_names[index]) for stage, index in layout.stages(op)) for op in self.ops
-        )
         # Not register_parameter: `weight` is also a property, which it would take for a clash.
         self._parameters["weight"] = weight
         for name in layout.factor_names:
@@ -87,17 +84,31 @@ class Switched(nn.Module):
             stage, factor = first[0]
             return stage(x, read(factor))
         dense = x
-        for stage, factor in () if self.pack else first:
-            x = stage(x, read(factor), None, self.rank if isinstance(stage, DepthwiseOp) else at)
+        for stage, factor in () if self.sharing else first:
+            x = stage(x, read(factor), None, at)
         if self.phase != _ADAPTOR:
             return op(x, read(name), bias, at)
         # An op that scales its product (addmm) scales that of the branch too.
         scale = self.scale * (getattr(op, "alpha", 1) if bias is not None else 1)
         return self.ops[use](dense, read("base"), bias, at) + scale * op(x, read(name), None, at)
 
-    def join_pack(self, names: tuple[str, ...], owner: Switched) -> None:
+    def share_right(self, names: tuple[str, ...], owner: Switched) -> None:
         """Become one of the sites that share the owner's ``right``."""
-        self.pack, self.owner = names, () if owner is self else (owner,)
+        self.sharing, self.owner = names, () if owner is self else (owner,)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the factors in LOW and ADAPTOR, in FULL that of the next deflate."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        names = self.layout.factor_names
+        self._rank = rank
+        # Per op, the (op, name of its factor) to apply one after the other.
+        self.stages = tuple(
+            tuple((stage, names[index]) for stage, index in self.layout.stages(op, rank)) for op in self.ops
+        )
 
     @property
     def parameter_names(self) -> tuple[str, ...]:

@@ -57,9 +57,9 @@ class Auto:
 
         seen = {name: _Seen.of(state.spectra[name], site) for name, site in sites.items()}
         collapsed = self._collapsed(seen, full)
-        first = _with_packs(collapsed, sites)
+        first = _with_sharing(collapsed, sites)
         losing = [name for name in full if name not in first and seen[name].tail > self.tail]
-        others = _with_packs(sorted(losing, key=lambda name: -seen[name].tail), sites)
+        others = _with_sharing(sorted(losing, key=lambda name: -seen[name].tail), sites)
         fitting = [name for name in full if name not in first and name not in others]
 
         low = 1 - sum(_price(site) for site in sites.values())
@@ -100,6 +100,23 @@ class Auto:
         return sorted(found, key=lambda name: (name not in full, seen[name].share))
 
 
+def auto(
+    cost: float = 0.75, *, recovery: float = 0.25, tail: float = 0.01, collapse: float = 0.5, reserve: float = 0.0
+) -> Auto:
+    """FULL where and while it is worth most, within ``cost`` of the compute of dense training; LOW to the end.
+
+    Reads the learning rates of the run and the spectra of the sites (see ``Auto``), by itself in ``dynrank-fx train``
+    and in the hooks for other trainers; in a loop of your own, ``train_state`` collects them. Every decision comes with
+    its reasons. recovery: the share of the run's summed learning rate that is kept for LOW. tail: the share of a site's
+    energy beyond its rank below which it is cut at once. collapse: the share of a site's rank that its effective rank
+    falls below when it is inflated again. reserve: the share of what the budget leaves above LOW that is held back for
+    that; what no site needs of it is spent on FULL epochs like the rest.
+
+    Raises ScheduleError for numbers that are no shares.
+    """
+    return Auto(cost, recovery, tail, collapse, reserve)
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What a spectrum says of a site. tail: the share of Σσ² beyond its rank. effective: the effective rank of what the
@@ -128,7 +145,7 @@ class _Seen:
 
 
 def _decided(sites: Mapping[str, SiteState], full: Sequence[str], reasons: Sequence[str]) -> Decision:
-    return Decision({name: Phase.FULL if name in full else Phase.LOW for name in sites}, reasons)
+    return Decision({name: Phase.FULL if name in full else Phase.LOW for name in sites}, tuple(reasons))
 
 
 def _rates_left(state: TrainState) -> list[float]:
@@ -146,15 +163,16 @@ def _price(site: SiteState) -> float:
     return site.dense - site.low
 
 
-def _with_packs(names: Sequence[str], sites: Mapping[str, SiteState]) -> list[str]:
+def _with_sharing(names: Sequence[str], sites: Mapping[str, SiteState]) -> list[str]:
     """These sites, each with those that share a factor with it, and so its phase."""
-    return list(dict.fromkeys(mate for name in names for mate in (name, *sites[name].pack)))
+    return list(dict.fromkeys(mate for name in names for mate in (name, *sites[name].sharing)))
 
 
 def _affordable(names: Sequence[str], sites: Mapping[str, SiteState], free: float, due: float) -> list[str]:
-    """The first of the sites that one more epoch of FULL can be paid for, until what is due is spent; whole packs."""
+    """The first of the sites that one more epoch of FULL can be paid for, until what is due is spent; sites that
+    share a factor together."""
     kept, paid = list[str](), 0.0
-    for unit in dict.fromkeys(sites[name].pack or (name,) for name in names):
+    for unit in dict.fromkeys(sites[name].sharing or (name,) for name in names):
         price = sum(_price(sites[name]) for name in unit)
         if paid + _ROUNDING < due and paid + price <= free + _ROUNDING:
             kept += unit

@@ -2,7 +2,7 @@
 
 The three-part shape (low-rank, full-rank around the first learning-rate decay, low-rank again) is that of
 arXiv 2508.08625. Its own last part is ADAPTOR, whose result is of full rank; LOW trains the truncated factors instead,
-so that what is exported is small. ``auto`` decides by what it measures.
+so that what is exported is small.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from ..errors import ScheduleError
 from ..phase import Phase
-from .auto import Auto
 from .state import Schedule, Setting, TrainState
 
 
@@ -132,23 +131,6 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Join:
 def warm_up(full: int) -> FullBetween:
     """``full`` epochs FULL, then LOW to the end (as in arXiv 2103.03936). Raises ScheduleError for less than one."""
     return FullBetween(0, full)
-
-
-def auto(
-    cost: float = 0.75, *, recovery: float = 0.25, tail: float = 0.01, collapse: float = 0.5, reserve: float = 0.0
-) -> Auto:
-    """FULL where and while it is worth most, within ``cost`` of the compute of dense training; LOW to the end.
-
-    Reads the learning rates of the run and the spectra of the sites (see ``Auto``), by itself in ``dynrank-fx train``
-    and in the hooks for other trainers; in a loop of your own, ``train_state`` collects them. Every decision comes with
-    its reasons. recovery: the share of the run's summed learning rate that is kept for LOW. tail: the share of a site's
-    energy beyond its rank below which it is cut at once. collapse: the share of a site's rank that its effective rank
-    falls below when it is inflated again. reserve: the share of what the budget leaves above LOW that is held back for
-    that; what no site needs of it is spent on FULL epochs like the rest.
-
-    Raises ScheduleError for numbers that are no shares.
-    """
-    return Auto(cost, recovery, tail, collapse, reserve)
 
 
 def paper_cifar10(last: Phase = Phase.ADAPTOR) -> FullBetween:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -12,8 +12,8 @@ from ..phase import Phase
 @dataclass(frozen=True)
 class SiteState:
     """What is known of one site. dense, low: what it costs in a step of FULL and of LOW, in shares of a dense step.
-    groups: of so many matrices, each of the rank, its spectrum has the singular values. pack: the sites that share a
-    factor, itself among them, which are in one phase; empty for a site by itself.
+    groups: of so many matrices, each of the rank, its spectrum has the singular values. sharing: the sites that share
+    a factor, itself among them, which are in one phase; empty for a site by itself.
     """
 
     phase: Phase
@@ -21,7 +21,7 @@ class SiteState:
     dense: float
     low: float
     groups: int = 1
-    pack: tuple[str, ...] = ()
+    sharing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class TrainState:
     sites: Mapping[str, SiteState] = field(default_factory=dict)
 
 
-class Decision(dict[str, Phase]):
-    """A phase per site name, with the reasons, one sentence each, that a run records."""
+@dataclass(frozen=True)
+class Decision:
+    """A phase per site name or pattern, with the reasons, one sentence each, that a run records."""
 
-    def __init__(self, phases: Mapping[str, Phase], reasons: Sequence[str] = ()) -> None:
-        super().__init__(phases)
-        self.reasons = tuple(reasons)
+    phases: Mapping[str, Phase]
+    reasons: tuple[str, ...] = ()
 
 
-Setting: TypeAlias = Phase | Mapping[str, Phase]
+Setting: TypeAlias = Phase | Mapping[str, Phase] | Decision
+"""One phase for every site, or a phase per site name or pattern (sites it does not name keep theirs)."""
 
 Schedule: TypeAlias = Callable[[TrainState], Setting]
+"""A pure function of the state: the same state always gives the same setting."""

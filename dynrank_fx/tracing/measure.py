@@ -21,12 +21,17 @@ from .net import Net, untraced
 
 @dataclass
 class Measured:
-    """shapes: of every node that gives one tensor, and of the input of every layer that untraced code calls. flops: of
-    the whole model for the example inputs.
+    """shapes: of every node that gives one tensor, and of the input of every layer that untraced code calls, for each
+    time that it is run. flops: of the whole model for the example inputs.
     """
 
-    shapes: dict[fx.Node | nn.Module, Shape] = field(default_factory=dict)
+    shapes: dict[fx.Node | nn.Module, list[Shape]] = field(default_factory=dict)
     flops: int = 0
+
+    def note(self, at: fx.Node | nn.Module, value: Any) -> None:
+        """One more run of it, which gave (or, for a layer, took) this value."""
+        if isinstance(value, Tensor):
+            self.shapes.setdefault(at, []).append(tuple(value.shape))
 
 
 class _Recorder(fx.Interpreter):
@@ -36,8 +41,7 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.measured.shapes[n] = tuple(result.shape)
+        self.measured.note(n, result)
         return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,8 +136,7 @@ def _watched(root: nn.Module, measured: Measured) -> Iterator[None]:
         return lambda *args, **kwargs: _record(net, args, kwargs, measured)
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            measured.shapes[module] = tuple(args[0].shape)
+        measured.note(module, args[0] if args else None)
 
     try:
         for net in parts:

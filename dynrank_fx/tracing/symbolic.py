@@ -17,6 +17,8 @@ from .inputs import split_inputs
 from .isolation import in_mode, same_values
 from .net import Net, finished
 
+_UNREADABLE = "its forward has arguments that torch.fx cannot read (it is wrapped by a decorator)"
+
 
 def _surroundings() -> tuple[bool, ...]:
     autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
@@ -54,7 +56,8 @@ def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -
             compile(graphs[mode].python_code("self").src, "graph", "exec")
         except Exception as error:
             where = origin(error, root)
-            raise CaptureError(f"{where} cannot be traced symbolically: {first_line(error)}.") from error
+            why = _UNREADABLE if "co_varnames is too small" in str(error) else first_line(error)
+            raise CaptureError(f"{where} cannot be traced symbolically: {why}.") from error
     given = _given(model, example_inputs)
     for mode, graph in graphs.items():
         _pin_optional(root, graph, mode, given)

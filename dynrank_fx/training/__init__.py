@@ -6,15 +6,16 @@ from .loop import fit
 from .phases import Phases, resume_phases_
 from .presets import Preset, paper_cifar10, paper_cifar100, practical
 from .rewarm import rewarm_
-from .run import CHECKPOINT, Run, plan_in, read_run, restore_run_, save_run, weights_in
-from .settings import Settings
-from .task import Task, evaluate, precision
+from .run import CHECKPOINT, Run, history_in, plan_in, read_run, restore_run_, save_run, weights_in
+from .settings import PhaseSettings, Settings
+from .task import Task, autocast, evaluate
 from .watch import Bar, Watcher, Watchers
 
 __all__ = [
     "CHECKPOINT",
     "Bar",
     "Decay",
+    "PhaseSettings",
     "Phases",
     "Preset",
     "Run",
@@ -22,16 +23,17 @@ __all__ = [
     "Task",
     "Watcher",
     "Watchers",
+    "autocast",
     "cost_of",
     "decays_in_a_known_way",
     "evaluate",
     "factor_decay_",
     "fit",
+    "history_in",
     "paper_cifar10",
     "paper_cifar100",
     "plan_in",
     "practical",
-    "precision",
     "read_run",
     "restore_run_",
     "resume_phases_",

@@ -42,7 +42,7 @@ def train_state(
     for row in plan.sites:
         dense, low = _costs(row, plan.total_flops, plan.total_params)
         groups = row.site.params // math.prod(row.layout.matrix_shape(row.site.shape))
-        sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low, groups, row.pack)
+        sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low, groups, row.sharing)
     planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
     known = (*rates, *planned) if planned and len(rates) == epoch else ()
     lr = float(optimizer.param_groups[0]["lr"])

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layouts import Factors, Layout, full_precision
+from ..layouts import Factors, Layout, at_least_float32, full_precision
 from ..phase import Phase
 from ..phases import phases_in
-from ..rewrite import Switched, switched_modules
+from ..rewrite import SiteGroup, site_groups
 from ..schedules import Schedule, TrainState
-from ..tracing import unwrap
 
 EVERY = 5
-"""Steps from one application to the next: at rank r it costs about r / (5 · tokens of a batch) of a step."""
+"""Steps from one application to the next: at rank r it costs about r / (5 · rows of a batch) of a step."""
 
 
 class Landing:
@@ -40,7 +39,7 @@ class Landing:
     """
 
     def __init__(self, net: nn.Module, optimizer: Optimizer, every: int = EVERY) -> None:
-        self._units = _units(net)
+        self._groups = site_groups(net)
         self.every, self.left = every, dict[str, int]()
         self.bases: dict[str, Factors] = {}
         self._handle = optimizer.register_step_post_hook(self._after)
@@ -55,7 +54,7 @@ class Landing:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        devices = {unit[0].site: unit[0].outline.device for unit in self._units}
+        devices = {group.name: group.owner.outline.device for group in self._groups}
         self.left = dict(state["left"])
         self.bases = {site: tuple(each.to(devices[site]) for each in basis) for site, basis in state["bases"].items()}
 
@@ -65,28 +64,27 @@ class Landing:
         self.bases = {site: basis for site, basis in self.bases.items() if site in self.left}
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for unit in self._units:
-            site = unit[0].site
-            left = self.left.get(site, 0)
-            if left <= 0 or unit[0].phase != int(Phase.FULL):
+        for group in self._groups:
+            left = self.left.get(group.name, 0)
+            if left <= 0 or group.owner.phase != int(Phase.FULL):
                 continue
-            self.left[site] = left - 1
+            self.left[group.name] = left - 1
             if (left - 1) % self.every == 0:
-                self._shrink(unit, 1 / ((left - 1) // self.every + 1))
+                self._shrink(group, 1 / ((left - 1) // self.every + 1))
 
     @torch.no_grad()
-    def _shrink(self, unit: list[Switched], c: float) -> None:
-        weights = [module._parameters["weight"] for module in unit]
-        stacked = torch.cat([w for w in weights if w is not None]) if len(unit) > 1 else weights[0]
+    def _shrink(self, group: SiteGroup, c: float) -> None:
+        weights = [module._parameters["weight"] for module in group.firsts]
+        stacked = torch.cat([w for w in weights if w is not None]) if group.shared else weights[0]
         assert stacked is not None
         # Diverged: whoever trains will say so, and better.
-        W = torch.nan_to_num(_exact(stacked), 0.0, 0.0, 0.0)
-        site = unit[0].site
+        W = torch.nan_to_num(at_least_float32(stacked), 0.0, 0.0, 0.0)
         with full_precision():
-            kept, self.bases[site] = unit[0].layout.followed(W, unit[0].rank, self.bases.get(site, ()))
-            new = torch.lerp(_exact(stacked), kept, c)
-        sizes = [module.shape[0] for module in unit]
-        for weight, part in zip(weights, new.split(sizes) if len(unit) > 1 else [new], strict=True):
+            last = self.bases.get(group.name, ())
+            kept, self.bases[group.name] = group.layout.followed(W, group.owner.rank, last)
+            new = torch.lerp(at_least_float32(stacked), kept, c)
+        sizes = [module.shape[0] for module in group.firsts]
+        for weight, part in zip(weights, new.split(sizes) if group.shared else [new], strict=True):
             assert weight is not None
             weight.copy_(part)
 
@@ -95,19 +93,7 @@ class Landing:
         last = self.bases.get(sites[0], ())
         if layout.exact or not last:
             return None
-        return tuple(each.to(weight.dtype) for each in layout.followed(_exact(weight), rank, last)[1])
-
-
-def _exact(weight: Tensor) -> Tensor:
-    """In float32 at least."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def _units(net: nn.Module) -> list[list[Switched]]:
-    """The first module of every site, those that share a factor together, its owner first."""
-    firsts = {name: modules[0] for name, modules in switched_modules(unwrap(net)).items()}
-    units = dict.fromkeys(module.pack or (name,) for name, module in firsts.items())
-    return [[firsts[name] for name in unit] for unit in units]
+        return tuple(each.to(weight.dtype) for each in layout.followed(at_least_float32(weight), rank, last)[1])
 
 
 def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Phase]) -> dict[str, int]:

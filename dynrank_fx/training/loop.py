@@ -22,7 +22,7 @@ from ..tracing import Net
 from .phases import Phases
 from .run import Run
 from .settings import Settings
-from .task import Task, apply, evaluate, number, precision
+from .task import Task, apply, autocast, evaluate, number
 from .watch import Watcher
 
 
@@ -56,7 +56,7 @@ def fit(
                 watcher.epoch_started(run, phases.transition)
             started = time.perf_counter()
             finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
-            run.record["seconds"] += time.perf_counter() - started
+            run.note(seconds=(run.current.seconds or 0.0) + time.perf_counter() - started)
             _refuse_diverged(run)
             if not finished:
                 save(run)
@@ -79,22 +79,18 @@ def _phases(run: Run, task: Task, settings: Settings) -> Phases:
         settings.epochs,
         run.lr_scheduler,
         steps=_steps(task),
-        carry=settings.carry,
-        rewarm=settings.rewarm,
-        decay=settings.decay,
-        random_init=settings.random_init,
-        landing=settings.landing,
-        spectra=settings.spectra,
+        settings=settings,
     )
-    phases.load_state_dict({"history": [*run.history, *([run.record] if run.step else [])], **run.hooks})
+    phases.history = [*run.history, *([run.record] if run.record is not None else [])]
+    phases.load_hooks_state(run.hooks)
     return phases
 
 
 def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
     if run.history:
-        phases.steps = int(run.history[-1]["steps"])
-    run.record = phases.begin(run.epoch)
-    run.record["seconds"] = 0.0
+        phases.steps = run.history[-1].steps
+    phases.begin(run.epoch)
+    run.record = phases.note(seconds=0.0)
     run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
     _restart_peak(settings)
 
@@ -129,7 +125,7 @@ def _train_epoch(
         if settings.checkpoint_steps and run.step % settings.checkpoint_steps == 0:
             _refuse_diverged(run)
             save(run)
-    run.record["step_seconds"] = statistics.median(seconds) if seconds else None
+    run.note(step_seconds=statistics.median(seconds) if seconds else None)
     return True
 
 
@@ -164,7 +160,7 @@ def _step(
     run: Run, task: Task, settings: Settings, forward: nn.Module, batch: Any
 ) -> tuple[Tensor, float | Tensor | None]:
     output, batch = apply(forward, task, settings, batch)
-    with precision(settings):
+    with autocast(settings):
         loss = task.loss(output, batch)
     if loss.ndim or not loss.requires_grad:
         what = f"a tensor of shape {tuple(loss.shape)}" if loss.ndim else "one without a gradient"
@@ -186,28 +182,33 @@ def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
             f"train_data() gave no batch in epoch {run.epoch + 1}: is drop_last set on a data set smaller than one "
             "batch, or is it a generator, which gives its batches once?"
         )
-    run.record["steps"] = round(batches)
-    run.record |= {"loss": loss / batches, "metric": metric / batches if task.metric else None}
-    run.record |= evaluate(run.net, task, settings)
-    run.record["memory"] = _memory(run, settings)
+    run.note(steps=round(batches), loss=loss / batches, metric=metric / batches if task.metric else None)
+    run.note(**evaluate(run.net, task, settings), memory=_memory(run, settings))
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
-        run.record["effective_rank"] = {name: effective_rank(s) for name, s in spectra.items()}
-        run.record["stable_rank"] = {name: stable_rank(s) for name, s in spectra.items()}
+        run.note(effective_rank={name: effective_rank(s) for name, s in spectra.items()})
+        run.note(stable_rank={name: stable_rank(s) for name, s in spectra.items()})
+    _step_scheduler(run)
+    if run.epoch + 1 == settings.epochs and task.eval_data is not None:
+        run.note(truncated=_truncated(run, task, settings))
+    run.history.append(run.current)
+    run.record, run.step, run.epoch, run.epoch_start = None, 0, run.epoch + 1, None
+
+
+def _step_scheduler(run: Run) -> None:
+    """A step at the end of an epoch; one that waits for a plateau is told the held-out loss, where there is one."""
     if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        run.lr_scheduler.step(run.record.get("eval_loss", run.record["loss"]))
+        loss = run.current.loss if run.current.eval_loss is None else run.current.eval_loss
+        assert loss is not None
+        run.lr_scheduler.step(loss)
     elif run.lr_scheduler is not None:
         run.lr_scheduler.step()
-    if run.epoch + 1 == settings.epochs and task.eval_data is not None:
-        run.record["truncated"] = _truncated(run, task, settings)
-    run.history.append(run.record)
-    run.record, run.step, run.epoch, run.epoch_start = {}, 0, run.epoch + 1, None
 
 
 def _truncated(run: Run, task: Task, settings: Settings) -> dict[str, float | None]:
     """Loss and metric of the truncated model: those just measured, where every site is in LOW already."""
-    if set(run.record["phases"].values()) == {"LOW"}:
-        return {key: run.record[key] for key in ("eval_loss", "eval_metric")}
+    if set(run.current.phases.values()) == {Phase.LOW}:
+        return {"eval_loss": run.current.eval_loss, "eval_metric": run.current.eval_metric}
     twin = a_twin(run.net)
     enter_(twin, Phase.LOW)
     return evaluate(inline_(twin), task, settings)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..phase import Phase
-from ..phases import Carry, Transition, enter_, phases_in, phases_of, randomize_, replan_
+from ..phase import Phase, summary
+from ..phases import Transition, enter_, phases_in, phases_of, randomize_, replan_
 from ..rewrite import plan_of, switched_modules
-from ..schedules import Schedule
+from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import unwrap
-from .factor_decay import Decay, factor_decay_
+from .factor_decay import factor_decay_
 from .facts import cost_of, train_state
 from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm, rewarm_
+from .settings import PhaseSettings
 
 _POINTS = 64  # of a spectrum in a record
 
@@ -27,9 +29,12 @@ class Phases:
     """A schedule for a training loop: ``begin(epoch)`` at the start of every epoch does the rest.
 
     lr_scheduler: with it, a schedule like ``auto`` knows the learning rates to come. steps: optimizer steps of an
-    epoch. lr_every_step: the scheduler is stepped after every one. carry, rewarm, decay, random_init, landing (which
-    needs steps), spectra: as in ``Settings``. ``history`` has a record of every epoch begun, to which the loop may add;
-    ``state_dict()`` and ``load_state_dict()`` keep it. ``transition`` is what the last epoch began with.
+    epoch; a landing needs it. lr_every_step: the scheduler is stepped after every one. choices: those of
+    ``PhaseSettings``, by name (``carry=``, ``rewarm=``, ``decay=``, ``random_init=``, ``landing=``, ``spectra=``), or
+    in place of their defaults ``settings``.
+
+    ``history`` has the record of every epoch begun, to which ``note`` adds; ``state_dict()`` and ``load_state_dict()``
+    keep it. ``transition`` is what the last epoch began with.
 
     Raises TransitionError as ``enter_`` and ``factor_decay_`` do.
     """
@@ -44,73 +49,79 @@ class Phases:
         *,
         steps: int | None = None,
         lr_every_step: bool = False,
-        carry: Carry = Carry.MOVE,
-        rewarm: int = 0,
-        decay: Decay = Decay.EACH,
-        random_init: bool = False,
-        landing: bool = False,
-        spectra: bool = True,
+        settings: PhaseSettings | None = None,
+        **choices: Any,
     ) -> None:
         self.net, self.optimizer, self.schedule, self.epochs = net, optimizer, schedule, epochs
         self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
-        self.carry, self.rewarm, self.random_init, self.spectra = carry, rewarm, random_init, spectra
-        self.decay = factor_decay_(net, optimizer, decay)
-        self.landing = Landing(net, optimizer) if landing else None
-        self.history: list[dict[str, Any]] = []
+        self.settings = replace(settings or PhaseSettings(), **choices)
+        self.decay = factor_decay_(net, optimizer, self.settings.decay)
+        self.landing = Landing(net, optimizer) if self.settings.landing else None
+        self.history: list[EpochRecord] = []
         self.transition = Transition(())
         self._rewarm: Rewarm | None = None
 
-    def begin(self, epoch: int) -> dict[str, Any]:
-        """Bring the net into the phases of this epoch, the optimizer along; returns the record of it.
-
-        The record has the phases and ranks of the sites, the learning rate, the reasons, the epochs until each site is
-        cut, what a switch did to every site (``switch_error``, relative; ``switch_spectra``, before and after), and
-        ``spent``: compute to the end of the epoch, in dense epochs.
-        """
+    def begin(self, epoch: int) -> EpochRecord:
+        """Bring the net into the phases of this epoch, the optimizer along; returns the record of it."""
         del self.history[epoch:]  # one that is begun again after a stop
         started = time.perf_counter()
-        state = train_state(
+        state = self._state(epoch)
+        setting, before = self.schedule(state), phases_of(self.net)
+        asked = phases_in(setting, before) if before else {}
+        changing = [name for name, phase in asked.items() if phase is not before[name]]
+        watched = changing if self.settings.spectra and epoch > 0 else []
+        old = self._spectra(watched)
+        self._enter(setting, epoch)
+        phases = phases_of(self.net)
+        cuts: dict[str, int] = {}
+        if self.landing is not None and self.steps:
+            cuts = epochs_to_cut(self.schedule, state, phases)
+            self.landing.begin({name: count * self.steps for name, count in cuts.items()})
+        record = EpochRecord(
+            epoch=epoch,
+            phases=phases,
+            ranks={name: modules[0].rank for name, modules in switched_modules(unwrap(self.net)).items()},
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            reasons=tuple(setting.reasons) if isinstance(setting, Decision) else (),
+            epochs_to_cut=cuts,
+            switch_error={change.site: change.error for change in self.transition.changes},
+            switch_spectra=_thinned(old, self._spectra(watched)),
+            switch_seconds=time.perf_counter() - started,
+            spent=state.spent + cost_of(self.net),
+        )
+        self.history.append(record)
+        return record
+
+    def _state(self, epoch: int) -> TrainState:
+        """What the schedule is told."""
+        return train_state(
             self.net,
             self.optimizer,
             epoch,
             self.epochs,
             self.lr_scheduler,
             steps_per_epoch=(self.steps or 1) if self.lr_every_step else 1,
-            rates=[record["lr"] for record in self.history],
-            spent=self.history[-1]["spent"] if self.history else 0.0,
+            rates=[record.lr for record in self.history],
+            spent=self.history[-1].spent if self.history else 0.0,
         )
-        setting, before = self.schedule(state), phases_of(self.net)
-        asked = phases_in(setting, before) if before else {}
-        changing = [name for name, phase in asked.items() if phase is not before[name]]
-        watched = changing if self.spectra and epoch > 0 else []
-        old = self._spectra(watched)
+
+    def _enter(self, setting: Setting, epoch: int) -> None:
+        """The switch itself, and what goes with it."""
         split = self.landing.split if self.landing is not None else None
-        self.transition = enter_(self.net, setting, self.optimizer, carry=self.carry, split=split)
-        if self.random_init and epoch == 0 and Phase.LOW in phases_of(self.net).values():
+        self.transition = enter_(self.net, setting, self.optimizer, carry=self.settings.carry, split=split)
+        if self.settings.random_init and epoch == 0 and Phase.LOW in phases_of(self.net).values():
             randomize_(self.net)
-        if self.transition and self.rewarm and epoch > 0:
+        if self.transition and self.settings.rewarm and epoch > 0:
             if self._rewarm is not None:
                 self._rewarm.stop()
-            self._rewarm = rewarm_(self.optimizer, self.rewarm)
-        cuts: dict[str, int] = {}
-        if self.landing is not None and self.steps:
-            cuts = epochs_to_cut(self.schedule, state, phases_of(self.net))
-            self.landing.begin({name: count * self.steps for name, count in cuts.items()})
-        record = {
-            "epoch": epoch,
-            "phase": phase_label(self.net),
-            "phases": {name: phase.name for name, phase in phases_of(self.net).items()},
-            "ranks": {name: modules[0].rank for name, modules in switched_modules(unwrap(self.net)).items()},
-            "lr": state.lr,
-            "reasons": list(getattr(setting, "reasons", ())),
-            "epochs_to_cut": cuts,
-            "switch_error": {change.site: change.error for change in self.transition.changes},
-            "switch_spectra": _thinned(old, self._spectra(watched)),
-            "switch_seconds": time.perf_counter() - started,
-            "spent": state.spent + cost_of(self.net),
-        }
-        self.history.append(record)
-        return record
+            self._rewarm = rewarm_(self.optimizer, self.settings.rewarm)
+
+    def note(self, **figures: Any) -> EpochRecord:
+        """Add figures, such as ``loss=`` or any of your own, to the record of the epoch that was begun last; returns
+        it.
+        """
+        self.history[-1] = self.history[-1].with_figures(**figures)
+        return self.history[-1]
 
     def _spectra(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The singular values of these sites, largest first."""
@@ -131,11 +142,11 @@ class Phases:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the net's and the optimizer's state: plain values and tensors."""
-        return {"history": self.history, **self.hooks_state()}
+        return {"history": [record.to_json() for record in self.history], **self.hooks_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; ``resume_phases_`` has brought the net into its phases before its weights were loaded."""
-        self.history = list(state["history"])
+        self.history = [EpochRecord.from_json(record) for record in state["history"]]
         self.load_hooks_state(state)
 
     def remove(self) -> None:
@@ -147,7 +158,7 @@ class Phases:
             self._rewarm.stop()
 
 
-def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:
+def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Spectra]:
     """Per site both spectra at the same up to 64 indices, evenly spread from first to last; zeros where the smaller one
     has ended.
     """
@@ -156,16 +167,19 @@ def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[
         count = max(len(before[name]), len(after[name]))
         step = max(1.0, (count - 1) / (_POINTS - 1))
         chosen = [round(i * step) for i in range(min(count, _POINTS))]
-        both = [torch.nn.functional.pad(spectra[name], (0, count - len(spectra[name]))) for spectra in (before, after)]
-        found[name] = [[float(f"{value:.4g}") for value in values[chosen].tolist()] for values in both]
+        found[name] = (_at(before[name], chosen, count), _at(after[name], chosen, count))
     return found
+
+
+def _at(spectrum: Tensor, chosen: list[int], count: int) -> tuple[float, ...]:
+    """A spectrum, with zeros up to ``count`` values, at these indices, in four digits."""
+    padded = torch.nn.functional.pad(spectrum, (0, count - len(spectrum)))
+    return tuple(float(f"{value:.4g}") for value in padded[chosen].tolist())
 
 
 def phase_label(net: nn.Module) -> str:
     """``FULL``, ``LOW``, or how many sites are in which."""
-    phases = list(phases_of(net).values())
-    counts = [(phase.name, phases.count(phase)) for phase in Phase if phase in phases]
-    return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)
+    return summary(phases_of(net).values())
 
 
 def resume_phases_(net: nn.Module, state: Mapping[str, Any]) -> None:
@@ -175,9 +189,9 @@ def resume_phases_(net: nn.Module, state: Mapping[str, Any]) -> None:
     """
     if not state["history"]:
         return
-    last = state["history"][-1]
+    last = EpochRecord.from_json(state["history"][-1])
     plan = {name: modules[0].rank for name, modules in switched_modules(unwrap(net)).items()}
-    ranks = {name: rank for name, rank in last["ranks"].items() if plan.get(name) != rank}
+    ranks = {name: rank for name, rank in last.ranks.items() if plan.get(name) != rank}
     if ranks:
         replan_(net, plan_of(net).with_ranks(ranks))
-    enter_(net, {name: Phase[phase] for name, phase in last["phases"].items()})
+    enter_(net, last.phases)

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from .. import schedules
 from ..phases import Carry
 from ..plan import RankPolicy, Ratio
 from ..schedules import Schedule
 from .factor_decay import Decay
+from .settings import PhaseSettings
 
 
 @dataclass(frozen=True)
-class Preset:
-    """How to train; names but the first two as in ``Settings``."""
+class Preset(PhaseSettings):
+    """A way to train: a schedule with the ranks and the settings that go with it."""
 
     schedule: Schedule
     rank: RankPolicy = field(default_factory=lambda: Ratio(0.25))
-    carry: Carry = Carry.MOVE
-    decay: Decay = Decay.PRODUCT
-    rewarm: int = 0
-    random_init: bool = False
-    landing: bool = False
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What it sets of ``Settings``."""
-        return {name: value for name, value in vars(self).items() if name not in ("schedule", "rank")}
+    decay: Decay = field(default=Decay.PRODUCT, kw_only=True)
 
 
 def practical(cost: float = 0.75) -> Preset:
@@ -50,4 +41,4 @@ def paper_cifar100() -> Preset:
 
 
 def _paper(schedule: Schedule) -> Preset:
-    return Preset(schedule, Ratio(0.5), Carry.RESET, Decay.EACH, random_init=True)
+    return Preset(schedule, Ratio(0.5), carry=Carry.RESET, decay=Decay.EACH, random_init=True)

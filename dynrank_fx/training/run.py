@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from ..errors import StoreError
 from ..phases import info_of, restore_, state_of
 from ..plan import Plan
 from ..randomness import random_state, set_random_state
-from ..schedules import Schedule
+from ..schedules import EpochRecord, Schedule
+from .declared import said
 from .phases import Phases
 from .state_tree import flatten, unflatten
 
@@ -32,8 +32,10 @@ class Run:
     lr_scheduler: Any = None
     epoch: int = 0
     step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
+    history: list[EpochRecord] = field(default_factory=list)
+    """Of the epochs that are finished."""
+    record: EpochRecord | None = None
+    """Of the epoch that has begun."""
     totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     """Sums over the epoch so far: loss, metric, batches."""
     epoch_start: dict[str, Any] | None = None
@@ -44,6 +46,16 @@ class Run:
     """Where its re-warm-up and its landing stood when it was left (see ``Phases.hooks_state``)."""
     generators: tuple[torch.Generator, ...] = ()
     """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
+
+    @property
+    def current(self) -> EpochRecord:
+        """The record of the epoch that has begun."""
+        assert self.record is not None, "no epoch has begun"
+        return self.record
+
+    def note(self, **figures: Any) -> None:
+        """Add figures to the record of the epoch that has begun."""
+        self.record = self.current.with_figures(**figures)
 
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -68,13 +80,13 @@ def save_run(run: Run, folder: Path) -> None:
         "made_of": _made_of(run),
         "epoch": run.epoch,
         "step": run.step,
-        "record": run.record,
-        "history": run.history,
+        "record": run.record.to_json() if run.record is not None else {},
+        "history": [record.to_json() for record in run.history],
         "state": tree,
     }
     weights = {f"net.{name}": tensor for name, tensor in state_of(run.net).items()}
     store.write(folder / CHECKPOINT, weights | tensors, info)
-    files.write_text(folder / HISTORY, "".join(json.dumps(record) + "\n" for record in run.history))
+    files.write_text(folder / HISTORY, "".join(json.dumps(record) + "\n" for record in info["history"]))
 
 
 def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -92,6 +104,11 @@ def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def plan_in(info: dict[str, Any]) -> Plan:
     """The plan that a checkpoint was trained by."""
     return Plan.from_json(info["plan"])
+
+
+def history_in(info: dict[str, Any]) -> list[EpochRecord]:
+    """The records of the finished epochs in a checkpoint."""
+    return [EpochRecord.from_json(record) for record in info["history"]]
 
 
 def weights_in(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,7 +138,8 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any
     _restride(run.optimizer)
     if run.lr_scheduler is not None:
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    run.epoch, run.step, run.record, run.history = info["epoch"], info["step"], info["record"], info["history"]
+    run.epoch, run.step, run.history = info["epoch"], info["step"], history_in(info)
+    run.record = EpochRecord.from_json(info["record"]) if info["record"] else None
     if run.step:
         run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
     run.totals = state["totals"].to(next(run.net.parameters()).device)
@@ -131,9 +149,9 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any
 
 
 def _made_of(run: Run) -> dict[str, str]:
-    """What must be the same on a resume. A function of the user's own is told by its name, not by its address."""
+    """What must be the same on a resume."""
     return {
-        "schedule": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(run.schedule)),
+        "schedule": said(run.schedule),
         "optimizer": type(run.optimizer).__name__,
         "learning-rate scheduler": type(run.lr_scheduler).__name__ if run.lr_scheduler is not None else "none",
         "number of random generators in its data": str(len(run.generators)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
-from ..errors import DynrankError
+from ..errors import DynrankError, first_line
 from ..tracing import Inputs, evaluating, unwrap
 from .settings import Settings
 
@@ -35,7 +35,7 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tup
     """The model's output, and the batch on the device."""
     batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
     args, kwargs = task.inputs(batch)
-    with precision(settings):
+    with autocast(settings):
         try:
             return forward(*args, **kwargs), batch
         except FailOnRecompileLimitHit as error:
@@ -57,11 +57,11 @@ def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         raise DynrankError(
             f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
-            f"{type(why).__name__}: {(str(why).strip() or 'no reason given').splitlines()[0]}"
+            f"{first_line(why)}"
         ) from error
 
 
-def precision(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+def autocast(settings: Settings) -> contextlib.AbstractContextManager[Any]:
     """Autocast to bfloat16 where the settings ask for it."""
     if not settings.amp:
         return contextlib.nullcontext()
@@ -86,7 +86,7 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
         for batch in task.eval_data:
             output, batch = apply(net, task, settings, batch)
             size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
-            with precision(settings):
+            with autocast(settings):
                 loss = task.loss(output, batch).double()
             sums += size * torch.stack([loss, number(task.metric(output, batch) if task.metric else None, loss)])
             count += size

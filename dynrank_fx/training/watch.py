@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from typing import Any, TextIO
 
 from torch import Tensor
 from tqdm import tqdm
 
 from ..phases import Transition
+from ..schedules import EpochRecord
 from .phases import phase_label
 from .run import Run
 
@@ -22,7 +22,7 @@ class Watcher:
 
     def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None: ...
 
-    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None: ...
+    def epoch_done(self, run: Run, record: EpochRecord) -> None: ...
 
 
 class Watchers(Watcher):
@@ -39,7 +39,7 @@ class Watchers(Watcher):
         for watcher in self.watchers:
             watcher.step_done(run, loss, metric)
 
-    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None:
+    def epoch_done(self, run: Run, record: EpochRecord) -> None:
         for watcher in self.watchers:
             watcher.epoch_done(run, record)
 
@@ -84,22 +84,21 @@ class Bar(Watcher):
                 shown[self.metric] = f"{mean_metric / count:.2%}"
             self.bar.set_postfix(shown | {"lr": f"{run.optimizer.param_groups[0]['lr']:.3g}"})
 
-    def epoch_done(self, run: Run, record: Mapping[str, Any]) -> None:
+    def epoch_done(self, run: Run, record: EpochRecord) -> None:
         self.close()
-        parts = [f"epoch {record['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}", f"{record['phase']:<4}"]
-        parts.append(f"loss {record['loss']:.4f}")
-        if record["metric"] is not None:
-            parts.append(f"{self.metric} {record['metric']:.2%}")
-        if record.get("eval_metric") is not None:
-            parts.append(f"held out {record['eval_metric']:.2%}")
-        elif record.get("eval_loss") is not None:
-            parts.append(f"held-out loss {record['eval_loss']:.4f}")
-        if record.get("effective_rank"):
-            ranks = list(record["effective_rank"].values())
+        parts = [f"epoch {record.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}", f"{record.phase:<4}"]
+        parts.append(f"loss {record.loss:.4f}")
+        if record.metric is not None:
+            parts.append(f"{self.metric} {record.metric:.2%}")
+        if record.eval_metric is not None:
+            parts.append(f"held out {record.eval_metric:.2%}")
+        elif record.eval_loss is not None:
+            parts.append(f"held-out loss {record.eval_loss:.4f}")
+        if ranks := record.effective_rank.values():
             parts.append(f"effective rank {math.fsum(ranks) / len(ranks):.1f}")
-        self._line("  ".join([*parts, f"lr {record['lr']:.3g}", f"{record['seconds']:.1f} s"]))
-        cut = record.get("truncated", {})
-        if cut and cut["eval_loss"] != record["eval_loss"]:
+        self._line("  ".join([*parts, f"lr {record.lr:.3g}", f"{record.seconds:.1f} s"]))
+        cut = record.truncated
+        if cut and cut["eval_loss"] != record.eval_loss:
             held_out = f", held out {cut['eval_metric']:.2%}" if cut["eval_metric"] is not None else ""
             self._line(f"truncated as it is now, the model has a loss of {cut['eval_loss']:.4f}{held_out}")
 

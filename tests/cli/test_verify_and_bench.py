@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 from click.testing import Result
@@ -42,17 +41,6 @@ def test_a_file_is_the_same_as_itself_and_the_first_layer_that_differs_is_named(
     assert verdict.first is not None
     assert verdict.first.name == "4"
     assert "one.onnx and other.onnx differ by more than 0.0001" in refused("verify", *files)
-
-
-def test_factors_are_the_same_site_as_their_weight() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 14))
-    x = torch.randn(3, 12)
-    net = dr.transform(model, (x,), rank=dr.Fixed(3), exclude=("0.*",))
-    dr.export_onnx(model, (x,), "dense.onnx")
-    dr.export_onnx(dr.truncate(net, [(torch.randn(50, 12),)]), (x,), "small.onnx")
-    verdict = compare_onnx("dense.onnx", "small.onnx")
-    assert [(each.name, each.relative > 1e-4) for each in verdict.sites] == [("0", False), ("2", True)]
 
 
 def test_against_a_model_file(write: Run, run: Run) -> None:
@@ -92,47 +80,6 @@ def test_a_provider_that_is_not_there_is_an_error(files: tuple[str, str], refuse
     assert "this onnxruntime has no Toaster" in refused("verify", *files, "--provider", "Toaster")
 
 
-def test_a_file_of_one_batch_is_run_at_that(run: Run) -> None:
-    class One(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.reshape(4, 3) * 2
-
-    dr.export_onnx(One(), torch.randn(4, 3), "fixed.onnx")
-    assert isinstance(onnx.load("fixed.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value, int)
-    timings = json.loads(run("bench", "fixed.onnx", "--repeats", "5", "--json").stdout)["timings"]
-    assert [t["batch"] for t in timings] == [4]
-
-
-def test_a_parameter_that_stands_bare_is_a_site_too() -> None:
-    class Bare(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(12, 16))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.relu(x @ self.w)
-
-    torch.manual_seed(0)
-    model, x = Bare(), torch.randn(3, 12)
-    net = dr.transform(model, (x,), rank=dr.Fixed(3))
-    dr.export_onnx(model, (x,), "dense.onnx")
-    dr.export_onnx(dr.truncate(net, [(torch.randn(50, 12),)]), (x,), "small.onnx")
-    first = compare_onnx("dense.onnx", "small.onnx").first
-    assert first is not None
-    assert first.name == "w"
-
-
-def test_files_with_their_weights_beside_them_are_compared_inside_too(files: tuple[str, str]) -> None:
-    for name in files:
-        model = onnx.load(name)
-        onnx.save(model, f"large-{name}", save_as_external_data=True, location=f"{name}.data", size_threshold=64)
-    before = sorted(path.name for path in Path().iterdir())
-    verdict = compare_onnx("large-one.onnx", "large-other.onnx")
-    assert verdict.first is not None
-    assert verdict.first.name == "4"
-    assert sorted(path.name for path in Path().iterdir()) == before, "nothing is left in the folder"
-
-
 def test_options_of_a_provider(files: tuple[str, str], run: Run, refused: Run) -> None:
     provider = ("--provider", "CPUExecutionProvider")
     timed = run("bench", files[0], "--batch", "2", "--repeats", "5", *provider, "--provider-option", "use_arena=0")
@@ -143,61 +90,9 @@ def test_options_of_a_provider(files: tuple[str, str], run: Run, refused: Run) -
     assert "a CUDA graph is of one batch size" in refused("bench", files[0], *graph)
 
 
-class Tokens(nn.Module):
-    """A layer called twice, between a table and a head that is tied to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.shared = nn.Embedding(200, 16), nn.Linear(16, 16)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.shared(torch.relu(self.shared(self.table(tokens))))
-        return x @ self.table.weight.T
-
-
-def exported(model: nn.Module, path: str) -> str:
-    dr.export_onnx(model, (torch.randint(200, (2, 40)),), path)
-    return path
-
-
-def test_every_row_of_a_table_is_looked_at_and_uses_of_one_weight_are_told_apart() -> None:
-    torch.manual_seed(0)
-    model = Tokens()
-    one = exported(model, "one.onnx")
-    rows = model.table.weight.detach().clone()
-    with torch.no_grad():
-        model.table.weight[2:] += 1
-    verdict = compare_onnx(one, exported(model, "rows.onnx"))
-    assert not verdict.same
-    assert verdict.first is not None
-    assert verdict.first.name == "table"
-    with torch.no_grad():
-        model.table.weight.copy_(rows)
-        model.shared.weight[0, 0] += 1
-    verdict = compare_onnx(one, exported(model, "shared.onnx"))
-    assert [(each.name, each.relative > 0) for each in verdict.sites] == [
-        ("table", False),
-        ("shared", True),
-        ("shared (use 2)", True),
-        ("table (use 2)", True),
-    ]
-
-
 def test_what_differs_is_called_as_it_was_given(write: Run, refused: Run, files: tuple[str, str]) -> None:
     assert "other.onnx and model.py differ" in refused("verify", "other.onnx", "model.py")
     assert "give 0 or more" in refused("verify", *files, "--tolerance", "nan")
-
-
-def test_memory_is_that_of_the_file_whichever_comes_first(run: Run) -> None:
-    """40 MB of weights, and 1 MB."""
-    x = torch.randn(2, 500)
-    dr.export_onnx(nn.Linear(500, 20000), (x,), "large.onnx", batch_sizes=(1,))
-    dr.export_onnx(nn.Linear(500, 500), (x,), "small.onnx", batch_sizes=(1,))
-    for first, second in (("large.onnx", "small.onnx"), ("small.onnx", "large.onnx")):
-        given = ("bench", first, "--against", second, "--batch", "1", "--repeats", "5", "--json")
-        taken = {t["file"]: t["memory"] / 1e6 for t in json.loads(run(*given).stdout)["timings"]}
-        assert 38 < taken["large.onnx"] < 200
-        assert taken["small.onnx"] < 0.4 * taken["large.onnx"]
 
 
 def test_a_child_that_fails_leaves_the_memory_unknown_and_the_times_there(
@@ -207,36 +102,6 @@ def test_a_child_that_fails_leaves_the_memory_unknown_and_the_times_there(
     table = run("bench", files[0], "--batch", "2", "--repeats", "5").stdout.splitlines()
     assert "unknown" in table[2]
     assert "CPU" in table[2]
-
-
-class Biased(nn.Module):
-    """Linears on three dimensions, which become a product and a sum; the table is the head too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.one, self.two = nn.Embedding(30, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.head = nn.Linear(16, 30)
-        self.head.weight = self.emb.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.two(torch.tanh(self.one(self.emb(ids))))))
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [("one.bias", "one"), ("two.bias", "two"), ("head.bias", "head (use 2)"), ("emb.weight", "head")],
-)
-def test_a_bias_belongs_to_its_layer_and_a_tied_weight_is_told_by_its_use(changed: str, named: str) -> None:
-    torch.manual_seed(0)
-    model, ids = Biased(), (torch.randint(0, 30, (2, 7)),)
-    dr.export_onnx(model, ids, "one.onnx")
-    with torch.no_grad():
-        model.get_parameter(changed).add_(1)
-    dr.export_onnx(model, ids, "other.onnx")
-    verdict = compare_onnx("one.onnx", "other.onnx")
-    assert verdict.first is not None
-    assert verdict.first.name.replace("emb", "head") == named
-    assert (", in the first of its uses" in str(verdict)) == (changed == "emb.weight")
 
 
 def test_what_has_other_names_goes_by_its_place(write: Run, run: Run, refused: Run) -> None:

@@ -239,104 +239,6 @@ def test_what_too_few_data_leave_open_is_settled_by_the_weight() -> None:
     assert float((W - found).norm()) == pytest.approx(float(beyond[5:].norm()), rel=1e-2)
 
 
-def test_means_go_into_the_biases() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(4, 10, 3, bias=False), nn.ReLU()), images()[0] + 5
-    net = dr.transform(model, (x,), rank=Fixed(2))
-    small = dr.truncate(net, [(x,)])
-    names = dict(small.named_parameters())
-    assert names["0.bias"].shape == (10,)
-    first = nn.Sequential(*[small])(x)
-    assert first.shape == model(x).shape
-    assert "bias" not in dict(model.named_parameters())
-
-
-def test_in_turn_every_site_sees_what_the_cut_ones_before_give() -> None:
-    """The last site is then the best for the inputs that it will really get."""
-    torch.manual_seed(3)
-    model, x = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 14)).double(), vectors()[0].double()
-    net = dr.transform(model, (x,), rank=Fixed(3), exclude=())
-    small = dr.truncate(net, [(x,)], sequential=True)
-    with torch.no_grad():
-        hidden: list[Tensor] = []
-        handle = small.get_submodule("1").register_forward_hook(lambda module, args, y: hidden.append(y))
-        z = small(x)
-        handle.remove()
-        y = model[2](hidden[0]).reshape(-1, 14)
-    least = float(torch.linalg.svdvals(y - y.mean(0))[3:].square().sum())
-    assert float((y - z.reshape(-1, 14)).square().sum()) == pytest.approx(least, rel=5e-3)
-
-
-def test_a_site_in_low_keeps_its_factors() -> None:
-    net = dr.transform(QKV(), vectors(), rank=Fixed(3))
-    dr.enter_(net, dr.Phase.LOW)
-    x = vectors()[0]
-    assert torch.equal(dr.truncate(net, [(x,)])(x), net.eval()(x))
-
-
-def test_a_site_in_low_is_cut_further_by_its_outputs() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Linear(12, 20), vectors()[0]
-    net = dr.transform(model, (x,), rank=Fixed(6))
-    dr.enter_(net, dr.Phase.LOW)
-    small = dr.truncate(net, dr.calibrate(net, [(x,)], shrink=0.0), rank=Fixed(3))
-    with torch.no_grad():
-        net.eval()
-        y, z = net(x).reshape(-1, 20).double(), small(x).reshape(-1, 20).double()
-    least = float(torch.linalg.svdvals(y - y.mean(0))[3:].square().sum())
-    assert float((y - z).square().sum()) == pytest.approx(least, rel=1e-3)
-
-
-def test_a_budget_looks_at_the_outputs() -> None:
-    """Of two equal weights, the one whose inputs fill one direction needs but little rank."""
-    torch.manual_seed(0)
-
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.narrow, self.wide = nn.Linear(32, 32), nn.Linear(32, 32)
-            self.wide.load_state_dict(self.narrow.state_dict())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.narrow(x[..., :1] * torch.ones(32)) + self.wide(x)
-
-    model, x = Two(), torch.randn(200, 32)
-    net = dr.transform(model, (x,), rank=Fixed(8))
-    small = dr.truncate(net, [(x,)], rank=dr.Budget(params=0.55))
-    sizes = {name: p.shape for name, p in small.named_parameters()}
-    assert sizes["narrow.left"][1] == 1
-    assert "wide.weight" in sizes or sizes["wide.left"][1] > 8
-    assert sum(p.numel() for p in small.parameters()) <= 0.55 * sum(p.numel() for p in model.parameters())
-
-
-def test_where_outputs_do_not_decide_it_says_so() -> None:
-    net = dr.transform(nn.Conv2d(8, 8, 3), (torch.randn(2, 8, 6, 6),), rank=Fixed(2), conv_layout=dr.SpatialLayout)
-    with pytest.warns(DynrankWarning, match="weight: cut by plain SVD, since no factor of the spatial layout"):
-        dr.truncate(net, [(torch.randn(2, 8, 6, 6),)])
-    net = dr.transform(nn.Linear(12, 12), (torch.randn(2, 12),), rank=Fixed(2))
-    with pytest.warns(DynrankWarning, match="since there are no calibration data"):
-        dr.truncate(net)
-
-
-@pytest.mark.parametrize(
-    ("batches", "words"),
-    [
-        ([], "empty"),
-        ([(torch.zeros(0, 12),)], "empty"),
-        (7, "int are no batches"),
-        ([(torch.full((2, 12), float("nan")),)], "batch 0 holds numbers that are not finite"),
-        ([(torch.randn(2, 12),), (torch.randn(2, 11),)], "batch 1 does not fit the model"),
-        ([(torch.full((2, 12), 3e38),)], "outputs of weight are not finite on calibration batch 0"),
-    ],
-)
-def test_bad_calibration_data_are_a_sentence(batches: Any, words: str) -> None:
-    model = nn.Linear(12, 12)
-    nn.init.ones_(model.weight)
-    net = dr.transform(model, (torch.randn(2, 12),), rank=Fixed(2))
-    with pytest.raises(CalibrationError, match=words):
-        dr.truncate(net, batches)
-
-
 def test_modes_buffers_and_weights_are_as_before() -> None:
     model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Dropout())
     net = dr.transform(model, (torch.randn(4, 12),), rank=Fixed(2))
@@ -353,12 +255,12 @@ def test_a_mistake_of_ours_is_not_blamed_on_the_batch(monkeypatch: pytest.Monkey
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("dynrank_fx.compression.calibration.output_tokens", broken)
+    monkeypatch.setattr("dynrank_fx.compression.calibration.output_rows", broken)
     net = dr.transform(nn.Linear(12, 8), (torch.randn(2, 12),), rank=Fixed(2))
     with pytest.raises(ZeroDivisionError, match="ours"):
         dr.calibrate(net, [(torch.randn(2, 12),)])
     monkeypatch.undo()
-    assert dr.calibrate(net, [(torch.randn(2, 12),)]).moments["weight"].count == 2
+    assert dr.calibrate(net, [(torch.randn(2, 12),)]).covariances["weight"].count == 2
 
 
 def test_a_module_without_sites_is_no_net_to_calibrate() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.compression import recalibrate_, recover_
+from dynrank_fx.compression import recover_
 from dynrank_fx.compression.recover import distance
 from dynrank_fx.errors import CalibrationError
 from dynrank_fx.plan import Fixed
@@ -35,24 +35,6 @@ def small(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     net = dr.transform(Net(), batches(1)[0], rank=Fixed(2), how=request.param, allow_unprofitable=True)
     return dr.truncate(net, batches())
-
-
-def test_batch_norms_get_the_mean_of_what_the_batches_have(small: nn.Module) -> None:
-    """Against the convolution's own outputs: means of the batches' means and (unbiased) variances."""
-    x = [batch for (batch,) in batches()]
-    parameters = {name: p.detach().clone() for name, p in small.named_parameters()}
-    assert recalibrate_(small, batches()) == 1
-    buffers = {name.rpartition(".")[2]: b for name, b in small.named_buffers()}
-    right = next(p for name, p in parameters.items() if name == "conv.right")
-    left, bias = parameters["conv.left"], parameters["conv.bias"]
-    with torch.no_grad():
-        seen = [nn.functional.conv2d(nn.functional.conv2d(each, right), left, bias) for each in x]
-    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
-    var = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
-    torch.testing.assert_close(buffers["running_mean"], mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(buffers["running_var"], var, rtol=1e-4, atol=1e-5)
-    assert torch.equal(small(x[0]), small(x[0]))  # neither dropout nor batch statistics are on afterwards
-    assert all(torch.equal(p, parameters[name]) for name, p in small.named_parameters())
 
 
 def test_recovery_comes_nearer_to_the_dense_model(small: nn.Module) -> None:
@@ -102,55 +84,6 @@ def test_a_loss_that_overflows_leaves_the_module_as_it_was(small: nn.Module) -> 
     with pytest.raises(CalibrationError, match="is inf at step 2"):
         recover_(small, Net(), batches(), 5, loss=lambda z, number: (z.square().sum() + 1) * next(losses))
     assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
-
-
-def test_a_batch_that_does_not_fit_is_named(small: nn.Module) -> None:
-    with pytest.raises(CalibrationError, match="calibration batch 1 does not fit"):
-        recalibrate_(small, [*batches(1), (torch.randn(2, 5),)])
-
-
-class Two(nn.Module):
-    """A batch norm before the layer that is cut, and one behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.layer, self.second = nn.BatchNorm1d(12), nn.Linear(12, 16), nn.BatchNorm1d(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.layer(self.first(x)))
-
-
-def cut_between(how: dr.Capture) -> tuple[nn.Module, nn.Module]:
-    """The model dense, with statistics of its own, and cut."""
-    torch.manual_seed(0)
-    model = Two()
-    for _ in range(20):
-        model(torch.randn(32, 12))
-    x = (torch.randn(8, 12),)
-    net = dr.transform(model, x, rank=Fixed(2), how=how, allow_unprofitable=True)
-    dense = dr.inline(net.eval() if how is dr.Capture.SYMBOLIC else net)
-    return dense.eval() if how is dr.Capture.SYMBOLIC else dense, dr.truncate(net, [x])
-
-
-@pytest.mark.parametrize("how", [dr.Capture.SYMBOLIC, dr.Capture.EXPORT])
-def test_batch_norms_that_no_cut_feeds_keep_their_statistics(how: dr.Capture) -> None:
-    dense, small = cut_between(how)
-    before = {name: b.clone() for name, b in small.named_buffers()}
-    data = [(3 + torch.randn(32, 12),) for _ in range(3)]
-    assert recalibrate_(small, data, like=dense) == 1
-    after = dict(small.named_buffers())
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("first"))
-    assert not torch.equal(before["second.running_mean"], after["second.running_mean"])
-
-
-def test_batches_count_by_their_rows_and_a_single_row_not_at_all() -> None:
-    _, small = cut_between(dr.Capture.SYMBOLIC)
-    data = [(torch.randn(30, 12),), (5 + torch.randn(10, 12),), (torch.full((1, 12), 1e3),)]
-    recalibrate_(small, data)
-    mean = torch.cat([batch for (batch,) in data[:2]]).mean(0)
-    torch.testing.assert_close(small.get_buffer("first.running_mean"), mean, rtol=1e-5, atol=1e-5)
-    with pytest.raises(CalibrationError, match="has one row: give batches of more"):
-        recalibrate_(small, [(torch.randn(1, 12),)])
 
 
 def test_a_loss_without_a_gradient_is_told_and_leaves_the_module_as_it_was(small: nn.Module) -> None:

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from compressing import SaidTimes, batches, params, perceptron
+from torch import nn
 
 import dynrank_fx as dr
 from dynrank_fx.compression import MaxDrop, SiteTimes, compress
 from dynrank_fx.compression.model_times import ModelTimes
 from dynrank_fx.compression.recover import distance
-from dynrank_fx.compression.site_model import site_model
-from dynrank_fx.compression.site_times import paying_limit
-from dynrank_fx.compression.truncation import Cut, cut_plainly
 from dynrank_fx.errors import PlanError
-from dynrank_fx.onnx import session_of
 from dynrank_fx.plan import Cost
 from dynrank_fx.timing import Pair
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48)).eval()
-
-
-def batches() -> list[Any]:
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(32, 32, generator=generator) * torch.linspace(0, 1, 32) ** 3
-    return [(torch.randn(64, 32, generator=generator) @ mixing,) for _ in range(4)]
-
-
-def params(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
 
 
 def error(net: nn.Module, dense: nn.Module) -> float:
@@ -46,21 +26,9 @@ def error(net: nn.Module, dense: nn.Module) -> float:
         return sum(float((net(*b) - dense(*b)).square().sum()) for b in batches())
 
 
-class Times(SiteTimes):
-    """Times that a test says: of a site factored, over dense, at any rank; and of the whole model."""
-
-    def __init__(self, ratios: dict[str, float]) -> None:
-        super().__init__(cache=None)
-        self.ratios = ratios
-
-    def cost(self, rows: Any, total: float) -> Cost:
-        ratio = self.ratios.get(rows[0].site.name, 0.5)
-        return Cost(0.2, lambda rank: 0.2 * ratio)
-
-
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_a_budget_is_met_and_better_than_one_rank_for_all(share: float) -> None:
-    dense = model()
+    dense = perceptron()
     found = compress(dense, batches()[0], dr.Budget(params=share), batches())
     assert params(found.module) <= share * params(dense)
     assert found.params == (params(dense), params(found.module))
@@ -75,7 +43,7 @@ def test_a_budget_is_met_and_better_than_one_rank_for_all(share: float) -> None:
 def test_flops_too() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    dense = model()
+    dense = perceptron()
     found = compress(dense, batches()[0], dr.Budget(flops=0.4), batches())
     counts, x = [], batches()[0]
     for net in (dense, found.module):
@@ -87,7 +55,7 @@ def test_flops_too() -> None:
 
 
 def test_the_model_is_left_as_it_was_and_the_result_is_plain_torch(tmp_path: Path) -> None:
-    dense = model()
+    dense = perceptron()
     before = copy.deepcopy(dense.state_dict())
     found = compress(dense, batches()[0], dr.Budget(params=0.5), batches())
     assert all(torch.equal(t, before[name]) for name, t in dense.state_dict().items())
@@ -97,7 +65,7 @@ def test_the_model_is_left_as_it_was_and_the_result_is_plain_torch(tmp_path: Pat
 
 
 def test_the_least_model_within_a_drop() -> None:
-    dense = model()
+    dense = perceptron()
 
     def metric(net: nn.Module) -> float:
         return -error(net, dense)
@@ -113,20 +81,20 @@ def test_the_least_model_within_a_drop() -> None:
 
 def test_a_budget_that_cannot_be_met_says_the_least() -> None:
     with pytest.raises(PlanError, match=r"0.01 of the dense parameters cannot be met.* takes 0\.0\d+ of them"):
-        compress(model(), batches()[0], dr.Budget(params=0.01), batches())
+        compress(perceptron(), batches()[0], dr.Budget(params=0.01), batches())
 
 
 def test_a_site_that_is_not_faster_stays_dense() -> None:
-    times = Times({"2.weight": 1.2})
-    found = compress(model(), batches()[0], dr.Budget(flops=0.6), batches(), times=times)
+    times = SaidTimes({"2.weight": 1.2})
+    found = compress(perceptron(), batches()[0], dr.Budget(flops=0.6), batches(), times=times)
     assert [cut.site for cut in found.cuts if cut.rank is None] == ["2.weight"]
     assert isinstance(found.module.get_submodule("2"), nn.Module)
-    assert params(found.module) < params(model())
+    assert params(found.module) < params(perceptron())
 
 
 def test_a_budget_of_parameters_asks_for_size_alone_and_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelTimes, "pair", lambda self, small: Pair(1.0, 1.3, 1.3))
-    found = compress(model(), batches()[0], dr.Budget(params=0.5), batches(), times=Times({"2.weight": 1.2}))
+    found = compress(perceptron(), batches()[0], dr.Budget(params=0.5), batches(), times=SaidTimes({"2.weight": 1.2}))
     assert all(cut.rank is not None for cut in found.cuts)
     assert any("slower than the dense model (1.30 of its time)" in note for note in found.notes)
 
@@ -137,63 +105,47 @@ def test_what_is_not_faster_as_a_whole_gives_way_site_by_site(monkeypatch: pytes
 
     def compared(self: Any, small: nn.Module) -> Pair:
         seen.append(params(small))
-        ratio = 1.2 if params(small) < 0.8 * params(model()) else 0.9
+        ratio = 1.2 if params(small) < 0.8 * params(perceptron()) else 0.9
         return Pair(1.0, ratio, ratio)
 
     monkeypatch.setattr(ModelTimes, "pair", compared)
-    times = Times({"0.weight": 0.95, "2.weight": 0.95, "4.weight": 0.5})
-    found = compress(model(), batches()[0], dr.Budget(latency=0.95), batches(), times=times)
+    times = SaidTimes({"0.weight": 0.95, "2.weight": 0.95, "4.weight": 0.5})
+    found = compress(perceptron(), batches()[0], dr.Budget(latency=0.95), batches(), times=times)
     assert found.times is not None
     assert found.times.ratio == 0.9
     monkeypatch.setattr(ModelTimes, "pair", lambda self, small: Pair(1.0, 1.2, 1.2))
-    found = compress(model(), batches()[0], dr.Ratio(0.25), batches(), times=times)
+    found = compress(perceptron(), batches()[0], dr.Ratio(0.25), batches(), times=times)
     assert all(cut.rank is None for cut in found.cuts)
-    assert params(found.module) == params(model())
+    assert params(found.module) == params(perceptron())
 
 
-class ByRank(Times):
+class ByRank(SaidTimes):
     """Times as the parameters are."""
 
     def cost(self, rows: Any, total: float) -> Cost:
-        share = rows[0].site.params / params(model())
+        share = rows[0].site.params / params(perceptron())
         return Cost(share, lambda rank: share * rank / 64)
 
 
 def test_a_budget_of_latency_is_met_by_the_times_of_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelTimes, "pair", lambda self, small: Pair(1.0, 0.5, 0.5))
     times = ByRank({})
-    found = compress(model(), batches()[0], dr.Budget(latency=0.7), batches(), times=times)
-    costs = [times.cost([row], 1.0) for row in dr.plan_of(dr.transform(model(), batches()[0])).sites]
+    found = compress(perceptron(), batches()[0], dr.Budget(latency=0.7), batches(), times=times)
+    costs = [times.cost([row], 1.0) for row in dr.plan_of(dr.transform(perceptron(), batches()[0])).sites]
     cuts = zip(costs, found.cuts, strict=True)
     taken = sum(cost.dense if cut.rank is None else cost.at(cut.rank) for cost, cut in cuts)
     assert 0.6 < taken + 1 - sum(cost.dense for cost in costs) <= 0.7 + 1e-9
-
-
-def test_a_site_is_timed_where_it_runs_and_a_cache_keeps_its_times(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    dense, x = nn.Sequential(nn.Linear(256, 256)), torch.randn(16, 256)
-    sites, cache = dr.plan_of(dr.transform(dense, (x,))).sites, tmp_path / "times.json"
-    times = SiteTimes(cache=cache, repeats=5)
-    pair = times.pair(sites, paying_limit(sites))
-    assert pair is not None
-    assert pair.first > 0
-    times.save()
-    again = SiteTimes(cache=cache)
-    again._measured = None  # type: ignore[method-assign,assignment]
-    assert again.pair(sites, paying_limit(sites)) == pair
-    cache.write_text("no JSON")
-    assert SiteTimes(cache=cache)._known == {}
 
 
 def test_a_whole_that_takes_longer_than_its_layers_say_is_cut_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the whole takes a tenth more of the dense time than its parameters would say."""
 
     def pair(self: ModelTimes, small: nn.Module) -> Pair:
-        ratio = 0.1 + params(small) / params(model())
+        ratio = 0.1 + params(small) / params(perceptron())
         return Pair(1.0, ratio, ratio)
 
     monkeypatch.setattr(ModelTimes, "pair", pair)
-    found = compress(model(), batches()[0], dr.Budget(latency=0.8), batches(), times=ByRank({}))
+    found = compress(perceptron(), batches()[0], dr.Budget(latency=0.8), batches(), times=ByRank({}))
     assert found.times is not None
     assert found.times.ratio <= 0.82
     assert not any("Asked for" in note for note in found.notes)
@@ -201,27 +153,27 @@ def test_a_whole_that_takes_longer_than_its_layers_say_is_cut_further(monkeypatc
 
 def test_a_share_of_time_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelTimes, "pair", lambda self, small: Pair(1.0, 0.95, 0.95))
-    found = compress(model(), batches()[0], dr.Budget(latency=0.8), batches(), times=Times({}))
+    found = compress(perceptron(), batches()[0], dr.Budget(latency=0.8), batches(), times=SaidTimes({}))
     assert any("Asked for 0.8 of the dense model's time; the least that was reached is 0.95" in n for n in found.notes)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"multiple_of": 0}, "give 1 or more"),
-        ({"recover_steps": -3}, "and 0 or more"),
+        ({"multiple_of": 0}, "ranks cannot be multiples of 0; give 1 or more"),
+        ({"recover_steps": -3}, "a recovery of -3 steps is none: give 0 or more"),
         ({"metric": lambda net: "good"}, "the metric is 'good' and no number"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
-        compress(model(), batches()[0], dr.Budget(params=0.5), batches(), **options)
+        compress(perceptron(), batches()[0], dr.Budget(params=0.5), batches(), **options)
 
 
 def low_rank_run() -> nn.Module:
     """A net that ends in LOW at a quarter of the rank, as its training leaves it."""
     torch.manual_seed(0)
-    net = dr.transform(model(), batches()[0], rank=dr.Ratio(0.25), allow_unprofitable=True)
+    net = dr.transform(perceptron(), batches()[0], rank=dr.Ratio(0.25), allow_unprofitable=True)
     dr.enter_(net, dr.Phase.LOW)
     return net.eval()
 
@@ -256,7 +208,7 @@ def test_biases_that_a_cut_adds_count_as_parameters() -> None:
 
 @pytest.mark.parametrize("share", [0.15, 0.3])
 def test_no_budget_is_worse_on_its_data_than_one_ratio_for_all(share: float) -> None:
-    dense = model()
+    dense = perceptron()
     found = compress(dense, batches()[0], dr.Budget(params=share), batches())
     even = compress(dense, batches()[0], dr.Budget(params=share, even=True), batches())
     ranks = [cut.rank / min(p.shape) for cut, p in zip(even.cuts, [dense[0].weight, dense[2].weight], strict=False)]
@@ -270,128 +222,27 @@ def far(net: nn.Module, dense: nn.Module) -> float:
         return sum(float(distance(net(*b), dense(*b))) for b in batches())
 
 
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.layer, self.behind = nn.BatchNorm1d(32), nn.Linear(32, 48), nn.BatchNorm1d(48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.behind(self.layer(self.before(x)))
-
-
-def test_batch_norms_before_every_cut_are_left_alone_and_a_short_last_batch_is_no_error() -> None:
-    torch.manual_seed(0)
-    dense = Normed()
-    for (x,) in batches():
-        dense(x)
-    dense.eval()
-    data = [*((x + 1,) for (x,) in batches()), (torch.randn(1, 32),)]
-    small = compress(dense, batches()[0], dr.Budget(params=0.5), data).module
-    assert torch.equal(small.get_buffer("before.running_mean"), dense.before.running_mean)
-    assert not torch.equal(small.get_buffer("behind.running_mean"), dense.behind.running_mean)
-
-
-def conv(**settings: Any) -> nn.Module:
-    return nn.Conv2d(8, 16, 3, **settings)
-
-
-class Einsum(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(8, 8, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bi,ijk->bjk", x, self.w)
-
-
-class Product(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(8, 24))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w
-
-
-@pytest.mark.parametrize(
-    ("net", "x"),
-    [
-        (nn.Linear(8, 24), torch.randn(5, 8)),
-        (Product(), torch.randn(5, 3, 8)),
-        (conv(stride=2, padding=1), torch.randn(2, 8, 9, 9)),
-        (conv(padding="same", groups=2), torch.randn(2, 8, 9, 9)),
-        (conv(padding=(1, 2), padding_mode="reflect"), torch.randn(2, 8, 9, 9)),
-        (nn.ConvTranspose2d(8, 16, 3, stride=2, output_padding=1), torch.randn(2, 8, 5, 5)),
-        (nn.Embedding(30, 16), torch.randint(0, 30, (4, 7))),
-        (Einsum(), torch.randn(5, 8)),
-    ],
-)
-def test_a_sites_own_model_has_the_shapes_of_the_site(net: nn.Module, x: Tensor) -> None:
-    plan = dr.plan_of(dr.transform(net, (x,), rank=dr.Fixed(2), allow_unprofitable=True))
-    for rank in (None, 2):
-        made = site_model(plan.sites, rank, np.float32)
-        assert made is not None
-        proto, feeds = made
-        (y,) = session_of(proto.SerializeToString(), "CPUExecutionProvider").run(None, feeds)
-        assert y.shape == tuple(net(x).shape)
-        stored = sum(int(np.prod(each.dims)) for each in proto.graph.initializer)
-        assert stored == (plan.sites[0].site.params if rank is None else plan.sites[0].params)
-
-
-def test_sites_that_share_a_factor_are_timed_together() -> None:
-    class QK(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.q(x) + self.k(x)
-
-    plan = dr.plan_of(dr.transform(QK(), (torch.randn(4, 16),), rank=dr.Fixed(3), share_inputs=True))
-    made = site_model(plan.sites, 3, np.float32)
-    assert made is not None
-    assert [len(made[0].graph.node), len(made[0].graph.output)] == [3, 2]
-
-
-def test_what_is_printed(tmp_path: Path) -> None:
-    found = compress(
-        model(), batches()[0], dr.Budget(params=0.5), batches(), metric=lambda net: 0.5, times=Times({"2.weight": 0.5})
-    )
-    text = str(found)
-    assert f"parameters  {params(model()):,} -> {params(found.module):,}" in text
-    assert "metric      0.5000 -> 0.5000" in text
-    assert re.search(r"time        \d\.\d\d of dense \(\d+\.\d{3} ms on the example inputs\) in onnxruntime", text)
-    assert json.loads(found.plan.to_json())["total_params"] == params(model())
-
-
 def test_without_data_it_says_so() -> None:
-    found = compress(model(), batches()[0], dr.Budget(params=0.5))
+    found = compress(perceptron(), batches()[0], dr.Budget(params=0.5))
     assert any("cut by plain SVD, since there are no calibration data" in note for note in found.notes)
-
-
-def test_few_calibration_data_are_told_of() -> None:
-    found = compress(model(), batches()[0], dr.Budget(params=0.5), [(torch.randn(1, 32),)])
-    assert any(re.search(r"data are few for \d of 3 weights \(.* was seen to give 1 outputs\)", n) for n in found.notes)
-    assert not any("few" in note for note in compress(model(), batches()[0], dr.Budget(params=0.5), batches()).notes)
-
-
-def test_batches_of_other_dimensions_than_the_example_inputs_are_refused() -> None:
-    """A linear layer takes them without a word."""
-    with pytest.raises(dr.CalibrationError, match=r"batch 1 have 3 dimensions and those of the example inputs 2"):
-        compress(model(), batches()[0], dr.Budget(params=0.5), [*batches()[:1], (torch.randn(2, 3, 32),)])
 
 
 def test_a_provider_that_is_not_there_is_no_untimed_success() -> None:
     with pytest.raises(dr.ExportError, match="this onnxruntime has no Toaster"):
-        compress(model(), batches()[0], dr.Budget(flops=0.6), batches(), times=SiteTimes("Toaster", cache=None))
+        compress(perceptron(), batches()[0], dr.Budget(flops=0.6), batches(), times=SiteTimes("Toaster", cache=None))
 
 
 def test_a_budget_that_only_slow_layers_could_meet_says_so() -> None:
-    times = Times({"0.weight": 1.2, "2.weight": 1.2, "4.weight": 1.2})
+    times = SaidTimes({"0.weight": 1.2, "2.weight": 1.2, "4.weight": 1.2})
     with pytest.raises(PlanError, match=r"cannot be met.*Only layers that are faster than dense count here"):
-        compress(model(), batches()[0], dr.Budget(flops=0.5), batches(), times=times)
+        compress(perceptron(), batches()[0], dr.Budget(flops=0.5), batches(), times=times)
 
 
-def test_every_reason_for_a_plain_cut_has_its_sites() -> None:
-    cuts = [Cut("a", 2, 0.5, "one"), Cut("b", 2, 0.5, "other"), Cut("c", 2, 0.5, "one"), Cut("d", 2, 0.0, "one")]
-    assert cut_plainly(cuts) == ["a, c: cut by plain SVD, since one", "b: cut by plain SVD, since other"]
+def test_options_of_planning_in_one_value_or_as_keywords_say_the_same() -> None:
+    options = dr.PlanOptions(exclude=("0.*",), multiple_of=8, rank=dr.Fixed(1))  # the budget decides the ranks
+    one = compress(perceptron(), batches()[0], dr.Budget(params=0.6), batches(), options)
+    other = compress(perceptron(), batches()[0], dr.Budget(params=0.6), batches(), exclude="0.*", multiple_of=8)
+    assert one.cuts == other.cuts
+    assert [cut.site for cut in one.cuts] == ["2.weight", "4.weight"]
+    assert all(cut.rank is None or cut.rank % 8 == 0 for cut in one.cuts)
+    assert torch.equal(one.module(*batches()[0]), other.module(*batches()[0]))

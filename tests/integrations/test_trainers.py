@@ -46,7 +46,7 @@ def reference(epochs: int) -> nn.Module:
             optimizer.step()
             optimizer.zero_grad()
         scheduler.step()
-    assert [record["phase"] for record in phases.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"][:epochs]
+    assert [record.phase for record in phases.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"][:epochs]
     return net
 
 
@@ -90,14 +90,14 @@ def test_lightning_trains_as_a_plain_loop_does(tmp_path):
     trainer, callback = lightning(5, tmp_path, enable_checkpointing=False)
     module = lightning_module()
     trainer.fit(module, DataLoader(data(), 8))
-    assert [record["phase"] for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
     assert_same(module.net, reference(5))
 
 
 def test_lightning_lands_by_optimizer_steps_where_batches_are_accumulated(tmp_path):
     trainer, callback = lightning(5, tmp_path, enable_checkpointing=False, accumulate_grad_batches=2)
     trainer.fit(lightning_module(), DataLoader(data(), 8))
-    assert max(callback.history[3]["switch_error"].values()) < 1e-5
+    assert max(callback.history[3].switch_error.values()) < 1e-5
 
 
 @pytest.mark.parametrize("stop", [2, 4])
@@ -120,7 +120,7 @@ def test_lightning_goes_on_from_a_checkpoint_in_any_phase(stop, tmp_path):
     resume_from_(again.net, tmp_path / "c.ckpt")
     trainer, callback = lightning(5, tmp_path, enable_checkpointing=False)
     trainer.fit(again, DataLoader(data(), 8), ckpt_path=tmp_path / "c.ckpt", weights_only=False)
-    assert [record["epoch"] for record in callback.history] == [0, 1, 2, 3, 4]
+    assert [record.epoch for record in callback.history] == [0, 1, 2, 3, 4]
     assert_same(again.net, reference(5))
 
 
@@ -198,10 +198,10 @@ class Holder(nn.Module):
 def test_a_trainer_goes_through_the_phases_with_one_optimizer(make, tmp_path):
     trainer, callback = hugging_face(tmp_path, make())
     trainer.train()
-    assert [record["phase"] for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in trainer.model.parameters()}
-    cut = callback.history[3]["switch_error"]
+    cut = callback.history[3].switch_error
     assert max(cut.values()) < 1e-5, "it landed before"
 
 
@@ -216,7 +216,7 @@ def test_a_trainer_goes_on_from_a_checkpoint_in_any_phase(stop, tmp_path):
     resume_from_(net, folder)
     trainer, callback = hugging_face(tmp_path, net)
     trainer.train(resume_from_checkpoint=str(folder))
-    assert [record["epoch"] for record in callback.history] == [0, 1, 2, 3, 4]
+    assert [record.epoch for record in callback.history] == [0, 1, 2, 3, 4]
     assert_same(trainer.model, whole.model)
 
 
@@ -248,10 +248,10 @@ def test_tensorboard_shows_what_the_records_say(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert [step for step, _ in found] == [1, 2, 3, 4]
-    torch.testing.assert_close([value for _, value in found], [r["loss"] for r in run.history], rtol=1e-5, atol=0)
+    torch.testing.assert_close([value for _, value in found], [r.loss for r in run.history], rtol=1e-5, atol=0)
     assert [event.value for event in events.Scalars("share of sites in FULL")] == [0, 1, 1, 0]
     ranks = [event.value for event in events.Scalars("effective_rank/0.weight")]
-    torch.testing.assert_close(ranks, [r["effective_rank"]["0.weight"] for r in run.history], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ranks, [r.effective_rank["0.weight"] for r in run.history], rtol=1e-5, atol=0)
 
 
 # Samples

@@ -92,7 +92,7 @@ def float64(shape: tuple[int, ...]) -> Tensor:
 
 
 def apply(layout: Layout, op: Op, x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
-    for stage, index in layout.stages(op):
+    for stage, index in layout.stages(op, factors[0].shape[-1]):
         x = stage(x, factors[index])
     return x
 
@@ -126,7 +126,7 @@ class TestEveryLayout:
         torch.testing.assert_close(apply(layout, setup.op, x, factors), setup.op(x, joined))
         if isinstance(setup.op, MatmulOp | EinsumOp):
             return  # their bias broadcasts, or there is none
-        *first, (last, index) = layout.stages(setup.op)
+        *first, (last, index) = layout.stages(setup.op, 2)
         for stage, i in first:
             x_low = stage(x, factors[i])
         torch.testing.assert_close(last(x_low, factors[index], bias), setup.op(x, joined, bias))
@@ -186,7 +186,7 @@ def test_with_groups_every_stage_is_grouped(name):
     """A dense second stage would mix the groups."""
     setup = CONVS[name]
     for layout in (ChannelLayout(setup.op.groups), SpatialLayout(setup.op.groups)):
-        assert {stage.groups for stage, _ in layout.stages(setup.op)} == {setup.op.groups}
+        assert {stage.groups for stage, _ in layout.stages(setup.op, 2)} == {setup.op.groups}
 
 
 def test_the_matrix_of_the_channel_layout_is_outputs_by_the_rest_and_of_the_spatial_one_splits_the_kernel():

@@ -265,42 +265,6 @@ def test_an_optimizer_that_has_not_stepped_carries_nothing():
     feed(optimizer, list(module.factors), [in_factors(module, history(module.shape)[0])])
 
 
-def test_rewarm_scales_the_next_steps_only_and_hides_from_schedulers():
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    rewarm = dr.rewarm_(optimizer, 4)
-    moved = []
-    for _ in range(6):
-        parameter.grad = torch.ones(1)
-        before = parameter.item()
-        optimizer.step()
-        moved.append(round(before - parameter.item(), 6))
-        assert optimizer.param_groups[0]["lr"] == 1.0
-    assert moved == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert rewarm.left == 0
-    with pytest.raises(dr.TransitionError, match="-1 steps"):
-        dr.rewarm_(optimizer, -1)
-
-
-def test_rewarm_scales_once_where_a_subclass_calls_its_bases_step():
-    class Sub(torch.optim.SGD):
-        def step(self, closure=None):
-            return super().step(closure)
-
-    other = nn.Parameter(torch.zeros(1))
-    other.grad = torch.ones(1)
-    torch.optim.SGD([other], lr=0.1).step()  # torch wraps the base's step when it is first used
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = Sub([parameter], lr=1.0)
-    dr.rewarm_(optimizer, 2)
-    for moved in (0.5, 1.0, 1.0):
-        parameter.grad = torch.ones(1)
-        before = parameter.item()
-        optimizer.step()
-        assert before - parameter.item() == pytest.approx(moved)
-        assert optimizer.param_groups[0]["lr"] == 1.0
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_state_is_carried_in_the_dtype_of_the_parameters(dtype):
     torch.manual_seed(0)

@@ -147,7 +147,7 @@ def test_a_budget_that_cannot_be_met_says_the_least_that_can():
 # Decided anew
 
 
-def test_ranks_follow_the_weights_by_the_rungs_of_the_ladder():
+def test_ranks_follow_the_weights_by_the_steps_of_the_grid():
     net = dr.transform(Net(), (torch.randn(3, 40),), rank=dr.Fixed(8), exclude=["head"])
     net.load_state_dict(steep().state_dict())
     plan = dr.reranked(net, dr.Energy(0.99), ladder=8)

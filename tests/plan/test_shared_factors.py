@@ -49,7 +49,7 @@ def factors(net: nn.Module, names: tuple[str, ...]) -> tuple[list[Tensor], Tenso
 def test_packs_are_found_and_full_is_the_original_and_low_at_full_rank_too(how):
     net, model, x = made(1.0, how=how)
     plan = dr.plan_of(net)
-    assert {row.site.name: row.pack for row in plan.sites} == {
+    assert {row.site.name: row.sharing for row in plan.sites} == {
         **dict.fromkeys(QKV, QKV),
         **dict.fromkeys(GLU, GLU),
         "o.weight": (),
@@ -185,9 +185,9 @@ def test_packs_survive_copies_files_and_plans(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "sentence"),
     [
-        (lambda rows: rows.pop(1), r"has not every row of the pack q\.weight, k\.weight, v\.weight"),
+        (lambda rows: rows.pop(1), r"lacks a row of q\.weight, k\.weight, v\.weight"),
         (lambda rows: rows[1].update(rank=3), "share a factor: give them one rank"),
-        (lambda rows: rows[1].update(pack=["q.weight"]), "has not every row of the pack"),
+        (lambda rows: rows[1].update(sharing=["q.weight"]), "lacks a row of q.weight"),
         (
             lambda rows: [row.update(rank=13) for row in rows[:3]],
             "cannot have rank 13: give a whole number from 1 to 12",
@@ -205,7 +205,7 @@ def test_a_plan_cannot_pack_what_reads_another_input():
     net, model, x = made()
     data = json.loads(dr.plan_of(net).to_json())
     for row in data["sites"]:
-        row["pack"] = ["q.weight", "o.weight"] if row["site"]["name"] in ("q.weight", "o.weight") else []
+        row["sharing"] = ["q.weight", "o.weight"] if row["site"]["name"] in ("q.weight", "o.weight") else []
     with pytest.raises(dr.PlanError, match=r"o\.weight does not read the input of q\.weight"):
         dr.transform(model, (x,), plan=dr.Plan.from_json(json.dumps(data)))
 
@@ -223,4 +223,4 @@ def test_what_differs_in_override_dtype_or_training_is_not_packed():
         allow_unprofitable=True,
         overrides={"up": dr.Override(rank=dr.Fixed(2))},
     )
-    assert {row.pack for row in dr.plan_of(net).sites} == {(), ("q.weight", "v.weight")}
+    assert {row.sharing for row in dr.plan_of(net).sites} == {(), ("q.weight", "v.weight")}

@@ -76,12 +76,12 @@ def test_the_page_of_a_run_says_what_its_history_says(tmp_path):
     text = page(run, tmp_path / "r.html")
     last, plan = run.history[-1], dr.plan_of(run.net)
     for cell in (
-        f"{last['spent'] / 4:.1%}",
+        f"{last.spent / 4:.1%}",
         f"{plan.total_params:,}",
-        f"{last['eval_metric']:.2%}",
-        f"{last['eval_loss']:.4f}",
-        f"{last['effective_rank']['2.weight']:.1f}",
-        *[reason for record in run.history for reason in record["reasons"] if record["switch_error"]],
+        f"{last.eval_metric:.2%}",
+        f"{last.eval_loss:.4f}",
+        f"{last.effective_rank['2.weight']:.1f}",
+        *[reason for record in run.history for reason in record.reasons if record.switch_error],
     ):
         assert any(cell in each for each in text.cells), cell
     assert [alt for alt, _ in text.pictures] == [
@@ -97,18 +97,18 @@ def test_the_page_of_a_run_says_what_its_history_says(tmp_path):
 
 def test_spectra_before_and_after_a_cut_are_those_of_the_weight():
     run = trained(dr.schedules.warm_up(2), epochs=3)
-    before, after = run.history[2]["switch_spectra"]["2.weight"]
+    before, after = run.history[2].switch_spectra["2.weight"]
     assert len(before) == 32
     rank = next(row.rank for row in dr.plan_of(run.net).sites if row.site.name == "2.weight")
-    assert after == pytest.approx(before[:rank] + [0.0] * (32 - rank), rel=2e-3)
-    assert run.history[1]["switch_spectra"] == {}
-    error = run.history[2]["switch_error"]["2.weight"]
+    assert after == pytest.approx(before[:rank] + (0.0,) * (32 - rank), rel=2e-3)
+    assert run.history[1].switch_spectra == {}
+    error = run.history[2].switch_error["2.weight"]
     assert error**2 == pytest.approx(sum(v * v for v in before[rank:]) / sum(v * v for v in before), rel=5e-3)
 
 
 def test_spectra_are_recorded_where_a_schedule_names_sites_by_pattern():
     run = trained(lambda state: {"*": dr.Phase.LOW} if state.epoch == 1 else {}, epochs=2)
-    assert set(run.history[1]["switch_spectra"]) == set(run.history[1]["switch_error"]) == {"0.weight", "2.weight"}
+    assert set(run.history[1].switch_spectra) == set(run.history[1].switch_error) == {"0.weight", "2.weight"}
 
 
 def test_the_map_of_a_site_in_groups_is_over_all_its_singular_values():
@@ -126,12 +126,12 @@ def test_the_map_of_a_site_in_groups_is_over_all_its_singular_values():
 
 def test_the_metric_after_truncation_is_that_of_the_truncated_model(tmp_path):
     run = trained(dr.schedules.always(dr.Phase.FULL), epochs=2)
-    said = run.history[-1]["truncated"]
-    assert "truncated" not in run.history[0]
-    assert said["eval_loss"] != run.history[-1]["eval_loss"]
+    said = run.history[-1].truncated
+    assert not run.history[0].truncated
+    assert said["eval_loss"] != run.history[-1].eval_loss
     assert any(f"{said['eval_metric']:.2%}" in cell for cell in page(run, tmp_path / "r.html").cells)
     low = trained(dr.schedules.always(dr.Phase.LOW), epochs=2).history[-1]
-    assert low["truncated"] == {"eval_loss": low["eval_loss"], "eval_metric": low["eval_metric"]}
+    assert low.truncated == {"eval_loss": low.eval_loss, "eval_metric": low.eval_metric}
 
 
 @pytest.mark.parametrize("last", [dr.Phase.LOW, dr.Phase.ADAPTOR])

@@ -8,24 +8,28 @@ from typing import Any
 import pytest
 
 from dynrank_fx.errors import DynrankError, StoreError
+from dynrank_fx.phase import Phase
 from dynrank_fx.report import plot_run, plot_spectra
 from dynrank_fx.report.matrices import MatrixRow
+from dynrank_fx.schedules import EpochRecord
 
 
 def spectra(count: int, *values: float) -> list[MatrixRow]:
     return [MatrixRow(f"layers.{i}.query.weight", (3, 3), "dense", values, 2.0, 1.5, 2) for i in range(count)]
 
 
-def history(epochs: int, sites: int, **more: Any) -> list[dict[str, Any]]:
+def history(epochs: int, sites: int, **more: Any) -> list[EpochRecord]:
     names = [f"layers.{i}.query.weight" for i in range(sites)]
     return [
-        {
-            "epoch": epoch,
-            "phases": {name: ("LOW", "FULL")[(i + epoch) % 2] for i, name in enumerate(names)},
-            "loss": 1 / (epoch + 1),
-            "effective_rank": dict.fromkeys(names, 2.0 + epoch),
+        EpochRecord(
+            epoch=epoch,
+            phases={name: (Phase.LOW, Phase.FULL)[(i + epoch) % 2] for i, name in enumerate(names)},
+            lr=0.1,
+            spent=epoch + 1.0,
+            loss=1 / (epoch + 1),
+            effective_rank=dict.fromkeys(names, 2.0 + epoch),
             **more,
-        }
+        )
         for epoch in range(epochs)
     ]
 

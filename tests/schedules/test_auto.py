@@ -11,11 +11,9 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 import dynrank_fx as dr
 from dynrank_fx.layouts import effective_rank
-from dynrank_fx.schedules import Schedule, SiteState
+from dynrank_fx.schedules import Decision, Schedule, SiteState
 from dynrank_fx.schedules.auto import _Seen
-from dynrank_fx.schedules.state import Decision
 from dynrank_fx.training import Run, Settings, Task, fit, read_run, restore_run_, save_run
-from dynrank_fx.training.facts import planned_rates
 
 FULL, LOW = dr.Phase.FULL, dr.Phase.LOW
 FLAT = (1.0,) * 8
@@ -30,7 +28,7 @@ def state(epoch: int = 0, *, phases: str = "FF", spectra=(FLAT, FLAT), spent: fl
 
 
 def letters(decision: Decision) -> str:
-    return "".join(phase.name[0] for phase in decision.values())
+    return "".join(phase.name[0] for phase in decision.phases.values())
 
 
 def test_it_starts_full_and_says_why():
@@ -239,8 +237,8 @@ def test_what_is_held_back_leaves_sites_in_low_and_pays_for_the_one_that_collaps
 def test_sites_that_share_a_factor_go_together():
     def told(phases: str, spectra, spent: float) -> dr.TrainState:
         found = four(4, phases, spectra, spent=spent)
-        pack = ("s0", "s2")
-        sites = {name: replace(site, pack=pack if name in pack else ()) for name, site in found.sites.items()}
+        sharing = ("s0", "s2")
+        sites = {name: replace(site, sharing=sharing if name in sharing else ()) for name, site in found.sites.items()}
         return replace(found, sites=sites)
 
     fits = (1.0,) * 4 + (1e-2,) * 4
@@ -273,13 +271,13 @@ def test_a_run_inflates_again_lands_before_the_next_cut_and_survives_a_resume(tm
     schedule = dr.schedules.auto(0.75, reserve=0.8)
     run, task, settings = a_collapsing_run(schedule)
     assert fit(run, task, settings)
-    phases = ["".join(phase[0] for phase in record["phases"].values()) for record in run.history]
+    phases = ["".join(phase.name[0] for phase in record.phases.values()) for record in run.history]
     assert phases == ["FF", "FL", "FF", "FF", "LF", "LL", "LL", "LL"]
     inflated = run.history[2]
-    assert inflated["reasons"][0].startswith("inflate 1.weight: its effective rank is 3.9 of 8, 49%")
-    assert inflated["epochs_to_cut"] == {"0.weight": 2, "1.weight": 3}
-    assert run.history[5]["switch_error"]["1.weight"] < 1e-2
-    assert run.history[-1]["spent"] <= 0.75 * 8
+    assert inflated.reasons[0].startswith("inflate 1.weight: its effective rank is 3.9 of 8, 49%")
+    assert inflated.epochs_to_cut == {"0.weight": 2, "1.weight": 3}
+    assert run.history[5].switch_error["1.weight"] < 1e-2
+    assert run.history[-1].spent <= 0.75 * 8
 
     for stop in (25, 45, 60, 90):  # in LOW, inflated, at the end of an epoch, before the cut
         stopped, task, settings = a_collapsing_run(schedule)
@@ -304,19 +302,6 @@ def a_net() -> nn.Module:
     return dr.transform(nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)), (torch.randn(4, 32),))
 
 
-def test_the_state_of_a_net():
-    net = a_net()
-    optimizer = SGD(net.parameters(), lr=0.1)
-    scheduler = lr_scheduler.MultiStepLR(optimizer, [2, 3])
-    dr.enter_(net, {"0.weight": LOW})
-    found = dr.train_state(net, optimizer, 1, 4, scheduler, rates=[0.2], spent=1.0)
-    assert found.lrs == pytest.approx((0.2, 0.1, 0.1, 0.01))
-    assert {name: site.phase for name, site in found.sites.items()} == {"0.weight": LOW, "2.weight": FULL}
-    assert found.sites["0.weight"] == SiteState(LOW, 8, 0.5, 0.25, groups=1)
-    expected = torch.linalg.svdvals(net.get_submodule("2").weight.detach().double())
-    torch.testing.assert_close(torch.tensor(found.spectra["2.weight"], dtype=torch.float64), expected)
-
-
 def test_a_run_with_shared_factors_keeps_them_together():
     class Pair(nn.Module):
         def __init__(self) -> None:
@@ -333,9 +318,9 @@ def test_a_run_with_shared_factors_keeps_them_together():
     phases = dr.Phases(net, optimizer, schedule, 8)
     for epoch in range(8):
         record = phases.begin(epoch)
-        assert record["phases"]["q.weight"] == record["phases"]["k.weight"]
-        seen.add(tuple(record["phases"].values()))
-    assert record["spent"] <= 0.6 * 8
+        assert record.phases["q.weight"] == record.phases["k.weight"]
+        seen.add(tuple(record.phases.values()))
+    assert record.spent <= 0.6 * 8
     assert len(seen) > 2, "FULL, LOW and mixed"
 
 
@@ -355,42 +340,3 @@ def test_a_site_in_groups_is_measured_over_all_of_them():
         expected = effective_rank(net.get_submodule("0").spectrum())
         assert (seen.count, seen.tail) == (4 * groups, 0.0)
         assert seen.effective == pytest.approx(expected)
-
-
-SCHEDULERS = {
-    "none": lambda o: None,
-    "steps": lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.5**epoch),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=7),
-    "warm-up, then cosine": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 4)], [2]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("make", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, lr=0.1)])
-def test_planned_rates_are_those_that_come(name, make):
-    parameter = nn.Parameter(torch.zeros(3))
-    optimizer = make([parameter])
-    scheduler = SCHEDULERS[name](optimizer)
-    plans, came = [], []
-    for epoch in range(6):
-        plans.append(planned_rates(optimizer, scheduler, 6 - epoch))
-        came.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-    for epoch, plan in enumerate(plans):
-        assert plan == pytest.approx(came[epoch:])
-
-
-def test_rates_that_nobody_knows_yet_are_left_out():
-    optimizer = SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
-    assert planned_rates(optimizer, lr_scheduler.ReduceLROnPlateau(optimizer), 5) == ()
-    net = a_net()
-    optimizer = SGD(net.parameters(), lr=0.1)
-    found = dr.train_state(net, optimizer, 0, 4, lr_scheduler.ReduceLROnPlateau(optimizer))
-    assert found.lrs == ()
-    assert set(dr.schedules.auto()(found).values()) == {FULL}

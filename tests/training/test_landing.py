@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.schedules import SiteState
 from dynrank_fx.training.landing import Landing, epochs_to_cut
 
 FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
@@ -88,7 +89,7 @@ def test_on_the_way_it_falls_by_what_the_formula_says():
 
 def test_sites_that_share_a_factor_land_together():
     net, x = made(share=True)
-    pack = next(row.pack for row in dr.plan_of(net).sites if row.pack)
+    pack = next(row.sharing for row in dr.plan_of(net).sites if row.sharing)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     landing = Landing(net, optimizer)
     landing.begin(dict.fromkeys(switched_modules(net), 6))
@@ -221,10 +222,9 @@ def test_of_tucker_and_cp_a_landing_goes_on_from_its_state_and_with_another_rank
 
 def ahead(schedule, epoch: int = 0, epochs: int = 6, phase: dr.Phase = FULL) -> int | None:
     """Of a site of two, the other being in LOW."""
-    from test_auto import state
-
-    told = state(epoch)
-    start = dr.TrainState(epoch, epochs, 0.1, told.spectra, float(epoch), (0.1,) * epochs, told.sites)
+    sites = {name: SiteState(FULL, rank=2, dense=0.4, low=0.1) for name in ("s0", "s1")}
+    spectra = dict.fromkeys(sites, (1.0,) * 8)
+    start = dr.TrainState(epoch, epochs, 0.1, spectra, float(epoch), (0.1,) * epochs, sites)
     return epochs_to_cut(schedule, start, {"s0": phase, "s1": LOW}).get("s0")
 
 
@@ -257,9 +257,9 @@ def test_a_run_lands_before_every_cut_and_says_how_far_it_is(layout):
     task = Task([x] * 7, lambda output, batch: output.square().mean(), lambda batch: ((batch,), {}))
     run = Run(net, optimizer, dr.schedules.interleave(low=1, full=2))
     fit(run, task, Settings(7, compile=False, landing=True))
-    ahead = [set(record["epochs_to_cut"].values()) for record in run.history]
+    ahead = [set(record.epochs_to_cut.values()) for record in run.history]
     assert ahead == [set(), {2}, {1}, set(), {2}, {1}, set()]
     for record in run.history:
-        if record["switch_error"] and record["phase"] == "LOW" and record["epoch"]:
-            assert max(record["switch_error"].values()) < 1e-4
-    assert sum(bool(record["switch_error"]) for record in run.history) == 5
+        if record.switch_error and record.phase == "LOW" and record.epoch:
+            assert max(record.switch_error.values()) < 1e-4
+    assert sum(bool(record.switch_error) for record in run.history) == 5

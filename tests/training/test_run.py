@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import dynrank_fx as dr
 from dynrank_fx.randomness import generators_of, random_state, seed_all
-from dynrank_fx.schedules import Schedule, Setting
+from dynrank_fx.schedules import EpochRecord, Schedule, Setting
 from dynrank_fx.training import CHECKPOINT, Run, Settings, Task, fit, read_run, restore_run_, save_run
 from dynrank_fx.training.state_tree import flatten
 
@@ -181,7 +181,7 @@ class End:
     @classmethod
     def of(cls, run: Run) -> End:
         measured = ("seconds", "memory")  # of the machine, not of the run
-        history = [{k: v for k, v in record.items() if not k.endswith(measured)} for record in run.history]
+        history = [{k: v for k, v in record.to_json().items() if not k.endswith(measured)} for record in run.history]
         state = {
             "net": run.net.state_dict(),
             "optimizer": run.optimizer.state_dict(),
@@ -313,7 +313,7 @@ def test_the_history_file_can_be_read_beside_the_checkpoint(case: Whole, tmp_pat
     run = resumed(case.recipe, case.checkpoints[1, 2])
     save_run(run, tmp_path)
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == run.history
+    assert [EpochRecord.from_json(json.loads(line)) for line in lines] == run.history
     assert len(lines) == EPOCHS
 
 

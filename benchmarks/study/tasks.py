@@ -1,0 +1,107 @@
+"""What the study trains: two networks on scikit-learn's digits, a character transformer of two sizes on Python code.
+
+The learning rate of each task is the best of a row of doublings for dense training on seed 0, and serves every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+import dynrank_fx as dr
+from benchmarks.measuring import chars, digits, gpt, task_of
+from dynrank_fx.plan import RankPolicy
+from dynrank_fx.training import Task
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """epochs: of dense training. leave, exclude: what stays dense. device: where to train, on a GPU in bfloat16."""
+
+    name: str
+    epochs: int
+    model: Callable[[], nn.Module]
+    data: Callable[[], Task]
+    optimizer: Callable[[Any], Optimizer]
+    lr_scheduler: Callable[[Optimizer, int], Any]
+    leave: Sequence[dr.Role] = tuple(dr.Role)
+    exclude: Sequence[str] = ()
+    device: str = "cpu"
+
+    def transformed(self, rank: RankPolicy) -> nn.Module:
+        example = next(iter(self.data().train_data))[0][:2].cpu()  # its checks run on the CPU
+        net = dr.transform(self.model(), (example,), rank=rank, leave=self.leave, exclude=self.exclude)
+        return net.to(self.device)
+
+    @property
+    def amp(self) -> bool:
+        return self.device == "cuda"
+
+
+class DigitTransformer(nn.Module):
+    """Images [batch, 1, 8, 8] as 16 patches of 2 × 2 pixels to class scores [batch, 10]."""
+
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).mT + self.positions
+        return self.head(self.norm(self.layers(x)).mean(1))
+
+
+class Layer(chars.Layer):
+    """The layer of the character transformer, where every patch sees every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, part = self.norm1(x), self.attention
+        q, k, v = (f(y).unflatten(-1, (part.heads, -1)).transpose(1, 2) for f in (part.query, part.key, part.value))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + part.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def _steps(optimizer: Optimizer, epochs: int) -> MultiStepLR:
+    return MultiStepLR(optimizer, [round(epochs * 2 / 3), round(epochs * 5 / 6)], 0.1)
+
+
+def _adamw(lr: float, parameters: Any) -> AdamW:
+    return AdamW(parameters, lr=lr, weight_decay=0.05)
+
+
+def _fused(lr: float, parameters: Any) -> AdamW:
+    return AdamW(parameters, lr=lr, weight_decay=0.05, betas=(0.9, 0.95), fused=True)
+
+
+def _sgd(lr: float, parameters: Any) -> SGD:
+    return SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def _chars(width: int, lr: float) -> StudyTask:
+    model = partial(chars.CharTransformer, width, 4, 2)
+    return StudyTask(f"chars-{width}", 12, model, partial(task_of, chars), partial(_adamw, lr), CosineAnnealingLR)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        StudyTask("digits-conv", 12, digits.DigitNet, partial(task_of, digits), partial(_sgd, 0.05), _steps),
+        StudyTask(
+            "digits-vit", 24, DigitTransformer, partial(task_of, digits), partial(_adamw, 2e-3), CosineAnnealingLR
+        ),
+        _chars(64, 8e-3),
+        _chars(128, 4e-3),
+        # Its rate is not tuned: one in common use at this size.
+        StudyTask("gpt", 12, gpt.GPT, partial(task_of, gpt), partial(_fused, 6e-4), CosineAnnealingLR, device="cuda"),
+    )
+}

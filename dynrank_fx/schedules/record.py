@@ -1,0 +1,104 @@
+"""What an epoch of training was: the phases it was in, what its switch did, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias
+
+from ..phase import Phase, summary
+
+Spectra: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+"""Singular values before and after, largest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One epoch of a run. What is known at its start comes first; what comes of it is None or empty until then.
+
+    A field is read as an attribute, or by its name as a key: ``record.loss``, ``record["loss"]``. In a file a record is
+    a JSON object, see ``to_json``.
+    """
+
+    epoch: int
+    """Counted from 0."""
+    phases: Mapping[str, Phase]
+    """By site."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """By site."""
+    lr: float
+    """The learning rate of the first parameter group at the start."""
+    reasons: tuple[str, ...] = ()
+    """Why these phases: sentences of the schedule."""
+    epochs_to_cut: Mapping[str, int] = field(default_factory=dict)
+    """How many epochs each dense site has before its cut, where a landing needs to know."""
+    switch_error: Mapping[str, float] = field(default_factory=dict)
+    """By how much the switch changed the weight of a site, relative to its norm; of the sites that switched."""
+    switch_spectra: Mapping[str, Spectra] = field(default_factory=dict)
+    """Of the sites that switched, at up to 64 indices."""
+    switch_seconds: float = 0.0
+    spent: float
+    """Compute to the end of the epoch, in epochs of the dense model."""
+
+    seconds: float | None = None
+    """Of training, so far."""
+    step_seconds: float | None = None
+    """The median of the steps."""
+    steps: int | None = None
+    """Batches trained on."""
+    loss: float | None = None
+    metric: float | None = None
+    eval_loss: float | None = None
+    eval_metric: float | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Bytes: ``state`` of parameters, buffers and optimizer, and the ``peak``."""
+    effective_rank: Mapping[str, float] = field(default_factory=dict)
+    """By site, at the end."""
+    stable_rank: Mapping[str, float] = field(default_factory=dict)
+    """By site, at the end."""
+    truncated: Mapping[str, float | None] = field(default_factory=dict)
+    """``eval_loss`` and ``eval_metric`` of the truncated model, of the last epoch."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else a training loop notes of it, by names of its own."""
+
+    @property
+    def phase(self) -> str:
+        """The phase of all sites, or how many are in which: ``FULL``, ``1 FULL 3 LOW``."""
+        return summary(self.phases.values())
+
+    def __getitem__(self, name: str) -> Any:
+        """The field of this name, or what ``more`` has under it. Raises KeyError for neither."""
+        return getattr(self, name) if name == "phase" or name in _FIELDS else self.more[name]
+
+    def with_figures(self, **figures: Any) -> EpochRecord:
+        """The record with these figures too; those that are no fields go to ``more``."""
+        known = {name: value for name, value in figures.items() if name in _FIELDS}
+        own = {name: value for name, value in figures.items() if name not in _FIELDS}
+        return replace(self, **known, more={**self.more, **own})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON: phases by name, ``more`` beside the fields, and nothing of what is not known yet."""
+        values = {"epoch": self.epoch, "phase": self.phase, **{name: getattr(self, name) for name in _FIELDS}}
+        values["phases"] = {site: phase.name for site, phase in self.phases.items()}
+        values["reasons"] = list(self.reasons)
+        values["switch_spectra"] = {site: [list(s) for s in both] for site, both in self.switch_spectra.items()}
+        unknown = [name for name in _LATER if getattr(self, _KNOWN_WITH.get(name, name)) in (None, {})]
+        known = {name: value for name, value in values.items() if name not in unknown}
+        return {name: dict(v) if isinstance(v, Mapping) else v for name, v in known.items()} | dict(self.more)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EpochRecord:
+        """The inverse of ``to_json``, of records of earlier versions too, which have fewer fields."""
+        values = {name: value for name, value in data.items() if name in _FIELDS}
+        values["phases"] = {site: Phase[name] for site, name in data["phases"].items()}
+        values["reasons"] = tuple(data.get("reasons", ()))
+        spectra = data.get("switch_spectra", {}).items()
+        values["switch_spectra"] = {site: (tuple(before), tuple(after)) for site, (before, after) in spectra}
+        more = {name: value for name, value in data.items() if name not in _FIELDS and name != "phase"}
+        return cls(**values, more=more)
+
+
+_FIELDS = tuple(each.name for each in fields(EpochRecord) if each.name != "more")
+_LATER = _FIELDS[_FIELDS.index("seconds") :]
+# None is a value of these, for a run without a metric, as soon as the other one is known.
+_KNOWN_WITH = {"step_seconds": "steps", "metric": "loss", "eval_metric": "eval_loss"}

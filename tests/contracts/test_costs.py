@@ -1,0 +1,98 @@
+"""What a plan says that the model costs, against what torch counts and what the model holds.
+
+Ranks are 2 at least: an einsum over an axis of one is multiplied element by element, which torch counts nowhere, and
+the plan as the product that it is.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grid import FULL, LOW, PAIRS, Cell, cells
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynrank_fx as dr
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
+MORE_PRODUCTS = ("products", "attention")  # of one input with another, as attention has them
+
+
+def counted(model: nn.Module, x: Tensor) -> int:
+    """The FLOPs of one run. Attention by its two products: torch does not count the fused kernel of the CPU."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+def held(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@cells()
+def test_flops_and_parameters_of_the_plan_are_those_of_the_models(cell: Cell) -> None:
+    model, net, x = cell.model().eval(), cell.net().eval(), cell.inputs()
+    plan = dr.plan_of(net)
+    assert (plan.total_flops, plan.total_params) == (counted(model, x), held(model))
+    assert (counted(net, x), held(net)) == (plan.total_flops, plan.total_params)
+    dr.enter_(net, LOW)
+    small = dr.truncate(net)
+    assert (counted(net, x), held(net)) == (plan.low_flops, plan.low_params)
+    assert (counted(small, x), held(small)) == (plan.low_flops, plan.low_params)
+
+
+@cells(every_day=PAIRS)
+def test_flops_and_parameters_of_a_row_are_what_its_site_alone_saves(cell: Cell) -> None:
+    net, x = cell.net().eval(), cell.inputs()
+    plan = dr.plan_of(net)
+    for row in plan.sites:
+        dr.enter_(net, {row.site.name: LOW})
+        assert counted(net, x) == plan.total_flops - row.site.flops + row.flops
+        assert held(net) == plan.total_params - row.site.params + row.params
+        dr.enter_(net, FULL)
+    if cell.case.name not in MORE_PRODUCTS:
+        assert plan.total_flops == sum(row.site.flops for row in plan.sites), "the sites are all that multiplies"
+
+
+@cells(lambda cell: cell.case.conv and cell.how is dr.Capture.SYMBOLIC)
+def test_a_budget_of_flops_is_kept_as_torch_counts_them(cell: Cell) -> None:
+    """Once for each layout: how the model became a graph no longer matters where its costs are known."""
+    model, x = cell.model().eval(), cell.inputs()
+    budget = dr.Budget(flops=0.4)
+    net = dr.transform(cell.captured(), (x,), rank=budget, conv_layout=cell.layout, allow_unprofitable=True)
+    small = dr.truncate(net)
+    assert 0 < counted(small, x) <= 0.4 * counted(model, x)
+
+
+class Repeating(nn.Module):
+    """Code that is not traced, and runs a part of it twice on inputs of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Looking())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(torch.cat([self.part(x), x]))
+
+
+class Looking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) / self.layer.weight.norm()
+
+
+def test_a_part_that_is_run_twice_costs_what_both_runs_do() -> None:
+    model, x = Repeating().eval(), torch.randn(3, 8)
+    net = dr.transform(model, (x,), rank=dr.Fixed(2), how=dr.Capture.MODULES)
+    plan = dr.plan_of(net)
+    assert [len(row.site.uses) for row in plan.sites] == [2, 2]
+    assert plan.total_flops == counted(model, x)
+    dr.enter_(net, LOW)
+    assert plan.low_flops == counted(net, x) == counted(dr.truncate(net), x)
+    assert dr.Plan.from_json(plan.to_json()) == plan

@@ -1,0 +1,151 @@
+"""What a schedule is told: costs by FLOPs, spectra as torch.linalg has them, and rates as the scheduler sets them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, lr_scheduler
+
+import dynrank_fx as dr
+from dynrank_fx.schedules import SiteState
+from dynrank_fx.training import cost_of
+from dynrank_fx.training.facts import planned_rates
+
+FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
+
+
+# What it costs
+
+
+def made() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 8))
+    return dr.transform(model, (torch.randn(2, 12),), rank=dr.Fixed(2))
+
+
+def test_the_cost_of_a_step_follows_the_flops_of_the_phases() -> None:
+    net = made()
+    assert cost_of(net) == 1
+    dr.enter_(net, LOW)
+    assert cost_of(net) == pytest.approx((2 * (12 + 16) + 2 * (16 + 8)) / (12 * 16 + 16 * 8))
+    dr.enter_(net, {"3.*": FULL})
+    assert cost_of(net) == pytest.approx((2 * (12 + 16) + 16 * 8) / (12 * 16 + 16 * 8))
+
+
+def test_the_cost_counts_convolutions_by_flops_and_what_is_not_factored_as_dense() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 10))
+    net = dr.transform(model, (torch.zeros(2, 4, 4, 4),), rank=dr.Fixed(2), include=["0"])
+    dr.enter_(net, LOW)
+    dense, low, head = 4 * 8 * 4 * 9, 4 * (2 * 4 * 9 + 8 * 2), 32 * 10
+    assert cost_of(net) == pytest.approx((low + head) / (dense + head))
+
+
+def test_the_cost_is_by_parameters_where_no_example_told_the_flops() -> None:
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)))
+    net = dr.transform(model, rank=dr.Fixed(2))
+    dr.enter_(net, LOW)
+    dense = 12 * 16 + 16 + 16 * 8 + 8
+    assert cost_of(net) == pytest.approx((2 * 28 + 16 + 2 * 24 + 8) / dense)
+
+
+def test_cost_is_counted_in_one_unit_where_the_flops_of_a_site_are_unknown():
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), (torch.zeros(1, 16),))
+    first, second = dr.plan_of(net).sites
+    blind = replace(
+        second, site=replace(second.site, uses=tuple(replace(u, input_shape=None) for u in second.site.uses))
+    )
+    net.meta["dynrank"] = replace(dr.plan_of(net), sites=(first, blind))
+    dr.enter_(net, dr.Phase.LOW)
+    plan = dr.plan_of(net)
+    assert cost_of(net) == plan.low_flops / plan.total_flops == 0.75, "half of one of two equal products is saved"
+
+
+def test_an_adaptor_costs_its_branch_and_two_of_the_three_products_of_a_dense_step() -> None:
+    net = made()
+    dr.enter_(net, ADAPTOR)
+    dense, low = 12 * 16 + 16 * 8, 2 * (12 + 16) + 2 * (16 + 8)
+    assert cost_of(net) == pytest.approx(2 / 3 + low / dense)
+
+
+# The state
+
+
+def a_net() -> nn.Module:
+    torch.manual_seed(0)
+    return dr.transform(nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)), (torch.randn(4, 32),))
+
+
+def test_the_state_of_a_net():
+    net = a_net()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    scheduler = lr_scheduler.MultiStepLR(optimizer, [2, 3])
+    dr.enter_(net, {"0.weight": LOW})
+    found = dr.train_state(net, optimizer, 1, 4, scheduler, rates=[0.2], spent=1.0)
+    assert found.lrs == pytest.approx((0.2, 0.1, 0.1, 0.01))
+    assert {name: site.phase for name, site in found.sites.items()} == {"0.weight": LOW, "2.weight": FULL}
+    assert found.sites["0.weight"] == SiteState(LOW, 8, 0.5, 0.25, groups=1)
+    expected = torch.linalg.svdvals(net.get_submodule("2").weight.detach().double())
+    torch.testing.assert_close(torch.tensor(found.spectra["2.weight"], dtype=torch.float64), expected)
+
+
+SCHEDULERS = {
+    "none": lambda o: None,
+    "steps": lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.5**epoch),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=7),
+    "warm-up, then cosine": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 4)], [2]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("make", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, lr=0.1)])
+def test_planned_rates_are_those_that_come(name, make):
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = make([parameter])
+    scheduler = SCHEDULERS[name](optimizer)
+    plans, came = [], []
+    for epoch in range(6):
+        plans.append(planned_rates(optimizer, scheduler, 6 - epoch))
+        came.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    for epoch, plan in enumerate(plans):
+        assert plan == pytest.approx(came[epoch:])
+
+
+def test_rates_that_nobody_knows_yet_are_left_out():
+    optimizer = SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
+    assert planned_rates(optimizer, lr_scheduler.ReduceLROnPlateau(optimizer), 5) == ()
+    net = a_net()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    found = dr.train_state(net, optimizer, 0, 4, lr_scheduler.ReduceLROnPlateau(optimizer))
+    assert found.lrs == ()
+    assert set(dr.schedules.auto()(found).phases.values()) == {FULL}
+
+
+def test_asking_for_the_rates_changes_neither_the_scheduler_nor_the_optimizer() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([{"params": [parameter], "lr": 0.1}], weight_decay=0.1)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    before = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict(), parameter.detach()))
+    planned_rates(optimizer, scheduler, 6, steps=2)
+    after = (optimizer.state_dict(), scheduler.state_dict(), parameter.detach())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert scheduler.optimizer is optimizer
+
+
+def test_rates_of_a_scheduler_that_steps_within_the_epochs() -> None:
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    assert planned_rates(optimizer, scheduler, 3, steps=2) == pytest.approx((1.0, 0.25, 0.0625))

@@ -1,0 +1,196 @@
+"""Phases in a loop of one's own: each epoch begins in what the schedule says, on record, and a checkpoint goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+import dynrank_fx as dr
+from dynrank_fx.rewrite import switched_modules
+from dynrank_fx.schedules import Decision, EpochRecord, Setting
+from dynrank_fx.training import PhaseSettings, cost_of
+
+FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
+X = torch.randn(24, 12, generator=torch.Generator().manual_seed(1))
+Y = X.roll(3, 1)[:, :8].contiguous()
+
+
+def made() -> nn.Module:
+    torch.manual_seed(0)
+    return dr.transform(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)), (X[:2],), rank=dr.Fixed(2))
+
+
+def an_epoch(net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Three batches; the loss of the last."""
+    for x, y in zip(X.split(8), Y.split(8), strict=True):
+        loss = nn.functional.mse_loss(net(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def by_epoch(*settings: Setting) -> Callable[[dr.TrainState], Setting]:
+    return lambda state: settings[state.epoch]
+
+
+def test_an_epoch_begins_in_what_the_schedule_says_and_the_record_says_so() -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    reasons = ("because", "and so")
+    schedule = by_epoch(FULL, {"0.*": LOW}, Decision({"0.*": FULL, "2.*": ADAPTOR}, reasons))
+    phases = dr.Phases(net, optimizer, schedule, 3)
+    spent = 0.0
+    for epoch, expected in enumerate(((FULL, FULL), (LOW, FULL), (FULL, ADAPTOR))):
+        before = {name: modules[0].weight.detach().double() for name, modules in switched_modules(net).items()}
+        record = phases.begin(epoch)
+        spent += cost_of(net)
+        assert record is phases.history[-1]
+        assert tuple(record.phases.values()) == tuple(dr.phases_of(net).values()) == expected
+        assert (record.epoch, record.lr, record.spent) == (epoch, 0.1, pytest.approx(spent))
+        assert record.ranks == {"0.weight": 2, "2.weight": 2}
+        assert record.reasons == (reasons if epoch == 2 else ())
+        assert record.switch_error.keys() == {change.site for change in phases.transition.changes}
+        for name, error in record.switch_error.items():
+            after = switched_modules(net)[name][0].weight.detach().double()
+            assert error == pytest.approx(float((after - before[name]).norm() / before[name].norm()), abs=1e-6)
+            values, _ = record.switch_spectra[name]
+            assert values == pytest.approx(torch.linalg.svdvals(before[name])[: len(values)].tolist(), abs=2e-3)
+        an_epoch(net, optimizer)
+    assert [record.phase for record in phases.history] == ["FULL", "1 FULL 1 LOW", "1 FULL 1 ADAPTOR"]
+
+
+def test_an_epoch_that_is_begun_again_has_one_record() -> None:
+    net = made()
+    phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.interleave(low=1, full=1), 3)
+    for epoch in (0, 1, 1, 2, 1):
+        record = phases.begin(epoch)
+    assert [each.epoch for each in phases.history] == [0, 1]
+    assert record.phase == "FULL"
+    assert record.spent == pytest.approx(phases.history[0].spent + 1)
+
+
+def test_a_loop_notes_its_figures_in_the_record() -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    phases = dr.Phases(net, optimizer, dr.schedules.warm_up(1), 2)
+    for epoch in range(2):
+        begun = phases.begin(epoch)
+        noted = phases.note(loss=an_epoch(net, optimizer), gradient_norm=epoch)
+        assert begun.loss is None
+        assert noted is phases.history[-1]
+        assert noted["gradient_norm"] == epoch
+    assert [record.phase for record in phases.history] == ["FULL", "LOW"]
+    assert phases.history[0].loss is not None
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_goes_on_from_its_state_bit_by_bit(stop: int) -> None:
+    """The state goes through JSON and torch's own file, as Lightning's and the Trainer's checkpoints do."""
+
+    def begin(net: nn.Module) -> tuple[dr.Phases, torch.optim.Optimizer]:
+        optimizer = AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+        schedule = dr.schedules.FullBetween(1, 3)
+        return dr.Phases(
+            net, optimizer, schedule, 4, steps=3, landing=True, rewarm=4, decay=dr.Decay.PRODUCT
+        ), optimizer
+
+    def train(net: nn.Module, phases: dr.Phases, optimizer: torch.optim.Optimizer, epochs: range) -> None:
+        for epoch in epochs:
+            phases.begin(epoch)
+            phases.note(loss=an_epoch(net, optimizer))
+
+    whole = made()
+    expected, optimizer = begin(whole)
+    train(whole, expected, optimizer, range(4))
+
+    net = made()
+    phases, optimizer = begin(net)
+    train(net, phases, optimizer, range(stop))
+    state, weights, moments = copy.deepcopy((phases.state_dict(), net.state_dict(), optimizer.state_dict()))
+    state["history"] = json.loads(json.dumps(state["history"]))
+
+    again = made()
+    dr.resume_phases_(again, state)
+    again.load_state_dict(weights)
+    phases, optimizer = begin(again)
+    optimizer.load_state_dict(moments)
+    phases.load_state_dict(state)
+    train(again, phases, optimizer, range(stop, 4))
+    assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values()))
+    timed = [record.with_figures(switch_seconds=0.0) for record in phases.history]
+    assert timed == [record.with_figures(switch_seconds=0.0) for record in expected.history]
+
+
+def test_the_state_of_an_earlier_version_goes_on() -> None:
+    """As it was written when records were dicts, to which a loop had added its loss."""
+    begun = {"epoch": 0, "phase": "1 FULL 1 LOW", "phases": {"0.weight": "LOW", "2.weight": "FULL"}, "lr": 0.1}
+    begun |= {"ranks": {"0.weight": 3, "2.weight": 2}, "reasons": ["so"], "switch_error": {}, "spent": 0.9, "loss": 2.0}
+    state = {"history": [begun], "rewarm": [4, 2], "landing": None}
+    net = made()
+    dr.resume_phases_(net, state)
+    assert dr.phases_of(net) == {"0.weight": LOW, "2.weight": FULL}
+    assert switched_modules(net)["0.weight"][0].rank == 3
+    phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2, rewarm=4)
+    phases.load_state_dict(state)
+    assert phases.history == [EpochRecord.from_json(begun)]
+    assert phases.hooks_state() == {"rewarm": [4, 2], "landing": None}
+    assert phases.begin(1).spent == pytest.approx(0.9 + cost_of(net))
+
+
+def test_a_state_from_before_the_first_epoch_changes_nothing() -> None:
+    net = made()
+    phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2)
+    dr.resume_phases_(net, phases.state_dict())
+    phases.load_state_dict(phases.state_dict())
+    assert set(dr.phases_of(net).values()) == {FULL}
+    assert phases.history == []
+
+
+def test_random_factors_are_those_that_training_starts_with_only() -> None:
+    for schedule, random in ((by_epoch(LOW, FULL, LOW), True), (by_epoch(FULL, LOW, LOW), False)):
+        net = made()
+        weight = net.get_submodule("0").weight.detach().clone()
+        phases = dr.Phases(net, SGD(net.parameters(), lr=0.0), schedule, 3, random_init=True)
+        phases.begin(0)
+        if not random:
+            phases.begin(1)
+        U, S, Vh = torch.linalg.svd(weight)
+        best = U[:, :2] @ S[:2].diag() @ Vh[:2]
+        assert torch.allclose(net.get_submodule("0").weight, best, atol=1e-5) != random
+
+
+def test_removing_takes_every_hook_off_the_optimizer() -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+    schedule = dr.schedules.interleave(low=1, full=1)
+    phases = dr.Phases(net, optimizer, schedule, 4, steps=3, landing=True, rewarm=9, decay=dr.Decay.PRODUCT)
+    for epoch in range(2):
+        phases.begin(epoch)
+        an_epoch(net, optimizer)
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    assert all(hooks)
+    phases.remove()
+    assert not any(hooks)
+
+
+def test_choices_are_given_by_name_or_as_one_value_or_both() -> None:
+    def settings(**given: Any) -> PhaseSettings:
+        net = made()
+        return dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 1, **given).settings
+
+    assert settings() == PhaseSettings()
+    assert settings(rewarm=3) == PhaseSettings(rewarm=3)
+    one = PhaseSettings(rewarm=3, carry=dr.Carry.RESET)
+    assert settings(settings=one) == one
+    assert settings(settings=one, rewarm=0) == PhaseSettings(carry=dr.Carry.RESET)
+    for unknown in ("amp", "rewarmed"):  # the first is for fit, which runs the model itself
+        with pytest.raises(TypeError, match=unknown):
+            settings(**{unknown: 1})

@@ -1,0 +1,66 @@
+"""One place for every choice: what has it there, is had by presets, callbacks, fit and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+import dynrank_fx as dr
+from dynrank_fx.cli.train import train
+from dynrank_fx.training import PhaseSettings, Preset, Settings, paper_cifar10, paper_cifar100, practical
+
+PHASE_CHOICES = [each.name for each in fields(PhaseSettings)]
+OTHER = {
+    "carry": dr.Carry.RESET,
+    "rewarm": 7,
+    "decay": dr.Decay.HALVED,
+    "random_init": True,
+    "landing": True,
+    "spectra": False,
+}
+# Spectra are what the report shows: the command line always records them.
+OPTIONS = {"random_init": "init", "spectra": None}
+
+
+@pytest.mark.parametrize("choice", PHASE_CHOICES)
+def test_a_choice_of_phases_can_be_made_everywhere(choice: str) -> None:
+    value = OTHER[choice]
+    assert getattr(Settings(3, **{choice: value}), choice) == value
+    preset = Preset(dr.schedules.always(dr.Phase.LOW), **{choice: value})
+    assert preset.choices[choice] == value
+    assert getattr(Settings(3, **preset.choices), choice) == value
+    option = OPTIONS.get(choice, choice)
+    assert option is None or option in {each.name for each in train.params}
+
+
+def test_choices_are_those_of_phases_and_nothing_else() -> None:
+    settings = Settings(3, device="meta", amp=True, **OTHER)
+    assert settings.choices == OTHER
+    assert PhaseSettings(**settings.choices) == PhaseSettings(**OTHER)
+    assert list(practical().choices) == PHASE_CHOICES
+
+
+def test_settings_are_frozen_and_comparable() -> None:
+    assert Settings(3, rewarm=2) == Settings(epochs=3, rewarm=2)
+    assert Settings(3) != Settings(3, rewarm=2)
+    with pytest.raises(FrozenInstanceError):
+        Settings(3).rewarm = 2  # type: ignore[misc]
+
+
+def test_the_practical_preset_is_auto_with_all_that_keeps_what_was_learnt() -> None:
+    expected = PhaseSettings(decay=dr.Decay.PRODUCT, landing=True)
+    for preset, cost in ((practical(), 0.75), (practical(0.6), 0.6)):
+        assert preset.schedule == dr.schedules.auto(cost)
+        assert preset.rank == dr.Ratio(0.25)
+        assert PhaseSettings(**preset.choices) == expected
+
+
+def test_the_papers_presets_differ_in_their_epochs_only() -> None:
+    expected = PhaseSettings(carry=dr.Carry.RESET, decay=dr.Decay.EACH, random_init=True)
+    for preset, schedule in (
+        (paper_cifar10(), dr.schedules.paper_cifar10()),
+        (paper_cifar100(), dr.schedules.paper_cifar100()),
+    ):
+        assert (preset.schedule, preset.rank) == (schedule, dr.Ratio(0.5))
+        assert PhaseSettings(**preset.choices) == expected

@@ -1,0 +1,98 @@
+"""One forward on a batch, and the evaluation: means over examples, in evaluation mode, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dynrank_fx as dr
+from dynrank_fx.training import Settings, Task, autocast, evaluate
+from dynrank_fx.training.task import apply
+
+EAGER = Settings(epochs=1, compile=False)
+X = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+Y = X.roll(3, 1)[:, :8].contiguous()
+
+
+def made() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 8))
+    return dr.transform(model, (X[:2],), rank=dr.Fixed(2))
+
+
+def loss(output: Tensor, batch: Sequence[Tensor]) -> Tensor:
+    return F.mse_loss(output, batch[1])
+
+
+def metric(output: Tensor, batch: Sequence[Tensor]) -> Tensor:
+    return (output.sign() == batch[1].sign()).float().mean()
+
+
+TASK = Task((), loss, lambda batch: ((batch[0],), {}), metric=metric)
+
+
+def test_an_evaluation_is_the_mean_over_examples_however_they_are_batched() -> None:
+    net = made()
+    ragged = [(X[:9], Y[:9]), (X[9:11], Y[9:11]), (X[11:], Y[11:])]
+    found = evaluate(net, replace(TASK, eval_data=ragged), EAGER)
+    with torch.no_grad():
+        output = net.eval().double()(X.double())
+    expected = {"eval_loss": F.mse_loss(output, Y.double()).item(), "eval_metric": metric(output, (X, Y)).item()}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_metric_or_data_there_is_none() -> None:
+    assert evaluate(made(), TASK, EAGER) == {}
+    found = evaluate(made(), replace(TASK, eval_data=[(X, Y)], metric=None), EAGER)
+    assert found["eval_metric"] is None
+    with pytest.raises(dr.DynrankError, match=r"^eval_data\(\) gave no batch: leave it out"):
+        evaluate(made(), replace(TASK, eval_data=[]), EAGER)
+
+
+def test_a_forward_is_the_models_own_on_positional_and_keyword_inputs() -> None:
+    net = made().eval()
+    expected = net(X)
+    for inputs in (lambda batch: ((batch[0],), {}), lambda batch: ((), {"input": batch[0]})):
+        output, batch = apply(net, replace(TASK, inputs=inputs), EAGER, [X, Y])
+        assert torch.equal(output, expected)
+        assert all(map(torch.equal, batch, (X, Y)))
+
+
+def test_autocast_is_where_it_is_asked_for_and_ends_with_its_block() -> None:
+    for amp in (False, True):
+        with autocast(replace(EAGER, amp=amp)):
+            assert torch.is_autocast_enabled("cpu") == amp
+            assert F.linear(X, torch.ones(4, 12)).dtype == (torch.bfloat16 if amp else torch.float32)
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_evaluation_leaves_every_module_in_its_mode() -> None:
+    net = made()
+    task = replace(TASK, eval_data=[(X, Y)])
+    for training in (True, False):
+        net.train(training)
+        net.get_submodule("1").train(not training)
+        modes = {name: module.training for name, module in net.named_modules()}
+        first, second = evaluate(net, task, EAGER), evaluate(net, task, EAGER)
+        assert first == second  # no dropout
+        assert {name: module.training for name, module in net.named_modules()} == modes
+    with torch.no_grad():
+        net.train()
+        assert not torch.equal(net(X), net(X))  # the graph of the training mode runs again
+
+
+def test_evaluation_that_fails_leaves_the_modes_too() -> None:
+    net = made().train()
+
+    def failing(output: Tensor, batch: Any) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        evaluate(net, replace(TASK, loss=failing, eval_data=[(X, Y)]), EAGER)
+    assert all(module.training for module in net.modules())
