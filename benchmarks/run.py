@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own fol
 
 from benchmarks.held import held
 from benchmarks.large import large
+from benchmarks.memory import memory
 from benchmarks.onnx_files import onnx
 from benchmarks.peak import peak
 from benchmarks.result import Result, Table, load_all, measured_here, save
@@ -48,6 +49,7 @@ BENCHMARKS = (
     Benchmark("steps", "A training step: FULL and LOW against the original model, beside the ratio of FLOPs.", steps),
     Benchmark("switch", "The time of a switch of all sites with their optimizer state, against an epoch.", switch),
     Benchmark("held", "Bytes of parameters, gradients and optimizer state in each phase, over the original's.", held),
+    Benchmark("memory", "Peak memory and time of the verbs over the size of a Llama-shaped model.", memory),
     Benchmark("peak", "Peak memory of a switch beside the memory before and after it.", peak),
     Benchmark("truncation", "Truncated SVD to a quarter of the rank, against torch.linalg.svd.", truncation),
     Benchmark("startup", "The time in which the command answers `--help`.", startup),

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..aliases import Output
 from ..errors import CalibrationError, reason
-from ..tracing import ExampleInputs, fresh, split_inputs
+from ..tracing import ExampleInputs, fresh, same_values, split_inputs
 
 
 def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None = None) -> list[ExampleInputs]:
@@ -52,11 +52,14 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def call(module: nn.Module, batch: ExampleInputs, number: int) -> Output:
-    """The module's output for a batch of inputs. Raises CalibrationError, naming its number, where that fails."""
+    """The module's output for a batch of inputs, its weights being as before afterwards: they may be another module's
+    too. Raises CalibrationError, naming the batch, where that fails.
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     args, kwargs = split_inputs(pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(batch)))
     try:
-        return module(*args, **kwargs)
+        with same_values(module):
+            return module(*args, **kwargs)
     except Exception as error:
         raise CalibrationError(
             f"calibration batch {number} does not fit the model ({reason(error)[:200]}): give "

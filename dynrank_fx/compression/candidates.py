@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..phases import LatencyOf, RankUnit, rank_units
 from ..plan import Budget, RankPolicy
-from ..rewrite import a_twin, inline, plan_of
+from ..rewrite import a_twin, inline_, plan_of
 from ..tracing import ExampleInputs
 from .batches import call
 from .batchnorms import recalibrate_
@@ -122,7 +122,7 @@ class Candidates:
     ) -> Candidate:
         twin = a_twin(self.net)
         cuts = apply_ranks_(twin, ranks, self.known, data if sequential else None)
-        module = inline(twin)
+        module = inline_(twin)
         if data is not None and any(cut.error > 0 for cut in cuts):
             recalibrate_(module, data, like=self.dense)
         return Candidate(module, tuple(cuts))

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..phase import Phase
 from ..phases import phases_of
-from ..rewrite import inline, plan_of
-from ..tracing import ExampleInputs
+from ..rewrite import inline_, plan_of
+from ..tracing import ExampleInputs, shell
 from .batchnorms import recalibrate_
 from .truncation import truncate
 
@@ -51,7 +51,7 @@ def deployed(
     else:
         module = truncate(net, batches or None)
         if batches:
-            recalibrate_(module, batches, like=inline(net.eval()))
+            recalibrate_(module, batches, like=inline_(shell(net.eval())))
         score = None if metric is None else metric(module)
     metadata = {"dynrank_plan": plan_of(net).to_json()}
     if score is not None:

@@ -13,8 +13,8 @@ from ..errors import PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, PlanChoices, PlanOptions, RankPolicy, Ratio, chosen
-from ..rewrite import a_twin, holds_captured, inline, plan_of, transform
-from ..tracing import ExampleInputs, unwrap
+from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
+from ..tracing import ExampleInputs, own_, shell, unwrap
 from .batches import checked_batches
 from .calibration import calibrate
 from .candidates import Candidate, Candidates
@@ -102,7 +102,7 @@ def compress(
         raise PlanError("a budget of the metric's fall takes a metric, and data to score on: give both")
     settled = chosen(options, choices)
     net, low = _in_full(model, example_inputs, settled)
-    dense = inline(net)
+    dense = inline_(shell(net))
     known = None if data is None else calibrate(net, data)
     whole = None if times is None else ModelTimes(dense, example_inputs, times)
     candidates = Candidates(net, dense, data, known, _latency(whole), settled.multiple_of, sequential, low)
@@ -120,7 +120,7 @@ def _in_full(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptio
     else:
         # Of any rank, and whether it pays or not: that is decided by the budget.
         everything = replace(options, rank=Ratio(0.25), multiple_of=1, allow_unprofitable=True)
-        net = a_twin(transform(model, example_inputs, everything))
+        net = a_twin(transform(model, example_inputs, everything, copy=False))
     phases = phases_of(net)
     low = {row.site.name: row.rank for row in plan_of(net).sites if phases[row.site.name] is Phase.LOW}
     enter_(net, Phase.FULL)
@@ -184,6 +184,7 @@ class _Search:
     def cut(self, policy: RankPolicy, margin: float | None) -> Candidate:
         """The best cut by a policy, recovered if that is asked for and anything was lost."""
         found, data = self.candidates.best(policy, margin), self.candidates.data
+        own_(found.module, self.candidates.net)
         if data is not None and self.recover_steps and any(cut.error > 0 for cut in found.cuts):
             recover_(found.module, self.candidates.dense, data, self.recover_steps, loss=self.loss)
         return found

@@ -14,8 +14,8 @@ from ..layouts import Factors, Layout
 from ..phase import Phase
 from ..phases import RankUnit, enter_, phases_of, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
-from ..rewrite import Switched, a_twin, inline, plan_of, switched_modules
-from ..tracing import ExampleInputs
+from ..rewrite import Switched, a_twin, inline_, plan_of, switched_modules
+from ..tracing import ExampleInputs, own_, same_values
 from .batches import checked_batches
 from .calibration import calibrate
 from .covariance import Calibration
@@ -73,11 +73,12 @@ def truncate(
     Warns:
         DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
-    twin = a_twin(net)
-    cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
+    with same_values(net):
+        twin = a_twin(net)
+        cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
     for sentence in cut_plainly(cuts):
         warnings.warn(sentence, DynrankWarning, stacklevel=2)
-    return inline(twin)
+    return own_(inline_(twin), net)
 
 
 def cut_plainly(cuts: Sequence[Cut]) -> list[str]:
@@ -211,7 +212,8 @@ class _Cutter:
         parameters = dict(net.named_parameters())
         for name, shift in self.shifts.items():
             if name in parameters:
-                parameters[name].add_(shift.to(parameters[name].dtype))
+                bias = parameters[name]
+                bias.data = bias.data + shift.to(bias.dtype)  # not in place: its values may be those of another net
             else:
                 _add_to_bias(net.get_submodule(name), shift)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, reason
-from ..tracing import Inputs, batch_size, joined, same_buffers, slow_attention, tensors
+from ..tracing import Inputs, batch_size, joined, same_buffers, same_values, slow_attention, tensors
 from .session import Feeds, Session
 
 # The largest error as a share of the output's largest value, by the coarsest type that takes part: about a thousand
@@ -105,8 +105,9 @@ def compare(
             with (
                 torch.no_grad(),
                 slow_attention(),
-                same_buffers(module),
-            ):  # the file starts from the same state each time
+                same_values(module),
+                same_buffers(module),  # the file starts from the same state each time
+            ):
                 expected = [tensor.detach().cpu() for tensor in tensors(module(*args, **kwargs))]
         except Exception as error:
             why = reason(error)

@@ -6,7 +6,6 @@ Weights are stored once, as they are: no product of factors is folded into a den
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError, ExportError, reason
-from ..rewrite import holds_captured, inline
+from ..rewrite import holds_captured, inline_
 from ..tracing import (
     DynamicShapes,
     ExampleInputs,
@@ -25,6 +24,7 @@ from ..tracing import (
     batch_size,
     in_order,
     quiet,
+    shell,
     split_inputs,
     tensors,
     unwrap,
@@ -148,39 +148,75 @@ def export_onnx(
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
     with replacing_file(Path(path)) as beside:
-        model, free = converted(cast(plain, precision), inputs, shapes, opset)
-        renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
-        if dynamic is not None:
-            name_dimensions_(model, dynamic)
-        if precision is Precision.INT8_WEIGHTS:
-            int8_weights_(model)
-        feeds, rows = list(map(str, (value.name for value in model.graph.input))), table_rows(model)
-        _name(model, "input", input_names)
-        _name(model, "output", output_names)
-        found = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-        if opset not in (None, found):
-            raise ExportError(
-                f"torch's exporter makes no opset {opset} of this model, but {found}: ask for that or a newer one that "
-                "your onnxruntime knows, or leave opset out"
-            )
-        model.producer_name, model.producer_version = "dynrank-fx", __version__
-        told = {**_versions(), "precision": precision.value}
-        for key, value in {**told, **(metadata or {})}.items():
-            model.metadata_props.add(key=key, value=value)
-        params, outside = parameter_count(model), large or bool(external_data)
-        write_file(model, beside, outside)
+        written = _written(
+            beside, plain, inputs, shapes, dynamic, opset, input_names, output_names, precision, external_data, metadata
+        )
         check_file(beside, precision)
         allowed = precision.tolerance if tolerance is None else tolerance
-        limits = [rows.get(name) for name in feeds] if len(feeds) == len(tensors(inputs)) else []
-        sizes = batch_sizes if free else (batch_size(inputs) or 1,)
-        cases = _cases(plain, inputs, sizes, limits, dynamic, more_inputs)
+        limits = [written.rows.get(name) for name in written.feeds]
+        sizes = batch_sizes if written.free else (batch_size(inputs) or 1,)
+        same = len(limits) == len(tensors(inputs))
+        cases = _cases(plain, inputs, sizes, limits if same else [], dynamic, more_inputs)
         opened = session(beside, providers)
-        agreements = compare(opened, plain, cases, allowed, feeds)
+        agreements = compare(opened, plain, cases, allowed, written.feeds)
         provider = opened.get_providers()[0]
         if provider != _CPU:
-            _compare_on_cpu(beside, plain, cases, allowed, feeds)
+            _compare_on_cpu(beside, plain, cases, allowed, written.feeds)
         file_size = sum(file.stat().st_size for file in beside.parent.iterdir())
-    return ExportReport(Path(path), provider, found, file_size, params, free, agreements)
+    return ExportReport(Path(path), provider, written.opset, file_size, written.params, written.free, agreements)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is known of a file when its model, which holds all weights, is gone.
+
+    free: whether its batch is. feeds: the names of its inputs after the module's arguments. rows: of the tables that
+    inputs index, by input.
+    """
+
+    opset: int
+    params: int
+    free: bool
+    feeds: tuple[str, ...]
+    rows: Mapping[str, int]
+
+
+def _written(
+    path: Path,
+    plain: nn.Module,
+    inputs: Inputs,
+    shapes: DynamicShapes | None,
+    dynamic: Dynamic | None,
+    opset: int | None,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    precision: Precision,
+    external_data: bool | None,
+    metadata: Mapping[str, str] | None,
+) -> _Written:
+    """Convert the module and write it."""
+    model, free = converted(cast(plain, precision), inputs, shapes, opset)
+    renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
+    if dynamic is not None:
+        name_dimensions_(model, dynamic)
+    if precision is Precision.INT8_WEIGHTS:
+        int8_weights_(model)
+    feeds, rows = tuple(str(value.name) for value in model.graph.input), table_rows(model)
+    _name(model, "input", input_names)
+    _name(model, "output", output_names)
+    found = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset not in (None, found):
+        raise ExportError(
+            f"torch's exporter makes no opset {opset} of this model, but {found}: ask for that or a newer one that "
+            "your onnxruntime knows, or leave opset out"
+        )
+    model.producer_name, model.producer_version = "dynrank-fx", __version__
+    told = {**_versions(), "precision": precision.value}
+    for key, value in {**told, **(metadata or {})}.items():
+        model.metadata_props.add(key=key, value=value)
+    params = parameter_count(model)
+    write_file(model, path, _bytes(plain) > _MAX_BYTES or bool(external_data))
+    return _Written(found, params, free, feeds, rows)
 
 
 def _compare_on_cpu(
@@ -231,12 +267,12 @@ def verify_onnx(
 
 
 def _in_evaluation(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose sites are ordinary nodes."""
+    """In evaluation mode, with the module's own values and ordinary nodes in the place of its sites."""
     kind = type(module).__name__
     try:
         with quiet():
-            twin = copy.deepcopy(unwrap(module))
-    except Exception as error:
+            twin = shell(unwrap(module))
+    except CaptureError as error:
         raise ExportError(f"{kind} cannot be copied ({reason(error)}): make it support copy.deepcopy") from error
     try:
         twin.eval()
@@ -245,7 +281,7 @@ def _in_evaluation(module: nn.Module) -> nn.Module:
     except NotImplementedError:  # a graph made by torch.export, whose mode is in its nodes
         for part in twin.modules():
             part.training = False
-    return inline(twin) if holds_captured(twin) else twin
+    return inline_(twin) if holds_captured(twin) else twin
 
 
 def _bytes(module: nn.Module) -> int:

@@ -13,6 +13,7 @@ from ..errors import ExportError, StoreError, reason
 from .precision import Precision
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
     from onnx import ModelProto
 
 _WORTH_A_FILE = 1024  # bytes of a tensor that is stored outside
@@ -41,11 +42,13 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def write_file(model: ModelProto, path: Path, outside: bool) -> None:
-    """One file, or the graph and beside it the weights."""
+    """One file, or the graph and beside it the weights. The model has none afterwards."""
     import onnx
 
     if not outside:
-        path.write_bytes(model.SerializeToString())
+        with open(path, "wb") as file:
+            for piece in _serialized(model):
+                file.write(piece)
         return
     beside = path.with_name(f"{path.name}.data")
     for tensor in model.graph.initializer:
@@ -54,6 +57,37 @@ def write_file(model: ModelProto, path: Path, outside: bool) -> None:
     onnx.save_model(model, path)
     if beside.exists():
         beside.chmod(path.stat().st_mode)  # onnx lets nobody else read it
+
+
+def _serialized(model: ModelProto) -> Iterator[bytes]:
+    """As ``SerializeToString``, one weight after the other: all at once would be a copy of them all.
+
+    A message in a message is written as its field's number and kind, its length, and its own fields in any order.
+    """
+    weights = list(model.graph.initializer)
+    del model.graph.initializer[:]
+    rest = type(model)()
+    rest.CopyFrom(model)
+    rest.ClearField("graph")
+    yield rest.SerializeToString()
+    graph, sizes = model.graph.SerializeToString(), [weight.ByteSize() for weight in weights]
+    heads = [_head(model.graph, "initializer", size) for size in sizes]
+    yield _head(model, "graph", len(graph) + sum(map(len, heads)) + sum(sizes))
+    yield graph
+    for head, weight in zip(heads, weights, strict=True):
+        yield head
+        yield weight.SerializeToString()
+
+
+def _head(message: Message, field: str, size: int) -> bytes:
+    """What stands before a field that holds a message of this size: two numbers, seven bits a byte, the least first."""
+    written = bytearray()
+    for number in (message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, size):
+        while number > 127:
+            written.append(number & 127 | 128)
+            number >>= 7
+        written.append(number)
+    return bytes(written)
 
 
 def check_file(path: Path, precision: Precision) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..aliases import Output
 from ..errors import ExportError
+from ..tracing import shell
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -60,7 +60,7 @@ def cast(module: nn.Module, precision: Precision) -> nn.Module:
     """The module as it is exported: a copy in the type, or itself. Raises ExportError where weights overflow."""
     if precision not in (Precision.FLOAT16, Precision.BFLOAT16):
         return module
-    made = Casting(copy.deepcopy(module), torch.float16 if precision is Precision.FLOAT16 else torch.bfloat16)
+    made = Casting(shell(module), torch.float16 if precision is Precision.FLOAT16 else torch.bfloat16)
     for (name, before), after in zip(module.named_parameters(), made.module.parameters(), strict=True):
         if bool(before.isfinite().all()) and not bool(after.isfinite().all()):
             raise ExportError(f"{name} has values that {precision.value} cannot hold: export in bfloat16 or float32")

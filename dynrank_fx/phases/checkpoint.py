@@ -15,8 +15,8 @@ from ..aliases import JsonObject
 from ..errors import PlanError, StoreError
 from ..phase import Phase
 from ..plan import Plan, fit_plan
-from ..rewrite import factorize_, inline, plan_of, specialize_, switched_modules
-from ..tracing import Capture, ExampleInputs, capture, is_captured, meta_of, unwrap
+from ..rewrite import factorize_, inline_, plan_of, specialize_, switched_modules
+from ..tracing import Capture, ExampleInputs, capture, is_captured, meta_of, shell, unwrap
 from .replace import parameters_of, replace_parameters
 from .values import in_format_of
 
@@ -155,7 +155,7 @@ def graph_text(net: nn.Module) -> str:
             *_code(root),
             "",
             "# The same with the operations of the sites' present phases inlined:",
-            *_code(inline(root)),
+            *_code(inline_(shell(root))),
             "",
         )
     )

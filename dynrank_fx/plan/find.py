@@ -16,14 +16,17 @@ Shapes: TypeAlias = Mapping[fx.Node | nn.Module, Sequence[Shape]]
 _UNKNOWN: Sequence[Shape | None] = (None,)
 
 
-def find_sites(net: nn.Module, shapes: Shapes | None = None) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
+def find_sites(
+    net: nn.Module, shapes: Shapes | None = None, located: Mapping[str, Located] | None = None
+) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
     """Every matrix of the model, in the order of its parameters, as a Site or as Skipped.
 
     shapes: of the nodes' outputs, and of the inputs of modules that untraced code calls, for each time that they were
     run (``measure``): for counting FLOPs; without them sites have parameter counts only.
+    located: what ``locate`` found, if that is known already.
     """
     sites, skipped = [], []
-    for found in locate(net).values():
+    for found in (locate(net) if located is None else located).values():
         (name, *others), shape = found.names, tuple(found.parameter.shape)
         reason = why_not(found)
         if reason:

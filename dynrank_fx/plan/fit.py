@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -10,18 +11,24 @@ from ..errors import PlanError
 from ..ops import Op
 from ..tracing import ExampleInputs, measure, meta_of
 from .find import find_sites
-from .locate import locate, refuse_non_finite
+from .locate import Located, locate, refuse_non_finite
 from .plan import Plan, PlannedSite, checked_rows, layout_of
 
 
-def fit_plan(net: nn.Module, plan: Plan, example_inputs: ExampleInputs | None = None) -> Plan:
+def fit_plan(
+    net: nn.Module,
+    plan: Plan,
+    example_inputs: ExampleInputs | None = None,
+    located: Mapping[str, Located] | None = None,
+) -> Plan:
     """A given plan for this net: its layouts and ranks, with the sites and costs as found here.
 
     A site the plan does not list stays dense, and says so. Raises PlanError where the plan names a weight that the net
     does not have, has in another shape, cannot factor, or holds non-finite values in.
     """
+    located = locate(net) if located is None else located
     measured = None if example_inputs is None else measure(net, example_inputs)
-    sites, skipped = find_sites(net, measured.shapes if measured else None)
+    sites, skipped = find_sites(net, measured.shapes if measured else None, located)
     by_name, why = {site.name: site for site in sites}, {s.name: s.reason for s in skipped}
     rows: list[PlannedSite] = []
     for row in plan.sites:
@@ -47,7 +54,6 @@ def fit_plan(net: nn.Module, plan: Plan, example_inputs: ExampleInputs | None = 
             replace(row, site=replace(row.site, uses=given.site.uses))
             for row, given in zip(rows, plan.sites, strict=True)
         ]
-    located = locate(net)
     refuse_non_finite((row.site.name for row in rows), located)
     given = {s.name: s.reason for s in plan.skipped}
     dense = [*skipped, *(s.left_dense(given.get(s.name, "left dense by the given plan")) for s in by_name.values())]

@@ -49,14 +49,19 @@ def make_plan(
     return plan_by(net, chosen(options, choices), example_inputs)
 
 
-def plan_by(net: nn.Module, options: PlanOptions, example_inputs: ExampleInputs | None) -> Plan:
-    """As ``make_plan``, by options that are settled."""
+def plan_by(
+    net: nn.Module,
+    options: PlanOptions,
+    example_inputs: ExampleInputs | None,
+    located: Mapping[str, Located] | None = None,
+) -> Plan:
+    """As ``make_plan``, by options that are settled. located: what ``locate`` found in the net, if known already."""
+    located = locate(net) if located is None else located
     measured = None if example_inputs is None else measure(net, example_inputs)
-    sites, skipped = find_sites(net, measured.shapes if measured else None)
+    sites, skipped = find_sites(net, measured.shapes if measured else None, located)
     _check_patterns([*options.include, *options.exclude, *options.overrides], [*sites, *skipped])
     said = {site.name: override_of(site, options.overrides) for site in sites}
     _check_layouts(options.overrides, sites)
-    located = locate(net)
     reasons = _left_alone(sites, options, said, roles_of(located) if options.leave else {})
     free = [site for site in sites if site.name not in reasons]
     refuse_non_finite((site.name for site in free), located)

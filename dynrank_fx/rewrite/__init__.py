@@ -2,7 +2,7 @@
 
 from .factorize import factorize, factorize_
 from .groups import SiteGroup, site_groups
-from .inline import holds_captured, inline
+from .inline import holds_captured, inline, inline_
 from .meta import a_twin, plan_of, set_plan, specialize_
 from .switched import STEM, Switched, switched_modules
 from .transform import transform
@@ -16,6 +16,7 @@ __all__ = [
     "factorize_",
     "holds_captured",
     "inline",
+    "inline_",
     "plan_of",
     "set_plan",
     "site_groups",

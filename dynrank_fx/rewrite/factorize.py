@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,17 +36,12 @@ def factorize(net: nn.Module, plan: Plan) -> nn.Module:
     return twin
 
 
-def factorize_(net: nn.Module, plan: Plan) -> None:
-    """As ``factorize``, in the net itself.
+def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None = None) -> None:
+    """As ``factorize``, in the net itself. Nothing is changed where the plan does not fit.
 
-    Args:
-        net: What ``capture`` made; nothing of it is changed where the plan does not fit.
-        plan: The weights to factor.
-
-    Raises:
-        PlanError: Where the plan does not fit the net.
+    located: what ``locate`` found in the net, if that is known already.
     """
-    located = locate(net)
+    located = locate(net) if located is None else located
     for row in plan.sites:
         found = located.get(row.site.name)
         if found is None or tuple(found.parameter.shape) != row.site.shape:

@@ -35,17 +35,21 @@ def inline(net: nn.Module) -> nn.Module:
     source = unwrap(net)
     if not holds_captured(source):
         raise PlanError(f"{type(net).__name__} cannot be inlined: it was not made by transform or factorize")
-    twin = copy.deepcopy(source)
-    for name, part in reversed(list(twin.named_modules())):
+    return inline_(copy.deepcopy(source))
+
+
+def inline_(net: nn.Module) -> nn.Module:
+    """As ``inline``, over the net's own parameters: the net itself is of no use afterwards."""
+    for name, part in reversed(list(net.named_modules())):
         if isinstance(part, Net):
             plain = _inlined(part)
             if not name:
                 return plain
             _keep_unread(part, plain)
-            set_submodule(twin, name, plain)
-    _open_untraced_sites(twin)
-    forget_meta(twin)
-    return twin
+            set_submodule(net, name, plain)
+    _open_untraced_sites(net)
+    forget_meta(net)
+    return net
 
 
 def holds_captured(module: nn.Module) -> bool:

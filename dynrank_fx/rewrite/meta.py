@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from ..errors import PlanError
 from ..plan import Plan
-from ..tracing import is_captured, meta_of, regions, unwrap
+from ..tracing import is_captured, meta_of, regions, shell, unwrap
 from .switched import switched_modules
 
 
@@ -44,12 +42,13 @@ def specialize_(root: nn.Module) -> None:
 
 
 def a_twin(net: nn.Module) -> nn.Module:
-    """A copy of the net in evaluation mode, to be cut."""
+    """The net in evaluation mode, to be cut: its sites change phase by themselves, its weights share the net's values
+    until they are replaced. Run it inside ``same_values`` of the net, and let what is left be its own by ``own_``.
+    """
     source = unwrap(net)
     if not is_captured(source):
         raise PlanError(f"{type(net).__name__} cannot be truncated: it was not made by transform or factorize")
-    twin = copy.deepcopy(source)
-    twin.zero_grad()  # the copy brings pending gradients along, which a switch refuses to lose
+    twin = shell(source)
     if not getattr(twin, "fixed_mode", False):
         twin.eval()
     return twin

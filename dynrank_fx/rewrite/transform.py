@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..plan import Plan, PlanChoices, PlanOptions, chosen, fit_plan, plan_by
+from ..plan import Plan, PlanChoices, PlanOptions, chosen, fit_plan, locate, plan_by
 from ..tracing import Capture, DynamicShapes, ExampleInputs, capture
 from .factorize import factorize_
 from .inline import holds_captured
@@ -24,9 +24,10 @@ def transform(
     how: Capture | None = None,
     dynamic_shapes: DynamicShapes | None = None,
     allow_empty: bool = False,
+    copy: bool = True,
     **choices: Unpack[PlanChoices],
 ) -> nn.Module:
-    """A copy of the model with a switchable site, in phase FULL, wherever factoring pays; see ``plan_of(net)``.
+    """The model as a net with a switchable site, in phase FULL, wherever factoring pays; see ``plan_of(net)``.
 
     Args:
         model: An ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
@@ -37,6 +38,10 @@ def transform(
         how: The way to capture the model, see ``capture``.
         dynamic_shapes: As in ``torch.export``; by default every dimension is free that the model leaves free.
         allow_empty: Whether a plan without any site is taken.
+        copy: Whether the net has weights of its own. If False it shares the model's parameters and buffers, as the
+            same objects, and takes next to no memory (as PEFT's adapters do). Training the net in FULL then trains the
+            model too. What enters LOW leaves the net for its factors: the model's own weight is from then on no longer
+            trained, and the model no longer computes what the net does.
         **choices: Fields of ``PlanOptions``, a shorthand for options: ``transform(model, inputs, rank=Ratio(0.5))``.
 
     Returns:
@@ -55,14 +60,18 @@ def transform(
     if plan is not None and (options is not None or choices):
         raise PlanError("a given plan says what is factored: leave out the options of planning beside it")
     settled = chosen(options, choices)
-    net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=how)
-    plan = plan_by(net, settled, example_inputs) if plan is None else fit_plan(net, plan, example_inputs)
+    net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=how, copy=copy)
+    located = locate(net)
+    if plan is None:
+        plan = plan_by(net, settled, example_inputs, located)
+    else:
+        plan = fit_plan(net, plan, example_inputs, located)
     if not plan.sites and not allow_empty:
         raise PlanError(
             f"nothing would be factored: {_reasons(plan)}; choose other weights or another rank (`transform --dry-run` "
             "shows the plan, in Python allow_empty=True)"
         )
-    factorize_(net, plan)
+    factorize_(net, plan, located)
     return net
 
 

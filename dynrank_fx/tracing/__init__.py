@@ -16,7 +16,7 @@ from .inputs import (
     tensors,
     with_batch,
 )
-from .isolation import quiet, same_buffers, slow_attention
+from .isolation import quiet, same_buffers, same_values, slow_attention
 from .measure import flop_counter, measure
 from .net import (
     Net,
@@ -33,6 +33,7 @@ from .net import (
     untraced,
     unwrap,
 )
+from .shell import own_, shell
 
 __all__ = [
     "Capture",
@@ -58,10 +59,13 @@ __all__ = [
     "measure",
     "meta_of",
     "origin",
+    "own_",
     "quiet",
     "regions",
     "same_buffers",
+    "same_values",
     "set_submodule",
+    "shell",
     "slow_attention",
     "split_inputs",
     "tensors",

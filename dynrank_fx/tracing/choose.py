@@ -1,8 +1,8 @@
-"""From what the user has (a module, a GraphModule, an ExportedProgram) to a trainable net over a copy of it."""
+"""From what the user has (a module, a GraphModule, an ExportedProgram) to a trainable net."""
 
 from __future__ import annotations
 
-import copy
+import copy as copying
 import enum
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..errors import CaptureError, first_line
 from ..ops import module_op
 from .blame import describe
-from .equivalence import ROUNDING, difference, lost_in_a_graph, run
+from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
 from .inputs import DynamicShapes, ExampleInputs, split_inputs
 from .modules import capture_parts, modules_read
 from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, untraced, unwrap
+from .shell import own_, same_parameters, sharing, shell
 from .symbolic import closed_functions, closed_layers, trace_symbolically
 
 _RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_codes", "_graph"}
@@ -43,23 +44,28 @@ def capture(
     *,
     dynamic_shapes: DynamicShapes | None = None,
     how: Capture | None = None,
+    copy: bool = True,
 ) -> nn.Module:
-    """A trainable net that computes what a model computes, over a copy of its parameters.
+    """A trainable net that computes what ``model`` computes.
 
-    It is one graph module where the model was captured whole. Where only parts of it could be, it is a copy of the
-    model itself whose parts are graph modules; the plan says which and why. What is a graph already stays the graph
-    that it is, whatever ``how`` says.
+    A Net where the model was captured whole; where only parts of it could be, the model's own module tree whose parts
+    are Nets. The plan says which and why. The model, its arguments and the random generators stay as they are: it is
+    run once in evaluation and once in training mode, as a shell that shares its weights.
 
     Args:
-        model: An ``nn.Module``, a GraphModule, or an ExportedProgram.
-        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
-            They are needed for torch.export, and to check the graph against the model; a GraphModule needs none.
-        dynamic_shapes: As in ``torch.export``; by default every dimension is free that the model leaves free.
-        how: The way to capture it. By default symbolic tracing where that works, opens every layer with weights, and
-            reproduces the model on the example; torch.export otherwise; module by module where that fails too.
+        model: An ``nn.Module``, a GraphModule or an ExportedProgram. What is a graph already stays the graph that it
+            is, whatever ``how`` says.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or ``(args, kwargs)``. Needed for
+            torch.export, and to check the graph against the model; a GraphModule needs none.
+        dynamic_shapes: As in torch.export; by default every dimension is free that the model leaves free.
+        how: By default symbolic tracing where it works, opens every layer with weights, and reproduces the model on
+            the example; torch.export otherwise; and module by module where that fails too.
+        copy: Whether the net has weights of its own. If False it shares the model's parameters and buffers, as the
+            same objects, and takes next to no memory. Training the net then trains the model too, as long as a weight
+            is dense: what enters LOW leaves the net for its factors, and the model's own weight is no longer trained.
 
     Returns:
-        The net, in the mode (training or evaluation) of the model.
+        The net.
 
     Raises:
         CaptureError: Naming the module and the line that cannot be traced, or what the example inputs do not fit.
@@ -76,40 +82,47 @@ def capture(
         raise CaptureError(f"{how!r} is no way to capture a model: give one of {ways}")
     model = unwrap(model)
     if is_captured(model):
-        return copy.deepcopy(model)
-    if isinstance(model, fx.GraphModule):
+        net = shell(model)
+    elif isinstance(model, fx.GraphModule):
         adopted = _adopted(model)
-        _check_inputs(adopted, example_inputs)
-        return _noted(adopted, f"as the given graph{fixed_sizes(adopted)}")
-    _refuse(model)
-    twin = _copy(model)
-    _check_inputs(twin, example_inputs)
+        _check_inputs(adopted, Original(adopted, example_inputs))
+        net = _noted(adopted, f"as the given graph{fixed_sizes(adopted)}")
+    else:
+        _refuse(model)
+        net = _captured(model, Original(model, example_inputs), dynamic_shapes, how)
+    return own_(net, model) if copy else sharing(net, model)
+
+
+def _captured(model: nn.Module, original: Original, dynamic_shapes: Any, how: Capture | None) -> nn.Module:
+    """The net over a shell of the model: what is compared on is gone before it gets values of its own."""
+    _check_inputs(model, original)
     if how is None:
-        return _best(model, twin, example_inputs, dynamic_shapes)
-    lost = lost_in_a_graph(twin, example_inputs) if how is not Capture.MODULES else ""
+        return _best(model, original, dynamic_shapes)
+    lost = original.lost if how is not Capture.MODULES else ""
     if lost:
         raise CaptureError(f"{type(model).__name__} cannot be captured whole: {lost}.")
     if how is Capture.SYMBOLIC:
-        net: nn.Module = _noted(trace_symbolically(twin, model, example_inputs), "by symbolic tracing, as asked")
+        traced = trace_symbolically(shell(model), model, original.example_inputs)
+        net: nn.Module = _noted(traced, "by symbolic tracing, as asked")
     elif how is Capture.EXPORT:
-        exported, words = _exported(model, example_inputs, dynamic_shapes)
+        exported, words = _exported(model, original, dynamic_shapes)
         net = _noted(exported, f"by torch.export, as asked{words}")
     else:
-        net = _parts(twin, model, example_inputs, "as asked")
+        net = _parts(model, original, "as asked")
     meta_of(net)["how"] = how.name
     return net
 
 
-def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> nn.Module:
+def _best(model: nn.Module, original: Original, dynamic_shapes: Any) -> nn.Module:
     """Symbolic tracing if it is faithful and opens everything, else torch.export, else what can be had in parts."""
-    lost = lost_in_a_graph(twin, example_inputs)
-    if lost:
-        return _parts(twin, model, example_inputs, f"{type(model).__name__} cannot be captured whole: {lost}.")
+    example_inputs = original.example_inputs
+    if original.lost:
+        return _parts(model, original, f"{type(model).__name__} cannot be captured whole: {original.lost}.")
     net: Net | None = None
     closed: list[str] = []
     try:
-        net = trace_symbolically(twin, model, example_inputs)
-        why = difference(net, twin, example_inputs).words
+        net = trace_symbolically(shell(model), model, example_inputs)
+        why = difference(net, original).words
         faithful = not why
         closed = closed_layers(net) if faithful and example_inputs is not None else []
         stays = [*closed, *closed_functions(net)] if faithful and example_inputs is not None else []
@@ -122,55 +135,56 @@ def _best(model: nn.Module, twin: nn.Module, example_inputs: Any, dynamic_shapes
     if net is not None and not why:
         return _noted(net, "by symbolic tracing")
     try:
-        exported, words = _exported(model, example_inputs, dynamic_shapes)
+        exported, words = _exported(model, original, dynamic_shapes)
     except CaptureError as error:
         reasons = f"{error} Symbolic tracing before it: {why}"
     else:
         short = shortcoming(exported, example_inputs) if dynamic_shapes is None else ""
-        freer = _freer(model, example_inputs, f"torch.export alone {short}.") if short else None
+        freer = _freer(model, original, f"torch.export alone {short}.") if short else None
         return freer or _noted(exported, f"by torch.export{words}: {f'It {short}. ' if short else ''}{why}")
     if net is not None and faithful:  # sound, with closed layers: those that can be are opened by themselves
         opened = capture_parts(net, example_inputs, only=closed)
         parts = f"{len(opened)} of {len(closed)} closed layers by torch.export"
         return _noted(net, f"by symbolic tracing, {parts}: {reasons}")
     try:
-        return _parts(_copy(model), model, example_inputs, reasons)
+        return _parts(model, original, reasons)
     except CaptureError as error:
         raise CaptureError(f"{reasons} Module by module after it: {error}") from error
 
 
-def _freer(model: nn.Module, example_inputs: Any, why: str) -> nn.Module | None:
+def _freer(model: nn.Module, original: Original, why: str) -> nn.Module | None:
     """The model captured module by module, where no part has the shortcomings of the exported whole."""
     try:
-        net = _parts(_copy(model), model, example_inputs, why)
+        net = _parts(model, original, why)
     except CaptureError:  # the exported whole is sound, and stays
         return None
     nets = [module for module in net.modules() if isinstance(module, Net)]
-    return None if any(shortcoming(part, example_inputs) for part in nets) else net
+    return None if any(shortcoming(part, original.example_inputs) for part in nets) else net
 
 
-def _exported(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[Net, str]:
+def _exported(model: nn.Module, original: Original, dynamic_shapes: Any) -> tuple[Net, str]:
     """The net; and in words how it differs by rounding, if it does, and the sizes that it serves no other than.
 
     Raises CaptureError where the graph would differ by more, or train with other gradients.
     """
-    net = export_both_modes(_copy(model), model, example_inputs, dynamic_shapes)
-    found = difference(net, model, example_inputs)
+    net = export_both_modes(shell(model), model, original.example_inputs, dynamic_shapes)
+    found = difference(net, original)
     if found.size > ROUNDING:
         raise CaptureError(f"{type(model).__name__} as torch.export has it is not the same: {found.words}")
     rounding = f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
     return net, rounding + fixed_sizes(net)
 
 
-def _parts(twin: nn.Module, model: nn.Module, example_inputs: Any, why: str) -> nn.Module:
-    """The copy of the model with its parts captured one by one, its own code running around them."""
+def _parts(model: nn.Module, original: Original, why: str) -> nn.Module:
+    """A shell of the model with its parts captured one by one, its own code running around them."""
+    twin, example_inputs = shell(model), original.example_inputs
     if example_inputs is None:
         raise CaptureError(f"the parts of {type(model).__name__} need example inputs to be traced; pass example_inputs")
     parts = capture_parts(twin, example_inputs)
     layers = [module for _, module in untraced(twin) if module_op(module) is not None]
     if not parts and not layers:
         raise CaptureError(f"no part of {type(model).__name__} with a matrix in it can be traced by itself.")
-    found = difference(twin, model, example_inputs)
+    found = difference(twin, original)
     if found.size > ROUNDING:
         raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {found.words}")
     meta_of(twin)["read"] = modules_read(twin, example_inputs)
@@ -185,10 +199,10 @@ def _noted(net: nn.Module, words: str) -> nn.Module:
 
 def _adopted(model: fx.GraphModule) -> Net:
     """The caller's own graph as a Net. One that torch.export made in one mode stays in it."""
-    root = copy_tree(model)
+    root = copy_tree(model, same_parameters(model))
     for node in model.graph.nodes:
         if node.op == "get_attr" and node.target in vars(model):
-            vars(root)[node.target] = copy.deepcopy(vars(model)[node.target])
+            vars(root)[node.target] = copying.deepcopy(vars(model)[node.target])
     graph = copy_graph(model.graph)
     mode = None
     if "train" in vars(model):  # torch.export puts functions that raise in place of train() and eval()
@@ -199,30 +213,16 @@ def _adopted(model: fx.GraphModule) -> Net:
     return finished(root, graph, None, model, fixed_mode=mode is not None)
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}); the pass works on a copy, so make the model "
-            f"support copy.deepcopy"
-        ) from error
-
-
-def _check_inputs(model: nn.Module, example_inputs: Any) -> None:
-    """Run the copy once in eval mode: what does not fit should be said in the model's own terms."""
-    if example_inputs is None:
+def _check_inputs(model: nn.Module, original: Original) -> None:
+    """What does not fit should be said in the model's own terms, before anything is traced."""
+    if original.example_inputs is None:
         return
-    twin = copy.deepcopy(model)
-    if not getattr(twin, "fixed_mode", False):
-        twin.eval()
     try:
-        with torch.no_grad():
-            run(twin, example_inputs)
+        _ = original.evaluated
     except Exception as error:
+        given = describe(*split_inputs(original.example_inputs))
         raise CaptureError(
-            f"{type(model).__name__} does not accept the example inputs ({describe(*split_inputs(example_inputs))}): "
-            f"{first_line(error)}."
+            f"{type(model).__name__} does not accept the example inputs ({given}): {first_line(error)}."
         ) from error
 
 

@@ -1,11 +1,14 @@
-"""Whether a captured net computes what its model computes, on the example inputs and in both modes."""
+"""Whether a captured net computes what its model computes, on the example inputs and in both modes.
+
+The model runs once in each mode, as a shell of itself, and what it gave is kept for all nets that are tried.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +18,11 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from ..errors import first_line
+from .gradients import Sketch, sketched_gradients, wrong_gradient
 from .inputs import fresh, split_inputs
-from .isolation import quiet, same_buffers, same_randomness, slow_attention
+from .isolation import quiet, same_buffers, same_randomness, same_values, slow_attention
 from .net import Net
+from .shell import shell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +40,68 @@ _NONE = Difference(0.0, "")
 ROUNDING = 1e-5
 
 
-def difference(net: nn.Module, model: nn.Module, example_inputs: Any) -> Difference:
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What a call gives, the buffers that it changes, by name, as it leaves them, and sketches of its gradients.
+
+    gradients: none of a call in evaluation mode. inputs_train: the inputs were such as come from a layer that
+    trains before.
+    """
+
+    output: Any
+    buffers: dict[str, Tensor]
+    gradients: dict[str, Sketch]
+    inputs_train: bool = False
+
+
+class Original:
+    """What a model does on the example inputs. It runs when first asked, once in each mode."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.example_inputs = example_inputs
+        self._model = shell(model)
+        self._lost: list[str] = []
+
+    @cached_property
+    def evaluated(self) -> Effect:
+        return effect(self._model, self.example_inputs, mode=False)
+
+    @cached_property
+    def trained(self) -> Effect | None:
+        """None where the model does not train on the example: a batch norm over one row, say."""
+        for inputs_train in (True, False):  # some models refuse inputs that need a gradient
+            watch = self._watch if inputs_train else None
+            with suppress(Exception):  # no business of a net
+                return effect(self._model, self.example_inputs, mode=True, inputs_train=inputs_train, watch=watch)
+        return None
+
+    @property
+    def lost(self) -> str:
+        """What of a training step a graph of its forward would leave out, as a sentence: an autograd function with a
+        backward of its own, whose forward alone is traced, or activation checkpointing. Empty if nothing is, and
+        without an example.
+        """
+        if self.example_inputs is None:
+            return ""
+        _ = self.trained
+        return self._lost[0] if self._lost else ""
+
+    def _watch(self, given: Any, checkpoints: list[Any]) -> None:
+        sentence = _CHECKPOINTS if checkpoints else _own_backward(given)
+        self._lost += [sentence] if sentence else []
+
+
+def difference(net: nn.Module, original: Original) -> Difference:
     """Of what the net and its model give, and do to their buffers, in the worse of both modes; none without an example.
 
     Training is compared under the same random numbers, and only where the model trains on the example at all.
     """
-    if example_inputs is None:
+    if original.example_inputs is None:
         return _NONE
-    twin, reference = copy.deepcopy(net), copy.deepcopy(model)
-    found = [difference_from(twin, effect(reference, example_inputs, mode=False), example_inputs, mode=False)]
-    try:
-        expected = effect(reference, example_inputs, mode=True)
-    except Exception:  # a batch norm over one row, say: no business of the net
-        return found[0]
-    found.append(difference_from(twin, expected, example_inputs, mode=True))
+    twin = shell(net)
+    found = [difference_from(twin, original.evaluated, original.example_inputs, mode=False)]
+    if original.trained is not None:
+        found.append(difference_from(twin, original.trained, original.example_inputs, mode=True))
     return max(found, key=lambda each: each.size)
 
 
@@ -56,7 +109,7 @@ def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mo
     """Of what the net does in one mode from what is expected."""
     where = "in training " if mode else ""
     try:
-        got = effect(net, example_inputs, mode=mode)
+        got = effect(net, example_inputs, mode=mode, inputs_train=expected.inputs_train)
     except Exception as error:
         return Difference(float("inf"), f"its graph fails {where}on the example inputs: {first_line(error)}.")
     size = apart(expected.output, got.output)
@@ -67,57 +120,41 @@ def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mo
         if lost > ROUNDING:
             return Difference(lost, f"its graph changes the buffer {name} otherwise {where}on the example inputs.")
         size = max(size, lost)
-    if wrong := _wrong_gradient(expected.gradients, got.gradients):
+    if wrong := wrong_gradient(expected.gradients, got.gradients):
         return Difference(float("inf"), f"its graph gives {wrong} another gradient on the example inputs.")
     return Difference(size, f"its graph rounds otherwise {where}on the example inputs." if size else "")
 
 
-def _wrong_gradient(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
-    """The first parameter whose gradient is missing, or off by more than rounding; a small one may be nothing else."""
-    for name in sorted(expected.keys() ^ got.keys()):
-        return name
-    largest = max((_largest(gradient) for gradient in expected.values()), default=0.0)
-    for name, gradient in expected.items():
-        scale = max(_largest(gradient), 1e-3 * largest)
-        if not torch.allclose(got[name], gradient, rtol=0, atol=1e-3 * scale, equal_nan=True):
-            return name
-    return ""
+def effect(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    mode: bool,
+    inputs_train: bool = False,
+    watch: Callable[[Any, list[Any]], None] | None = None,
+) -> Effect:
+    """Of a call in evaluation (False) or training mode; modes, buffers and weights are as before afterwards.
 
-
-def _largest(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()].abs()
-    return float(finite.max()) if finite.numel() else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """What a call gives, the buffers that it changes, by name, as it leaves them, and gradients, if it trains."""
-
-    output: Any
-    buffers: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-
-def effect(model: nn.Module, example_inputs: Any, *, mode: bool) -> Effect:
-    """Of a call in evaluation (False) or training mode; modes and buffers are as before afterwards."""
-    with torch.set_grad_enabled(mode), slow_attention(), same_buffers(model), _in_mode(model, mode), quiet():
+    watch: is shown what the model gave and the functions that ran under checkpoints.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(mode))
+        for context in (slow_attention(), same_values(model), same_buffers(model)):
+            stack.enter_context(context)
+        stack.enter_context(_in_mode(model, mode))
+        stack.enter_context(quiet())
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        given = run(model, example_inputs)
+        noting: AbstractContextManager[list[Any]] = nullcontext([]) if watch is None else _noting_checkpoints()
+        with noting as checkpoints:
+            given = run(model, example_inputs, grad=inputs_train)
         after = {name: buffer.detach() for name, buffer in model.named_buffers()}
         both = before.keys() & after.keys()
         changed = {name: after[name].clone() for name in both if apart(before[name], after[name])}
-        return Effect(given, changed, _gradients(model, given) if mode else {})
-
-
-def _gradients(model: nn.Module, given: Any) -> dict[str, Tensor]:
-    """Of the sum of squares of what the model gives; none where nothing trains."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    outputs = [tensor for tensor in _tensors(given) if tensor.requires_grad]
-    if not parameters or not outputs:
-        return {}
-    total = torch.stack([tensor.abs().square().sum().double() for tensor in outputs]).sum()
-    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+        if watch is not None:
+            watch(given, checkpoints)
+        training = [tensor for tensor in _tensors(given) if tensor.requires_grad]
+        gradients = sketched_gradients(model, training) if mode else {}
+    return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, gradients, inputs_train)
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:
@@ -152,7 +189,8 @@ def run(model: nn.Module, example_inputs: Any, *, grad: bool = False) -> Any:
     """The output, with inputs and random generators left as they are. grad: as from a layer that trains before."""
     args, kwargs = split_inputs(fresh(example_inputs))
     if grad:
-        args, kwargs = pytree.tree_map_only(Tensor, _with_grad, (args, kwargs))
+        made: dict[int, Tensor] = {}  # one tensor stays one
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: made.setdefault(id(t), _with_grad(t)), (args, kwargs))
     with same_randomness():
         return model(*args, **kwargs)
 
@@ -187,23 +225,8 @@ def _leaves_apart(x: Any, y: Any) -> float:
     return 0.0 if bool(x == y) else float("inf")
 
 
-def lost_in_a_graph(model: nn.Module, example_inputs: Any) -> str:
-    """What of a training step a graph of its forward would leave out, as a sentence: an autograd function with a
-    backward of its own, whose forward alone is traced, or activation checkpointing. Empty if nothing is, and without
-    an example.
-    """
-    if example_inputs is None:
-        return ""
-    twin = copy.deepcopy(model)
-    if not getattr(twin, "fixed_mode", False):
-        twin.train()
-    try:
-        with torch.enable_grad(), slow_attention(), _noting_checkpoints() as checkpoints:
-            given = run(twin, example_inputs, grad=True)
-    except Exception:  # what cannot train has no step to lose
-        return ""
-    if checkpoints:
-        return _CHECKPOINTS
+def _own_backward(given: Any) -> str:
+    """Of the autograd functions that led to what was given, one with a backward of its own, as a sentence."""
     waiting = [tensor.grad_fn for tensor in _tensors(given) if tensor.grad_fn is not None]
     seen = set(waiting)
     while waiting:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..randomness import random_state, set_random_state
 
@@ -41,6 +42,67 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         for buffer, value in before:
             buffer.copy_(value)
+
+
+@contextmanager
+def same_values(model: nn.Module) -> Iterator[None]:
+    """What forward writes into parameters inside is undone. Only those that it writes to are copied, just before."""
+    keeper = _Keeper(model.parameters())
+    try:
+        with keeper:
+            yield
+    finally:
+        for storage, before in keeper.kept:
+            storage.copy_(before)
+
+
+class _Keeper(TorchFunctionMode):
+    """Keeps what tensors hold when a function is about to write to them, through whatever view.
+
+    It sees what Python code calls, as a mode of torch.overrides. One of dispatch would see more, such as writes of
+    scripted modules, but what torch.compile meets under it stays uncompiled for good.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.waiting = {s._cdata: s for tensor in tensors if (s := _storage(tensor)) is not None}
+        self.kept: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            for tensor in _written(function, args, kwargs):
+                storage = _storage(tensor)
+                if storage is not None and storage._cdata in self.waiting:
+                    self.kept.append((storage, storage.clone()))
+                    del self.waiting[storage._cdata]
+        return function(*args, **kwargs)
+
+
+_EMBEDDINGS = (nn.functional.embedding, nn.functional.embedding_bag)
+_SETTERS = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
+_SETTERS |= {f"__{name}__" for name in ("iand", "ior", "ixor", "ilshift", "irshift", "imatmul")}
+_HARMLESS = ("requires_grad_", "detach_")
+
+
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a function writes to: its first argument if its name says so, what is given as ``out``, and the rows of an
+    embedding that are to have a norm.
+    """
+    if function in _EMBEDDINGS and (kwargs.get("max_norm") is not None or len(args) > 3):
+        return (kwargs.get("weight"), *args[:2])
+    name = getattr(function, "__name__", "").partition(".")[0]
+    in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
+    found = [*args[:1]] if in_place else []
+    for each in (*found, kwargs.get("out")):
+        found += each if isinstance(each, list | tuple) else [each]
+    return tuple(found)
+
+
+def _storage(tensor: Any) -> torch.UntypedStorage | None:
+    """None for what has none of its own: no tensor, a sparse one, or a subclass around others."""
+    plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage() if plain else None
 
 
 @contextmanager

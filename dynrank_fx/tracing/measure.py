@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import CaptureError
 from ..ops import OP_MODULES, Shape
 from .inputs import fresh, split_inputs
-from .isolation import same_buffers, same_randomness, slow_attention
+from .isolation import same_buffers, same_randomness, same_values, slow_attention
 from .net import Net, untraced
 
 
@@ -85,8 +85,9 @@ def measure(net: nn.Module, example_inputs: Any) -> Measured:
             module.training = False
         # Real tensors, not fake ones: those take a hundred times as long per operation, and cannot branch on data.
         with ExitStack() as stack:
-            for context in (torch.no_grad(), same_randomness(), same_buffers(net), slow_attention(), counter):
+            for context in (torch.no_grad(), same_randomness(), same_values(net), same_buffers(net), slow_attention()):
                 stack.enter_context(context)
+            stack.enter_context(counter)
             stack.enter_context(_watched(net, measured))
             if isinstance(net, Net):
                 _record(net, args, kwargs, measured)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import CaptureError
 from ..ops import module_op
-from .equivalence import ROUNDING, Effect, difference, difference_from, effect, lost_in_a_graph
+from .equivalence import ROUNDING, Effect, Original, difference, difference_from, effect
 from .export import export_both_modes
 from .inputs import fresh
 from .net import Net, untraced
@@ -115,11 +115,12 @@ def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Effect
 
 def _captured(part: nn.Module, call: Any) -> Net | None:
     """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
-    if lost_in_a_graph(part, call):
+    original = Original(part, call)
+    if original.lost:
         return None
     try:
         net = trace_symbolically(_shell(part), part, call)
-        if not closed_layers(net) and difference(net, part, call).size == 0:
+        if not closed_layers(net) and difference(net, original).size == 0:
             return net
     except CaptureError:
         pass  # torch.export is next
@@ -127,7 +128,7 @@ def _captured(part: nn.Module, call: Any) -> Net | None:
         net = export_both_modes(_shell(part), part, call)
     except CaptureError:
         return None  # it keeps its own code, and its children are tried
-    return net if difference(net, part, call).size <= ROUNDING else None
+    return net if difference(net, original).size <= ROUNDING else None
 
 
 def _shell(part: nn.Module) -> nn.Module:

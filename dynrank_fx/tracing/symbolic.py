@@ -14,7 +14,7 @@ from ..errors import CaptureError, first_line
 from ..ops import has_hooks
 from .blame import origin
 from .inputs import split_inputs
-from .isolation import in_mode
+from .isolation import in_mode, same_values
 from .net import Net, finished
 
 _UNREADABLE = "its forward has arguments that torch.fx cannot read (it is wrapped by a decorator)"
@@ -51,7 +51,7 @@ def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -
         raise CaptureError(f"{type(model).__name__} has hooks of its own, which a symbolic graph would leave out.")
     for mode in (True, False):
         try:
-            with in_mode(root, mode):
+            with same_values(root), in_mode(root, mode):
                 graphs[mode] = _Tracer().trace(root)
             compile(graphs[mode].python_code("self").src, "graph", "exec")
         except Exception as error:
@@ -94,7 +94,7 @@ def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool, given: set[str])
 def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) -> bool:
     """Whether forward without this input is more than the same calls, given None."""
     try:
-        with in_mode(root, mode):
+        with same_values(root), in_mode(root, mode):
             without = _Tracer().trace(root, concrete_args={str(optional.target): None})
     except Exception:  # forward needs it, whatever it does with it
         return True

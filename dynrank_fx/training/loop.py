@@ -17,7 +17,7 @@ from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
 from ..phases import enter_
 from ..randomness import random_state, set_random_state
-from ..rewrite import a_twin, inline, switched_modules
+from ..rewrite import a_twin, inline_, switched_modules
 from ..tracing import Net
 from .phases import Phases
 from .run import Run
@@ -211,7 +211,7 @@ def _truncated(run: Run, task: Task, settings: Settings) -> dict[str, float | No
         return {"eval_loss": run.current.eval_loss, "eval_metric": run.current.eval_metric}
     twin = a_twin(run.net)
     enter_(twin, Phase.LOW)
-    return evaluate(inline(twin), task, settings)
+    return evaluate(inline_(twin), task, settings)
 
 
 def _memory(run: Run, settings: Settings) -> dict[str, int]:

@@ -566,7 +566,7 @@ def test_a_branch_on_data_is_refused_with_the_module_and_the_line_or_left_as_it_
     for how in CAPTURES:
         with pytest.raises(dr.CaptureError) as refused:
             dr.capture(model, (x,), how=how)
-        assert "block (DataDependent, test_tracing.py:" in str(refused.value)
+        assert "block (DataDependent, test_choose.py:" in str(refused.value)
         assert "`if x.sum() > 0:`" in str(refused.value)
         assert "\n" not in str(refused.value)
     with pytest.raises(dr.CaptureError, match=r"block .*`if x\.sum\(\) > 0:`.* cannot be traced symbolically"):
@@ -655,7 +655,7 @@ def test_a_model_that_raises_or_prints_is_heard(capsys):
             dr.CaptureError, match=r"Broken does not accept the example inputs .*KeyError: 'no such table"
         ):
             dr.capture(Broken(), (x,), how=how)
-    with pytest.raises(dr.CaptureError, match=r"the model \(Broken, test_tracing.py:\d+: `raise KeyError"):
+    with pytest.raises(dr.CaptureError, match=r"the model \(Broken, test_choose.py:\d+: `raise KeyError"):
         dr.capture(Broken())
 
 
