@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from exporting import CPU, graph_of
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import dynrank_fx as dr
@@ -19,7 +20,7 @@ from dynrank_fx.onnx import Precision, check_place, export_onnx, session
 from dynrank_fx.onnx.file import check_file, replacing_file, write_file
 
 
-def full_disk(path: Path, data: bytes) -> int:
+def full_disk(*args: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -29,7 +30,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         export_onnx(linear, x, tmp_path / "nowhere" / "m.onnx")
     with pytest.raises(dr.ExportError, match="is a folder: give the name of a file"):
         export_onnx(linear, x, tmp_path)
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr("dynrank_fx.onnx.file.open", full_disk, raising=False)
     with pytest.raises(dr.ExportError, match="No space left on device"):
         export_onnx(linear, x, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -101,3 +102,16 @@ def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
     check_place(tmp_path / "new.onnx")
     with pytest.raises(dr.ExportError, match="there is no folder"):
         check_place(tmp_path / "no" / "new.onnx")
+
+
+def test_a_file_written_weight_by_weight_is_the_same_message(tmp_path: Path) -> None:
+    weights = [numpy_helper.from_array(np.full((n, 3), n, np.float32), f"w{n}") for n in (1, 20, 300)]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 3])
+    node = helper.make_node("Identity", ["x"], ["y"])
+    graph = helper.make_graph([node], "all", [x], [y], weights, doc_string="of a graph")
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], producer_name="a test")
+    expected = onnx.ModelProto.FromString(model.SerializeToString())
+    write_file(model, tmp_path / "m.onnx", outside=False)
+    assert onnx.load(tmp_path / "m.onnx") == expected
+    onnx.checker.check_model(os.fspath(tmp_path / "m.onnx"), full_check=True)
