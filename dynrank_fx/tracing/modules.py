@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ops import module_op
@@ -54,38 +56,54 @@ def modules_read(root: nn.Module, example_inputs: Any) -> list[str]:
     """
     nets = [module for module in root.modules() if isinstance(module, Net)]
     layers = [module for _, module in untraced(root) if module_op(module) is not None]
-    holders = [*layers, *(module for net in nets for module in net.modules() if module._parameters)]
-    read: dict[nn.Module, None] = {}
-    running: list[nn.Module] = []
-    kinds = {module: type(module) for module in holders if not isinstance(module, Net)}
-
-    def __getattr__(self: nn.Module, name: str) -> Any:
-        if not torch.compiler.is_compiling() and not running and name in vars(self)["_parameters"]:
-            read[self] = None
-        return nn.Module.__getattr__(self, name)
-
-    def enter(module: nn.Module, *_: Any) -> None:
-        if not torch.compiler.is_compiling():  # as it is by torch.cond, which allows no such notes
-            running.append(module)
-
-    def leave(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            running.pop()
-
+    reads = _Reads([*layers, *(module for net in nets for module in net.modules())])
     with ExitStack() as stack:
         for module in (*nets, *layers):
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        for module, kind in kinds.items():
-            module.__class__ = type(kind.__name__, (kind,), {"__getattr__": __getattr__})
-            stack.callback(setattr, module, "__class__", kind)
-        for net in nets:  # each has a class of its own, to which it writes its code
-            type(net).__getattr__ = __getattr__  # type: ignore[method-assign]
-            stack.callback(delattr, type(net), "__getattr__")
+            stack.callback(module.register_forward_pre_hook(reads.enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(reads.leave, always_call=True).remove)
+        stack.callback(root.register_forward_pre_hook(reads.begin).remove)
+        stack.callback(root.register_forward_hook(reads.end, always_call=True).remove)
+        stack.enter_context(reads)
         effect(root, example_inputs, mode=False)
         with suppress(Exception):  # where the model does not train on the example, nothing is read
             effect(root, example_inputs, mode=True)
-    return [name for name, module in root.named_modules(remove_duplicate=False) if module in read]
+    return [name for name, module in root.named_modules(remove_duplicate=False) if module in reads.found]
+
+
+class _Reads(TorchFunctionMode):
+    """Whose parameters are given to functions, or to parts, while the model runs and no part of it does."""
+
+    def __init__(self, holders: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.owners: dict[int, list[nn.Module]] = {}
+        for module in holders:
+            for parameter in module.parameters(recurse=False):
+                self.owners.setdefault(id(parameter), []).append(module)
+        self.found: set[nn.Module] = set()
+        self.begun = False
+        self.running = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note(args, kwargs)
+        return function(*args, **(kwargs or {}))
+
+    def begin(self, *_: Any) -> None:
+        self.begun = True
+
+    def end(self, *_: Any) -> None:
+        self.begun = False
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._note(args, kwargs)
+        self.running += not torch.compiler.is_compiling()  # as it is by torch.cond, which allows no such notes
+
+    def leave(self, *_: Any) -> None:
+        self.running -= not torch.compiler.is_compiling()
+
+    def _note(self, args: Any, kwargs: Any) -> None:
+        if self.begun and not self.running and not torch.compiler.is_compiling():
+            for value in pytree.tree_leaves((args, kwargs)):
+                self.found.update(self.owners.get(id(value), ()))
 
 
 def _has_matrix(module: nn.Module) -> bool:
