@@ -256,7 +256,7 @@ def _change_sites(
     # A branch that starts at zero has no moments to take over, and its own say little of the weight that it ends in.
     carrying = optimizer if carry is Carry.MOVE and not adaptor else None
     old_weights = [module.weight.detach() for module in firsts]
-    base = old_weights[0] if phase is Phase.ADAPTOR else None
+    base = in_format_of(old_weights[0], parameters_of(firsts[0])) if phase is Phase.ADAPTOR else None
     new: list[list[Value]]
     if phase is Phase.ADAPTOR:
         new = [[(value, {}) for value in branch(owner, move.rank, old_weights[0])]]

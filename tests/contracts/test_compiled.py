@@ -33,7 +33,7 @@ def test_one_graph_for_each_setting_and_the_function_of_eager(cell: Cell) -> Non
     compiled = torch.compile(net, fullgraph=True, backend=counter, dynamic=False)
     first, *others = cell.sites
     settings = [{first: phase, **dict.fromkeys(others, FULL)} for phase in (FULL, LOW)]
-    settings += [dict.fromkeys(cell.sites, LOW), dict.fromkeys(cell.sites, ADAPTOR)] if others else []
+    settings += [dict.fromkeys(cell.sites, phase) for phase in (LOW, ADAPTOR) if others or phase is ADAPTOR]
     seen = 0
     for again in range(2):
         for setting in settings:

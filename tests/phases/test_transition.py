@@ -330,6 +330,21 @@ def test_channels_last_weights_stay_channels_last():
     assert torch.equal(net.eval()(torch.ones(2, 16, 6, 6)), net(torch.ones(2, 16, 6, 6)))
 
 
+@pytest.mark.parametrize("layout", [dr.ChannelLayout, dr.SpatialLayout, dr.TuckerLayout, dr.CPLayout])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_kernel_of_one_entry_has_the_strides_that_it_had(layout, memory_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 12, 1)).to(memory_format=memory_format)
+    net = dr.transform(model, (torch.randn(2, 16, 6, 6),), conv_layout=layout, allow_unprofitable=True)
+    strides = net.get_submodule("0").weight.stride()
+    for phase in (dr.Phase.LOW, dr.Phase.ADAPTOR, dr.Phase.FULL):
+        dr.enter_(net, phase)
+        for tensor in (*net.parameters(), *net.buffers()):
+            fresh = torch.empty_like(tensor, memory_format=memory_format) if tensor.ndim == 4 else tensor
+            assert tensor.stride() == fresh.stride()
+    assert net.get_submodule("0").weight.stride() == strides
+
+
 def test_a_compiled_net_can_be_given_in_place_of_the_net():
     net = chain()
     compiled = torch.compile(net, backend="eager")
