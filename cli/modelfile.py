@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dynrank_fx.aliases import Batch, Output
 from dynrank_fx.errors import ModelFileError
-from dynrank_fx.tracing import Inputs, split_inputs
+from dynrank_fx.tracing import ExampleInputs, Inputs, split_inputs
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,18 @@ class ModelFile:
             )
 
     def model(self) -> nn.Module:
-        return self._call("model")
+        made: nn.Module = self._call("model")
+        return made
 
-    def example_inputs(self) -> Any:
-        return self._call("example_inputs")
+    def example_inputs(self) -> ExampleInputs:
+        made: ExampleInputs = self._call("example_inputs")
+        return made
 
-    def train_data(self) -> Iterable[Any]:
-        return self._call("train_data")
+    def train_data(self) -> Iterable[Batch]:
+        made: Iterable[Batch] = self._call("train_data")
+        return made
 
-    def eval_data(self) -> Iterable[Any] | None:
+    def eval_data(self) -> Iterable[Batch] | None:
         return self._call("eval_data") if self.has("eval_data") else None
 
     @property
@@ -109,7 +113,7 @@ class ModelFile:
             )
         return batches
 
-    def inputs(self, batch: Any) -> Inputs:
+    def inputs(self, batch: Batch) -> Inputs:
         """The model's arguments in a batch: what the file's ``inputs(batch)`` says, or all elements but the last (the
         labels); a batch of one element or one tensor is the argument itself.
         """
@@ -124,11 +128,12 @@ class ModelFile:
             f"with: add inputs(batch), which returns {_INPUTS[1]}"
         )
 
-    def loss(self, output: Any, batch: Any) -> Tensor:
-        return self._call("loss", output, batch)
+    def loss(self, output: Output, batch: Batch) -> Tensor:
+        found: Tensor = self._call("loss", output, batch)
+        return found
 
     @property
-    def metric(self) -> Callable[[Any, Any], Any] | None:
+    def metric(self) -> Callable[[Output, Batch], object] | None:
         """A mean over the batch, larger is better."""
         return partial(self._call, "metric") if self.has("metric") else None
 

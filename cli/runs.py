@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dynrank_fx.aliases import JsonObject
 from dynrank_fx.errors import StoreError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dynrank_fx.schedules import EpochRecord
+    from dynrank_fx.tracing import ExampleInputs
 
     from .modelfile import ModelFile
 
@@ -35,7 +37,7 @@ class FinalForm:
 
     module: nn.Module
     file: ModelFile
-    real: list[Any]
+    real: list[ExampleInputs]
     metadata: dict[str, str]
 
 
@@ -120,7 +122,7 @@ def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, M
     return model, file
 
 
-def calibration_inputs(file: ModelFile, count: int) -> list[Any]:
+def calibration_inputs(file: ModelFile, count: int) -> list[ExampleInputs]:
     """Inputs of so many calibration batches, the same ones every time; none where the file has no data."""
     from dynrank_fx.randomness import seed_all
 
@@ -149,7 +151,7 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     return score
 
 
-def write_run_file(folder: Path, model_file: Path, options: dict[str, Any]) -> None:
+def write_run_file(folder: Path, model_file: Path, options: JsonObject) -> None:
     """Note in the run's folder what it was started with."""
     from dynrank_fx.files import write_text
 
@@ -157,11 +159,11 @@ def write_run_file(folder: Path, model_file: Path, options: dict[str, Any]) -> N
     write_text(folder / RUN_FILE, json.dumps(data, indent=1) + "\n")
 
 
-def read_run_file(folder: Path) -> dict[str, Any]:
+def read_run_file(folder: Path) -> JsonObject:
     """What ``write_run_file`` noted. Raises StoreError."""
     path = folder / RUN_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: JsonObject = json.loads(path.read_text(encoding="utf-8"))
         assert data["format"] == "dynrank-fx run"
     except OSError as error:
         raise StoreError(

@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import click
 
@@ -17,7 +16,7 @@ def stop_signals() -> Iterator[list[int]]:
     stopped: list[int] = []
     process = os.getpid()
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: object) -> None:
         if os.getpid() != process:  # a data loader's worker: the last step may wait for it, so only the second counts
             if stopped:
                 os._exit(128 + number)

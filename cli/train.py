@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dynrank_fx.aliases import JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 
 from .options import plan_options, refuse_beside, transformed
@@ -19,7 +20,7 @@ from .training import how_to_train, known_decay, schedule_of, training_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from dynrank_fx.training import Run, Settings, Task, Watcher
+    from dynrank_fx.training import Bar, Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--tensorboard", is_flag=True, help="Also write the epochs' records for TensorBoard, into --out.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.pass_context
-def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, **options: Any) -> None:
+def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, **options: Any) -> None:
     """Train through LOW and FULL phases; a checkpoint after every epoch.
 
     Ctrl-C saves between two steps and says how to go on. A resumed run ends bitwise equal to one that was never
@@ -99,9 +100,9 @@ def train(ctx: click.Context, model_file: Path, out: Path | None, resume: bool, 
     sys.exit(128 + stopped[0])
 
 
-def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> JsonObject:
     """The options that the run was started with. Raises StoreError where one is given again with another value."""
-    started = read_run_file(folder)["options"]
+    started: JsonObject = read_run_file(folder)["options"]
     for name, value in _plain(given).items():
         said = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if said and value != started.get(name):
@@ -112,7 +113,7 @@ def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> dict
     return started
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
+def _plain(options: dict[str, Any]) -> JsonObject:
     """As they come back from JSON."""
     return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
@@ -174,7 +175,7 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _bar(task: Task, settings: Settings) -> Any:
+def _bar(task: Task, settings: Settings) -> Bar:
     from dynrank_fx.training import Bar
 
     try:

@@ -1,4 +1,4 @@
-"""The phases of a site. No torch here: a schedule is plain Python."""
+"""The phases that the weights of a model are in while it trains. No torch here: a schedule is plain Python."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ ALPHA = 16.0
 
 
 class Phase(enum.IntEnum):
-    """What a site trains.
+    """What a site trains. A schedule chooses one of these for every epoch, and ``enter_`` brings the net there.
 
     The module of a site stores the plain ``int``: Dynamo guards an Enum by identity and mixes up sites
     that share one, so that results of mixed settings are silently wrong.
+
+    Attributes:
+        FULL: The dense weight trains.
+        LOW: Only the factors exist and train.
+        ADAPTOR: A frozen dense base plus a trained low-rank branch of scale ``ALPHA / rank``: the last phase of
+            arXiv 2508.08625.
     """
 
     FULL = 0
-    """The dense weight trains."""
     LOW = 1
-    """Only the factors exist and train."""
     ADAPTOR = 2
-    """A frozen dense base plus a trained low-rank branch of scale ``ALPHA / rank``: the paper's own last phase."""
 
 
 def summary(phases: Iterable[Phase]) -> str:

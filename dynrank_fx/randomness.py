@@ -17,7 +17,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def generators_of(*data: Any) -> tuple[torch.Generator, ...]:
+def generators_of(*data: object) -> tuple[torch.Generator, ...]:
     """The generators that data loaders and their samplers were given, which seeding does not reach."""
     holders = [holder for loader in data for holder in (loader, getattr(loader, "sampler", None))]
     found = [getattr(holder, "generator", None) for holder in holders]

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .aliases import JsonObject
 from .errors import StoreError
 from .files import replacing
 
@@ -20,7 +20,7 @@ VERSION = 1
 _FORMAT = "dynrank-fx store"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, final: Path | None = None) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], info: JsonObject, *, final: Path | None = None) -> None:
     """One safetensors file with ``tensors`` and the JSON value ``info``; a kill at any moment leaves the old file.
 
     Names of one and the same tensor are stored once and come back as one. final: as in ``replacing``. Raises StoreError
@@ -42,7 +42,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *,
         save_file(kept, beside, metadata)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """``(tensors, info)`` as they were given to ``write``, on the CPU.
 
     Raises StoreError for a missing, foreign, damaged or truncated file, and for one of a newer version.
@@ -65,7 +65,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""Measurements: two things in one run, in turn, and the machine that they ran on."""
+"""Measured times: of two things that run in turn, and the machine that they ran on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Medians in seconds of two things run in turn, and the median of the ratios second / first of neighbours."""
+    """Times of two things that were run in turn.
+
+    Attributes:
+        first: The median of the first, in seconds.
+        second: The median of the second, in seconds.
+        ratio: The median of the ratios second / first of neighbouring runs.
+    """
 
     first: float
     second: float
@@ -23,7 +28,7 @@ class Pair:
 
 
 def interleaved(
-    first: Callable[[], Any], second: Callable[[], Any], *, repeats: int = 30, warmup: int = 3, inner: int = 1
+    first: Callable[[], object], second: Callable[[], object], *, repeats: int = 30, warmup: int = 3, inner: int = 1
 ) -> Pair:
     """Time both in turn, so that a slow moment of the machine hits both. inner: calls per measurement, of which the
     mean counts.
@@ -40,7 +45,7 @@ def interleaved(
     return Pair(statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios))
 
 
-def _seconds(call: Callable[[], Any], inner: int) -> float:
+def _seconds(call: Callable[[], object], inner: int) -> float:
     _synchronize()
     started = time.perf_counter()
     for _ in range(inner):
@@ -66,6 +71,7 @@ def device() -> str:
 
 
 def threads_said(count: int) -> str:
+    """A number of threads in words."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 

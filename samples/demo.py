@@ -14,7 +14,7 @@ import digits
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.onnx import bench_onnx, machine
+from dynrank_fx.onnx import bench_onnx, onnx_machine
 from dynrank_fx.plan import Plan
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.report import plot_run
@@ -80,7 +80,7 @@ def compared(dense: Side, small: Side) -> str:
     points = 100 * (small.accuracy - dense.accuracy)
     rows.append(("accuracy", f"{dense.accuracy:.2%}", f"{small.accuracy:.2%}", f"{points:+.2f} points"))
     table = text_table(("", "dense", "truncated", "truncated / dense"), rows, right=(1, 2, 3))
-    return f"{table}\nlatency: medians of runs in turn, {timings[0].provider}; {machine()}"
+    return f"{table}\nlatency: medians of runs in turn, {timings[0].provider}; {onnx_machine()}"
 
 
 def sites_compared(plan: Plan) -> str:

@@ -109,7 +109,7 @@ def cuts(full: nn.Module, ratio: float, candidates: Candidates) -> dict[str, nn.
     return dict(zip(WAYS, (plain, calibrated, best, recovered, quick), strict=True))
 
 
-def flops_of(model: nn.Module, inputs: tuple[torch.Tensor]) -> int:
+def flops_of(model: nn.Module, inputs: Any) -> int:
     with flop_counter() as counter, torch.no_grad():
         model(*inputs)
     return counter.get_total_flops()

@@ -194,7 +194,7 @@ def quantization(on: Field, small: nn.Module) -> None:
     from onnxruntime.quantization import CalibrationDataReader, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self, name: str) -> None:
             self.feeds: Iterator[dict[str, Any]] = iter([{name: batch[0].numpy()} for batch in on.batches])
 

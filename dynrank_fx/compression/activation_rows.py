@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +48,7 @@ def has_output_rows(op: Op, shape: Shape) -> bool:
     return isinstance(op, ConvOp)
 
 
-def input_rows(op: Op, x: Tensor, shape: Shape, at: Any = None) -> ActivationRows:
+def input_rows(op: Op, x: Tensor, shape: Shape, at: Tensor | None = None) -> ActivationRows:
     """The op's input as rows [g, N, n]. shape: of the weight."""
     if isinstance(op, EinsumOp):
         return ActivationRows(_einsum_rows(op, x))
@@ -60,6 +59,7 @@ def input_rows(op: Op, x: Tensor, shape: Shape, at: Any = None) -> ActivationRow
     part = view.rows if op.contracts_rows != view.transposed else view.columns
     start = 0 if part is None else part[0]
     if view.gathered:  # at [...], x [..., N, n]: each example's own matrix
+        assert at is not None
         rows = x.expand(*at.shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
         return ActivationRows(rows, at.reshape(-1), start)
     if view.index is not None:

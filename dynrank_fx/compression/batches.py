@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..aliases import Output
 from ..errors import CalibrationError, reason
-from ..tracing import fresh, same_values, split_inputs
+from ..tracing import ExampleInputs, fresh, same_values, split_inputs
 
 
-def checked_batches(batches: Iterable[Any], like: Any = None) -> list[Any]:
+def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None = None) -> list[ExampleInputs]:
     """The batches as a list. like: example inputs. Raises CalibrationError for none, for numbers that are not finite,
     and for tensors of other dimensions than those of the example inputs.
     """
@@ -34,7 +34,7 @@ def checked_batches(batches: Iterable[Any], like: Any = None) -> list[Any]:
     return data
 
 
-def _check_dimensions(batch: Any, number: int, like: Any) -> None:
+def _check_dimensions(batch: ExampleInputs, number: int, like: ExampleInputs) -> None:
     """Many a layer takes any number of dimensions, and would calibrate on the wrong ones without a word."""
     given, wanted = (
         [leaf.ndim for leaf in pytree.tree_leaves(split_inputs(each)) if isinstance(leaf, Tensor)]
@@ -51,7 +51,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def call(module: nn.Module, batch: Any, number: int) -> Any:
+def call(module: nn.Module, batch: ExampleInputs, number: int) -> Output:
     """The module's output for a batch of inputs, its weights being as before afterwards: they may be another module's
     too. Raises CalibrationError, naming the batch, where that fails.
     """

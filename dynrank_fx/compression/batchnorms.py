@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
-from ..tracing import batch_size, same_buffers, split_inputs
+from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs
 from .batches import call, checked_batches
 
 _MEAN, _VARIANCE, _TRAINING, _MOMENTUM = 3, 4, 5, 6  # the places of these arguments in aten.batch_norm
@@ -106,13 +106,23 @@ def batch_statistics(norms: Sequence[Norm]) -> Iterator[Callable[[float], None]]
 
 
 @torch.no_grad()
-def recalibrate_(module: nn.Module, batches: Iterable[Any], *, like: nn.Module | None = None) -> int:
+def recalibrate_(module: nn.Module, batches: Iterable[ExampleInputs], *, like: nn.Module | None = None) -> int:
     """Give the batch norms of a truncated module the means and variances that its inputs now have over the batches.
 
     Their statistics were those of the dense model's outputs, of which a cut takes some variance away. A batch counts
     by its rows; one of a single row, which has no variance, is passed over where there are others. Everything else
-    stays in evaluation mode. like: the module before the cut; batch norms that no cut site feeds keep what they have.
-    Returns how many batch norms were given new statistics. Raises CalibrationError as ``calibrate`` does.
+    stays in evaluation mode.
+
+    Args:
+        module: The truncated module.
+        batches: Batches of inputs, each as ``example_inputs``.
+        like: The module before the cut, where there is one: batch norms that no cut site feeds keep what they have.
+
+    Returns:
+        How many batch norms were given new statistics.
+
+    Raises:
+        CalibrationError: As ``calibrate`` does.
     """
     data = checked_batches(batches)
     rows = [batch_size(split_inputs(batch)) or 1 for batch in data]
@@ -132,7 +142,7 @@ def recalibrate_(module: nn.Module, batches: Iterable[Any], *, like: nn.Module |
     return len(norms)
 
 
-def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, Any]) -> list[Norm]:
+def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, ExampleInputs]) -> list[Norm]:
     """The batch norms whose input is another one than in the module before the cut, on one batch."""
     before = norms_of(like)
     if len(before) != len(norms):
@@ -147,7 +157,7 @@ def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[i
     return [norm for norm, now, then in zip(norms, *seen, strict=True) if not torch.allclose(now, then, rtol=1e-5)]
 
 
-def _observed(module: nn.Module, batch: Any, number: int) -> None:
+def _observed(module: nn.Module, batch: ExampleInputs, number: int) -> None:
     try:
         call(module, batch, number)
     except CalibrationError as error:

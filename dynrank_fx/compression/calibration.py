@@ -18,7 +18,7 @@ from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
 from ..rewrite import STEM, SiteGroup, Switched, site_groups, switched_modules
-from ..tracing import evaluating, is_captured, regions, same_buffers, untraced, unwrap
+from ..tracing import ExampleInputs, evaluating, is_captured, regions, same_buffers, untraced, unwrap
 from .activation_rows import has_input_rows, has_output_rows, input_rows, output_rows, outputs_along_rows
 from .batches import call, checked_batches
 from .covariance import Calibration, Covariance
@@ -31,14 +31,31 @@ Watched: TypeAlias = tuple[SiteGroup, Covariance]
 
 
 def calibrate(
-    net: nn.Module, batches: Iterable[Any], *, sites: Collection[str] | None = None, shrink: float | None = None
+    net: nn.Module,
+    batches: Iterable[ExampleInputs],
+    *,
+    sites: Collection[str] | None = None,
+    shrink: float | None = None,
 ) -> Calibration:
-    """Run the net on the batches, in its present phases and in evaluation mode, and collect what its sites give.
+    """Run the net on data, and collect what the outputs of its sites hold, for a cut that keeps the outputs.
 
-    batches: each as ``example_inputs``. sites: by name; all by default. shrink: see ``Covariance.basis``.
+    It runs in its present phases and in evaluation mode.
 
-    Raises CalibrationError for a module that ``transform`` did not make, and where there is no batch, a batch does not
-    fit the model, or numbers are not finite.
+    Args:
+        net: What ``transform`` made; it stays as it is.
+        batches: Batches of inputs, each as ``example_inputs``.
+        sites: The names of the sites to look at; all by default.
+        shrink: How much of the weight's own spectrum is mixed in, which settles what too few data leave open: the share
+            of W Wᵀ, at the trace of C, that is added to the covariance C of the outputs. By default k / (k + rows seen)
+            for k outputs: as much as C itself where there are hardly any data, and next to nothing where there are
+            plenty.
+
+    Returns:
+        What is known of the outputs, for ``truncate`` and ``enter_(..., split=calibration.split)``.
+
+    Raises:
+        CalibrationError: For a module that ``transform`` did not make, and where there is no batch, a batch does not
+            fit the model, or numbers are not finite.
     """
     root = unwrap(net)
     if not switched_modules(root) and not is_captured(root):
@@ -102,7 +119,7 @@ def _passes(deciding: Sequence[Watched]) -> Iterable[list[Watched]]:
         yield turn
 
 
-def _run(root: nn.Module, data: Sequence[Any], watched: Sequence[Watched], order: dict[str, None]) -> None:
+def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[Watched], order: dict[str, None]) -> None:
     """One pass over the data with hooks on these groups."""
     handles: list[RemovableHandle] = []
     free, paths = _free_biases(root), {id(module): name for name, module in root.named_modules()}

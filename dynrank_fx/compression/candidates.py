@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..phases import LatencyOf, RankUnit, rank_units
 from ..plan import Budget, RankPolicy
 from ..rewrite import a_twin, inline_, plan_of
+from ..tracing import ExampleInputs
 from .batches import call
 from .batchnorms import recalibrate_
 from .covariance import Calibration
@@ -49,7 +50,7 @@ class Candidates:
 
     net: nn.Module
     dense: nn.Module
-    data: Sequence[Any] | None = None
+    data: Sequence[ExampleInputs] | None = None
     known: Calibration | None = None
     latency: LatencyOf | None = None
     multiple_of: int = 1
@@ -116,7 +117,9 @@ class Candidates:
             self._spectra[site] = None if self.known is None else self.known.spectrum(site, weight)
         return self._spectra[site]
 
-    def _cut(self, ranks: Mapping[str, int | None], data: Sequence[Any] | None, sequential: bool) -> Candidate:
+    def _cut(
+        self, ranks: Mapping[str, int | None], data: Sequence[ExampleInputs] | None, sequential: bool
+    ) -> Candidate:
         twin = a_twin(self.net)
         cuts = apply_ranks_(twin, ranks, self.known, data if sequential else None)
         module = inline_(twin)

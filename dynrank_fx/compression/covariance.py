@@ -4,6 +4,9 @@ Of the outputs y = W x [m] before the bias, the covariance C [m, m] decides: W' 
 C has the least E‖y − y'‖² of all rank-r weights, when (I − V Vᵀ) E[y] goes into the bias. Where no bias can take that
 up, C = E[y yᵀ] is about zero, not about the mean. Where n < m the covariance of the inputs stands in its place,
 C = W E[x xᵀ] Wᵀ.
+
+Sources: it is the principal components of the outputs (Zhang et al., arXiv 1505.06798), and the same as an SVD of the
+weight whitened by its inputs (SVD-LLM, arXiv 2403.07378), without an inverse.
 """
 
 from __future__ import annotations
@@ -71,9 +74,15 @@ def projected(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 class Covariance:
     """What was seen of one site, or of the sites that share a right factor.
 
-    sites: the site's name, or those of all that share. rows: whether outputs go along the rows of the matrix view.
-    of_inputs: the sums are over what goes in, not over what comes out. products: Σ y yᵀ [g, k, k]. sums: by name of
-    a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose mean it can take up.
+    Attributes:
+        sites: The site's name, or those of all that share.
+        layout: The layout of the weight.
+        rows: Whether outputs go along the rows of the matrix view.
+        of_inputs: Whether the sums are over what goes in, and not over what comes out.
+        products: Σ y yᵀ [g, k, k].
+        count: How many y were seen, in each group.
+        sums: By the name of a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose
+            mean it can take up.
     """
 
     sites: tuple[str, ...]
@@ -110,16 +119,32 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Covariances by site. plain: why a site is cut by plain SVD all the same."""
+    """What the outputs of the sites hold, as ``calibrate`` found it on data.
+
+    Attributes:
+        covariances: What was seen, by site.
+        plain: By site, why it is cut by plain SVD all the same.
+        order: Sites by their first call, those that share a factor by its owner.
+        shrink: How much of the weight's own spectrum is mixed in, see ``calibrate``.
+    """
 
     covariances: Mapping[str, Covariance]
     plain: Mapping[str, str]
     order: tuple[str, ...]
-    """Sites by their first call, those that share a factor by its owner."""
     shrink: float | None = None
 
     def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
-        """Factors that keep the outputs of these sites best; None where nothing is known of them."""
+        """Factors that keep the outputs of a site best; ``enter_`` takes this method as its ``split``.
+
+        Args:
+            sites: The site's name, or those of the sites that share a factor, its owner first.
+            layout: The layout of the weight.
+            weight: The weight, or those of the sites that share a factor, one above the other.
+            rank: The rank r.
+
+        Returns:
+            (left, right), or None where nothing is known of the outputs.
+        """
         found = self.covariances.get(sites[0])
         if found is None:
             return None
@@ -134,8 +159,17 @@ class Calibration:
         return [name for name, found in self.covariances.items() if found.count < found.products.shape[-1]]
 
     def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
-        """Roots of what each direction of the outputs holds, [g, min(m, n)], largest first: the error of a cut to rank
-        r is the sum of squares beyond it.
+        """How much each direction of a site's outputs holds.
+
+        The error of a cut to rank r is the sum of the squares beyond the first r.
+
+        Args:
+            site: The site's name; of sites that share a factor, the owner's.
+            weight: The weight, or those of the sites that share a factor, one above the other.
+
+        Returns:
+            Roots of the energies, [g, min(m, n)], largest first, on the CPU; None where nothing is known of the
+                outputs.
         """
         found = self.covariances.get(site)
         if found is None:

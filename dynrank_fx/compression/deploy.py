@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ..phase import Phase
 from ..phases import phases_of
 from ..rewrite import inline_, plan_of
-from ..tracing import shell
+from ..tracing import ExampleInputs, shell
 from .batchnorms import recalibrate_
 from .truncation import truncate
 
@@ -26,7 +25,7 @@ class Deployed:
 
 def deployed(
     net: nn.Module,
-    batches: Sequence[Any] = (),
+    batches: Sequence[ExampleInputs] = (),
     *,
     metric: Callable[[nn.Module], float | None] | None = None,
     measured: float | None = None,

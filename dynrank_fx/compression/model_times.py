@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from ..errors import ExportError
 from ..onnx import Precision, bound, cast, converted, onnx_inputs, session_of
 from ..timing import Pair, interleaved
-from ..tracing import in_order, split_inputs
+from ..tracing import ExampleInputs, in_order, split_inputs
 from .site_times import SiteTimes
 
 _ROUNDS = 3  # the one of the median ratio counts: a busy moment spoils one of them
@@ -24,7 +23,7 @@ class ModelTimes:
     ExportError for a provider that does not come up.
     """
 
-    def __init__(self, dense: nn.Module, example_inputs: Any, sites: SiteTimes) -> None:
+    def __init__(self, dense: nn.Module, example_inputs: ExampleInputs, sites: SiteTimes) -> None:
         self.sites = sites
         self._module, self._inputs = dense, split_inputs(example_inputs)
         self.dense: float | None = None

@@ -1,20 +1,21 @@
-"""After a truncation: batch norms that fit what now comes in, and a short fine-tune of its parameters."""
+"""A short fine-tune of a truncated module, towards the outputs of the dense one or by a loss of one's own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..aliases import Output
 from ..errors import CalibrationError
-from ..tracing import same_buffers, tensors
+from ..tracing import ExampleInputs, same_buffers, tensors
 from .batches import call, checked_batches
 
-Loss = Callable[[Any, int], Tensor]
+Loss: TypeAlias = Callable[[Output, int], Tensor]
 """(output, number of the calibration batch it is of) to the loss."""
 
 _SHARE = 0.01  # of the root mean square of a parameter: the largest step of one of its numbers
@@ -23,19 +24,32 @@ _SHARE = 0.01  # of the root mean square of a parameter: the largest step of one
 def recover_(
     module: nn.Module,
     dense: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[ExampleInputs],
     steps: int,
     *,
     loss: Loss | None = None,
     names: Sequence[str] | None = None,
 ) -> list[float]:
-    """Fine-tune a truncated module for so many steps, in evaluation mode (dropout off, batch norms as they are).
+    """Fine-tune a truncated module in evaluation mode: dropout off, batch norms as they are.
 
-    loss: by default the distance to the dense model's outputs, Σ ‖z − y‖² / ‖y − ȳ‖² over its floating-point outputs
-    (ȳ the mean over the batch). names: of the parameters to train; by default all. The largest change of a parameter in
-    a step is a hundredth of its root mean square (Adam), falling to zero along a cosine. Returns the loss of every
-    step. Raises CalibrationError for data and names that do not fit, and where the loss is not finite or has no
-    gradient; the module is then as it was.
+    The largest change of a parameter in a step is a hundredth of its root mean square (Adam), falling to zero along a
+    cosine.
+
+    Args:
+        module: The truncated module.
+        dense: The module before the cut.
+        batches: Batches of inputs, taken in turn.
+        steps: How many steps, 0 or more.
+        loss: (output, number of the calibration batch it is of) to a loss. By default the distance to the dense model's
+            outputs, Σ ‖z − y‖² / ‖y − ȳ‖² over its floating-point outputs, ȳ being the mean over the batch.
+        names: The parameters to train; all by default.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        CalibrationError: For data and names that do not fit, and where the loss is not finite or has no gradient; the
+            module is then as it was.
     """
     data = checked_batches(batches)
     wanted = dict(module.named_parameters())
@@ -77,7 +91,7 @@ def recover_(
     return losses
 
 
-def _lost(module: nn.Module, dense: nn.Module, data: Sequence[Any], number: int, loss: Loss | None) -> Tensor:
+def _lost(module: nn.Module, dense: nn.Module, data: Sequence[ExampleInputs], number: int, loss: Loss | None) -> Tensor:
     """The loss on one batch."""
     output = call(module, data[number], number)
     if loss is None:
@@ -93,7 +107,7 @@ def _lost(module: nn.Module, dense: nn.Module, data: Sequence[Any], number: int,
     return found
 
 
-def distance(output: Any, target: Any) -> Tensor:
+def distance(output: Output, target: Output) -> Tensor:
     """How far outputs are from those wanted, in parts of what those vary by over the batch."""
     total = torch.zeros(())
     for z, y in zip(tensors(output), tensors(target), strict=True):

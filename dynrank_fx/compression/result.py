@@ -20,10 +20,17 @@ _NOTHING = 1e-4  # the change of a weight that is rounding
 
 @dataclass(frozen=True)
 class Compressed:
-    """module: ordinary torch, in evaluation mode. plan: ranks of the sites that are factored.
+    """What ``compress`` made of a model; printed, it is a table.
 
-    params, flops: of dense and compressed, on the example inputs. times: seconds of both in onnxruntime, measured in
-    turn; None where they were not. metrics: of both. notes: what the user should know, a sentence each.
+    Attributes:
+        module: The compressed model: ordinary torch, in evaluation mode.
+        plan: The sites as they may be factored, with the ranks of those that are.
+        cuts: What became of each site.
+        params: Parameters of the dense and of the compressed model.
+        flops: FLOPs of both on the example inputs, two a multiply-add; None where they are not known.
+        times: Seconds of both in onnxruntime, measured in turn, the dense one first; None where they were not measured.
+        metrics: The metric of both; None without one.
+        notes: What the user should know, a sentence each.
     """
 
     module: nn.Module

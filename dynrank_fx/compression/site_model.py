@@ -5,23 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ..onnx import Feeds
 from ..ops import ConvOp, ConvTransposeOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, ProductOp, Shape
 from ..plan import PlannedSite
 
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
 _OPSET = 18
+
+Setting: TypeAlias = int | str | Sequence[int]
+"""The value of an attribute of a node."""
 
 
 @dataclass
 class _Graph:
     """Nodes, weights and outputs as they come. element: the type of the numbers, of NumPy."""
 
-    element: Any
-    nodes: list[Any] = field(default_factory=list)
-    weights: list[Any] = field(default_factory=list)
+    element: DTypeLike
+    nodes: list[NodeProto] = field(default_factory=list)
+    weights: list[TensorProto] = field(default_factory=list)
     outputs: list[tuple[str, Shape]] = field(default_factory=list)
 
     def weight(self, shape: Shape) -> str:
@@ -32,22 +40,22 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(values.astype(self.element), name))
         return name
 
-    def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
+    def node(self, kind: str, inputs: Sequence[str], **attributes: Setting) -> str:
         from onnx import helper
 
         name = f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))  # type: ignore[arg-type]
         return name
 
 
-def site_model(rows: Sequence[PlannedSite], rank: int | None, element: Any) -> tuple[Any, dict[str, Any]] | None:
+def site_model(rows: Sequence[PlannedSite], rank: int | None, element: DTypeLike) -> tuple[ModelProto, Feeds] | None:
     """(ONNX model, what to feed it) of all uses of a site, or of the sites that share a factor; rank: None for dense.
 
     element: NumPy's type of the numbers. None where the shapes of the inputs are not known, or an op cannot be put so.
     """
     from onnx import helper
 
-    graph, feeds = _Graph(element), dict[str, Any]()
+    graph, feeds = _Graph(element), Feeds()
     shared = len(rows) > 1
     stem: str | None = None
     for row in rows:
@@ -84,7 +92,7 @@ def _known(op: Op) -> bool:
     return not (isinstance(op, ProductOp) and op.view.gathered)
 
 
-def _values(op: Op, x: Shape, weight: Shape, element: Any) -> Any:
+def _values(op: Op, x: Shape, weight: Shape, element: DTypeLike) -> np.ndarray:
     generator = np.random.default_rng(0)
     if isinstance(op, EmbeddingOp):
         return generator.integers(0, op.view.shape(weight)[0], x)
@@ -112,7 +120,7 @@ def _apply(graph: _Graph, op: Op, x: str, x_shape: Shape, weight: Shape) -> tupl
 
 
 def _convolution(graph: _Graph, op: ConvOp | ConvTransposeOp, x: str, weight: Shape) -> str:
-    attributes: dict[str, Any] = {"kernel_shape": weight[2:], "strides": op.stride, "dilations": op.dilation}
+    attributes: dict[str, Setting] = {"kernel_shape": weight[2:], "strides": op.stride, "dilations": op.dilation}
     attributes["group"] = op.groups
     if isinstance(op, ConvTransposeOp):
         attributes |= {"output_padding": op.output_padding, "pads": (*op.padding, *op.padding)}

@@ -13,7 +13,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,15 +35,20 @@ def default_cache() -> Path:
 
 @dataclass
 class SiteTimes:
-    """Times on one target. provider: of onnxruntime. element: NumPy's type of the numbers, by name. cache: a file,
-    keyed by machine, versions, provider, type and shapes; None for none.
+    """Measured times of single sites in onnxruntime on this machine, dense against factored, kept in a file.
+
+    Attributes:
+        provider: The provider of onnxruntime that runs them.
+        element: NumPy's name of the type of the numbers.
+        cache: The file; its entries are keyed by machine, versions, provider, type and shapes. None for no file.
+        repeats: How many measurements of each, of which the median counts.
     """
 
     provider: Provider = "CPUExecutionProvider"
     element: str = "float32"
     cache: Path | None = field(default_factory=default_cache)
     repeats: int = 15
-    _known: dict[str, Any] = field(default_factory=dict)
+    _known: dict[str, list[float] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cache is not None and self.cache.is_file():
@@ -54,8 +58,14 @@ class SiteTimes:
                 self._known = {}  # a cache that cannot be read is measured anew
 
     def pair(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
-        """Dense (first) and factored (second) seconds of a site, or of those that share a factor; None where it cannot
-        be run by itself.
+        """Times of a site, dense and factored, measured in turn or taken from the cache.
+
+        Args:
+            rows: The row of the plan, or those of the sites that share a factor.
+            rank: The rank of the factors.
+
+        Returns:
+            Dense (first) and factored (second) seconds; None where the site cannot be run by itself.
         """
         key = self._key(rows, rank)
         if key not in self._known:
@@ -65,7 +75,15 @@ class SiteTimes:
         return None if values is None else Pair(*values)
 
     def cost(self, rows: Sequence[PlannedSite], total: float) -> Cost | None:
-        """The curve of the site's time over its ranks, in shares of ``total`` seconds; never falling with the rank."""
+        """The curve of a site's time over its ranks; never falling with the rank.
+
+        Args:
+            rows: The row of the plan, or those of the sites that share a factor.
+            total: The time of the whole dense model, in seconds.
+
+        Returns:
+            The cost in shares of ``total``; None where the site cannot be run by itself.
+        """
         limit = paying_limit(rows)
         ranks = sorted({max(1, limit * step // _STEPS) for step in range(1, _STEPS + 1)})
         pairs = [self.pair(rows, rank) for rank in ranks]

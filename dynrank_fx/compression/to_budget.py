@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, Unpack
+from typing import TypeAlias, Unpack
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, PlanChoices, PlanOptions, RankPolicy, Ratio, chosen
 from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
-from ..tracing import own_, shell, unwrap
+from ..tracing import ExampleInputs, own_, shell, unwrap
 from .batches import checked_batches
 from .calibration import calibrate
 from .candidates import Candidate, Candidates
@@ -34,7 +34,14 @@ Score: TypeAlias = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class MaxDrop:
-    """The fewest parameters with which the metric falls by at most this much."""
+    """A budget of ``compress``: the fewest parameters with which the metric falls by at most so much.
+
+    Attributes:
+        drop: By how much the metric may fall, 0 or more, in the metric's own unit.
+
+    Raises:
+        PlanError: For a number that is negative or not finite.
+    """
 
     drop: float
 
@@ -45,9 +52,9 @@ class MaxDrop:
 
 def compress(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     budget: RankPolicy | MaxDrop,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[ExampleInputs] | None = None,
     options: PlanOptions | None = None,
     *,
     metric: Score | None = None,
@@ -60,27 +67,29 @@ def compress(
     """Cut a trained model to a budget so that its outputs change least, and measure what became of it.
 
     Args:
-        model: Any ``nn.Module``, or a net of ``transform`` in any phase.
+        model: An ``nn.Module``, or a net of ``transform`` in any phase; it stays as it is.
         example_inputs: As in ``transform``; FLOPs are counted, and times measured, at their shapes.
         budget: ``Budget(flops=0.5)`` and the like, ``MaxDrop(0.01)`` of the metric, or any rank policy.
-        calibration: Batches of inputs, each as the example inputs; without them the cut is a plain SVD.
+        calibration: Batches of inputs, each as ``example_inputs``; without them the cut is a plain SVD.
         options: What may be factored, and how. The budget decides the ranks, so that ``rank`` and
             ``allow_unprofitable`` say nothing here; of a net of ``transform`` only ``multiple_of`` is read, since it
             has a plan already.
-        metric: Of a module, larger is better.
-        recover_steps: Of fine-tuning the result towards the dense model's outputs.
-        loss: In place of those outputs, of (output, number of the calibration batch).
-        times: Measures sites where the model is to run. A site that is not faster factored stays dense, and the whole
-            is never slower than the dense model, unless the budget is one of parameters. None measures nothing.
+        metric: Scores a module; larger is better.
+        recover_steps: How many steps the cut model is fine-tuned for, as ``recover_`` does.
+        loss: What the fine-tuning lowers, in place of the distance to the dense model's outputs; see ``recover_``.
+        times: Measures sites where the model is to run. A site that is not faster factored then stays dense, and the
+            whole is never slower than the dense model, unless the budget is one of parameters. None to measure nothing.
         sequential: As in ``truncate``.
         **choices: Fields of ``PlanOptions``, a shorthand for options.
 
     Returns:
-        The smaller module and what is known of it. The model stays as it is.
+        The compressed model, with what it costs and what it lost.
 
     Raises:
-        PlanError: For a budget that cannot be met (it says the least one that can), and for options that make no sense.
+        PlanError: For a budget that cannot be met (the least one that can is said), and for options that do not go
+            together.
         CalibrationError: For calibration data that do not serve.
+        CaptureError: Where the model cannot be captured.
     """
     data = None if calibration is None else checked_batches(calibration, like=example_inputs)
     if sequential and data is None:
@@ -104,7 +113,7 @@ def compress(
     return replace(found, metrics=metrics)
 
 
-def _in_full(model: nn.Module, example_inputs: Any, options: PlanOptions) -> tuple[nn.Module, dict[str, int]]:
+def _in_full(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> tuple[nn.Module, dict[str, int]]:
     """The model as a net in evaluation mode, every site dense, and the ranks of those that were factored before."""
     if holds_captured(unwrap(model)):
         net = a_twin(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ..phase import Phase
 from ..phases import RankUnit, enter_, phases_of, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
 from ..rewrite import Switched, a_twin, inline_, plan_of, switched_modules
-from ..tracing import own_, same_values
+from ..tracing import ExampleInputs, own_, same_values
 from .batches import checked_batches
 from .calibration import calibrate
 from .covariance import Calibration
@@ -26,7 +25,14 @@ _ROUNDING = 1e-5  # of a mean output: what a cut that loses nothing seems to tak
 
 @dataclass(frozen=True)
 class Cut:
-    """What became of one site. rank: None where it is dense. error: ‖W − W'‖_F / ‖W‖_F. why: no calibrated cut."""
+    """What became of one site.
+
+    Attributes:
+        site: The site's name.
+        rank: The rank of its factors; None where it is dense.
+        error: ‖W − W'‖_F / ‖W‖_F.
+        why: Why the cut was not calibrated, or empty.
+    """
 
     site: str
     rank: int | None
@@ -36,23 +42,36 @@ class Cut:
 
 def truncate(
     net: nn.Module,
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[ExampleInputs] | None = None,
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
 ) -> nn.Module:
-    """The evaluation graph of the net with every site factored: plain torch, with nothing of this package left in it.
+    """The evaluation graph of the net with every site factored for good, as an ordinary torch module.
 
-    Sites in LOW keep their factors; sites in FULL are cut to the ranks of the plan. calibration: batches of inputs,
-    each as ``example_inputs``, or what ``calibrate`` made of them, to keep the *outputs* of each site best; without it,
-    and where a site's outputs do not decide (a warning says which and why), the cut is a plain SVD of the weight, which
-    a dense-trained model rarely survives. rank: decides the ranks anew, on what the outputs hold where there is
-    calibration; a site whose factors would then cost no less than its dense weight becomes dense. sequential: sites are
-    calibrated one after the other, each on what the sites before it give after their cut; as many passes over the
-    batches as sites. The net stays as it is.
+    Nothing of this package is left in it. Sites in LOW keep their factors; sites in FULL are cut to the ranks of the
+    plan.
 
-    Raises PlanError for a module that ``transform`` did not make, TransitionError for non-finite weights,
-    CalibrationError for data that are empty, not finite or do not fit the model.
+    Args:
+        net: What ``transform`` made, in any phase; it stays as it is.
+        calibration: Batches of inputs, each as ``example_inputs``, or what ``calibrate`` made of them, to keep the
+            *outputs* of each site best. Without it, and where a site's outputs do not decide, the cut is a plain SVD of
+            the weight, which a dense-trained model rarely survives.
+        rank: Decides the ranks anew, on what the outputs hold where there is calibration; a site whose factors would
+            then cost no less than its dense weight becomes dense.
+        sequential: Whether sites are calibrated one after the other, each on what the sites before it give after their
+            cut; it takes as many passes over the batches as there are sites.
+
+    Returns:
+        The truncated module, in evaluation mode.
+
+    Raises:
+        PlanError: For a module that ``transform`` did not make.
+        TransitionError: For non-finite weights.
+        CalibrationError: For data that are empty, not finite or do not fit the model.
+
+    Warns:
+        DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
     with same_values(net):
         twin = a_twin(net)
@@ -76,12 +95,12 @@ def cut_plainly(cuts: Sequence[Cut]) -> list[str]:
 
 def cut_(
     net: nn.Module,
-    calibration: Calibration | Iterable[Any] | None,
+    calibration: Calibration | Iterable[ExampleInputs] | None,
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
 ) -> list[Cut]:
-    """Bring every site into its last form, in the net itself; see ``truncate``."""
+    """Bring every site into its last form, in the net itself; the arguments are those of ``truncate``."""
     if not switched_modules(net):
         return []
     if sequential and (calibration is None or isinstance(calibration, Calibration)):
@@ -93,7 +112,10 @@ def cut_(
 
 
 def apply_ranks_(
-    net: nn.Module, ranks: Mapping[str, int | None], known: Calibration | None, in_turn: Sequence[Any] | None = None
+    net: nn.Module,
+    ranks: Mapping[str, int | None],
+    known: Calibration | None,
+    in_turn: Sequence[ExampleInputs] | None = None,
 ) -> list[Cut]:
     """Cut every site to its rank; None makes it dense. in_turn: batches to calibrate one site after the other on."""
     changing = {name for name, phase in phases_of(net).items() if phase is not Phase.LOW or _differs(net, name, ranks)}

@@ -14,10 +14,14 @@ from ..training import Phases, PhaseSettings, practical
 
 
 class PhasesHolder:
-    """A schedule with how it is entered; ``phases`` once training has begun.
+    """A schedule, with how its phases are entered, for the callbacks of other trainers.
 
-    choices: those of ``PhaseSettings``, by name; for the others the practical preset's. ``history`` has a record of
-    every epoch.
+    Args:
+        schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
+        **choices: Fields of ``PhaseSettings``, by name; the others are those of the practical preset.
+
+    Attributes:
+        phases: The ``Phases`` at work once training has begun, None before.
     """
 
     def __init__(self, schedule: Schedule, **choices: Any) -> None:
@@ -27,11 +31,22 @@ class PhasesHolder:
 
     @property
     def history(self) -> list[EpochRecord]:
+        """A record of every epoch begun; empty before training has begun."""
         return self.phases.history if self.phases is not None else []
 
 
 def net_in(module: nn.Module) -> nn.Module:
-    """The outermost part of a module that ``transform`` made. Raises TransitionError where none with sites is."""
+    """The outermost part of a module that ``transform`` made.
+
+    Args:
+        module: The net itself, or a module that holds it.
+
+    Returns:
+        The net.
+
+    Raises:
+        TransitionError: Where the module holds no net with sites.
+    """
     for part in module.modules():
         if is_captured(part) and switched_modules(part):
             return part

@@ -25,16 +25,28 @@ except ImportError:
 
 
 class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
-    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``PhasesHolder``.
+    """Enters the phases of a schedule at the start of every epoch, optimizer state along.
 
-    Raises TransitionError where the module holds no net of ``transform``, has several optimizers, or trains without an
-    end.
+    The arguments are those of ``PhasesHolder``.
+
+    Raises:
+        TransitionError: When training starts, where the module holds no net of ``transform``, has several optimizers,
+            or trains without an end.
     """
 
     _restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """The optimizer exists, and a checkpoint has been restored."""
+        """Begin: the optimizer exists, and a checkpoint has been restored.
+
+        Args:
+            trainer: The Lightning Trainer.
+            pl_module: The LightningModule, which holds the net.
+
+        Raises:
+            TransitionError: Where the module holds no net of ``transform``, has several optimizers, or trains without
+                an end.
+        """
         if len(trainer.optimizers) != 1:
             raise TransitionError(
                 f"phases need one optimizer over the net, and this module has {len(trainer.optimizers)}"
@@ -58,22 +70,47 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             self.phases.load_state_dict(self._restored)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Enter the phases of the epoch.
+
+        Args:
+            trainer: The Lightning Trainer.
+            pl_module: The LightningModule; ``dynrank/spent`` is logged by it.
+
+        Raises:
+            TransitionError: As ``enter_`` does.
+        """
         assert self.phases is not None
         self.phases.net.zero_grad()  # Lightning keeps the gradients of a step until the next one
         record = self.phases.begin(trainer.current_epoch)
         pl_module.log("dynrank/spent", record.spent)  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
+        """What Lightning's checkpoint keeps of the phases.
+
+        Returns:
+            Plain values and tensors.
+        """
         return self.phases.state_dict() if self.phases is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint kept; it is put into effect when training starts.
+
+        Args:
+            state_dict: What ``state_dict`` gave.
+        """
         self._restored = state_dict or None
 
 
 def resume_from_(net: nn.Module, checkpoint: str | Path) -> None:
     """Bring a freshly transformed net into the phases of a Lightning checkpoint, before ``fit(..., ckpt_path=...)``.
 
-    Raises TransitionError for a checkpoint without phases.
+    Args:
+        net: What ``transform`` made.
+        checkpoint: Lightning's checkpoint file.
+
+    Raises:
+        TransitionError: For a checkpoint without phases.
+        PlanError: For ranks that a site cannot have.
     """
     data = torch.load(checkpoint, map_location="cpu", weights_only=False)
     for name, state in data.get("callbacks", {}).items():

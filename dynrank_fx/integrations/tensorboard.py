@@ -15,12 +15,22 @@ _BY_SITE = ("effective_rank", "stable_rank", "switch_error", "ranks")
 
 
 class TensorBoard(Watcher):
-    """Writes what each epoch's record says to an event file in ``folder``."""
+    """Writes what each epoch's record says to an event file: scalars by epoch, and the ranks of every site.
+
+    Args:
+        folder: Where the event file is written.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.writer = SummaryWriter(str(folder))
 
     def epoch_done(self, run: Run, record: EpochRecord) -> None:
+        """Write the record of an epoch.
+
+        Args:
+            run: The run.
+            record: What is known of the epoch.
+        """
         epoch = record.epoch + 1
         for name in _SCALARS:
             if record[name] is not None:

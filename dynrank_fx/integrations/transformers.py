@@ -24,17 +24,32 @@ FILE = "phases.pt"
 
 
 class PhasesCallback(PhasesHolder, TrainerCallback):
-    """Enters the phases of a schedule at the start of every epoch, optimizer state along; see ``PhasesHolder``.
+    """Enters the phases of a schedule at the start of every epoch, optimizer state along.
 
-    resume_from: the checkpoint that the Trainer goes on from, where it is not in its own output folder.
+    The arguments are those of ``PhasesHolder``.
 
-    Raises TransitionError where the model holds no net of ``transform``.
+    Attributes:
+        resume_from: The checkpoint folder that the Trainer goes on from, where it is not in its own output folder.
+
+    Raises:
+        TransitionError: When training begins, where the model holds no net of ``transform``.
     """
 
     resume_from: str | Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The optimizer and the scheduler exist, and a checkpoint has been restored."""
+        """Begin: the optimizer and the scheduler exist, and a checkpoint has been restored.
+
+        Args:
+            args: The TrainingArguments.
+            state: The TrainerState.
+            control: The TrainerControl.
+            **kwargs: What the Trainer tells besides: the model, the optimizer and the scheduler are used.
+
+        Raises:
+            TransitionError: Where the model holds no net of ``transform``, or a checkpoint lacks the state of the
+                phases.
+        """
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
         epochs = math.ceil(state.num_train_epochs)
         self.phases = Phases(
@@ -61,6 +76,17 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         self.phases.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Enter the phases of the epoch.
+
+        Args:
+            args: The TrainingArguments.
+            state: The TrainerState, which tells the epoch.
+            control: The TrainerControl.
+            **kwargs: What the Trainer tells besides.
+
+        Raises:
+            TransitionError: As ``enter_`` does.
+        """
         assert self.phases is not None
         epoch = int(state.epoch or 0)
         if epoch == len(self.phases.history) - 1 and state.global_step % (self.phases.steps or 1):
@@ -68,6 +94,14 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         self.phases.begin(epoch)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the state of the phases beside the Trainer's checkpoint.
+
+        Args:
+            args: The TrainingArguments.
+            state: The TrainerState.
+            control: The TrainerControl.
+            **kwargs: What the Trainer tells besides.
+        """
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.phases is not None and folder.is_dir():
             torch.save(self.phases.state_dict(), folder / FILE)
@@ -76,7 +110,13 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
 def resume_from_(net: nn.Module, folder: str | Path) -> None:
     """Bring a freshly transformed net into the phases of a checkpoint folder, before the Trainer is made.
 
-    Raises TransitionError for a folder without them.
+    Args:
+        net: What ``transform`` made.
+        folder: The Trainer's checkpoint folder.
+
+    Raises:
+        TransitionError: For a folder without the state of the phases.
+        PlanError: For ranks that a site cannot have.
     """
     file = Path(folder) / FILE
     if not file.exists():

@@ -1,4 +1,8 @@
-"""Layouts of convolutions, in groups or not, transposed or not. The shapes are those of the table in ``layout``."""
+"""Layouts of convolutions by two smaller ones: in channels, or along one axis of the kernel and then the others.
+
+Both serve convolutions in groups or not, transposed or not. The shapes are those of the table in ``choose``. Sources:
+the channel layout is that of arXiv 2508.08625, the spatial one that of arXiv 1405.3866.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,9 @@ class GroupedFactors(TwoFactors):
 
     A transposed convolution has its inputs where a convolution has its outputs: the same factors, applied in the other
     order.
+
+    Attributes:
+        groups: Groups of the convolution.
     """
 
     groups: int = 1
@@ -34,7 +41,13 @@ class GroupedFactors(TwoFactors):
 
 @dataclass(frozen=True)
 class ChannelLayout(GroupedFactors):
-    """A k×k convolution to r channels, then 1×1. Transposed: 1×1 to r channels, then k×k."""
+    """A k×k convolution to r channels, then 1×1 to all (as in arXiv 2508.08625).
+
+    Of a transposed convolution 1×1 to r channels, then k×k.
+
+    Attributes:
+        groups: Groups of the convolution, each with r channels in between.
+    """
 
     name: ClassVar[str] = "channel"
 
@@ -72,8 +85,12 @@ class ChannelLayout(GroupedFactors):
 
 @dataclass(frozen=True)
 class SpatialLayout(GroupedFactors):
-    """A k1×1 convolution to r channels, then 1×k2: the first spatial axis in the first stage, the others in the
-    second.
+    """A k1×1 convolution to r channels, then 1×k2 (arXiv 1405.3866).
+
+    The first spatial axis is in the first stage, the others are in the second.
+
+    Attributes:
+        groups: Groups of the convolution, each with r channels in between.
     """
 
     name: ClassVar[str] = "spatial"

@@ -1,6 +1,6 @@
 """Layouts of weights that products multiply by: a matrix, a stack of them, or any tensor of an einsum.
 
-The shapes are those of the table in ``layout``.
+The shapes are those of the table in ``choose``.
 """
 
 from __future__ import annotations

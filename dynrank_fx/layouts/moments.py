@@ -123,7 +123,8 @@ def moments_to_dense(M_B: Tensor, M_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
     b_inverse = torch.where(b > 0, 1 / b, 0)
     beyond_P = (M_B @ Y - P @ C1) * a_inverse[..., None, :]
     beyond_Q = (Xh @ M_A - C2 @ Qh) * b_inverse[..., :, None]
-    return (P @ inside + beyond_P) @ Qh + P @ beyond_Q
+    moment: Tensor = (P @ inside + beyond_P) @ Qh + P @ beyond_Q
+    return moment
 
 
 def second_moments_to_dense(V_B: Tensor, V_A: Tensor, B: Tensor, A: Tensor) -> Tensor:

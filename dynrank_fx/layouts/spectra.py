@@ -1,7 +1,7 @@
-"""Singular values, and the ranks that are read off them.
+"""Singular values σ_1 ≥ σ_2 ≥ … of weights, and the ranks that are read off them.
 
 Effective rank: exp of the entropy of σ_i / Σσ (Roy and Vetterli, "The effective rank", EUSIPCO 2007). Stable rank:
-‖W‖_F² / σ_1² (Rudelson and Vershynin, arXiv math/0503442).
+‖W‖_F² / σ_1² (Rudelson and Vershynin, arXiv math/0503442). Energy: Σσ².
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def singular_values(W: Tensor) -> Tensor:
     """
     X = W.double()
     if X.is_cuda:
-        with contextlib.suppress(torch.linalg.LinAlgError):
-            values = torch.linalg.eigvalsh(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
+        with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            values: Tensor = torch.linalg.eigvalsh(X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X)
             return values.flip(-1).clamp_min(0).sqrt().cpu()
-    return torch.linalg.svdvals(X.cpu())
+    return torch.linalg.svdvals(X.cpu())  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -37,8 +37,13 @@ def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
 
 
 def effective_rank(s: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (of all groups together): k equal ones give k. 0 for
-    zeros.
+    """The effective rank: exp of the entropy of σ_i / Σσ (Roy and Vetterli, EUSIPCO 2007).
+
+    Args:
+        s: Singular values, of any shape; those of several groups count together.
+
+    Returns:
+        A number from 1 to the number of singular values: k equal ones give k. 0 for zeros.
     """
     total = s.sum()
     if total <= 0:
@@ -48,12 +53,27 @@ def effective_rank(s: Tensor) -> float:
 
 
 def stable_rank(s: Tensor) -> float:
-    """‖W‖_F² / σ_1²: at most the rank, and unmoved by small singular values. 0 for a zero matrix."""
+    """The stable rank ‖W‖_F² / σ_1² = Σ σ_i² / σ_1² (arXiv math/0503442).
+
+    Args:
+        s: Singular values, of any shape.
+
+    Returns:
+        A number of at most the rank, which small singular values do not move. 0 for a zero matrix.
+    """
     return float(s.square().sum() / s.max().square()) if bool(s.max() > 0) else 0.0
 
 
 def energy_rank(s: Tensor, share: float) -> int:
-    """The least r at which Σ_{i≤r} σ_i² ≥ share · Σ σ_i² in every group of s [g, k]."""
+    """The least r at which Σ_{i≤r} σ_i² ≥ share · Σ σ_i² in every group.
+
+    Args:
+        s: Singular values by group, [g, k], largest first.
+        share: The share of the energy to keep, from 0 to 1.
+
+    Returns:
+        The rank, from 1 to k.
+    """
     energy = s.square().cumsum(-1)
     missing = energy < share * energy[..., -1:] * (1 - 1e-12)  # rounding must not cost a rank where share is 1
     return int(missing.sum(-1).max()) + 1

@@ -1,4 +1,4 @@
-"""The mathematics of low rank: truncation, spectra, and how optimizer moments change coordinates.
+"""The mathematics of low rank: the best factors of a matrix, and bases that follow a matrix which changes.
 
 Shapes: g groups, m rows, n columns, r rank. W [g, m, n] ≈ B A with B (left) [g, m, r] and A (right) [g, r, n].
 G = ∂L/∂W gives G_B = G Aᵀ and G_A = Bᵀ G.
@@ -47,7 +47,7 @@ def _gram_basis(W: Tensor, rank: int) -> Tensor | None:
     """The top ``rank`` eigenvectors of WᵀW as columns [g, n, r], or None where the eigensolver did not converge."""
     try:
         _, vectors = torch.linalg.eigh(W.mT @ W)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     V = vectors[..., -rank:].flip(-1)
     return V if bool(torch.isfinite(V).all()) else None
@@ -67,12 +67,14 @@ def right_basis(W: Tensor, rank: int) -> Tensor:
         if V is not None:
             return V
     # Last resort and small case: exact, and on the CPU, where it always converges.
-    return torch.linalg.svd(W.double().cpu(), full_matrices=False).Vh[..., :rank, :].mT.to(W.device)
+    Vh: Tensor = torch.linalg.svd(W.double().cpu(), full_matrices=False).Vh
+    return Vh[..., :rank, :].mT.to(W.device)
 
 
 def next_basis(W: Tensor, V: Tensor) -> Tensor:
     """A right basis of a W that has moved since V [g, n, r] was one: a step of subspace iteration."""
-    return torch.linalg.qr(W.mT @ (W @ V)).Q.contiguous()
+    Q: Tensor = torch.linalg.qr(W.mT @ (W @ V)).Q
+    return Q.contiguous()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Layouts of convolutions as tensors: Tucker-2 and CP. The shapes are those of the table in ``layout``.
+"""Layouts of convolutions as tensors: Tucker-2 (arXiv 1511.06530) and CP (arXiv 1412.6553).
 
 Both are of convolutions in one group; others take the channel layout. No closed form gives the best factors: they are
-found by alternating least squares in float64, from the singular vectors of the unfoldings.
+found by alternating least squares in float64, from the singular vectors of the unfoldings. The shapes are those of the
+table in ``choose``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class TensorLayout(Layout):
 class TuckerLayout(TensorLayout):
     """1×1 to fewer channels, k×k among them, 1×1 to all (Tucker-2, arXiv 1511.06530).
 
-    A rank r of max_rank = max(m, n) stands for ⌈r · m / max_rank⌉ output and ⌈r · n / max_rank⌉ input channels.
+    Of a weight [m, n, *k] the rank r of at most max(m, n) stands for ⌈r · m / max(m, n)⌉ output and
+    ⌈r · n / max(m, n)⌉ input channels of the k×k stage.
     """
 
     name: ClassVar[str] = "tucker"
@@ -57,7 +59,15 @@ class TuckerLayout(TensorLayout):
         return max(weight[:2])
 
     def channels(self, weight: Shape, rank: int) -> tuple[int, int]:
-        """Output and input channels of the core."""
+        """Output and input channels of the k×k stage.
+
+        Args:
+            weight: The shape of the weight, [m, n, *k].
+            rank: The rank r.
+
+        Returns:
+            (outputs, inputs).
+        """
         m, n = weight[:2]
         return -(-rank * m // max(m, n)), -(-rank * n // max(m, n))
 
@@ -80,28 +90,60 @@ class TuckerLayout(TensorLayout):
         return 2 * math.prod(kernel) * per_tap
 
     def join(self, factors: Factors) -> Tensor:
-        """The core times the outer factor of more channels, then times the other: the order that costs less."""
+        """The core times the outer factor of more channels, then times the other: the order that costs less.
+
+        Args:
+            factors: (left, core, right).
+
+        Returns:
+            The weight [m, n, *k].
+        """
         left, core, right = factors[0].flatten(1), factors[1], factors[2].flatten(1)
         if left.shape[0] >= right.shape[1]:
             return torch.einsum("ms...,sn->mn...", torch.einsum("mr,rs...->ms...", left, core), right)
         return torch.einsum("mr,rn...->mn...", left, torch.einsum("rs...,sn->rn...", core, right))
 
     def inner(self, one: Factors, other: Factors) -> Tensor:
-        """By products of the outer factors, [r, r] and [s, s]: no tensor is larger than the core."""
+        """⟨W, W'⟩ by products of the outer factors, [r, r] and [s, s]: no tensor is larger than the core.
+
+        Args:
+            one: The factors of W.
+            other: The factors of W'.
+
+        Returns:
+            A tensor of one number.
+        """
         (L, C, R), (left, core, right) = one, other
         outputs, inputs = left.flatten(1).T @ L.flatten(1), right.flatten(1) @ R.flatten(1).T
         return (torch.einsum("ar,rs...,bs->ab...", outputs, C, inputs) * core).sum()
 
     @torch.no_grad()
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """The core in the best bases of the channels; the norm is spread evenly over the factors."""
+        """The core in the best bases of the channels; the norm is spread evenly over the factors.
+
+        Args:
+            weight: The weight [m, n, *k].
+            rank: The rank r.
+
+        Returns:
+            (left, core, right).
+        """
         U, V = self._bases(weight, rank)
         core = torch.einsum("mn...,mr,ns->rs...", weight.double(), U, V)
         ones = [1] * (weight.ndim - 2)
         return _balanced((U.reshape(*U.shape, *ones), core, V.T.reshape(*V.T.shape, *ones)), weight)
 
     def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
-        """W projected on both bases of its channels, W ×₁ U Uᵀ ×₂ V Vᵀ, and (U [m, r], V [n, s])."""
+        """W projected on both bases of its channels, W ×₁ U Uᵀ ×₂ V Vᵀ, and the bases.
+
+        Args:
+            weight: The weight [m, n, *k]; finite, of float32 at least.
+            rank: The rank.
+            last: (U, V) of some steps ago, to go on from; of another rank, or empty, they are found anew.
+
+        Returns:
+            What a cut keeps, in the shape of the weight, and (U [m, r], V [n, s]).
+        """
         m, n = weight.shape[:2]
         r, s = self.channels(tuple(weight.shape), rank)
         if shapes_of(last) == ((m, r), (n, s)):
@@ -126,9 +168,10 @@ class TuckerLayout(TensorLayout):
 
 @dataclass(frozen=True)
 class CPLayout(TensorLayout):
-    """1×1 to r channels, then along each axis of the kernel by itself, then 1×1 to all (arXiv 1412.6553).
+    """1×1 to r channels, then along each axis of the kernel by itself, then 1×1 to all (CP, arXiv 1412.6553).
 
-    A sum of r products of vectors, one for each axis of the weight: few parameters, and not exact at any useful rank.
+    The weight is a sum of r products of vectors, one for each of its axes: few parameters, and not exact at any useful
+    rank.
     """
 
     name: ClassVar[str] = "cp"
@@ -152,19 +195,44 @@ class CPLayout(TensorLayout):
         return torch.einsum("mr,rh,rw,rn->mnhw", *shapes)
 
     def inner(self, one: Factors, other: Factors) -> Tensor:
-        """Σ_ij Π over the axes of ⟨vector i of one, vector j of the other⟩."""
+        """⟨W, W'⟩ = Σ_ij Π over the axes of ⟨vector i of one, vector j of the other⟩.
+
+        Args:
+            one: The factors of W.
+            other: The factors of W'.
+
+        Returns:
+            A tensor of one number.
+        """
         mine, its = ((left.transpose(0, 1), *others) for left, *others in (one, other))
         grams = [a.flatten(1) @ b.flatten(1).T for a, b in zip(mine, its, strict=True)]
         return math.prod(grams[1:], start=grams[0]).sum()
 
     @torch.no_grad()
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """Alternating least squares from the singular vectors along each axis."""
+        """Factors by alternating least squares from the singular vectors along each axis.
+
+        Args:
+            weight: The weight [m, n, k1, k2].
+            rank: The rank r.
+
+        Returns:
+            (left, along, across, right).
+        """
         return self._fitted(weight, [_start(weight.double(), axis, rank) for axis in range(4)], _CP_SWEEPS)
 
     @torch.no_grad()
     def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
-        """The product of factors that are fitted further, and those."""
+        """The product of factors that are fitted further, and those.
+
+        Args:
+            weight: The weight [m, n, k1, k2]; finite, of float32 at least.
+            rank: The rank r.
+            last: The factors of some steps ago, to go on from; of another rank, or empty, they are found anew.
+
+        Returns:
+            What a cut keeps, in the shape of the weight, and the factors.
+        """
         if shapes_of(last) == self.factor_shapes(tuple(weight.shape), rank):
             left, along, across, right = (each.double() for each in last)
             axes = [left[:, :, 0, 0], right[:, :, 0, 0].T, along[:, 0, :, 0].T, across[:, 0, 0, :].T]
@@ -204,8 +272,8 @@ class CPLayout(TensorLayout):
 
 def _top(matrix: Tensor, count: int) -> Tensor:
     """Orthonormal columns that span the top left singular vectors."""
-    vectors = torch.linalg.eigh(matrix @ matrix.T)[1].flip(-1)[:, :count]
-    return vectors.contiguous()
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+    return vectors.flip(-1)[:, :count].contiguous()
 
 
 def _start(W: Tensor, axis: int, rank: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a layout of two factors is: a matrix view of a weight, and the ops that apply the factors in turn."""
+"""Layouts of two factors: a matrix view W ≈ B A of a weight, cut by its singular vectors (Eckart and Young)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,68 @@ from .svd import next_basis, right_basis, truncate
 
 @dataclass(frozen=True)
 class TwoFactors(Layout):
-    """What the two-factor layouts share: everything but their matrix view. ``to_matrix`` serves moments of the weight
-    too, ``to_matrices`` those of the factors.
+    """What the two-factor layouts share: everything but their matrix view.
+
+    ``to_matrix`` serves moments of the weight too, ``to_matrices`` those of the factors.
     """
 
     @abc.abstractmethod
     def weight_shape(self, left: Shape, right: Shape) -> Shape:
-        """The shape that factors of these shapes join to."""
+        """The shape of the weight that factors stand for.
+
+        Args:
+            left: The shape of the left factor.
+            right: The shape of the right factor.
+
+        Returns:
+            The shape of the weight.
+        """
 
     @abc.abstractmethod
     def to_matrices(self, factors: Factors) -> Factors:
-        """The factors as B [g, rows, r] and A [g, r, columns]."""
+        """The factors as matrices.
+
+        Args:
+            factors: (left, right).
+
+        Returns:
+            B [g, m, r] and A [g, r, n], with B A the matrix view of the weight.
+        """
 
     @abc.abstractmethod
     def from_matrices(self, matrices: Factors, weight: Shape) -> Factors:
-        """The inverse of ``to_matrices``."""
+        """The inverse of ``to_matrices``.
+
+        Args:
+            matrices: B [g, m, r] and A [g, r, n].
+            weight: The shape of the weight.
+
+        Returns:
+            (left, right).
+        """
 
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """The best factors of this rank per group (see ``truncate`` for the bound on the error)."""
+        """The best factors per group: ‖W − B A‖_F is at most 1.001 × √(Σ_{i>r} σ_i²), or rounding where that is zero.
+
+        Args:
+            weight: The weight.
+            rank: The rank r.
+
+        Returns:
+            (left, right), balanced: B = U S^½, A = S^½ Vᵀ.
+        """
         return self.from_matrices(truncate(self.to_matrix(weight), rank), tuple(weight.shape))
 
     def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
-        """X V Vᵀ and (V,): X is the matrix view with n ≤ m, or its transpose, V [g, n, r] its top right singular
-        vectors.
+        """X V Vᵀ and (V,): X is the matrix view with n ≤ m, or its transpose, V its top right singular vectors.
+
+        Args:
+            weight: The weight; finite, of float32 at least.
+            rank: The rank r.
+            last: (V,) of some steps ago, to go on from; of another rank, or empty, it is found anew.
+
+        Returns:
+            What a cut keeps, in the shape of the weight, and (V [g, n, r],).
         """
         W = self.to_matrix(weight)
         wide = W.shape[-2] < W.shape[-1]

@@ -8,10 +8,11 @@ from .export import ExportReport, check_opset, export_onnx, verify_onnx
 from .file import check_place
 from .precision import Precision, cast
 from .random_inputs import loaded, random_inputs, table_rows
-from .session import Provider, bound, check_provider, runtime, session, session_of, threads
+from .session import Feeds, Provider, bound, check_provider, runtime, session, session_of, threads
 
 __all__ = [
     "ExportReport",
+    "Feeds",
     "Precision",
     "Provider",
     "bench_onnx",

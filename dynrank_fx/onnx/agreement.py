@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, reason
 from ..tracing import Inputs, batch_size, joined, same_buffers, same_values, slow_attention, tensors
+from .session import Feeds, Session
 
 # The largest error as a share of the output's largest value, by the coarsest type that takes part: about a thousand
 # roundings of float32 and ten of float16. What differs by more was computed in another way.
@@ -22,7 +23,14 @@ _TF32 = 5e-3  # float32 on CUDA: both sides may multiply with float16's ten bits
 
 @dataclass(frozen=True)
 class Agreement:
-    """One output on one batch: the largest error, and its share of the largest value that PyTorch gives."""
+    """How far one output on one batch is from PyTorch's.
+
+    Attributes:
+        batch: The size of the batch.
+        output: The name of the output in the file.
+        max_abs: The largest error.
+        max_rel: The largest error as a share of the largest value that PyTorch gives.
+    """
 
     batch: int
     output: str
@@ -31,13 +39,12 @@ class Agreement:
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
+    """Raise ExportError where there is no batch size to compare on, or one below 1."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise ExportError(f"batch sizes {list(batch_sizes)} leave nothing to compare: give one or more, each 1 or more")
 
 
-def onnx_inputs(
-    session: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = ()
-) -> dict[str, np.ndarray]:
+def onnx_inputs(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = ()) -> Feeds:
     """The arrays to feed: keyword arguments by name, the others in their order.
 
     names: what the arguments are called, input by input, where the file's inputs have other names.
@@ -81,7 +88,7 @@ def _fits(tensor: Tensor, spec: Any) -> bool:
 
 
 def compare(
-    opened: Any, module: nn.Module, cases: Sequence[Inputs], tolerance: float | None, names: Sequence[str] = ()
+    opened: Session, module: nn.Module, cases: Sequence[Inputs], tolerance: float | None, names: Sequence[str] = ()
 ) -> tuple[Agreement, ...]:
     """Both sides on each of the inputs. names: what the file's inputs were called after the module's arguments, if they
     have other names now.
@@ -115,7 +122,7 @@ def compare(
     return tuple(agreements)
 
 
-def _tolerance(module: nn.Module, *values: Any) -> float:
+def _tolerance(module: nn.Module, *values: object) -> float:
     """That of the coarsest floating-point type among the module's tensors and these."""
     floats = [t for t in (*module.parameters(), *module.buffers(), *tensors(values)) if t.is_floating_point()]
     limits = [_TF32 if t.is_cuda and t.dtype is torch.float32 else _TOLERANCE.get(t.dtype, 0.1) for t in floats]

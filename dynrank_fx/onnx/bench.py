@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from ..aliases import JsonObject
 from ..errors import ExportError
 from ..text import text_table
 from ..timing import device, interleaved, threads_said
 from .memory import memory_of
 from .random_inputs import loaded, random_inputs, table_rows
-from .session import Provider, bound, runtime, session, threads
+from .session import Provider, Session, bound, runtime, session, threads
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Timing:
     gpu_memory: int | None
     ratio: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 
@@ -102,7 +102,7 @@ def table(timings: Sequence[Timing]) -> str:
     return text_table(head, rows, right=range(2, 10))
 
 
-def _batches(opened: Any, wanted: Sequence[int]) -> list[int]:
+def _batches(opened: Session, wanted: Sequence[int]) -> list[int]:
     first = opened.get_inputs()[0].shape
     return [first[0]] if first and isinstance(first[0], int) else list(wanted)
 

@@ -8,17 +8,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, reason
 from ..tracing import (
+    DynamicShapes,
     Inputs,
     batch_size,
     double_batch_of_one,
@@ -30,10 +31,16 @@ from ..tracing import (
     tensors,
 )
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx import GraphProto, ModelProto
+
 _FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a shape; onnxruntime folds the rest itself
 
 
-def converted(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int | None) -> tuple[Any, bool]:
+def converted(
+    module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | None, opset: int | None
+) -> tuple[ModelProto, bool]:
     """(ONNX model, whether its batch is free): free where the model allows it, else with the example's own shapes."""
     doubled = double_batch_of_one(*inputs)
     shapes = free_dimensions(*doubled, only_first=True) if dynamic_shapes is None else dynamic_shapes
@@ -45,11 +52,12 @@ def converted(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int
     return model, _batch_is_free(model, inputs)
 
 
-def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int | None) -> Any:
+def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | None, opset: int | None) -> ModelProto:
     kind = type(module).__name__
     with quiet(), torch.no_grad(), slow_attention():
         try:
-            program = torch.export.export(module, *inputs, dynamic_shapes=dynamic_shapes, strict=False)
+            shapes: Any = dynamic_shapes  # its annotation forgets the ShapesCollection
+            program = torch.export.export(module, *inputs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             fixed = re.search(r"Constraints violated \((.+?)\)", str(error))
             if fixed is not None:
@@ -74,7 +82,7 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: Any, opset: int 
     return model
 
 
-def _onnx_model(program: ExportedProgram, names: Sequence[str], opset: int | None) -> Any:
+def _onnx_model(program: ExportedProgram, names: Sequence[str], opset: int | None) -> ModelProto:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
     from onnxscript.optimizer import optimize_ir
 
@@ -83,7 +91,7 @@ def _onnx_model(program: ExportedProgram, names: Sequence[str], opset: int | Non
     assert onnx_program is not None
     model, weights = onnx_program.model, set(program.state_dict)
 
-    def should_fold(node: Any) -> bool | None:
+    def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
     optimize_ir(model, should_fold=should_fold, output_size_limit=_FOLD_LIMIT)
@@ -116,10 +124,10 @@ def _names(program: ExportedProgram) -> list[str]:
     return names
 
 
-def renamed(model: Any, new: Callable[[str], str]) -> None:
+def renamed(model: ModelProto, new: Callable[[str], str]) -> None:
     """Give every value of the graph, and of the graphs inside it, the name that ``new`` makes of its own."""
 
-    def rename(graph: Any) -> None:
+    def rename(graph: GraphProto) -> None:
         for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
             value.name = new(value.name)
         for node in graph.node:
@@ -133,7 +141,7 @@ def renamed(model: Any, new: Callable[[str], str]) -> None:
     rename(model.graph)
 
 
-def _batch_is_free(model: Any, inputs: Inputs) -> bool:
+def _batch_is_free(model: ModelProto, inputs: Inputs) -> bool:
     shared = [
         value.type.tensor_type.shape.dim[0]
         for value, tensor in zip(model.graph.input, tensors(inputs), strict=True)
@@ -142,7 +150,7 @@ def _batch_is_free(model: Any, inputs: Inputs) -> bool:
     return bool(shared) and all(dim.dim_param for dim in shared)
 
 
-def refuse_inflated(model: Any, stored: Sequence[Any]) -> None:
+def refuse_inflated(model: ModelProto, stored: Sequence[Tensor]) -> None:
     """More than the module stores can only be a table that forward makes, such as positions: no weight for the second
     time, and no product of factors that are gone.
     """
@@ -165,7 +173,7 @@ def refuse_inflated(model: Any, stored: Sequence[Any]) -> None:
         )
 
 
-def parameter_count(model: Any) -> int:
+def parameter_count(model: ModelProto) -> int:
     """Elements of the floating-point initializers: the integers are shapes and indices."""
     from onnx import TensorProto
 
@@ -173,7 +181,7 @@ def parameter_count(model: Any) -> int:
     return sum(math.prod(each.dims) for each in model.graph.initializer if each.data_type in floating)
 
 
-def _content(array: Any) -> tuple[int, bytes]:
+def _content(array: np.ndarray) -> tuple[int, bytes]:
     """The number of values, and the values themselves, whatever their order: a transposed weight has the same."""
     values = np.sort(array.astype(np.float32), axis=None)
     return values.size, hashlib.sha256(values.tobytes()).digest()

@@ -8,17 +8,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from ..errors import ExportError, reason
 from ..layouts import LAYOUTS
 from .random_inputs import loaded, random_inputs, table_rows
-from .session import Provider, session, session_of
+from .session import Feeds, Provider, Session, session, session_of
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
 
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
 _HELD = "|".join(sorted({"weight"}.union(*(layout.factor_names for layout in LAYOUTS))))
+_Pair: TypeAlias = tuple[np.ndarray, np.ndarray]
 _BEHIND_SITE = re.compile(rf"(\.({_HELD}))?(_int8)?$")  # what follows a site's name in that of a weight or a factor
 
 
@@ -81,8 +85,8 @@ def compare_onnx(
         _with_outputs(model, Path(path).parent, [of[name] for name in shared], provider)
         for model, path, of in zip(models, (one, other), values, strict=True)
     ]
-    at_end: dict[str, list[tuple[Any, Any]]] = {}
-    at_sites: dict[str, list[tuple[Any, Any]]] = {}
+    at_end: dict[str, list[_Pair]] = {}
+    at_sites: dict[str, list[_Pair]] = {}
     for batch in batch_sizes:
         feeds = random_inputs(plain[0], batch, seed=batch, rows=rows)
         try:
@@ -99,7 +103,7 @@ def compare_onnx(
     return Verdict(_gaps(at_end), _gaps(at_sites), tolerance)
 
 
-def _paired(opened: Sequence[Any], paths: Sequence[str | os.PathLike[str]], which: str) -> dict[str, str]:
+def _paired(opened: Sequence[Session], paths: Sequence[str | os.PathLike[str]], which: str) -> dict[str, str]:
     """The names of the first file's inputs or outputs, each with that in the other."""
     mine, its = ({spec.name: f"{spec.type}, {len(spec.shape)}-D" for spec in getattr(each, which)()} for each in opened)
     if mine.keys() == its.keys():
@@ -111,18 +115,18 @@ def _paired(opened: Sequence[Any], paths: Sequence[str | os.PathLike[str]], whic
     return dict(zip(mine, its, strict=True))
 
 
-def _by_name(opened: Any, feeds: dict[str, Any]) -> dict[str, Any]:
+def _by_name(opened: Session, feeds: Feeds) -> Feeds:
     return dict(zip((spec.name for spec in opened.get_outputs()), opened.run(None, feeds), strict=True))
 
 
-def _site_values(model: Any) -> dict[str, str]:
+def _site_values(model: ModelProto) -> dict[str, str]:
     """By use of a site, the value that its last product gives, with the bias where that is added by itself, in the
     order of the graph. A use after the first has its number behind the name.
     """
     weights = {each.name for each in model.graph.initializer if len(each.dims) > 1}
     constants = {each.name for each in model.graph.initializer}
     made = {name: node for node in model.graph.node for name in node.output}
-    readers: dict[str, list[Any]] = {}
+    readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
@@ -150,7 +154,7 @@ def _site_values(model: Any) -> dict[str, str]:
     return found
 
 
-def _with_outputs(model: Any, folder: Path, values: Sequence[str], provider: Provider) -> Any:
+def _with_outputs(model: ModelProto, folder: Path, values: Sequence[str], provider: Provider) -> Session:
     """A session that gives these values too. What has its weights in a file of its own is opened from the folder of
     that file, where a graph without weights lies for as long as that takes.
     """
@@ -172,11 +176,11 @@ def _with_outputs(model: Any, folder: Path, values: Sequence[str], provider: Pro
         ) from error
 
 
-def _gaps(found: dict[str, list[tuple[Any, Any]]]) -> tuple[Gap, ...]:
+def _gaps(found: dict[str, list[_Pair]]) -> tuple[Gap, ...]:
     return tuple(_gap(name, pairs) for name, pairs in found.items())
 
 
-def _gap(name: str, pairs: Sequence[tuple[Any, Any]]) -> Gap:
+def _gap(name: str, pairs: Sequence[_Pair]) -> Gap:
     if any(np.shape(a) != np.shape(b) for a, b in pairs):
         return Gap(name, float("inf"), float("inf"))
     a, b = (np.concatenate([np.asarray(pair[i], dtype=np.float64).ravel() for pair in pairs]) for i in (0, 1))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..tracing import Inputs
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Dynamic: TypeAlias = Mapping[str, Mapping[int, str]]
 """By argument of the model, the name of each free dimension; the same name means the same size."""
@@ -37,7 +40,7 @@ def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[st
     return {key: {axis: dims[dim] for axis, dim in dynamic.get(key, {}).items()} or None for key in given}
 
 
-def name_dimensions_(model: Any, dynamic: Dynamic) -> None:
+def name_dimensions_(model: ModelProto, dynamic: Dynamic) -> None:
     """Give the file's free dimensions the names; torch names them by numbers of its own."""
     names: dict[str, str] = {}
     for value in model.graph.input:

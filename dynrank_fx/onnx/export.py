@@ -10,14 +10,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..errors import CaptureError, ExportError, reason
 from ..rewrite import holds_captured, inline_
-from ..tracing import Inputs, batch_size, in_order, quiet, shell, split_inputs, tensors, unwrap, with_batch
+from ..tracing import (
+    DynamicShapes,
+    ExampleInputs,
+    Inputs,
+    batch_size,
+    in_order,
+    quiet,
+    shell,
+    split_inputs,
+    tensors,
+    unwrap,
+    with_batch,
+)
 from ..version import __version__
 from .agreement import Agreement, check_batch_sizes, compare
 from .convert import converted, parameter_count, renamed
@@ -27,13 +39,26 @@ from .precision import Precision, cast, int8_weights_
 from .random_inputs import table_rows
 from .session import Provider, check_provider, runtime, session
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 _CPU = "CPUExecutionProvider"
 _MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and compared. provider: the one that really ran it. params: floating-point values in it."""
+    """What was written and compared; printed, it is a sentence.
+
+    Attributes:
+        path: The file.
+        provider: The provider of onnxruntime that really ran it.
+        opset: The version of ONNX's operators in it.
+        file_size: Bytes on disk, weights beside the file included.
+        params: How many floating-point values it stores.
+        dynamic_batch: Whether the batch is free.
+        agreements: How far every output is from PyTorch's, on every batch that was compared.
+    """
 
     path: Path
     provider: str
@@ -58,35 +83,53 @@ class ExportReport:
 
 def export_onnx(
     module: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     path: str | os.PathLike[str],
     *,
     opset: int | None = None,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
     dynamic: Dynamic | None = None,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
     precision: Precision = Precision.FLOAT32,
     external_data: bool | None = None,
     batch_sizes: Sequence[int] = (1, 2, 5),
-    more_inputs: Sequence[Any] = (),
+    more_inputs: Sequence[ExampleInputs] = (),
     providers: Sequence[Provider] | None = None,
     tolerance: float | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportReport:
-    """Write the module, in evaluation mode, to an ONNX file that onnxruntime agrees with.
+    """Write a module, in evaluation mode, to an ONNX file that onnxruntime agrees with.
 
-    module: any nn.Module; a net of ``transform`` is exported in its present phases. dynamic_shapes: as in
-    torch.export; by default the first dimension of every tensor is free. dynamic: in its place, free dimensions by
-    argument, under a name, such as ``{"x": {0: "batch"}}``; each is compared at another size too. Where the model fixes
-    its batch, the report says so and that batch alone is compared. input_names, output_names: by default the arguments'
-    own, and ``output`` or what the model calls them. precision: see ``Precision``; compared with the module as it is.
-    external_data: weights in a file of their own, ``path`` with ``.data`` added; by default where one file cannot hold
-    them. batch_sizes, tolerance: see ``verify_onnx``. more_inputs: real inputs to compare on besides. providers: of
-    onnxruntime; by default CUDA where it works, else the CPU; where another ran, the CPU is compared too. metadata:
-    more ``metadata_props`` for the file.
+    The file gets its name only after onnxruntime has run it and agreed with PyTorch. Where the model fixes its batch,
+    the report says so and that batch alone is compared.
 
-    Raises ExportError; then there is no new file, and one that was there is as it was.
+    Args:
+        module: An ``nn.Module``; a net of ``transform`` is exported in its present phases.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
+        path: The file to write.
+        opset: The version of ONNX's operators; by default what torch's exporter takes.
+        dynamic_shapes: As in ``torch.export``; by default the first dimension of every tensor is free.
+        dynamic: In its place, free dimensions by argument, under a name, such as ``{"x": {0: "batch"}}``; each is
+            compared at another size too.
+        input_names: Names for the file's inputs, in order; by default those of the arguments.
+        output_names: Names for its outputs, in order; by default ``output`` or what the model calls them.
+        precision: The types that its numbers are stored and multiplied in; it is compared with the module as it is.
+        external_data: Whether weights go into a file of their own, ``path`` with ``.data`` added; by default where one
+            file cannot hold them.
+        batch_sizes: The batch sizes to compare on.
+        more_inputs: Real inputs to compare on besides, each as ``example_inputs``.
+        providers: Those of onnxruntime; by default CUDA where it works, else the CPU. Where another than the CPU ran,
+            the CPU is compared too.
+        tolerance: The largest error that is allowed; see ``verify_onnx``.
+        metadata: More entries for the file's ``metadata_props``.
+
+    Returns:
+        What was written and compared.
+
+    Raises:
+        ExportError: Where the file cannot be made or does not agree; there is then no new file, and one that was there
+            is as it was.
     """
     check_batch_sizes(batch_sizes)
     for each in providers or ():
@@ -142,7 +185,7 @@ def _written(
     path: Path,
     plain: nn.Module,
     inputs: Inputs,
-    shapes: Any,
+    shapes: DynamicShapes | None,
     dynamic: Dynamic | None,
     opset: int | None,
     input_names: Sequence[str],
@@ -190,19 +233,29 @@ def _compare_on_cpu(
 def verify_onnx(
     path: str | os.PathLike[str],
     module: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     batch_sizes: Sequence[int] = (1, 2, 5),
     providers: Sequence[Provider] | None = None,
     tolerance: float | None = None,
 ) -> tuple[str, tuple[Agreement, ...]]:
-    """The provider that ran the file, and how far every output is from PyTorch's on new rows of every batch size.
+    """Run an ONNX file and compare every output with PyTorch's, on new rows of every batch size.
 
-    tolerance: the largest error of a floating-point output as a share of its largest value, a hundredth of it being
-    allowed absolutely; by default 1e-4 in float32, 5e-3 in float32 on CUDA (TF32) and 1e-2 in float16. Other outputs
-    must be equal.
+    Args:
+        path: The file.
+        module: The module that it was made from, or one that should compute the same.
+        example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
+        batch_sizes: The batch sizes to compare on.
+        providers: Those of onnxruntime; by default CUDA where it works, else the CPU.
+        tolerance: The largest error of a floating-point output as a share of its largest value, a hundredth of it being
+            allowed absolutely; by default 1e-4 in float32, 5e-3 in float32 on CUDA (TF32) and 1e-2 in float16. Other
+            outputs must be equal.
 
-    Raises ExportError naming the output, the batch, the error and the tolerance, or why the file cannot be run.
+    Returns:
+        The provider that ran the file, and how far every output is from PyTorch's on every batch.
+
+    Raises:
+        ExportError: Naming the output, the batch, the error and the tolerance, or saying why the file cannot be run.
     """
     check_batch_sizes(batch_sizes)
     opened, plain = session(path, providers), _in_evaluation(module)
@@ -251,7 +304,7 @@ def _versions() -> dict[str, str]:
     return {f"{name}_version": version for name, version in {**made, "onnxruntime": runtime().__version__}.items()}
 
 
-def _name(model: Any, what: str, names: Sequence[str]) -> None:
+def _name(model: ModelProto, what: str, names: Sequence[str]) -> None:
     """Names for the file's inputs or outputs, in their order; values inside that have one of them get another."""
     if not names:
         return
@@ -277,7 +330,7 @@ def _cases(
     batch_sizes: Sequence[int],
     limits: Sequence[int | None] = (),
     dynamic: Dynamic | None = None,
-    more: Sequence[Any] = (),
+    more: Sequence[ExampleInputs] = (),
 ) -> list[Inputs]:
     """What to compare on: new rows at each batch size; other sizes of named dimensions; real inputs. limits: see
     ``with_batch``.

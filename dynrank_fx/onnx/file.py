@@ -6,11 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import files
 from ..errors import ExportError, StoreError, reason
 from .precision import Precision
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from onnx import ModelProto
 
 _WORTH_A_FILE = 1024  # bytes of a tensor that is stored outside
 
@@ -37,7 +41,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
         raise ExportError(str(error)) from error
 
 
-def write_file(model: Any, path: Path, outside: bool) -> None:
+def write_file(model: ModelProto, path: Path, outside: bool) -> None:
     """One file, or the graph and beside it the weights. The model has none afterwards."""
     import onnx
 
@@ -55,7 +59,7 @@ def write_file(model: Any, path: Path, outside: bool) -> None:
         beside.chmod(path.stat().st_mode)  # onnx lets nobody else read it
 
 
-def _serialized(model: Any) -> Iterator[bytes]:
+def _serialized(model: ModelProto) -> Iterator[bytes]:
     """As ``SerializeToString``, one weight after the other: all at once would be a copy of them all.
 
     A message in a message is written as its field's number and kind, its length, and its own fields in any order.
@@ -75,7 +79,7 @@ def _serialized(model: Any) -> Iterator[bytes]:
         yield weight.SerializeToString()
 
 
-def _head(message: Any, field: str, size: int) -> bytes:
+def _head(message: Message, field: str, size: int) -> bytes:
     """What stands before a field that holds a message of this size: two numbers, seven bits a byte, the least first."""
     written = bytearray()
     for number in (message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, size):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..aliases import Output
 from ..errors import ExportError
 from ..tracing import shell
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _LEAST = 1024  # numbers of a weight that is worth storing in int8
 _CONSUMERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Transpose", "Einsum"}
@@ -41,7 +45,7 @@ class Casting(nn.Module):
         super().__init__()
         self.module = module.to(dtype)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Output:
             args, kwargs = pytree.tree_map_only(
                 Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
             )
@@ -63,7 +67,7 @@ def cast(module: nn.Module, precision: Precision) -> nn.Module:
     return made
 
 
-def int8_weights_(model: Any) -> None:
+def int8_weights_(model: ModelProto) -> None:
     """Store the weights of products, convolutions and look-ups as int8 with a scale per index of their first axis.
 
     q = round(W / s), s = max |W| / 127 over each index; a DequantizeLinear gives the file its float32 weight back.

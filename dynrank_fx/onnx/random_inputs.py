@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import ExportError, reason
+from .session import Feeds, Session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _TYPES = {"float": "float32", "double": "float64", "float16": "float16", "int64": "int64", "int32": "int32"}
 _TYPES |= {"bool": "bool", "uint8": "uint8", "int8": "int8"}
 
 
-def loaded(path: str | os.PathLike[str]) -> Any:
+def loaded(path: str | os.PathLike[str]) -> ModelProto:
     """The graph of an ONNX file, without weights that lie in a file of their own. Raises ExportError."""
     import onnx
 
@@ -24,7 +28,7 @@ def loaded(path: str | os.PathLike[str]) -> Any:
         raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
 
 
-def table_rows(model: Any) -> dict[str, int]:
+def table_rows(model: ModelProto) -> dict[str, int]:
     """By input of integers, the rows of the least table that the graph looks them up in."""
     weights = {each.name: each.dims[0] for each in model.graph.initializer if len(each.dims) > 1}
     made = {name: node for node in model.graph.node for name in node.output}
@@ -42,7 +46,7 @@ def table_rows(model: Any) -> dict[str, int]:
     return found
 
 
-def random_inputs(opened: Any, batch: int, seed: int = 0, rows: Mapping[str, int] | None = None) -> dict[str, Any]:
+def random_inputs(opened: Session, batch: int, seed: int = 0, rows: Mapping[str, int] | None = None) -> Feeds:
     """Inputs of a session's types and shapes: normal floats, integers below their ``table_rows``, or zeros and ones
     where none are known, free sizes all the batch.
     """

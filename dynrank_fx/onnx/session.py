@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +14,14 @@ import torch
 from ..errors import ExportError, reason
 
 Provider: TypeAlias = str | tuple[str, dict[str, Any]]
+"""The name of a provider, alone or with its options, whose values are its own affair."""
+
+Session: TypeAlias = Any
+"""An ``onnxruntime.InferenceSession``: onnxruntime comes without types."""
+
+Feeds: TypeAlias = dict[str, np.ndarray]
+"""An array for each input of a file, by its name."""
+
 _SILENT = 4  # the severity of onnxruntime's log above which there is none
 _DAMAGED = ("Protobuf parsing failed", "protobuf parsing failed", "No graph was found in the protobuf")
 _WITHOUT_WEIGHTS = ("External data path", "External initializer")
@@ -22,6 +30,7 @@ _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from \S
 
 
 def runtime() -> Any:
+    """The module ``onnxruntime``, which is imported when it is needed. Raises ExportError where there is none."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -46,7 +55,7 @@ def check_provider(provider: Provider) -> None:
         raise ExportError(f"this onnxruntime has no {name}: ask for one of {', '.join(available)}")
 
 
-def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> Any:
+def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> Session:
     """An InferenceSession whose first provider, ``get_providers()[0]``, is the one asked for and really works.
 
     providers: by default CUDA where it works, else the CPU. Raises ExportError for a provider that does not come up,
@@ -58,12 +67,12 @@ def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None =
     return _opened(os.fspath(path), path.name, providers)
 
 
-def session_of(model: bytes, provider: Provider) -> Any:
+def session_of(model: bytes, provider: Provider) -> Session:
     """As ``session``, of a serialized model and one provider."""
     return _opened(model, "the model", (provider,))
 
 
-def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None) -> Any:
+def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None) -> Session:
     ort = runtime()
     available = ort.get_available_providers()
     cuda = "CUDAExecutionProvider" in available and torch.cuda.is_available()
@@ -88,7 +97,7 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     return opened
 
 
-def check_options(opened: Any, provider: str, options: Mapping[str, Any]) -> None:
+def check_options(opened: Session, provider: str, options: Mapping[str, Any]) -> None:
     """Some providers take an option that they do not have without a word; the CPU's does not say which it has."""
     known = opened.get_provider_options()[provider]
     unknown = [name for name in options if known and name not in known]
@@ -120,7 +129,7 @@ def _refusal(error: Exception, name: str, provider: str, available: Sequence[str
     return f"onnxruntime cannot run {name} with {provider} ({why}): export it again, or ask for another provider"
 
 
-def bound(session: Any, feeds: dict[str, Any]) -> Any:
+def bound(session: Session, feeds: Feeds) -> Callable[[], None]:
     """A call that runs the session on values that are where the provider wants them, inputs and outputs alike.
 
     Outputs stay where the first run put them, as a CUDA graph needs it.

@@ -72,7 +72,7 @@ class ConvOp(ConvolutionOp):
         return ConvOp(
             stride=tuple(self.stride[i] if i in kept else 1 for i in dims),
             # "same" pads an axis of kernel size 1 by nothing.
-            padding=same or tuple(self.padding[i] if i in kept else 0 for i in dims),  # type: ignore[arg-type,misc]
+            padding=same or tuple(self.padding[i] if i in kept else 0 for i in dims),  # type: ignore[misc]
             dilation=tuple(self.dilation[i] if i in kept else 1 for i in dims),
             groups=self.groups,
             pad=pad if any(pad) else (),

@@ -16,6 +16,7 @@ OP_MODULES = _PLAIN + _TRANSPOSED
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether code of the user's runs before or after the module's own."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in names)
 

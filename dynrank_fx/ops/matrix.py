@@ -122,7 +122,7 @@ class EmbeddingOp(ProductOp):
 
     def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
         settings = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
-        return F.embedding(x, self.view(weight, at), self.padding_idx, **settings)  # type: ignore[arg-type]
+        return F.embedding(x, self.view(weight, at), self.padding_idx, **settings)
 
     @property
     def first(self) -> EmbeddingOp:

@@ -1,6 +1,6 @@
 """Optimizer state across a change of parameters.
 
-First moments map exactly, as gradients do (see ``multilinear``). Second moments only roughly, so they are mapped
+First moments map exactly, as gradients do (see ``layouts.moments``). Second moments only roughly, so they are mapped
 bias-corrected and kept at m² or more: no first step is then longer than the learning rate. The step counter goes along.
 """
 
@@ -22,7 +22,12 @@ from .groups import State, group_of
 
 
 class Carry(enum.Enum):
-    """What happens to the optimizer state of replaced parameters."""
+    """What happens to the optimizer state of replaced parameters.
+
+    Attributes:
+        MOVE: It is moved into the new coordinates for SGD, Adam and AdamW, whose state is known, and reset for others.
+        RESET: First and second moments and the step counter start anew.
+    """
 
     MOVE = "moved into the new coordinates where the optimizer's state is known, reset otherwise"
     RESET = "first and second moments and the step counter start anew"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,11 +11,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .. import files, store
+from ..aliases import JsonObject
 from ..errors import PlanError, StoreError
 from ..phase import Phase
 from ..plan import Plan, fit_plan
 from ..rewrite import factorize_, inline_, plan_of, specialize_, switched_modules
-from ..tracing import Capture, capture, is_captured, meta_of, shell, unwrap
+from ..tracing import Capture, ExampleInputs, capture, is_captured, meta_of, shell, unwrap
 from .replace import parameters_of, replace_parameters
 from .values import in_format_of
 
@@ -25,10 +25,17 @@ _FILES = frozenset({_PLAN, _WEIGHTS, _GRAPH})
 
 
 def save(net: nn.Module, folder: str | Path) -> None:
-    """Write the net as a folder: ``plan.json`` (may be edited), ``weights.safetensors``, ``graph.txt`` (to read).
+    """Write the net as a folder, which appears whole or not at all.
 
-    The folder appears whole or not at all. Raises PlanError for a module without a plan, StoreError where the disk
-    refuses or the folder holds other files.
+    It holds ``plan.json``, which may be edited, ``weights.safetensors``, and ``graph.txt``, to be read by people.
+
+    Args:
+        net: What ``transform`` made, in any phase.
+        folder: Where to write; a folder that ``save`` wrote before is replaced.
+
+    Raises:
+        PlanError: For a module without a plan.
+        StoreError: Where the disk refuses, or the folder holds other files.
     """
     root, folder = _root(net), Path(folder)
     with files.replacing_folder(folder, _FILES) as new:
@@ -37,12 +44,20 @@ def save(net: nn.Module, folder: str | Path) -> None:
         files.write_text(new / _GRAPH, graph_text(root), final=folder / _GRAPH)
 
 
-def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """The net that ``save`` wrote, over a copy of ``model``, whose weights do not matter.
+def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
+    """The net that ``save`` wrote, in the phases that it was in.
 
-    An edited ``plan.json`` is honoured for sites that were FULL. Raises StoreError for a damaged file or weights of
-    another model, PlanError for a plan of another model or a newer version, or one that contradicts the factors of a
-    LOW site.
+    Args:
+        folder: What ``save`` wrote. An edited ``plan.json`` is honoured for sites that were FULL.
+        model: The model that was transformed; the net is made over a copy of it, and its weights do not matter.
+        example_inputs: As ``transform`` had them.
+
+    Returns:
+        The net.
+
+    Raises:
+        StoreError: For a damaged file, or weights of another model.
+        PlanError: For a plan of another model or of a newer version, or one that contradicts the factors of a LOW site.
     """
     folder = Path(folder)
     tensors, info = store.read(folder / _WEIGHTS)
@@ -61,12 +76,14 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from error
 
 
-def how_in(info: Mapping[str, Any]) -> Capture | None:
+def how_in(info: JsonObject) -> Capture | None:
     """The capture that was asked for when the net was made, if one was."""
     return Capture[info["how"]] if info.get("how") else None
 
 
-def rebuilt(model: nn.Module, plan: Plan, example_inputs: Any = None, how: Capture | None = None) -> nn.Module:
+def rebuilt(
+    model: nn.Module, plan: Plan, example_inputs: ExampleInputs | None = None, how: Capture | None = None
+) -> nn.Module:
     """The model captured and factored by a plan that was made before; every site FULL."""
     net = capture(model, example_inputs, how=how)
     factorize_(net, fit_plan(net, plan, example_inputs))
@@ -78,7 +95,7 @@ def state_of(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
-def info_of(net: nn.Module) -> dict[str, Any]:
+def info_of(net: nn.Module) -> JsonObject:
     """What the tensors need to be understood: the phase and rank of every site, and the plan."""
     sites = switched_modules(net)
     return {
@@ -90,7 +107,7 @@ def info_of(net: nn.Module) -> dict[str, Any]:
 
 
 def restore_(
-    net: nn.Module, tensors: Mapping[str, Tensor], info: Mapping[str, Any], optimizer: Optimizer | None = None
+    net: nn.Module, tensors: Mapping[str, Tensor], info: JsonObject, optimizer: Optimizer | None = None
 ) -> None:
     """Bring a freshly factored net (all sites FULL) into the saved phases and weights, and an optimizer over it along.
 

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 State: TypeAlias = dict[str, Any]
+"""What an optimizer keeps of a parameter: tensors and numbers, under names of its own."""
 
 
 def group_of(optimizer: Optimizer, parameter: Parameter) -> dict[str, Any] | None:
@@ -49,7 +50,7 @@ def swap_parameters(
 def laid_out_as(parameter: Parameter, state: State) -> State:
     """The state with every tensor of the parameter's shape in its memory format too, as fused optimizers expect."""
 
-    def like(value: Any) -> Any:
+    def like(value: object) -> object:
         if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
             return value
         return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -29,7 +29,13 @@ def randomize_(net: nn.Module) -> None:
     """Give the factors of every site in LOW random values in place of those they have: low rank from random init.
 
     Entries are normal, of one variance in all factors, with which the product's norm is expected to be what it was: for
-    two, (‖W‖_F² / (m n r))^¼ as standard deviation. Raises TransitionError where no site is in LOW.
+    two, (‖W‖_F² / (m n r))^¼ as standard deviation.
+
+    Args:
+        net: What ``transform`` made, with at least one site in LOW.
+
+    Raises:
+        TransitionError: Where no site is in LOW.
     """
     sites = [modules[0] for modules in switched_modules(unwrap(net)).values() if modules[0].phase == int(Phase.LOW)]
     if not sites:

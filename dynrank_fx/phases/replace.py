@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +20,13 @@ from .groups import State, place_of, put_back, swap_parameters
 
 
 def parameters_of(module: Switched) -> tuple[Parameter, ...]:
+    """The parameters that a site trains in its present phase, in the order of their names."""
     found = (module._parameters[name] for name in module.parameter_names)
-    return tuple(p for p in found if p is not None)  # type: ignore[misc]
+    return tuple(p for p in found if p is not None)
 
 
 def refuse_parameter(name: str, parameter: Parameter) -> None:
+    """Raise TransitionError for a parameter that is sharded or has a pending gradient."""
     if isinstance(parameter, torch.distributed.tensor.DTensor) if torch.distributed.is_available() else False:
         raise TransitionError(f"{name} is a DTensor, sharded over devices: gather it, switch, and shard it again")
     if parameter.grad is not None:
@@ -104,7 +105,7 @@ class Journal:
     def _path(self, index: int) -> Path:
         return Path(self.folder.name) / f"{index}.pt"
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is not None:
                 for index, entry in reversed(list(enumerate(self.entries))):
@@ -112,7 +113,7 @@ class Journal:
         finally:
             self.folder.cleanup()
 
-    def _undo(self, entry: _Entry, record: dict[str, Any]) -> None:
+    def _undo(self, entry: _Entry, record: State) -> None:
         old: list[Parameter] = []
         for ref, value, grad in zip(entry.old, record["values"], entry.requires_grad, strict=True):
             alive = ref()

@@ -27,12 +27,22 @@ from ..rewrite import SiteGroup, plan_of, site_groups
 
 
 def reranked(net: nn.Module, policy: RankPolicy, *, ladder: int = 16) -> Plan:
-    """The net's plan with ranks by this policy on its present weights, for ``replan_``; nothing is changed.
+    """The net's plan with ranks decided anew, on its weights as they are now. ``replan_`` puts them into effect.
 
-    ladder: ranks are taken from a grid of so many steps between 0 and the full rank, rounded up, so that weights which
-    change a little keep their rank, and with it their compiled graph. A site never gets a rank at which it would cost
-    more than its dense weight. Factors know nothing beyond their rank: only sites in FULL can ask for more than they
-    have.
+    A site never gets a rank at which it would cost more than its dense weight. Factors know nothing beyond their rank:
+    only sites in FULL can ask for more than they have.
+
+    Args:
+        net: What ``transform`` made; it stays as it is.
+        policy: The rank policy.
+        ladder: Ranks are taken from a grid of so many steps between 0 and the full rank, rounded up, so that weights
+            which change a little keep their rank, and with it their compiled graph.
+
+    Returns:
+        The new plan.
+
+    Raises:
+        PlanError: For what is no rank policy, and as the policy does.
     """
     plan, units = plan_of(net), rank_units(net, ladder=ladder)
     ranks: dict[str, int] = {}
@@ -47,7 +57,12 @@ def reranked(net: nn.Module, policy: RankPolicy, *, ladder: int = 16) -> Plan:
 
 @dataclass(frozen=True)
 class RankUnit:
-    """What gets one rank: a site, or those that share a factor, the owner first."""
+    """What gets one rank: a site by itself, or the sites that share a factor.
+
+    Attributes:
+        rows: The rows of the plan, the owner of a shared factor first.
+        curve: What a rank policy may look at of them.
+    """
 
     rows: tuple[PlannedSite, ...]
     curve: Curve

@@ -26,7 +26,16 @@ from .values import Split, Value, dense_of, factors_of, in_format_of
 
 @dataclass(frozen=True)
 class SiteChange:
-    """What happened to one site. error: ‖W_new − W_old‖_F / ‖W_old‖_F of the weight the site stands for."""
+    """What happened to one site.
+
+    Attributes:
+        site: The site's name.
+        before: The phase it was in.
+        after: The phase it is in now.
+        replaced: The names of its parameters before: ``weight``, or those of the factors.
+        by: The names of its parameters now.
+        error: ‖W_new − W_old‖_F / ‖W_old‖_F of the weight that the site stands for.
+    """
 
     site: str
     before: Phase
@@ -38,8 +47,11 @@ class SiteChange:
 
 @dataclass(frozen=True)
 class Transition:
-    """One phase change over all sites; empty where every site was in its phase already. carry: None without an
-    optimizer.
+    """What one phase change did; false where every site was in its phase already.
+
+    Attributes:
+        changes: What happened to each site that changed, in order.
+        carry: What was done with the optimizer's state; None without an optimizer.
     """
 
     changes: tuple[SiteChange, ...]
@@ -57,16 +69,29 @@ def enter_(
     carry: Carry = Carry.MOVE,
     split: Split | None = None,
 ) -> Transition:
-    """Bring every site into its phase, replacing parameters in the net and in the optimizer, with its state.
+    """Bring every site into its phase, replacing parameters in the net and in the optimizer, whose state goes along.
 
-    setting: a phase for all sites, or a mapping of site names (or shell patterns) to phases, others keeping theirs.
-    split: how a deflate finds its factors (``Calibration.split``); by default the truncated SVD of the weight.
     Sites change one by one, the old parameters being freed before the next site is touched; what they held waits in a
     temporary file, so that any failure, interruption included, puts net and optimizer back as they were.
 
-    Raises TransitionError in words for a pattern that matches nothing, non-finite weights, pending gradients, sharded
-    or wrapped parameters, and an optimizer that holds none of the net's parameters. Warns (DynrankWarning) where
-    state was reset.
+    Args:
+        net: What ``transform`` made, possibly within ``torch.compile``.
+        setting: A phase for all sites, or a mapping of site names (or shell patterns) to phases; sites that it does not
+            name keep theirs.
+        optimizer: The optimizer over the net's parameters, if there is one.
+        carry: What to do with its state; see ``Carry``.
+        split: How the factors of sites that enter LOW are found (``Calibration.split``); by default the truncated SVD
+            of the weight.
+
+    Returns:
+        What became of each site that changed.
+
+    Raises:
+        TransitionError: For a pattern that matches nothing, non-finite weights, pending gradients, sharded or wrapped
+            parameters, and an optimizer that holds none of the net's parameters. Nothing has been changed then.
+
+    Warns:
+        DynrankWarning: Where the optimizer's state was reset since it could not be moved.
     """
     root = unwrap(net)
     _refuse_wrapped(root)
@@ -93,10 +118,23 @@ def enter_(
 
 
 def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, carry: Carry = Carry.MOVE) -> Transition:
-    """Replace the plan by one with other ranks: a FULL site only notes its rank, a LOW one is cut anew from its
-    product, an ADAPTOR takes its branch into the base and starts another.
+    """Give the sites of a net other ranks.
 
-    Raises PlanError where the new plan has other sites or layouts, TransitionError as ``enter_`` does.
+    A site in FULL only notes its rank, one in LOW is cut anew from its product, one in ADAPTOR takes its branch into
+    the base and starts another.
+
+    Args:
+        net: What ``transform`` made.
+        plan: The net's plan with other ranks; see ``reranked`` and ``Plan.with_ranks``.
+        optimizer: The optimizer over the net's parameters, if there is one.
+        carry: What to do with its state; see ``Carry``.
+
+    Returns:
+        What became of each site whose parameters changed.
+
+    Raises:
+        PlanError: Where the new plan has other sites or layouts.
+        TransitionError: As ``enter_`` does.
     """
     root = unwrap(net)
     _refuse_wrapped(root)
@@ -122,7 +160,14 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
 
 
 def phases_of(net: nn.Module) -> dict[str, Phase]:
-    """The phase of every site, by name."""
+    """The phase that every site is in.
+
+    Args:
+        net: What ``transform`` made.
+
+    Returns:
+        The phases by site name.
+    """
     return {name: Phase(modules[0].phase) for name, modules in switched_modules(unwrap(net)).items()}
 
 

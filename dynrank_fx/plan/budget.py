@@ -2,8 +2,9 @@
 
 Every site has a curve of (cost, error) over its ranks, the dense weight being its last point, at error 0. The lower
 convex hulls of all curves are gone along together, always the steepest step next (one multiplier on cost for all
-sites), and what is left of the budget is filled greedily. Errors are shares, Σ_{i>r} σ_i² / Σ σ_i², by the weight of
-the site.
+sites: Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Transactions on Acoustics,
+Speech, and Signal Processing 36(9), 1988), and what is left of the budget is filled greedily. Errors are shares,
+Σ_{i>r} σ_i² / Σ σ_i², by the weight of the site.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Budget:
-    """The ranks of least error with which the whole model takes this share of the dense one's parameters, FLOPs or
-    measured latency (where sites have been timed: ``compress``).
+    """The ranks of least error with which the whole model takes a share of what the dense one takes.
 
-    Give one of the three. A site whose factors would cost no less than its dense weight gets its full rank. even: one
-    ratio of the full rank for all sites, in place of the least error. Raises PlanError for a share that even rank 1
-    everywhere cannot meet, and says the least one that can.
+    Give one of the three shares. A site whose factors would cost no less than its dense weight gets its full rank.
+
+    Attributes:
+        params: The share of the dense model's parameters, above 0 and at most 1.
+        flops: The share of the dense model's FLOPs on the example inputs (two a multiply-add), above 0 and at most 1.
+        latency: The share of the dense model's measured time, above 0 and at most 1, where sites have been timed (see
+            ``compress``).
+        even: Whether all sites get one ratio of their full rank, in place of the ranks of least error.
+
+    Raises:
+        PlanError: Where not one share is given, or one that is no share.
     """
 
     params: float | None = None
@@ -55,6 +63,17 @@ class Budget:
         return {what: share for what, share in shares.items() if share is not None}
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        """Choose the ranks of all sites.
+
+        Args:
+            curves: What is known of each site, in the order of the ranks asked for.
+
+        Returns:
+            One rank per site.
+
+        Raises:
+            PlanError:
+        """
         if not curves:
             return []
         metric, share = self.of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ def costs_of(group: Sequence[Site], layout: Layout, totals: Mapping[Metric, int 
 def break_even_rank(site: Site, layout: Layout) -> tuple[int, int | None]:
     """The largest ranks that cost less than dense: in parameters, and in FLOPs (None without example shapes)."""
 
-    def largest(fits: Any) -> int:
+    def largest(fits: Callable[[PlannedSite], bool]) -> int:
         low, high = 0, layout.max_rank(site.shape)
         while low < high:
             middle = (low + high + 1) // 2

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from ..errors import PlanError
 from ..ops import Op
-from ..tracing import measure, meta_of
+from ..tracing import ExampleInputs, measure, meta_of
 from .find import find_sites
 from .locate import Located, locate, refuse_non_finite
 from .plan import Plan, PlannedSite, checked_rows, layout_of
 
 
 def fit_plan(
-    net: nn.Module, plan: Plan, example_inputs: Any = None, located: Mapping[str, Located] | None = None
+    net: nn.Module,
+    plan: Plan,
+    example_inputs: ExampleInputs | None = None,
+    located: Mapping[str, Located] | None = None,
 ) -> Plan:
     """A given plan for this net: its layouts and ranks, with the sites and costs as found here.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import nn
 
 from ..errors import PlanError
 from ..layouts import layout_for
 from ..ops import ConvolutionOp
-from ..tracing import measure, meta_of
+from ..tracing import ExampleInputs, measure, meta_of
 from .costs import costs_of, curve_of, rows_of, spectrum_of
 from .find import find_sites
 from .locate import Located, input_of, locate, refuse_non_finite
@@ -26,7 +26,7 @@ from .site import Site, Skipped, matches
 def make_plan(
     net: nn.Module,
     options: PlanOptions | RankPolicy | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     **choices: Unpack[PlanChoices],
 ) -> Plan:
     """Decide on data, before anything is rewritten: ranks for every site that may be factored and pays.
@@ -50,7 +50,10 @@ def make_plan(
 
 
 def plan_by(
-    net: nn.Module, options: PlanOptions, example_inputs: Any, located: Mapping[str, Located] | None = None
+    net: nn.Module,
+    options: PlanOptions,
+    example_inputs: ExampleInputs | None,
+    located: Mapping[str, Located] | None = None,
 ) -> Plan:
     """As ``make_plan``, by options that are settled. located: what ``locate`` found in the net, if known already."""
     located = locate(net) if located is None else located

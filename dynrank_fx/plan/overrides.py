@@ -13,9 +13,15 @@ from .site import Site, matches
 
 @dataclass(frozen=True)
 class Override:
-    """For the sites whose name fits a pattern. None keeps what holds for the others.
+    """What is decided otherwise for the sites whose names fit a pattern; None keeps what holds for the others.
 
-    rank: a rank policy of their own. layout: of convolutions. dense: they are left alone.
+    Attributes:
+        rank: A rank policy of their own.
+        layout: The layout of those that are convolutions, such as ``TuckerLayout``.
+        dense: Whether they are left dense.
+
+    Raises:
+        PlanError: For a value that is none of these.
     """
 
     rank: RankPolicy | None = None

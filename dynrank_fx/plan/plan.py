@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import index
-from typing import Any
 
+from ..aliases import Json, JsonObject
 from ..errors import PlanError
 from ..layouts import Layout, layout_named
 from ..text import change, text_table
@@ -19,10 +19,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One row: the site, how it is factored, and to which rank.
+    """One row of a plan: a site, how it is factored, and to which rank.
 
-    sharing: the names of the sites that read the same input and share one ``right``, the owner of it first; empty for
-    a site whose factors are its own.
+    Attributes:
+        site: The weight and its uses.
+        layout: How the weight becomes factors.
+        rank: The rank of the factors.
+        sharing: The names of the sites that read the same input and share one ``right`` factor, the owner of it first;
+            empty for a site with factors of its own.
     """
 
     site: Site
@@ -48,8 +52,9 @@ class PlannedSite:
 
     @property
     def flops(self) -> int | None:
-        """FLOPs of the factors on the example inputs, over all uses and reads of the dense matrix; None without an
-        example.
+        """FLOPs of the factors on the example inputs, two a multiply-add; None without an example.
+
+        They are counted over all uses, and over all reads of the dense matrix, which is then computed from the factors.
         """
         if self.site.flops is None:
             return None
@@ -60,7 +65,12 @@ class PlannedSite:
             if use.input_shape is not None
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
+        """The row as JSON values.
+
+        Returns:
+            A dict; its costs are there to be read, and are counted anew when a plan is read.
+        """
         # The costs are there to be read; reading a plan counts them anew.
         cost = {"params": [self.site.params, self.params], "flops": [self.site.flops, self.flops]}
         sharing = {"sharing": self.sharing} if self.sharing else {}
@@ -69,10 +79,16 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Plan:
-    """Frozen and comparable; names only. ``print(plan)`` is the table, ``to_json`` the file.
+    """Which weights are factored, how and to which rank, and of every other matrix the reason why it stays dense.
 
-    total_params, total_flops: of the whole dense model (FLOPs for the example inputs, None without). capture: how the
-    model became a graph, and why not otherwise.
+    It is frozen and comparable, and holds names only. ``print(plan)`` shows it as a table, ``to_json`` makes the file.
+
+    Attributes:
+        sites: A row for each weight that is factored, in the order of the model's parameters.
+        skipped: The matrices that stay dense, each with its reason.
+        total_params: Parameters of the whole dense model.
+        total_flops: FLOPs of the whole dense model on the example inputs, two a multiply-add; None without an example.
+        capture: How the model became a graph, and why not otherwise.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -88,13 +104,23 @@ class Plan:
 
     @property
     def low_flops(self) -> int | None:
-        """FLOPs of the whole model with every planned site factored."""
+        """FLOPs of the whole model with every planned site factored, two a multiply-add; None without an example."""
         if self.total_flops is None:
             return None
         return self.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in self.sites)
 
     def with_ranks(self, ranks: dict[str, int]) -> Plan:
-        """The same plan with other ranks for the named sites. Raises PlanError for a name or rank that does not fit."""
+        """The same plan with other ranks for some sites.
+
+        Args:
+            ranks: The new ranks by site name; sites that are not named keep theirs.
+
+        Returns:
+            The new plan; this one stays as it is.
+
+        Raises:
+            PlanError: For a name that the plan does not have, or a rank that does not fit.
+        """
         unknown = set(ranks) - {row.site.name for row in self.sites}
         if unknown:
             raise PlanError(f"the plan has no site {sorted(unknown)[0]!r} to give a rank to")
@@ -102,7 +128,11 @@ class Plan:
         return replace(self, sites=checked_rows(rows))
 
     def to_json(self) -> str:
-        """Versioned JSON, to be read, edited and given back."""
+        """The plan as text, to be stored, edited and read again.
+
+        Returns:
+            Versioned JSON.
+        """
         data = {
             "format": "dynrank-fx plan",
             "version": VERSION,
@@ -118,7 +148,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Raises PlanError for anything that is not a plan of this version, or has an impossible rank or layout."""
+        """Read a plan that ``to_json`` made, edited or not.
+
+        Args:
+            text: The JSON.
+
+        Returns:
+            The plan, with its costs counted anew.
+
+        Raises:
+            PlanError: For anything that is not a plan of this version, or that has an impossible rank or layout.
+        """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -180,9 +220,9 @@ def _count(n: int) -> str:
     return f"{n:,}"
 
 
-def _row_from_json(data: dict[str, Any]) -> PlannedSite:
+def _row_from_json(data: JsonObject) -> PlannedSite:
     site = Site.from_json(data["site"])
-    sharing = data.get("sharing", data.get("pack", ()))  # its name in older plans
+    sharing: Json = data.get("sharing", data.get("pack", ()))  # its name in older plans
     return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], tuple(map(str, sharing)))
 
 

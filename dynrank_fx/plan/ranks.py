@@ -1,4 +1,8 @@
-"""Rank policies: values that turn what is known of all sites into one rank per site."""
+"""Rank policies: values that turn what is known of all sites into one rank per site.
+
+A policy of your own is a class with ``ranks``, as ``RankPolicy`` says. Sources: the energy of a spectrum is Σσ²; the
+scaled stable rank is that of Cuttlefish (arXiv 2305.02538).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,13 @@ from ..layouts import energy_rank, stable_rank
 
 
 class Metric(enum.Enum):
-    """What is counted of a site and of a model."""
+    """What is counted of a site and of a model. The value is how a message says it.
+
+    Attributes:
+        PARAMS: Parameters.
+        FLOPS: Floating-point operations on the example inputs, two a multiply-add.
+        LATENCY: Measured seconds on the example inputs.
+    """
 
     PARAMS = "parameters"
     FLOPS = "FLOPs"
@@ -24,9 +34,12 @@ class Metric(enum.Enum):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one site costs, in shares of the dense model. at: with factors of a rank, rising with it.
+    """What one site costs, as shares of what the whole dense model costs.
 
-    rest: what everything takes that is not decided together with the site.
+    Attributes:
+        dense: With the dense weight.
+        at: With factors of a rank; it rises with the rank.
+        rest: What everything takes that is not decided together with the site.
     """
 
     dense: float
@@ -36,13 +49,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a policy may look at of one site.
+    """What a rank policy may look at of one site.
 
-    max_rank: the rank that loses nothing. spectrum: singular values per group [g, max_rank], computed when asked for.
-    matrix: rows and columns of a group. grid: the ranks to choose from, rising; empty for all. costs: by what is
-    counted (FLOPs only where the inputs are known, times only where sites were timed). weight: what an error of all its
-    energy does to the model, over what that of another site does; 1 where that is not known. rank: of the weight, where
-    it was factored before; else 0.
+    Attributes:
+        name: The site's name.
+        max_rank: The rank that loses nothing.
+        spectrum: Gives the singular values, [g, max_rank] for the g groups of the weight, largest first; they are
+            computed when it is called.
+        matrix: Rows and columns of the matrix of one group.
+        grid: The ranks to choose from, rising; empty for all.
+        costs: What the site costs, by what is counted: parameters, FLOPs where the inputs are known, times where sites
+            were timed.
+        weight: What an error of all its energy does to the model, relative to other sites; 1 where that is not known.
+        rank: The rank of the weight where it was factored before, else 0.
     """
 
     name: str
@@ -56,9 +75,17 @@ class Curve:
 
 
 class RankPolicy(Protocol):
-    """Ranks for all sites at once, in their order; at least 1 each, possibly above a site's limit."""
+    """What a rank policy has: ranks for all sites at once, at least 1 each, possibly above a site's limit."""
 
-    def ranks(self, curves: Sequence[Curve]) -> list[int]: ...
+    def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        """Choose the ranks of all sites.
+
+        Args:
+            curves: What is known of each site, in the order of the ranks asked for.
+
+        Returns:
+            One rank per site.
+        """
 
 
 def checked_policy(policy: RankPolicy) -> RankPolicy:
@@ -70,7 +97,14 @@ def checked_policy(policy: RankPolicy) -> RankPolicy:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same rank everywhere."""
+    """The same rank everywhere. Sites whose full rank is lower stay dense.
+
+    Attributes:
+        rank: The rank, 1 or more.
+
+    Raises:
+        PlanError: For a rank that is no whole number of 1 or more.
+    """
 
     rank: int
 
@@ -79,6 +113,17 @@ class Fixed:
             raise PlanError(f"a rank of {self.rank} leaves nothing of a layer; give a whole number of 1 or more")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        """Choose the ranks of all sites.
+
+        Args:
+            curves: What is known of each site, in the order of the ranks asked for.
+
+        Returns:
+            One rank per site.
+
+        Raises:
+            PlanError:
+        """
         limit = max((curve.max_rank for curve in curves), default=self.rank)
         if self.rank > limit:
             raise PlanError(
@@ -89,7 +134,14 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Ratio:
-    """⌊ratio · min(m, n)⌋ of each site's matrix, at least 1."""
+    """A share of each site's full rank: ⌊ratio · min(m, n)⌋ of a matrix [m, n], at least 1.
+
+    Attributes:
+        ratio: The share, above 0 and at most 1.
+
+    Raises:
+        PlanError: For a ratio that is no share.
+    """
 
     ratio: float
 
@@ -98,13 +150,28 @@ class Ratio:
             raise PlanError(f"a rank ratio of {self.ratio} is not a fraction; give one above 0 and at most 1")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        """Choose the ranks of all sites.
+
+        Args:
+            curves: What is known of each site, in the order of the ranks asked for.
+
+        Returns:
+            One rank per site.
+        """
         # Rounded first: 0.29 · 100 is 28.999… in binary.
         return [max(1, math.floor(round(self.ratio * curve.max_rank, 9))) for curve in curves]
 
 
 @dataclass(frozen=True)
 class Energy:
-    """The least rank that keeps this share of Σσ², measured on the weights as they are now."""
+    """The least rank that keeps a share of Σσ², measured on the weights as they are now.
+
+    Attributes:
+        share: The share of the energy to keep in every group of the weight, above 0 and at most 1.
+
+    Raises:
+        PlanError: For what is no share.
+    """
 
     share: float
 
@@ -113,16 +180,30 @@ class Energy:
             raise PlanError(f"an energy of {self.share} is not a share; give one above 0 and at most 1")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        """Choose the ranks of all sites.
+
+        Args:
+            curves: What is known of each site, in the order of the ranks asked for.
+
+        Returns:
+            One rank per site.
+        """
         return [min(curve.max_rank, energy_rank(curve.spectrum(), self.share)) for curve in curves]
 
 
 @dataclass(frozen=True)
 class StableRank:
-    """⌈stable(W) · min(m, n) / stable(W at init)⌉ (arXiv 2305.02538): a layer keeps full rank until training has shaped
-    its spectrum.
+    """The scaled stable rank of Cuttlefish (arXiv 2305.02538): ⌈stable(W) · min(m, n) / stable(W at init)⌉.
 
-    The stable rank at initialisation is taken as that of independent entries, mn / (√m + √n)², whatever the weights
-    began as. Measured on the weights as they are now: of use where ranks are decided after some training.
+    A layer keeps full rank until training has shaped its spectrum. The stable rank at initialisation is taken as that
+    of independent entries, mn / (√m + √n)², whatever the weights began as. It is measured on the weights as they are
+    now: of use where ranks are decided after some training.
+
+    Attributes:
+        scale: A factor on all ranks, above 0.
+
+    Raises:
+        PlanError: For a scale that is not above 0.
     """
 
     scale: float = 1.0
@@ -132,6 +213,14 @@ class StableRank:
             raise PlanError(f"stable ranks cannot be scaled by {self.scale}; give a number above 0")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
+        """Choose the ranks of all sites.
+
+        Args:
+            curves: What is known of each site, in the order of the ranks asked for.
+
+        Returns:
+            One rank per site.
+        """
         ranks = []
         for curve in curves:
             m, n = curve.matrix

@@ -18,7 +18,13 @@ from .locate import Located, NodeUse
 
 
 class Role(enum.Enum):
-    """The value is how a plan says it."""
+    """What a weight is for in its network, where that is a reason to leave it dense. The value is how a plan says it.
+
+    Attributes:
+        STEM: The first layer: a convolution or an embedding of the model's input.
+        SHORTCUT: A 1×1 convolution on a path beside other layers, to whose output it is added.
+        HEAD: The classifier: the linear layer that gives the model's output.
+    """
 
     STEM = "the stem: it reads the model's input"
     SHORTCUT = "a shortcut: a 1×1 convolution beside other layers"

@@ -7,14 +7,19 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from ..aliases import Json, JsonObject
 from ..ops import Op, Shape, op_from_json, op_to_json
 
 
 @dataclass(frozen=True)
 class Use:
-    """One application of the weight: the op, and the shape of its input on the example (None where unknown)."""
+    """One application of a weight.
+
+    Attributes:
+        op: What is computed with it.
+        input_shape: The shape of its input on the example; None where that is not known.
+    """
 
     op: Op
     input_shape: Shape | None = None
@@ -22,10 +27,15 @@ class Use:
 
 @dataclass(frozen=True)
 class Site:
-    """One weight that could be factored, and every use of it. Names only: no node and no parameter.
+    """One weight that could be factored, and every use of it. It holds names only: no node and no parameter.
 
-    name: the first qualified name of the weight in the original model; aliases: its other names. reads: how often
-    the model's code reads the dense matrix besides, which then has to be computed from the factors.
+    Attributes:
+        name: The first qualified name of the weight in the original model.
+        shape: The shape of the weight.
+        uses: Every application of it.
+        aliases: Its other names, where it is tied.
+        reads: How often the model's code reads the dense matrix besides, which then has to be computed from the
+            factors.
     """
 
     name: str
@@ -36,15 +46,17 @@ class Site:
 
     @property
     def kind(self) -> str:
+        """What kind of op applies it, in a word."""
         return self.uses[0].op.kind
 
     @property
     def params(self) -> int:
+        """How many numbers the weight has."""
         return math.prod(self.shape)
 
     @property
     def flops(self) -> int | None:
-        """FLOPs of all uses on the example inputs, or None where no example was given."""
+        """FLOPs of all uses on the example inputs, two a multiply-add; None where no example was given."""
         if any(use.input_shape is None for use in self.uses):
             return None
         return sum(use.op.flops(use.input_shape, self.shape) for use in self.uses if use.input_shape is not None)
@@ -53,13 +65,13 @@ class Site:
         """The same weight, not factored after all."""
         return Skipped(self.name, self.shape, reason, self.aliases)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         uses = [{**op_to_json(use.op), "input_shape": use.input_shape} for use in self.uses]
         reads = {"reads": self.reads} if self.reads else {}
         return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "uses": uses, **reads}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Site:
+    def from_json(cls, data: JsonObject) -> Site:
         uses = []
         for use in data["uses"]:
             shape = use["input_shape"]
@@ -73,7 +85,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A matrix that stays dense, and why."""
+    """A matrix that stays dense, and why.
+
+    Attributes:
+        name: The first qualified name of the weight in the original model.
+        shape: The shape of the weight.
+        reason: Why it stays dense, as a sentence.
+        aliases: Its other names, where it is tied.
+    """
 
     name: str
     shape: Shape
@@ -82,24 +101,25 @@ class Skipped:
 
     @property
     def params(self) -> int:
+        """How many numbers the weight has."""
         return math.prod(self.shape)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "reason": self.reason}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Skipped:
+    def from_json(cls, data: JsonObject) -> Skipped:
         aliases = tuple(map(_text, data["aliases"]))
         return cls(_text(data["name"]), _shape(data["shape"]), _text(data["reason"]), aliases)
 
 
-def _text(value: Any) -> str:
+def _text(value: Json) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
 
 
-def _shape(values: Any) -> Shape:
+def _shape(values: Json) -> Shape:
     return tuple(map(operator.index, values))
 
 

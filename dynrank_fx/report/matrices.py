@@ -16,7 +16,7 @@ from ..phase import Phase
 from ..plan import break_even_rank, find_sites, locate
 from ..rewrite import switched_modules
 from ..text import text_table
-from ..tracing import is_captured, measure, meta_of
+from ..tracing import ExampleInputs, is_captured, measure, meta_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _row(name: str, shape: tuple[int, ...], state: str, spectrum: Tensor, **more
     return MatrixRow(name, shape, state, tuple(values.tolist()), *known, **more)
 
 
-def inspect_net(net: nn.Module, example_inputs: Any = None) -> tuple[MatrixRow, ...]:
+def inspect_net(net: nn.Module, example_inputs: ExampleInputs | None = None) -> tuple[MatrixRow, ...]:
     """Every matrix of a net, transformed or not: sites as they stand, and what stays dense with its reason.
 
     Raises DynrankError for weights that are not finite, which have no spectrum.

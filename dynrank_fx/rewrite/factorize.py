@@ -17,9 +17,19 @@ from .switched import STEM, Switched
 
 
 def factorize(net: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of the net with a Switched module, in phase FULL, at every site of the plan. One graph node per use.
+    """A copy of a captured net with a switchable site, in phase FULL, at every weight of a plan.
 
-    Raises PlanError where the plan does not fit the net.
+    Each use of a weight is one node of the graph.
+
+    Args:
+        net: What ``capture`` made.
+        plan: The weights to factor; see ``make_plan``.
+
+    Returns:
+        The new net; the given one stays as it is.
+
+    Raises:
+        PlanError: Where the plan does not fit the net.
     """
     twin = copy.deepcopy(net)
     factorize_(twin, plan)

@@ -22,6 +22,15 @@ def inline(net: nn.Module) -> nn.Module:
     The result is a plain GraphModule over plain modules and parameters (where only parts of a model were captured, the
     model's own class around them): nothing of this package is left in it. Tied weights stay tied. A net with a
     training and an evaluation graph gives the graph of its present mode.
+
+    Args:
+        net: What ``transform`` or ``factorize`` made, in any phase.
+
+    Returns:
+        The copy; the net stays as it is.
+
+    Raises:
+        PlanError: For a module that this package did not make.
     """
     source = unwrap(net)
     if not holds_captured(source):
@@ -128,7 +137,7 @@ def _open_reads(net: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
             factors = _parameter_nodes(net, graph, str(node.target), module)
             if read.args[1] == "outline":
                 empty = graph.call_method("new_empty", (factors[0], ()))
-                result: Any = graph.call_method("expand", (empty, module.shape))
+                result: fx.Node = graph.call_method("expand", (empty, module.shape))
             elif len(factors) == 1:
                 result = factors[0]
             else:

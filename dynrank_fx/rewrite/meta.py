@@ -11,9 +11,19 @@ from .switched import switched_modules
 
 
 def plan_of(net: nn.Module) -> Plan:
-    """The plan a net was factored by. Raises PlanError for a module that ``factorize`` did not make."""
+    """The plan by which a net was factored, with its present ranks.
+
+    Args:
+        net: What ``transform`` or ``factorize`` made, possibly within ``torch.compile``.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: For a module that has no plan.
+    """
     root = unwrap(net)
-    plan = meta_of(root).get("dynrank") if is_captured(root) else None
+    plan: Plan | None = meta_of(root).get("dynrank") if is_captured(root) else None
     if plan is None:
         raise PlanError(f"{type(net).__name__} has no plan: it was not made by transform or factorize")
     return plan

@@ -69,7 +69,8 @@ class Switched(nn.Module):
         at: which matrices of a stack the op gathers.
         """
         b = bias[0] if bias else self._parameters["bias"]
-        return self.compute(self.read, x, b, use, at)
+        y: Tensor = self.compute(self.read, x, b, use, at)
+        return y
 
     def read(self, name: str) -> Tensor | None:
         """A parameter or the base, by name."""
@@ -149,7 +150,7 @@ class Switched(nn.Module):
         """A tensor of the shape, dtype and device of the dense weight, without memory: for code that asks for those."""
         return self._parameters[self.parameter_names[-1]].new_empty(()).expand(self.shape)  # type: ignore[union-attr]
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name == "weight" and self.phase != _FULL:
             raise TransitionError(
                 f"{self.site} has no weight to write in {Phase(self.phase).name}: enter FULL first, or write to "

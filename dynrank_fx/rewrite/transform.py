@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import nn
 
 from ..errors import PlanError
 from ..plan import Plan, PlanChoices, PlanOptions, chosen, fit_plan, locate, plan_by
-from ..tracing import Capture, capture
+from ..tracing import Capture, DynamicShapes, ExampleInputs, capture
 from .factorize import factorize_
 from .inline import holds_captured
 from .switched import switched_modules
@@ -17,12 +17,12 @@ from .switched import switched_modules
 
 def transform(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     options: PlanOptions | None = None,
     *,
     plan: Plan | None = None,
     how: Capture | None = None,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
     allow_empty: bool = False,
     copy: bool = True,
     **choices: Unpack[PlanChoices],

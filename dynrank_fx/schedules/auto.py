@@ -8,9 +8,11 @@ recover from. So every site starts FULL and is cut when the first of these holds
 - the budget is used up; the sites that would lose most by a cut are kept FULL for what is left of it.
 
 A site has collapsed where the effective rank of what its rank keeps (the exp of the entropy of those singular values,
-normalised) is a small share of that rank. In LOW it is inflated again, the most collapsed site first, while the
-learning rate still to come and the budget allow it. It then stays FULL, even if its spectrum fits, until that share is
-at the square root of the threshold: what is just above the threshold would be below it again an epoch later.
+normalised: Roy and Vetterli, EUSIPCO 2007) is a small share of that rank. In LOW it is inflated again, the most
+collapsed site first, while the learning rate still to come and the budget allow it. It then stays FULL, even if its
+spectrum fits, until that share is at the square root of the threshold: what is just above the threshold would be below
+it again an epoch later. That FULL epochs restore the effective rank which low-rank training loses is the finding of
+arXiv 2508.08625, whose own schedule has fixed epochs; the rules of this one are this project's.
 
 A part of the budget can be held back for that. What is held back is spread evenly over the epochs that may be FULL, so
 that it is not lost: what no collapsed site takes of it keeps those sites FULL that would lose most by a cut.
@@ -32,7 +34,19 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Auto:
-    """See ``schedules.auto``."""
+    """The schedule that ``schedules.auto`` makes; the module says how it decides.
+
+    Attributes:
+        cost: The budget: training compute of the whole run, as a share of dense training, from 0 to 1.
+        recovery: The share of the run's summed learning rate that is kept for LOW.
+        tail: A site is cut at once when the share of its energy Σσ² beyond its rank is at most this.
+        collapse: A site is inflated when the effective rank of what it keeps falls below this share of its rank.
+        reserve: The share of what the budget leaves above LOW that is held back for inflating.
+
+    Raises:
+        ScheduleError: For a number that is not from 0 to 1; when called, for a state without sites or without the
+            number of epochs.
+    """
 
     cost: float
     recovery: float
@@ -46,6 +60,17 @@ class Auto:
                 raise ScheduleError(f"auto's {name} is a share, from 0 to 1, not {value}")
 
     def __call__(self, state: TrainState) -> Decision:
+        """Decide the phase of every site for the epoch that begins.
+
+        Args:
+            state: What ``train_state`` collected.
+
+        Returns:
+            A phase by site name, with the reasons.
+
+        Raises:
+            ScheduleError: Where the state has no sites, or not the number of epochs.
+        """
         if state.epochs is None or not state.sites:
             raise ScheduleError("auto needs the number of epochs and the sites: make its state by train_state()")
         sites, rates = state.sites, _rates_left(state)
@@ -105,14 +130,24 @@ def auto(
 ) -> Auto:
     """FULL where and while it is worth most, within ``cost`` of the compute of dense training; LOW to the end.
 
-    Reads the learning rates of the run and the spectra of the sites (see ``Auto``), by itself in ``dynrank-fx train``
-    and in the hooks for other trainers; in a loop of your own, ``train_state`` collects them. Every decision comes with
-    its reasons. recovery: the share of the run's summed learning rate that is kept for LOW. tail: the share of a site's
-    energy beyond its rank below which it is cut at once. collapse: the share of a site's rank that its effective rank
-    falls below when it is inflated again. reserve: the share of what the budget leaves above LOW that is held back for
-    that; what no site needs of it is spent on FULL epochs like the rest.
+    It reads the learning rates of the run and the spectra of the sites (the module ``schedules.auto`` says how). They
+    are collected by ``dynrank-fx train`` and by the hooks for other trainers; in a loop of your own, by ``Phases`` or
+    ``train_state``. Every decision comes with its reasons.
 
-    Raises ScheduleError for numbers that are no shares.
+    Args:
+        cost: Training compute of the whole run, as a share of dense training, from 0 to 1.
+        recovery: The share of the run's summed learning rate that is kept for LOW, to recover from the cut.
+        tail: A site is cut at once when the share of its energy Σσ² beyond its rank is at most this.
+        collapse: A site is inflated when the effective rank (Roy and Vetterli, EUSIPCO 2007) of what it keeps falls
+            below this share of its rank.
+        reserve: The share of what the budget leaves above LOW that is held back for inflating. What no site needs of it
+            is spent on FULL epochs like the rest.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ScheduleError: For a number that is not from 0 to 1.
     """
     return Auto(cost, recovery, tail, collapse, reserve)
 
@@ -170,7 +205,8 @@ def _with_sharing(names: Sequence[str], sites: Mapping[str, SiteState]) -> list[
 
 def _affordable(names: Sequence[str], sites: Mapping[str, SiteState], free: float, due: float) -> list[str]:
     """The first of the sites that one more epoch of FULL can be paid for, until what is due is spent; sites that
-    share a factor together."""
+    share a factor together.
+    """
     kept, paid = list[str](), 0.0
     for unit in dict.fromkeys(sites[name].sharing or (name,) for name in names):
         price = sum(_price(sites[name]) for name in unit)

@@ -14,10 +14,13 @@ from .state import Schedule
 
 @dataclass(frozen=True)
 class NamedSchedule:
-    """How a schedule is asked for. make: it from keyword arguments, those of ``takes`` that have a value.
+    """A schedule as it is asked for by name.
 
-    What can be given: ``epochs`` and ``lr_milestones`` of the run, and the options ``cost``, ``low``, ``full`` and
-    ``last``, the phase that follows FULL.
+    Attributes:
+        name: What the command line calls it.
+        make: Makes it from keyword arguments, those of ``takes`` that have a value.
+        takes: What of the things that can be given it takes: ``epochs`` and ``lr_milestones`` of the run, and the
+            options ``cost``, ``low``, ``full`` and ``last``, the phase that follows FULL.
     """
 
     name: str
@@ -25,7 +28,17 @@ class NamedSchedule:
     takes: tuple[str, ...] = ()
 
     def __call__(self, given: Mapping[str, Any]) -> Schedule:
-        """The schedule, by what it takes of what is given; None is nothing. Raises ScheduleError as ``make`` does."""
+        """The schedule, by what it takes of what is given.
+
+        Args:
+            given: What is given, by name; None is nothing.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ScheduleError: As ``make`` does.
+        """
         return self.make(**{name: given[name] for name in self.takes if given.get(name) is not None})
 
 

@@ -17,17 +17,37 @@ from .state import Schedule, Setting, TrainState
 
 @dataclass(frozen=True)
 class Always:
-    """The same phase in every epoch."""
+    """The same phase in every epoch.
+
+    Attributes:
+        phase: That phase.
+    """
 
     phase: Phase
 
     def __call__(self, state: TrainState) -> Phase:
+        """The phase of the epoch that begins.
+
+        Args:
+            state: Where the run stands; only its epoch is read.
+
+        Returns:
+            The phase for all sites.
+        """
         return self.phase
 
 
 @dataclass(frozen=True)
 class Interleave:
-    """``low`` epochs LOW, then ``full`` epochs FULL, and again."""
+    """``low`` epochs LOW, then ``full`` epochs FULL, and again.
+
+    Attributes:
+        low: Epochs of LOW in a row.
+        full: Epochs of FULL in a row.
+
+    Raises:
+        ScheduleError: For a negative number, or where both are 0.
+    """
 
     low: int
     full: int
@@ -40,12 +60,29 @@ class Interleave:
             )
 
     def __call__(self, state: TrainState) -> Phase:
+        """The phase of the epoch that begins.
+
+        Args:
+            state: Where the run stands; only its epoch is read.
+
+        Returns:
+            LOW or FULL, for all sites.
+        """
         return Phase.LOW if state.epoch % (self.low + self.full) < self.low else Phase.FULL
 
 
 @dataclass(frozen=True)
 class FullBetween:
-    """FULL for ``inflate <= epoch < deflate``, LOW before, and ``last`` after."""
+    """FULL for ``inflate <= epoch < deflate``, LOW before, and ``last`` after.
+
+    Attributes:
+        inflate: The first epoch of FULL, counted from 0.
+        deflate: The first epoch after FULL.
+        last: The phase from ``deflate`` on.
+
+    Raises:
+        ScheduleError: Where that leaves no FULL epoch.
+    """
 
     inflate: int
     deflate: int
@@ -59,6 +96,14 @@ class FullBetween:
             )
 
     def __call__(self, state: TrainState) -> Phase:
+        """The phase of the epoch that begins.
+
+        Args:
+            state: Where the run stands; only its epoch is read.
+
+        Returns:
+            LOW, FULL or ``last``, for all sites.
+        """
         if state.epoch >= self.deflate:
             return self.last
         return Phase.FULL if state.epoch >= self.inflate else Phase.LOW
@@ -66,7 +111,17 @@ class FullBetween:
 
 @dataclass(frozen=True)
 class Join:
-    """``schedules[i]`` rules from ``boundaries[i-1]`` on, seeing epochs counted from there."""
+    """Schedules one after the other, each seeing epochs counted from its own start.
+
+    ``schedules[i]`` rules from ``boundaries[i - 1]`` on.
+
+    Attributes:
+        schedules: The schedules in their order.
+        boundaries: The epochs at which the next one takes over, one fewer than schedules, rising from 1 on.
+
+    Raises:
+        ScheduleError: Where the boundaries do not rise, or there are too many or too few of them.
+    """
 
     schedules: tuple[Schedule, ...]
     boundaries: tuple[int, ...]
@@ -80,6 +135,14 @@ class Join:
             )
 
     def __call__(self, state: TrainState) -> Setting:
+        """What the schedule whose turn it is says.
+
+        Args:
+            state: Where the run stands; the schedule is shown its own part of it, beginning at epoch 0.
+
+        Returns:
+            The setting that the schedule gives.
+        """
         part = sum(state.epoch >= boundary for boundary in self.boundaries)
         start = self.boundaries[part - 1] if part else 0
         stop = self.boundaries[part] if part < len(self.boundaries) else state.epochs
@@ -89,25 +152,52 @@ class Join:
 
 
 def always(phase: Phase) -> Always:
-    """The same phase in every epoch: ``always(Phase.FULL)`` is dense training. Raises ScheduleError for no phase."""
+    """The same phase in every epoch: ``always(Phase.FULL)`` is dense training.
+
+    Args:
+        phase: The phase for all sites.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ScheduleError: For what is no phase.
+    """
     if phase not in list(Phase):
         raise ScheduleError(f"{phase!r} is no phase; give one of {', '.join(p.name for p in Phase)}")
     return Always(Phase(phase))
 
 
 def interleave(*, low: int, full: int) -> Interleave:
-    """``low`` epochs LOW, then ``full`` epochs FULL, and so on. Raises ScheduleError if there is nothing to
-    alternate.
+    """``low`` epochs LOW, then ``full`` epochs FULL, and so on.
+
+    Args:
+        low: Epochs of LOW in a row.
+        full: Epochs of FULL in a row.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ScheduleError: For a negative number, or where both are 0.
     """
     return Interleave(low, full)
 
 
 def aligned(epochs: int, lr_milestones: Sequence[int], last: Phase = Phase.LOW) -> FullBetween:
-    """The paper's placement in general form: FULL from 0.4·T to the first decay + 0.1·T (arXiv 2508.08625).
+    """The placement of arXiv 2508.08625 for a run of any length: FULL from 0.4·T to the first decay + 0.1·T.
 
-    epochs: T, the length of the run. lr_milestones: the epochs at which the learning rate falls. last: LOW trains the
-    truncated factors to the end, ADAPTOR a branch beside the frozen weight, as the paper does.
-    Raises ScheduleError where that leaves no FULL epoch, or where there is no decay to align with.
+    Args:
+        epochs: T, the number of epochs of the run.
+        lr_milestones: The epochs at which the learning rate falls.
+        last: The phase after FULL: LOW trains the truncated factors to the end, ADAPTOR a branch beside the frozen
+            weight, as the paper does.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ScheduleError: Where that leaves no FULL epoch, or where there is no decay to align with.
     """
     if not lr_milestones:
         raise ScheduleError(
@@ -124,23 +214,57 @@ def aligned(epochs: int, lr_milestones: Sequence[int], last: Phase = Phase.LOW) 
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Join:
-    """One schedule after the other, each counting epochs from its own start; boundaries are absolute epochs."""
+    """One schedule after the other, each counting epochs from its own start.
+
+    Args:
+        schedules: The schedules in their order.
+        boundaries: The epochs of the run at which the next schedule takes over, one fewer than schedules.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ScheduleError: Where the boundaries do not rise from 1 on, or there are too many or too few of them.
+    """
     return Join(tuple(schedules), tuple(boundaries))
 
 
 def warm_up(full: int) -> FullBetween:
-    """``full`` epochs FULL, then LOW to the end (as in arXiv 2103.03936). Raises ScheduleError for less than one."""
+    """``full`` epochs FULL, then LOW to the end (as in Pufferfish, arXiv 2103.03936).
+
+    Args:
+        full: Epochs of FULL at the start, 1 or more.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ScheduleError: For less than one epoch.
+    """
     return FullBetween(0, full)
 
 
 def paper_cifar10(last: Phase = Phase.ADAPTOR) -> FullBetween:
-    """ResNet-20 on CIFAR-10, 150 epochs: FULL in epochs 55 to 119, then ADAPTOR (arXiv 2508.08625).
+    """ResNet-20 on CIFAR-10 as in arXiv 2508.08625: 150 epochs, FULL in epochs 55 to 119, LOW before, then ``last``.
 
-    last: LOW trains the truncated factors instead, at less cost, and leaves a small model.
+    Args:
+        last: The phase from epoch 120 on: ADAPTOR as in the paper, or LOW, which trains the truncated factors at less
+            cost and leaves a small model.
+
+    Returns:
+        The schedule.
     """
     return FullBetween(55, 120, last)
 
 
 def paper_cifar100(last: Phase = Phase.ADAPTOR) -> FullBetween:
-    """WRN-28-10 on CIFAR-100, 200 epochs: FULL in epochs 80 to 169, then ADAPTOR (arXiv 2508.08625). last: as above."""
+    """WRN-28-10 on CIFAR-100 as in arXiv 2508.08625: 200 epochs, FULL in epochs 80 to 169, LOW before, then ``last``.
+
+    Args:
+        last: The phase from epoch 170 on: ADAPTOR as in the paper, or LOW, which trains the truncated factors at less
+            cost and leaves a small model.
+
+    Returns:
+        The schedule.
+    """
     return FullBetween(80, 170, last)

@@ -18,48 +18,56 @@ class EpochRecord:
 
     A field is read as an attribute, or by its name as a key: ``record.loss``, ``record["loss"]``. In a file a record is
     a JSON object, see ``to_json``.
+
+    Attributes:
+        epoch: The epoch, counted from 0.
+        phases: The phase of each site, by name.
+        ranks: The rank of each site, by name.
+        lr: The learning rate of the first parameter group at the start.
+        reasons: Why these phases: sentences of the schedule.
+        epochs_to_cut: How many epochs each dense site has before its cut, where a landing needs to know.
+        switch_error: By how much the switch changed the weight of a site, relative to its norm; of the sites that
+            switched.
+        switch_spectra: The singular values before and after the switch at up to 64 indices; of the sites that switched.
+        switch_seconds: How long the switch took, in seconds.
+        spent: Training compute to the end of the epoch, in epochs of the dense model.
+        seconds: How long the epoch has trained so far, in seconds.
+        step_seconds: The median of its steps, in seconds.
+        steps: Batches trained on.
+        loss: The mean training loss.
+        metric: The mean training metric; None where there is none.
+        eval_loss: The loss on held-out data.
+        eval_metric: The metric on held-out data.
+        memory: Bytes: ``state`` of parameters, buffers and optimizer, and the ``peak``.
+        effective_rank: By site, at the end of the epoch.
+        stable_rank: By site, at the end of the epoch.
+        truncated: ``eval_loss`` and ``eval_metric`` of the truncated model; of the last epoch.
+        more: What else a training loop notes of it, by names of its own.
     """
 
     epoch: int
-    """Counted from 0."""
     phases: Mapping[str, Phase]
-    """By site."""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """By site."""
     lr: float
-    """The learning rate of the first parameter group at the start."""
     reasons: tuple[str, ...] = ()
-    """Why these phases: sentences of the schedule."""
     epochs_to_cut: Mapping[str, int] = field(default_factory=dict)
-    """How many epochs each dense site has before its cut, where a landing needs to know."""
     switch_error: Mapping[str, float] = field(default_factory=dict)
-    """By how much the switch changed the weight of a site, relative to its norm; of the sites that switched."""
     switch_spectra: Mapping[str, Spectra] = field(default_factory=dict)
-    """Of the sites that switched, at up to 64 indices."""
     switch_seconds: float = 0.0
     spent: float
-    """Compute to the end of the epoch, in epochs of the dense model."""
 
     seconds: float | None = None
-    """Of training, so far."""
     step_seconds: float | None = None
-    """The median of the steps."""
     steps: int | None = None
-    """Batches trained on."""
     loss: float | None = None
     metric: float | None = None
     eval_loss: float | None = None
     eval_metric: float | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
-    """Bytes: ``state`` of parameters, buffers and optimizer, and the ``peak``."""
     effective_rank: Mapping[str, float] = field(default_factory=dict)
-    """By site, at the end."""
     stable_rank: Mapping[str, float] = field(default_factory=dict)
-    """By site, at the end."""
     truncated: Mapping[str, float | None] = field(default_factory=dict)
-    """``eval_loss`` and ``eval_metric`` of the truncated model, of the last epoch."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """What else a training loop notes of it, by names of its own."""
 
     @property
     def phase(self) -> str:
@@ -71,13 +79,24 @@ class EpochRecord:
         return getattr(self, name) if name == "phase" or name in _FIELDS else self.more[name]
 
     def with_figures(self, **figures: Any) -> EpochRecord:
-        """The record with these figures too; those that are no fields go to ``more``."""
+        """The record with more figures.
+
+        Args:
+            **figures: Fields, and figures under names of your own, which go to ``more``.
+
+        Returns:
+            The new record; this one stays as it is.
+        """
         known = {name: value for name, value in figures.items() if name in _FIELDS}
         own = {name: value for name, value in figures.items() if name not in _FIELDS}
         return replace(self, **known, more={**self.more, **own})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON: phases by name, ``more`` beside the fields, and nothing of what is not known yet."""
+        """Plain values for JSON: phases by name, ``more`` beside the fields, and nothing of what is not known yet.
+
+        Returns:
+            The object, for ``from_json``.
+        """
         values = {"epoch": self.epoch, "phase": self.phase, **{name: getattr(self, name) for name in _FIELDS}}
         values["phases"] = {site: phase.name for site, phase in self.phases.items()}
         values["reasons"] = list(self.reasons)
@@ -88,7 +107,14 @@ class EpochRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EpochRecord:
-        """The inverse of ``to_json``, of records of earlier versions too, which have fewer fields."""
+        """The inverse of ``to_json``, of records of earlier versions too, which have fewer fields.
+
+        Args:
+            data: The object.
+
+        Returns:
+            The record.
+        """
         values = {name: value for name, value in data.items() if name in _FIELDS}
         values["phases"] = {site: Phase[name] for site, name in data["phases"].items()}
         values["reasons"] = tuple(data.get("reasons", ()))

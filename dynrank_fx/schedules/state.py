@@ -11,9 +11,17 @@ from ..phase import Phase
 
 @dataclass(frozen=True)
 class SiteState:
-    """What is known of one site. dense, low: what it costs in a step of FULL and of LOW, in shares of a dense step.
-    groups: of so many matrices, each of the rank, its spectrum has the singular values. sharing: the sites that share
-    a factor, itself among them, which are in one phase; empty for a site by itself.
+    """What is known of one site at the start of an epoch.
+
+    Attributes:
+        phase: The phase that the site is in.
+        rank: The rank of its factors.
+        dense: What it costs in a step of FULL, as a share of a step of the dense model, from 0 to 1.
+        low: What it costs in a step of LOW, as a share of a step of the dense model.
+        groups: How many matrices the weight consists of; its spectrum has the singular values of all of them, and each
+            is cut to ``rank``.
+        sharing: The sites that share a factor, this one among them, which are always in one phase; empty for a site by
+            itself.
     """
 
     phase: Phase
@@ -26,13 +34,16 @@ class SiteState:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What is known at the start of an epoch.
+    """What a schedule may look at: all that is known at the start of an epoch.
 
-    epoch: counted from 0. epochs: how many the run will have. lr: learning rate of the first parameter group.
-    spectra: per site name the singular values so far, largest first.
-    spent: training compute so far, in epochs of the dense model.
-    lrs: the learning rate of every epoch of the run, as the scheduler will set it; empty where that is not known.
-    sites: the sites by name.
+    Attributes:
+        epoch: The epoch that begins, counted from 0.
+        epochs: How many epochs the run will have; None where that is not known.
+        lr: The learning rate of the optimizer's first parameter group; None where that is not known.
+        spectra: By site name the singular values of the site as it is now, largest first.
+        spent: Training compute so far, in epochs of the dense model.
+        lrs: The learning rate of every epoch of the run, as the scheduler will set it; empty where that is not known.
+        sites: What is known of each site, by name.
     """
 
     epoch: int
@@ -46,7 +57,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Decision:
-    """A phase per site name or pattern, with the reasons, one sentence each, that a run records."""
+    """What a schedule decided, with the reasons that a run records.
+
+    Attributes:
+        phases: A phase per site name or pattern; sites that it does not name keep theirs.
+        reasons: Why, one sentence each.
+    """
 
     phases: Mapping[str, Phase]
     reasons: tuple[str, ...] = ()

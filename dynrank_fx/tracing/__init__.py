@@ -3,6 +3,8 @@
 from .blame import origin
 from .choose import Capture, capture
 from .inputs import (
+    DynamicShapes,
+    ExampleInputs,
     Inputs,
     batch_size,
     double_batch_of_one,
@@ -35,6 +37,8 @@ from .shell import own_, shell
 
 __all__ = [
     "Capture",
+    "DynamicShapes",
+    "ExampleInputs",
     "Inputs",
     "Net",
     "Region",

@@ -14,7 +14,9 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    def one(value: Any) -> str:
+    """Arguments in words: type and shape of tensors, the type of everything else."""
+
+    def one(value: object) -> str:
         return (
             f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
             if isinstance(value, Tensor)
@@ -31,7 +33,7 @@ def origin(error: BaseException, root: nn.Module) -> str:
     for frame, number in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         owner = frame.f_locals.get("self")
-        if file.startswith((_TORCH, str(Path(__file__).parent))) or file.startswith("<") or id(owner) not in names:
+        if file.startswith((_TORCH, str(Path(__file__).parent), "<")) or id(owner) not in names:
             continue
         name = names[id(owner)]
         line = linecache.getline(file, number).strip()

@@ -15,7 +15,7 @@ from ..ops import module_op
 from .blame import describe
 from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
-from .inputs import split_inputs
+from .inputs import DynamicShapes, ExampleInputs, split_inputs
 from .modules import capture_parts, modules_read
 from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, untraced, unwrap
 from .shell import own_, same_parameters, sharing, shell
@@ -25,7 +25,13 @@ _RESERVED = frozenset(dir(Net)) | {"meta", "graphs", "fixed_mode", "setting", "_
 
 
 class Capture(enum.Enum):
-    """How a model becomes a graph."""
+    """How a model becomes a graph.
+
+    Attributes:
+        SYMBOLIC: By ``torch.fx.symbolic_trace``: the model's own code is run on stand-ins for its inputs.
+        EXPORT: By ``torch.export``, once for training and once for evaluation.
+        MODULES: Module by module: code that cannot be traced stays as it is, and the parts in it are captured.
+    """
 
     SYMBOLIC = "torch.fx.symbolic_trace"
     EXPORT = "torch.export"
@@ -34,9 +40,9 @@ class Capture(enum.Enum):
 
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
     how: Capture | None = None,
     copy: bool = True,
 ) -> nn.Module:

@@ -232,7 +232,7 @@ def _own_backward(given: Any) -> str:
     while waiting:
         node = waiting.pop()
         if isinstance(node, BackwardCFunction):
-            function = type(node)._forward_cls  # type: ignore[attr-defined]
+            function = type(node)._forward_cls
             if function is checkpoint.CheckpointFunction:
                 return _CHECKPOINTS
             if not function.__module__.startswith("torch."):

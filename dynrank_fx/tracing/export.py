@@ -13,12 +13,14 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, first_line
 from .blame import origin
-from .inputs import batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
+from .inputs import DynamicShapes, ExampleInputs, batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
 from .isolation import assignments_in_place, in_mode, quiet, slow_attention, unchecked_distributions
 from .net import Net, finished
 
 
-def export_both_modes(root: nn.Module, model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Net:
+def export_both_modes(
+    root: nn.Module, model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: DynamicShapes | None = None
+) -> Net:
     """The Net over ``root``, a copy of ``model``: a graph for training and one for evaluation over one set of weights.
 
     dynamic_shapes: as in torch.export; by default every dimension of every tensor is free that the model leaves free.
@@ -61,14 +63,14 @@ class _ShortFormulas(TorchFunctionMode):
 
 
 def _programs(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: DynamicShapes | None
 ) -> dict[bool, fx.GraphModule]:
     """What torch.export makes of the model in either mode."""
     programs = {}
     for mode in (True, False):
         try:
             with quiet(), slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
-                program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)
+                program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)  # type: ignore[arg-type]
             programs[mode] = program.module(check_guards=False)
         except Exception as error:
             raise CaptureError(f"{origin(error, root)} cannot be exported: {first_line(error)}.") from error
@@ -111,7 +113,7 @@ def _follow_the_caller(graph: fx.Graph) -> None:
     made_on = inputs[0].meta["val"].device if inputs else None
     device: fx.Node | None = None
 
-    def followed(value: Any) -> Any:
+    def followed(value: object) -> object:
         nonlocal device
         if not isinstance(value, torch.device) or value != made_on:
             return value
@@ -153,7 +155,7 @@ def _pin_inputs(graph: fx.Graph) -> None:
                 graph.call_function(torch._assert, (kept, f"the graph was exported for {what}, and serves no other"))
 
 
-def _pin_aliases(graph: fx.Graph, leaves: list[Any]) -> None:
+def _pin_aliases(graph: fx.Graph, leaves: list[object]) -> None:
     """Refuse two tensors where the example has one twice: forward may have seen that they are one (as attention does
     when query is key).
     """
@@ -168,7 +170,7 @@ def _pin_aliases(graph: fx.Graph, leaves: list[Any]) -> None:
                 graph.call_function(torch._assert, (same, words))
 
 
-def _bindings(graph: fx.Graph, node: fx.Node, value: Any) -> Iterator[tuple[Any, tuple[Any, ...], str]]:
+def _bindings(graph: fx.Graph, node: fx.Node, value: object) -> Iterator[tuple[Any, tuple[Any, ...], str]]:
     if value is None:
         yield operator.is_, (node, None), f"{node.target}=None"
     elif isinstance(value, bool | int | float | str):
@@ -206,7 +208,7 @@ def _bounds(size: int | torch.SymInt) -> tuple[int | None, int | None]:
 _SWITCHES = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
 
 
-def shortcoming(net: Net, example_inputs: Any) -> str:
+def shortcoming(net: Net, example_inputs: ExampleInputs) -> str:
     """What the graph leaves to be desired, in words: it keeps matrices in blocks that stay closed, or serves the
     example's batch size only. Empty if nothing.
     """
@@ -254,7 +256,7 @@ def alike(train: fx.Graph, other: fx.Graph, root: nn.Module) -> bool:
     )
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     bodies = [part for part in (a, b) if isinstance(part, fx.GraphModule)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,10 +13,20 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 
+# What a model takes may be anything: only the model itself knows.
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
+
+ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+"""Positional arguments, keyword arguments by name, the pair ``(args, kwargs)``, or one tensor."""
+
+DynamicShapes: TypeAlias = torch.export.ShapesCollection | dict[str, Any] | tuple[Any, ...] | list[Any]
+"""As ``torch.export`` takes them; its own annotation forgets the ShapesCollection."""
+
+_Nested = TypeVar("_Nested")
 
 
-def split_inputs(example_inputs: Any) -> Inputs:
+def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     """``(args, kwargs)`` from a tuple of arguments, a dict of keyword arguments, the pair ``(args, kwargs)``, or one
     tensor.
 
@@ -47,14 +57,15 @@ def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
     return args, {name: kwargs[name] for name in (*names, *(name for name in kwargs if name not in names))}
 
 
-def fresh(example_inputs: Any) -> Any:
+def fresh(example_inputs: _Nested) -> _Nested:
     """The same with copies of the tensors, for a model may write into what it is given; one tensor stays one."""
     copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
         return copies.setdefault(id(tensor), tensor.detach().clone())
 
-    return pytree.tree_map_only(Tensor, copied, example_inputs)
+    same: _Nested = pytree.tree_map_only(Tensor, copied, example_inputs)
+    return same
 
 
 def batch_size(inputs: Inputs) -> int | None:
@@ -67,7 +78,9 @@ def double_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs
     return with_batch((args, kwargs), 2) if batch_size((args, kwargs)) == 1 else (args, kwargs)
 
 
-def free_dimensions(args: tuple[Any, ...], kwargs: dict[str, Any], *, only_first: bool = False) -> Any:
+def free_dimensions(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, only_first: bool = False
+) -> torch.export.ShapesCollection:
     """``dynamic_shapes`` for torch.export that frees every dimension of every tensor, or the first of each, where the
     model allows it.
     """
@@ -91,7 +104,7 @@ def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None, limits: S
     given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     below = {id(leaf): limit for leaf, limit in zip(given, limits, strict=False)}
 
-    def resized(leaf: Any) -> Any:
+    def resized(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != present:
             return leaf
         if generator is None:
@@ -106,7 +119,7 @@ def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None, limits: S
             return drawn.to(leaf.device, leaf.dtype)
         return leaf.detach()[torch.randint(leaf.shape[0], (batch,), generator=generator)]
 
-    done: dict[int, Any] = {}  # one tensor stays one
+    done: dict[int, object] = {}  # one tensor stays one
     args, kwargs = pytree.tree_map(lambda leaf: done.setdefault(id(leaf), resized(leaf)), inputs)
     return args, kwargs
 
@@ -116,5 +129,6 @@ def joined(path: Sequence[Any]) -> str:
     return "_".join(str(astuple(key)[0]) for key in path)
 
 
-def tensors(values: Any) -> list[Tensor]:
+def tensors(values: object) -> list[Tensor]:
+    """The tensors in nested values, in order."""
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]

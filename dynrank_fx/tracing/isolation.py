@@ -163,7 +163,7 @@ def in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
                     vars(module)[name].update(content)
 
 
-def _dictionaries(module: nn.Module) -> dict[str, dict[Any, Any]]:
+def _dictionaries(module: nn.Module) -> dict[str, dict[str, object]]:
     """The content of the dictionaries that forward may change in place: buffers, and hooks that it may register."""
     return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict) and name not in _KEPT}
 

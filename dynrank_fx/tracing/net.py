@@ -7,14 +7,15 @@ import copy
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..aliases import Output
 from ..errors import CaptureError
 
-Forward = Callable[..., Any]
+Forward: TypeAlias = Callable[..., Output]
 
 
 class Net(fx.GraphModule):
@@ -77,7 +78,7 @@ class Net(fx.GraphModule):
             self._graph = self.graphs[self.training]
             self.recompile()
             self._codes[key] = type(self).forward
-        type(self).forward = self._codes[key]  # type: ignore[method-assign]
+        type(self).forward = self._codes[key]
         self._graph = self.graphs[self.training]
         codegen = self._graph._codegen
         if isinstance(codegen, fx.graph._PyTreeCodeGen):  # the code reads these; the other graph's may differ
@@ -101,7 +102,7 @@ class Net(fx.GraphModule):
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Net:
+    def __deepcopy__(self, memo: dict[int, object]) -> Net:
         root = copy_tree(self, memo)
         train = copy_graph(self.graphs[True])
         same = self.graphs[False] is self.graphs[True]
@@ -132,7 +133,7 @@ def finished(
     return net
 
 
-def copy_tree(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copy_tree(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
     """A bare module with a copy of the parameters, buffers and submodules, ties kept."""
     root, memo = nn.Module(), {} if memo is None else memo
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"):
@@ -182,7 +183,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 def unwrap(net: nn.Module) -> nn.Module:
     """The module behind torch.compile's wrapper, or the module itself."""
-    return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net  # type: ignore[return-value]
+    return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net
 
 
 _META = "dynrank_meta"  # the attribute that stands in for GraphModule.meta where the model keeps its own class

@@ -28,6 +28,6 @@ def said(value: Any) -> str:
     if is_dataclass(value) and not isinstance(value, type):
         parts = [f"{each.name}={said(getattr(value, each.name))}" for each in fields(value) if each.repr]
         return f"{type(value).__qualname__}({', '.join(parts)})"
-    if type(value).__repr__ is object.__repr__:
+    if type(value).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
         return f"<{type(value).__module__}.{type(value).__qualname__} object>"
     return repr(value)

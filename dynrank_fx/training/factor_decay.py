@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
+from torch.utils.hooks import RemovableHandle
 
+from ..aliases import Group
 from ..errors import TransitionError
 from ..layouts import TwoFactors
 from ..phase import Phase
@@ -22,7 +24,14 @@ from ..rewrite import Switched, switched_modules
 
 
 class Decay(enum.Enum):
-    """What decays where a site trains its factors. The rate is that of the factors' parameter group."""
+    """What decays where a site trains its factors. The rate is that of the factors' parameter group.
+
+    Attributes:
+        EACH: Each factor, as the optimizer does: the product W then decays at about k times the rate, for k factors.
+        HALVED: Each factor at the rate over the number of factors, half of it for two, so that W decays at the rate to
+            first order.
+        PRODUCT: The product of the factors, as a dense weight would (Frobenius decay, arXiv 2105.01029).
+    """
 
     EACH = "each factor, as the optimizer does"
     HALVED = "each factor, by its share: half of it for two"
@@ -35,13 +44,20 @@ _COUPLED = (SGD, Adam, NAdam, RAdam, Adagrad, Adamax, ASGD, RMSprop)
 
 
 class FactorDecay:
-    """The hooks of ``factor_decay_``; ``remove()``, or the end of a ``with`` block, takes them off."""
+    """The hooks of ``factor_decay_``; ``remove()``, or the end of a ``with`` block, takes them off.
+
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        decay: What decays.
+        decoupled: Whether the optimizer decays weights beside its step; None where that is known of it.
+    """
 
     def __init__(self, net: nn.Module, optimizer: Optimizer, decay: Decay, decoupled: bool | None) -> None:
         self.decay, self.decoupled = decay, decoupled
         self._sites = [modules[0] for modules in switched_modules(net).values()]
-        self._pending: list[tuple[Parameter, dict[str, Any], Any, Tensor]] = []
-        self._handles: tuple[Any, ...] = ()
+        self._pending: list[tuple[Parameter, Group, float, Tensor]] = []
+        self._handles: tuple[RemovableHandle, ...] = ()
         if decay is not Decay.EACH:
             pre, post = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
             self._handles = (pre(self._before), post(self._after))
@@ -57,7 +73,7 @@ class FactorDecay:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         self._pending = []
         corrections = self._corrections(optimizer)
         coupled = [row for row in corrections if not _decouples(optimizer, row[1], self.decoupled)]
@@ -69,14 +85,14 @@ class FactorDecay:
             _add_to_gradients(optimizer, coupled)
             return None
 
-        def closure_then_decay() -> Any:
+        def closure_then_decay() -> object:
             loss = closure()
             _add_to_gradients(optimizer, coupled)
             return loss
 
         return (args[:1], {**kwargs, "closure": closure_then_decay})
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         with torch.no_grad():
             for parameter, group, before, difference in self._pending:
                 if parameter.grad is not None:
@@ -86,7 +102,7 @@ class FactorDecay:
         self._pending = []
 
     @torch.no_grad()
-    def _corrections(self, optimizer: Optimizer) -> list[tuple[Parameter, dict[str, Any], Tensor]]:
+    def _corrections(self, optimizer: Optimizer) -> list[tuple[Parameter, Group, Tensor]]:
         """(factor p, its group, D(p) - p), where λ D(p) shall decay in the place of the optimizer's λ p."""
         groups = {
             id(p): group for group in optimizer.param_groups for p in group["params"] if group.get("weight_decay")
@@ -115,7 +131,7 @@ def _decay_of(site: Switched) -> tuple[Tensor, ...]:
     return layout.from_matrices((B @ (A @ A.mT), (B.mT @ B) @ A), site.shape)
 
 
-def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, dict[str, Any], Tensor]]) -> None:
+def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, Group, Tensor]]) -> None:
     # Under a GradScaler a fused optimizer divides the gradients by this itself.
     scale = getattr(optimizer, "grad_scale", None)
     for parameter, group, difference in rows:
@@ -124,7 +140,7 @@ def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, dict[str
             parameter.grad.add_(more if scale is None else more * scale)
 
 
-def _decouples(optimizer: Optimizer, group: dict[str, Any], said: bool | None) -> bool:
+def _decouples(optimizer: Optimizer, group: Group, said: bool | None) -> bool:
     """Whether weights decay beside the step (as in AdamW) and not through the gradient."""
     if said is not None:
         return said
@@ -143,10 +159,21 @@ def factor_decay_(
     """Let the product of the factors decay in LOW, at the rate of their parameter group, and not each of them.
 
     Hooks on ``optimizer.step()`` add what is missing to the optimizer's own decay and take off what is too much, so
-    that groups, schedules and switches of phase go on as they are. decoupled: whether the optimizer decays weights
-    beside its step, as AdamW does, or through the gradient, as SGD does; None for torch's own, of which it is known.
+    that groups, schedules and switches of phase go on as they are. The decay of the product W = B A at the rate λ has
+    the gradients λ B A Aᵀ and λ Bᵀ B A (Frobenius decay, arXiv 2105.01029).
 
-    Raises TransitionError for another optimizer of which that is not said.
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        decay: What decays; see ``Decay``.
+        decoupled: Whether the optimizer decays weights beside its step, as AdamW does, or through the gradient, as SGD
+            does; None for torch's own optimizers, of which it is known.
+
+    Returns:
+        The hooks: ``remove()`` takes them off.
+
+    Raises:
+        TransitionError: For an optimizer of which it is neither known nor said how it decays weights.
     """
     if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(optimizer):
         raise TransitionError(

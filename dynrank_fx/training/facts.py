@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ def train_state(
     optimizer: Optimizer,
     epoch: int,
     epochs: int,
-    lr_scheduler: Any = None,
+    lr_scheduler: LRScheduler | None = None,
     *,
     steps_per_epoch: int = 1,
     rates: Sequence[float] = (),
@@ -34,8 +33,23 @@ def train_state(
 ) -> TrainState:
     """The state of a training at the start of an epoch, for a schedule to look at.
 
-    lr_scheduler: stepped once an epoch, or as often as steps_per_epoch says. rates: the learning rates of the epochs so
-    far. spent: the sum of ``cost_of`` over them. Spectra are computed when they are asked for.
+    Spectra are computed when the schedule asks for them.
+
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        epoch: The epoch that begins, counted from 0.
+        epochs: How many epochs the run has.
+        lr_scheduler: The learning-rate scheduler, of which the rates to come are read; None for a constant rate.
+        steps_per_epoch: How often it is stepped in an epoch.
+        rates: The learning rates of the epochs so far.
+        spent: Training compute so far, in epochs of the dense model: the sum of ``cost_of`` over the epochs.
+
+    Returns:
+        The state.
+
+    Raises:
+        PlanError: For a net without a plan.
     """
     plan, phases = plan_of(net), phases_of(net)
     sites = {}
@@ -50,10 +64,19 @@ def train_state(
 
 
 def cost_of(net: nn.Module) -> float:
-    """What a step costs in the present setting, by FLOPs (parameters where those are unknown), with the dense model
-    as 1.
+    """What a training step costs in the present setting, with a step of the dense model as 1.
 
-    The base of an ADAPTOR takes two of the three products of a dense step, which needs no gradient of it.
+    It is counted in FLOPs, in parameters where those are unknown. The base of an ADAPTOR takes two of the three
+    products of a dense step, which needs no gradient of it.
+
+    Args:
+        net: What ``transform`` made.
+
+    Returns:
+        The cost of a step, in dense steps.
+
+    Raises:
+        PlanError: For a net without a plan.
     """
     plan, phases = plan_of(net), phases_of(net)
     more = 0.0
@@ -92,7 +115,9 @@ class _Spectra(Mapping[str, tuple[float, ...]]):
         return len(self._sites)
 
 
-def planned_rates(optimizer: Optimizer, lr_scheduler: Any, epochs: int, steps: int = 1) -> tuple[float, ...]:
+def planned_rates(
+    optimizer: Optimizer, lr_scheduler: LRScheduler | None, epochs: int, steps: int = 1
+) -> tuple[float, ...]:
     """The learning rate of the first group now and at the start of the following epochs, ``epochs`` of them.
 
     lr_scheduler: one that is stepped so many times an epoch, or None for a constant rate. Empty where the rates depend

@@ -8,6 +8,9 @@ on. So in every few steps of FULL the part of W that the coming cut would not ke
 with c = 1 / (applications left until the cut): what was there at the start falls linearly to zero, what the steps add
 since with it, and the dense optimizer moves into the kept part what matters. K follows W by one step of an iteration
 each time, see ``followed`` of the layouts.
+
+Sources: the rule and its linear course are this project's. That low rank belongs into dense training, before the cut,
+is older: TRP (arXiv 2004.14566) puts a truncation between every few of its steps.
 """
 
 from __future__ import annotations
@@ -31,11 +34,16 @@ EVERY = 5
 
 
 class Landing:
-    """Hooks on ``optimizer.step()``. ``begin(left)`` at the start of an epoch says for each site how many steps of FULL
-    are left until its cut; sites that are not named train as they are.
+    """Hooks on ``optimizer.step()`` that prepare the sites of a net for their cuts.
 
-    ``bases`` holds what tells K, by site: part of a checkpoint, so that a resumed run goes on bit by bit. ``split`` is
-    the cut that a landing leads to, for ``enter_``.
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        every: Steps from one application to the next.
+
+    Attributes:
+        bases: What tells K, by site: part of a checkpoint, so that a resumed run goes on bit by bit.
+        left: Steps of FULL until the cut, by site.
     """
 
     def __init__(self, net: nn.Module, optimizer: Optimizer, every: int = EVERY) -> None:
@@ -63,7 +71,7 @@ class Landing:
         self.left = dict(left)
         self.bases = {site: basis for site, basis in self.bases.items() if site in self.left}
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         for group in self._groups:
             left = self.left.get(group.name, 0)
             if left <= 0 or group.owner.phase != int(Phase.FULL):

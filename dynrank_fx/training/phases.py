@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..phase import Phase, summary
 from ..phases import Transition, enter_, phases_in, phases_of, randomize_, replan_
@@ -26,17 +27,26 @@ _POINTS = 64  # of a spectrum in a record
 
 
 class Phases:
-    """A schedule for a training loop: ``begin(epoch)`` at the start of every epoch does the rest.
+    """A schedule for a training loop of your own: ``begin(epoch)`` at the start of every epoch does the rest.
 
-    lr_scheduler: with it, a schedule like ``auto`` knows the learning rates to come. steps: optimizer steps of an
-    epoch; a landing needs it. lr_every_step: the scheduler is stepped after every one. choices: those of
-    ``PhaseSettings``, by name (``carry=``, ``rewarm=``, ``decay=``, ``random_init=``, ``landing=``, ``spectra=``), or
-    in place of their defaults ``settings``.
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters.
+        schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
+        epochs: How many epochs the run has.
+        lr_scheduler: The learning-rate scheduler; with it a schedule like ``auto`` knows the learning rates to come.
+        steps: Optimizer steps of an epoch; ``landing`` needs them.
+        lr_every_step: Whether the scheduler is stepped after every optimizer step, and not after every epoch.
+        settings: How phases are entered and left, see ``PhaseSettings``; by default its defaults.
+        **choices: Fields of ``PhaseSettings`` that are chosen otherwise: ``carry``, ``rewarm``, ``decay``,
+            ``random_init``, ``landing``, ``spectra``.
 
-    ``history`` has the record of every epoch begun, to which ``note`` adds; ``state_dict()`` and ``load_state_dict()``
-    keep it. ``transition`` is what the last epoch began with.
+    Attributes:
+        history: The record of every epoch begun, to which ``note`` adds.
+        transition: What the last epoch began with.
 
-    Raises TransitionError as ``enter_`` and ``factor_decay_`` do.
+    Raises:
+        TransitionError: For an optimizer of which it is not known how it decays weights, where ``decay`` asks for that.
     """
 
     def __init__(
@@ -45,7 +55,7 @@ class Phases:
         optimizer: Optimizer,
         schedule: Schedule,
         epochs: int,
-        lr_scheduler: Any = None,
+        lr_scheduler: LRScheduler | None = None,
         *,
         steps: int | None = None,
         lr_every_step: bool = False,
@@ -62,7 +72,17 @@ class Phases:
         self._rewarm: Rewarm | None = None
 
     def begin(self, epoch: int) -> EpochRecord:
-        """Bring the net into the phases of this epoch, the optimizer along; returns the record of it."""
+        """Bring the net into the phases of this epoch, and the optimizer along.
+
+        Args:
+            epoch: The epoch that begins, counted from 0.
+
+        Returns:
+            The record of the epoch.
+
+        Raises:
+            TransitionError: As ``enter_`` does.
+        """
         del self.history[epoch:]  # one that is begun again after a stop
         started = time.perf_counter()
         state = self._state(epoch)
@@ -117,8 +137,13 @@ class Phases:
             self._rewarm = rewarm_(self.optimizer, self.settings.rewarm)
 
     def note(self, **figures: Any) -> EpochRecord:
-        """Add figures, such as ``loss=`` or any of your own, to the record of the epoch that was begun last; returns
-        it.
+        """Add figures to the record of the epoch that was begun last.
+
+        Args:
+            **figures: Such as ``loss=``, or any of your own.
+
+        Returns:
+            The record with them.
         """
         self.history[-1] = self.history[-1].with_figures(**figures)
         return self.history[-1]
@@ -129,23 +154,41 @@ class Phases:
         return {name: sites[name][0].spectrum().flatten().sort(descending=True).values for name in names}
 
     def hooks_state(self) -> dict[str, Any]:
-        """Where a re-warm-up and a landing stand: plain values and tensors."""
+        """Where a re-warm-up and a landing stand.
+
+        Returns:
+            Plain values and tensors, for ``load_hooks_state``.
+        """
         rewarm = [self._rewarm.steps, self._rewarm.left] if self._rewarm is not None and self._rewarm.left else None
         return {"rewarm": rewarm, "landing": self.landing.state() if self.landing is not None else None}
 
     def load_hooks_state(self, state: Mapping[str, Any]) -> None:
-        """Go on with them from there."""
+        """Go on with a re-warm-up and a landing from where they stood.
+
+        Args:
+            state: What ``hooks_state`` gave.
+        """
         if state.get("rewarm"):
             self._rewarm = Rewarm(self.optimizer, *state["rewarm"])
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the net's and the optimizer's state: plain values and tensors."""
+        """What a checkpoint needs beside the net's and the optimizer's state.
+
+        Returns:
+            Plain values and tensors, for ``load_state_dict``.
+        """
         return {"history": [record.to_json() for record in self.history], **self.hooks_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; ``resume_phases_`` has brought the net into its phases before its weights were loaded."""
+        """Go on from a checkpoint.
+
+        ``resume_phases_`` has brought the net into its phases before its weights were loaded.
+
+        Args:
+            state: What ``state_dict`` gave.
+        """
         self.history = [EpochRecord.from_json(record) for record in state["history"]]
         self.load_hooks_state(state)
 
@@ -183,9 +226,17 @@ def phase_label(net: nn.Module) -> str:
 
 
 def resume_phases_(net: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bring a freshly transformed net into the phases of a ``Phases.state_dict()``, so that its weights load by name.
+    """Bring a freshly transformed net into the phases of a checkpoint, so that its weights load by name.
 
-    Before the optimizer is made, and before weights are loaded. Raises PlanError for ranks that a site cannot have.
+    Call it before the optimizer is made, and before weights are loaded.
+
+    Args:
+        net: What ``transform`` made.
+        state: What ``Phases.state_dict()`` gave.
+
+    Raises:
+        PlanError: For ranks that a site cannot have.
+        TransitionError: For sites that the net does not have.
     """
     if not state["history"]:
         return

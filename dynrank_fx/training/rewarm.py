@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import TransitionError
 
@@ -14,6 +14,14 @@ class Rewarm:
 
     The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
     ``left`` is how many steps remain, for a checkpoint; ``Rewarm(optimizer, steps, left=left)`` goes on from there.
+
+    Args:
+        optimizer: The optimizer.
+        steps: Over how many steps.
+        left: How many of them remain; by default all.
+
+    Raises:
+        TransitionError: For a negative number of steps.
     """
 
     def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
@@ -21,15 +29,15 @@ class Rewarm:
             raise TransitionError(f"a learning rate cannot re-warm over {steps} steps; give 0 or more")
         self.steps, self.left = steps, steps if left is None else left
         self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
-        self._rates: list[Any] = []
-        self._handles: list[Any] = []
+        self._rates: list[float | Tensor] = []
+        self._handles: list[RemovableHandle] = []
         if self.left > 0:
             self._handles = [
                 optimizer.register_step_pre_hook(self._before),
                 optimizer.register_step_post_hook(self._after),
             ]
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._depth += 1
         if self._depth > 1:
             return
@@ -38,7 +46,7 @@ class Rewarm:
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * factor
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._depth -= 1
         if self._depth:
             return
@@ -56,7 +64,18 @@ class Rewarm:
 
 
 def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
-    """Re-warm the learning rate after a switch: linearly from ``1/steps`` of it to all of it over the next ``steps``
-    steps.
+    """Re-warm the learning rate after a switch: linearly from ``1/steps`` of it to all of it.
+
+    The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
+
+    Args:
+        optimizer: The optimizer.
+        steps: Over how many of its next steps.
+
+    Returns:
+        The hooks, which take themselves off at the end; ``stop()`` does so at once.
+
+    Raises:
+        TransitionError: For a negative number of steps.
     """
     return Rewarm(optimizer, steps)

@@ -11,20 +11,24 @@ from .factor_decay import Decay
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
-    """How phases are entered and left, in any training loop."""
+    """How phases are entered and left, in any training loop.
+
+    Attributes:
+        carry: What becomes of the optimizer's state at a switch.
+        rewarm: Over how many steps the learning rate rises again after a switch; 0 for not at all.
+        decay: What decays where factors train.
+        random_init: Whether factors with which the run begins are random, and not those of the model's weights.
+        landing: Whether, before a cut, what it will take away decays to nothing (see ``landing``).
+        spectra: Whether spectra are recorded: around every switch, and effective and stable ranks at the end of an
+            epoch.
+    """
 
     carry: Carry = Carry.MOVE
-    """What becomes of the optimizer's state at a switch."""
     rewarm: int = 0
-    """Steps of learning-rate re-warm-up after a switch."""
     decay: Decay = Decay.EACH
-    """What decays where factors train."""
     random_init: bool = False
-    """Factors that training starts with are random."""
     landing: bool = False
-    """What a cut will take away decays before it (see ``landing``)."""
     spectra: bool = True
-    """Spectra are recorded: around every switch, and effective and stable ranks at the end of an epoch."""
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -34,16 +38,21 @@ class PhaseSettings:
 
 @dataclass(frozen=True)
 class Settings(PhaseSettings):
-    """How ``fit`` trains a run."""
+    """How ``fit`` trains a run.
+
+    Attributes:
+        epochs: How many epochs the run has.
+        device: The device, as torch names it.
+        amp: Whether to autocast to bfloat16.
+        compile: Whether to compile the net.
+        dynamic: As in torch.compile; with False every shape has a graph of its own, so that a resumed run repeats the
+            very same graphs.
+        checkpoint_steps: Save after every so many steps too, and not only after an epoch.
+    """
 
     epochs: int
     device: str = "cpu"
     amp: bool = False
-    """Autocast to bfloat16."""
     compile: bool = True
     dynamic: bool | None = False
-    """As in torch.compile; with False every shape has a graph of its own, so that a resumed run repeats the very same
-    graphs.
-    """
     checkpoint_steps: int | None = None
-    """Save after every so many steps too, not only after an epoch."""

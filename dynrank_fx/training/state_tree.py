@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..aliases import Json
 from ..errors import StoreError
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -16,7 +17,7 @@ Tensors: TypeAlias = dict[str, Tensor]
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def flatten(value: Any, name: str) -> tuple[Any, Tensors]:
+def flatten(value: object, name: str) -> tuple[Json, Tensors]:
     """``value`` as JSON, with the tensors it holds apart, under names that start with ``name``.
 
     Understands what ``state_dict()`` of optimizers and schedulers and the state of random generators are made of:
@@ -27,7 +28,7 @@ def flatten(value: Any, name: str) -> tuple[Any, Tensors]:
     return _flatten(value, name, tensors), tensors
 
 
-def _flatten(value: Any, name: str, tensors: Tensors) -> Any:
+def _flatten(value: object, name: str, tensors: Tensors) -> Json:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Tensor):
@@ -54,7 +55,7 @@ def _put(tensor: Tensor, name: str, tensors: Tensors) -> str:
     return name
 
 
-def unflatten(tree: Any, tensors: Tensors) -> Any:
+def unflatten(tree: Json, tensors: Tensors) -> Any:
     """The inverse of ``flatten``. Raises StoreError where a tensor is missing."""
     if isinstance(tree, list):
         return [unflatten(item, tensors) for item in tree]

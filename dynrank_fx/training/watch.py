@@ -16,13 +16,32 @@ from .run import Run
 
 
 class Watcher:
-    """Told what happens; every method does nothing until overridden."""
+    """Told what happens in a run; every method does nothing until overridden."""
 
-    def epoch_started(self, run: Run, transition: Transition) -> None: ...
+    def epoch_started(self, run: Run, transition: Transition) -> None:
+        """An epoch has begun.
 
-    def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None: ...
+        Args:
+            run: The run.
+            transition: What became of the sites that changed their phase.
+        """
 
-    def epoch_done(self, run: Run, record: EpochRecord) -> None: ...
+    def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None:
+        """An optimizer step is done.
+
+        Args:
+            run: The run.
+            loss: The loss of the batch.
+            metric: The metric of the batch, None where there is none.
+        """
+
+    def epoch_done(self, run: Run, record: EpochRecord) -> None:
+        """An epoch is done.
+
+        Args:
+            run: The run.
+            record: What is known of the epoch.
+        """
 
 
 class Watchers(Watcher):

@@ -16,6 +16,8 @@ import dynrank_fx as dr
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
+SLOW = ("products", "attention")  # ten seconds each
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -24,7 +26,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@cells(every_day=KINDS)
+@cells(every_day=[cell for cell in KINDS if cell.case.kind not in SLOW])
 def test_one_graph_for_each_setting_and_the_function_of_eager(cell: Cell) -> None:
     net, x = cell.net().eval(), cell.inputs()
     counter = CompileCounter()

@@ -124,7 +124,6 @@ def visible(module: Switched, factors: list[Tensor], gradient: Tensor) -> Tensor
     """The part of a dense gradient that reaches the factors: its projection on the row space of the map to
     theirs.
     """
-
     parts = [f.clone().requires_grad_() for f in factors]
     joined = module.layout.join(tuple(parts))
     every = torch.eye(gradient.numel()).to(gradient).view(-1, *joined.shape)
