@@ -29,25 +29,35 @@ class Sketch:
     sums: Tensor
 
 
-def sketched(gradient: Tensor) -> Sketch:
-    """The sketch of a gradient."""
+def sketched(gradient: Tensor, sums: Tensor | None = None) -> Sketch:
+    """The sketch of a gradient. sums: where they are written to, as ``room_for`` makes it."""
+    sums, largest = room_for(gradient) if sums is None else sums, _largest(gradient)
     signs = torch.randint(2, (_SUMS, _BLOCK), generator=torch.Generator().manual_seed(0)) * 2 - 1
     signs = signs.to(gradient.device, gradient.real.dtype)
-    dtype, largest = torch.promote_types(signs.dtype, torch.float32), _largest(gradient)
-    sums = []
+    done = 0
     for blocks in _blocks(gradient):
         # NaN and infinities stand for numbers of their own, or they would hide the values beside them.
         finite = blocks.nan_to_num(nan=7 * (largest or 1), posinf=11 * (largest or 1), neginf=-13 * (largest or 1))
-        sums.append((finite[:, None] * signs[:, : blocks.shape[1]]).sum(-1, dtype=dtype))
-    return Sketch(largest, torch.cat(sums))
+        rows = sums[done : done + len(blocks)]
+        rows.copy_((finite[:, None] * signs[:, : blocks.shape[1]]).sum(-1, dtype=sums.dtype))
+        done += len(blocks)
+    return Sketch(largest, sums)
+
+
+def room_for(tensor: Tensor) -> Tensor:
+    """For the sums of a tensor: [blocks, 4]."""
+    count = tensor.numel() * (2 if tensor.is_complex() else 1)
+    dtype = torch.promote_types(tensor.real.dtype, torch.float32)
+    return torch.zeros(-(-count // _BLOCK), _SUMS, dtype=dtype, device=tensor.device)
 
 
 def _blocks(gradient: Tensor) -> Iterator[Tensor]:
-    """[count, 127] until the last, which may be [1, fewer]."""
+    """[count, 127], and at last [1, fewer] where some are left."""
     flat = (torch.view_as_real(gradient) if gradient.is_complex() else gradient).detach().flatten()
     whole = flat.numel() // _BLOCK * _BLOCK
     yield from flat[:whole].view(-1, _BLOCK).split(_AT_ONCE)
-    yield flat[None, whole:]
+    if whole < flat.numel():
+        yield flat[None, whole:]
 
 
 def wrong_gradient(expected: dict[str, Sketch], got: dict[str, Sketch]) -> str:
@@ -68,10 +78,13 @@ def sketched_gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str,
     if not parameters or not outputs:
         return {}
     found: dict[str, Sketch] = {}
+    # Before there are gradients: between them, it would leave the heap in holes that no gradient fits into.
+    rooms = {name: room_for(parameter.detach()) for name, parameter in parameters.items()}
 
     def sketching(name: str) -> Callable[[Tensor], Tensor]:
         def hook(gradient: Tensor) -> Tensor:
-            found[name] = sketched(gradient if gradient.layout is torch.strided else gradient.to_dense())
+            dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
+            found[name] = sketched(dense, rooms[name])
             # Autograd gathers what the hook returns: a zero without memory.
             return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
 
