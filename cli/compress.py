@@ -13,6 +13,7 @@ from .options import (
     calibrate_option,
     export_arguments,
     export_options,
+    refuse_beside,
     refuse_export_options,
     roles_of,
     weights_option,
@@ -86,6 +87,8 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
     from dynrank_fx.randomness import seed_all
 
     asked, leave = _budget(budget), roles_of(options["leave"])
+    if source.is_dir():
+        refuse_beside(str(source), "multiple_of")
     if out.suffix not in (".onnx", ".pt"):
         raise click.BadParameter(f"{out} is neither an .onnx nor a .pt file", param_hint="--out")
     if out.suffix == ".pt":

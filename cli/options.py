@@ -199,16 +199,21 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
     found = {}
     for text in texts:
         pattern, equals, words = text.rpartition("=")
+        if not equals or not pattern:
+            raise click.BadParameter(f"{text!r} is not PATTERN=WHAT, such as 'head=dense'", param_hint="--override")
         said: dict[str, Any] = {}
         for word in words.split(","):
             if word == "dense":
                 said["dense"] = True
             elif word in CONV_LAYOUTS:
                 said["layout"] = _conv_layout(word)
-            else:
+            elif word.replace(".", "").replace("-", "").isdigit():
                 said["rank"] = rank_policy(word, None, hint="--override")
-        if not equals or not pattern:
-            raise click.BadParameter(f"{text!r} is not PATTERN=WHAT, such as 'head=dense'", param_hint="--override")
+            else:
+                known = ", ".join(("dense", *CONV_LAYOUTS))
+                raise click.BadParameter(
+                    f"{word!r} is neither a rank (16 or 0.5) nor one of {known}", param_hint="--override"
+                )
         found[pattern] = Override(**said)
     return found
 

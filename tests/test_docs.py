@@ -45,7 +45,7 @@ def small(words: list[str]) -> list[str]:
     if words[0] == "compress" and not any(word.startswith("latency") for word in words):
         more = [*more, "--no-timing"]
     if any(word.startswith("max_drop") for word in words):
-        more = [*more, "--include", "blocks.2*"]
+        more = [*more, "--multiple-of", "32"]
     return [*words, *more]
 
 

@@ -1,4 +1,7 @@
-"""Real architectures, the hard ones, through every check but ONNX (`make zoo` runs hundreds, and ONNX)."""
+"""Real architectures, the hard ones, through every check but ONNX (`make zoo` runs hundreds, and ONNX).
+
+Those that take longest are for `make fuzz`.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ HARD = {
     ("transformers", "vilt"): 0.8,  # branches on data
     ("transformers", "mamba"): 0.9,  # a scan over the sequence
 }
+LONG = ("densenet121 memory_efficient=True", "swin", "t5", "vilt", "wav2vec2")
 
 
 @functools.cache
@@ -31,7 +35,13 @@ def cases(source):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("source", "name"), HARD, ids=lambda text: text.replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        pytest.param(*each, id="-".join(each).replace(" ", "_"), marks=[pytest.mark.fuzz] if each[1] in LONG else [])
+        for each in HARD
+    ],
+)
 def test_a_hard_model_holds_the_contracts(source, name):
     row = run_case(cases(source)[name], ("parity", "low", "truncate"))
     assert not row["failures"]

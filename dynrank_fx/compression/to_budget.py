@@ -100,7 +100,14 @@ def compress(
         raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:
         raise PlanError("a budget of the metric's fall takes a metric, and data to score on: give both")
+    if "rank" in choices:
+        raise PlanError("the budget decides the ranks: leave out rank, or give the policy as the budget")
     settled = chosen(options, choices)
+    if holds_captured(unwrap(model)) and settled != PlanOptions(multiple_of=settled.multiple_of):
+        raise PlanError(
+            f"{type(model).__name__} has its plan, which says what is factored: leave out the options of planning but "
+            "multiple_of, or compress the original model"
+        )
     net, low = _in_full(model, example_inputs, settled)
     dense = inline_(shell(net))
     known = None if data is None else calibrate(net, data)

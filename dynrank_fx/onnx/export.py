@@ -144,6 +144,9 @@ def export_onnx(
             f"{type(module).__name__} has {_bytes(plain) / 1e9:.1f} GB of weights and one ONNX file holds "
             "2 GB: leave external_data out"
         )
+    if not isinstance(precision, Precision):
+        names = ", ".join(f"Precision.{each.name}" for each in Precision)
+        raise ExportError(f"{precision!r} is no precision of a file: give one of {names}")
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
 from ..errors import PlanError
@@ -50,6 +50,7 @@ class PlanOptions:
         checked_overrides(self.overrides)
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise PlanError(f"ranks cannot be multiples of {self.multiple_of!r}; give 1 or more")
+        object.__setattr__(self, "leave", (self.leave,) if isinstance(self.leave, Role) else tuple(self.leave))
         for role in self.leave:
             if not isinstance(role, Role):
                 raise PlanError(f"{role!r} is no role: give {', '.join(f'Role.{each.name}' for each in Role)}")
@@ -73,5 +74,13 @@ class PlanChoices(TypedDict, total=False):
 
 
 def chosen(options: PlanOptions | None, choices: PlanChoices) -> PlanOptions:
-    """The options, but for what the keyword arguments say otherwise."""
+    """The options, but for what the keyword arguments say otherwise.
+
+    Raises PlanError for options that are none, and TypeError for a keyword argument that is no field.
+    """
+    if options is not None and not isinstance(options, PlanOptions):
+        raise PlanError(f"{options!r} is no PlanOptions: give one, or a rank policy as rank={options!r}")
+    unknown = sorted(choices.keys() - {field.name for field in fields(PlanOptions)})
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]!r} of planning: PlanOptions has them all")
     return PlanOptions(**choices) if options is None else replace(options, **choices)

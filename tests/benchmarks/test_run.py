@@ -15,6 +15,7 @@ NAMES = [
     "steps",
     "switch",
     "held",
+    "memory",
     "peak",
     "truncation",
     "startup",

@@ -246,3 +246,11 @@ def test_options_of_planning_in_one_value_or_as_keywords_say_the_same() -> None:
     assert [cut.site for cut in one.cuts] == ["2.weight", "4.weight"]
     assert all(cut.rank is None or cut.rank % 8 == 0 for cut in one.cuts)
     assert torch.equal(one.module(*batches()[0]), other.module(*batches()[0]))
+
+
+def test_options_that_would_be_without_effect_are_refused() -> None:
+    net = dr.transform(perceptron(), batches()[0], rank=dr.Fixed(2), allow_unprofitable=True)
+    with pytest.raises(PlanError, match="has its plan, which says what is factored: leave out the options"):
+        compress(net, batches()[0], dr.Budget(params=0.9), batches(), include=["2"])
+    with pytest.raises(PlanError, match="the budget decides the ranks: leave out rank"):
+        compress(perceptron(), batches()[0], dr.Budget(params=0.9), batches(), rank=dr.Fixed(3))

@@ -70,6 +70,7 @@ def test_a_policy_alone_is_short_for_options() -> None:
 
 def test_one_pattern_may_stand_without_a_list() -> None:
     assert dr.PlanOptions(include="0", exclude="1") == dr.PlanOptions(include=["0"], exclude=("1",))
+    assert dr.PlanOptions(leave=dr.Role.HEAD) == dr.PlanOptions(leave=(dr.Role.HEAD,))
 
 
 @pytest.mark.parametrize(
@@ -94,5 +95,10 @@ def test_options_beside_a_given_plan_are_refused_not_ignored() -> None:
     for given in ({"options": dr.PlanOptions()}, {"rank": dr.Fixed(2)}):
         with pytest.raises(dr.PlanError, match="a given plan says what is factored"):
             dr.transform(model(), X, plan=plan, **given)
-    with pytest.raises(TypeError, match="rnak"):
+
+
+def test_what_is_no_option_is_refused_in_words() -> None:
+    with pytest.raises(TypeError, match="there is no option 'rnak' of planning"):
         dr.transform(model(), X, rnak=dr.Fixed(2))
+    with pytest.raises(dr.PlanError, match=r"Fixed\(rank=3\) is no PlanOptions: give one, or a rank policy as rank="):
+        dr.transform(model(), X, dr.Fixed(3))
