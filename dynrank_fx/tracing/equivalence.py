@@ -21,7 +21,7 @@ from ..errors import first_line
 from .gradients import Sketch, sketched_gradients, wrong_gradient
 from .inputs import fresh, split_inputs
 from .isolation import quiet, same_buffers, same_randomness, same_values, slow_attention
-from .net import Net
+from .net import same_modes, set_mode
 from .shell import shell
 
 
@@ -141,7 +141,8 @@ def effect(
         stack.enter_context(torch.set_grad_enabled(mode))
         for context in (slow_attention(), same_values(model), same_buffers(model)):
             stack.enter_context(context)
-        stack.enter_context(_in_mode(model, mode))
+        stack.enter_context(same_modes(model))
+        set_mode(model, mode)
         stack.enter_context(quiet())
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         noting: AbstractContextManager[list[Any]] = nullcontext([]) if watch is None else _noting_checkpoints()
@@ -164,25 +165,6 @@ def _tensors(given: Any) -> Iterator[Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf):
             yield from _tensors(vars(leaf))
-
-
-@contextmanager
-def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
-    """The model in this mode; where it is in it already, with the parts that were set apart, such as a batch norm."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        if not getattr(model, "fixed_mode", False):
-            apart = [module for module in modes if module.training != mode] if mode == model.training else []
-            model.train(mode)
-            for module in apart:
-                module.training = not mode
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for module in modes:
-            if isinstance(module, Net):
-                module.specialize(module.setting)
 
 
 def run(model: nn.Module, example_inputs: Any, *, grad: bool = False) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..randomness import random_state, set_random_state
+from .net import set_mode
 
 _KEPT = ("_parameters", "_modules")
 _CONSTANT = "_tensor_constant"  # torch.fx's name for a tensor that forward makes
@@ -146,12 +147,9 @@ def in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
     """
     open_ = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [(module, dict(vars(module)), _dictionaries(module)) for module in open_]
-    apart = [module for module in root.modules() if module.training != mode] if mode == root.training else []
     with same_randomness(), same_buffers(root):
         try:
-            root.train(mode)
-            for module in apart:
-                module.training = not mode
+            set_mode(root, mode)
             yield
         finally:
             for module, attributes, dictionaries in before:

@@ -16,7 +16,7 @@ from ..errors import CaptureError
 from ..ops import OP_MODULES, Shape
 from .inputs import fresh, split_inputs
 from .isolation import same_buffers, same_randomness, same_values, slow_attention
-from .net import Net, untraced
+from .net import Net, same_modes, untraced
 
 
 @dataclass
@@ -78,10 +78,9 @@ def measure(net: nn.Module, example_inputs: Any) -> Measured:
     args, kwargs = split_inputs(fresh(example_inputs))
     if isinstance(net, Net):
         _placeholders(net.graphs[False], args, kwargs)
-    modes = {module: module.training for module in net.modules()}
     measured, counter = Measured(), flop_counter()
-    try:
-        for module in modes:
+    with same_modes(net):
+        for module in net.modules():
             module.training = False
         # Real tensors, not fake ones: those take a hundred times as long per operation, and cannot branch on data.
         with ExitStack() as stack:
@@ -93,9 +92,6 @@ def measure(net: nn.Module, example_inputs: Any) -> Measured:
                 _record(net, args, kwargs, measured)
             else:
                 net(*args, **kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     measured.flops = counter.get_total_flops()
     return measured
 

@@ -166,19 +166,38 @@ def drop_dead_reads(graph: fx.Graph, views: set[fx.Node]) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it had. A graph exported in one mode stays in it."""
-    modes = {module: module.training for module in net.modules()}
-    fixed = getattr(unwrap(net), "fixed_mode", False)
-    if not fixed:
-        net.eval()
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode it had, and every Net runs the code of its own."""
+    modes = {module: module.training for module in model.modules()}
     try:
         yield
     finally:
-        if not fixed:
-            net.train(modes[net])
-        for module, mode in modes.items():
-            module.training = mode
+        for module, training in modes.items():
+            module.training = training
+        for module in modes:
+            if isinstance(module, Net):
+                module.specialize(module.setting)
+
+
+def set_mode(model: nn.Module, mode: bool) -> None:
+    """The model in this mode; where it is in it already, with the parts that were set apart, such as a batch norm. A
+    graph exported in one mode stays in it.
+    """
+    if getattr(unwrap(model), "fixed_mode", False):
+        return
+    apart = [module for module in model.modules() if module.training != mode] if mode == model.training else []
+    model.train(mode)
+    for module in apart:
+        module.training = not mode
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it had. A graph exported in one mode stays in it."""
+    with same_modes(net):
+        if not getattr(unwrap(net), "fixed_mode", False):
+            net.eval()
+        yield
 
 
 def unwrap(net: nn.Module) -> nn.Module:
