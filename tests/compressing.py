@@ -27,6 +27,24 @@ def params(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
+class Pictured(nn.Module):
+    """A convolution with a batch norm behind it, a dropout and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
+
+
+def pictures(count: int = 6) -> list[Any]:
+    """Batches for it, whose mean is not zero."""
+    torch.manual_seed(5)
+    return [(torch.randn(16, 3, 8, 8) + 1,) for _ in range(count)]
+
+
 class SaidTimes(SiteTimes):
     """Times that a test says: of a site factored, over dense, at any rank."""
 

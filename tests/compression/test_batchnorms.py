@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import compressing
 import pytest
 import torch
+from compressing import batches, pictures
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -16,33 +14,11 @@ from dynrank_fx.errors import CalibrationError
 from dynrank_fx.plan import Fixed
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
-        self.drop, self.head = nn.Dropout(0.5), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
-
-
-def batches(count: int = 6) -> list[Any]:
-    torch.manual_seed(5)
-    return [(torch.randn(16, 3, 8, 8) + 1,) for _ in range(count)]
-
-
-@pytest.fixture(params=[dr.Capture.SYMBOLIC, dr.Capture.EXPORT])
-def small(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    net = dr.transform(Net(), batches(1)[0], rank=Fixed(2), how=request.param, allow_unprofitable=True)
-    return dr.truncate(net, batches())
-
-
 def test_batch_norms_get_the_mean_of_what_the_batches_have(small: nn.Module) -> None:
     """Against the convolution's own outputs: means of the batches' means and (unbiased) variances."""
-    x = [batch for (batch,) in batches()]
+    x = [batch for (batch,) in pictures()]
     parameters = {name: p.detach().clone() for name, p in small.named_parameters()}
-    assert recalibrate_(small, batches()) == 1
+    assert recalibrate_(small, pictures()) == 1
     buffers = {name.rpartition(".")[2]: b for name, b in small.named_buffers()}
     right = next(p for name, p in parameters.items() if name == "conv.right")
     left, bias = parameters["conv.left"], parameters["conv.bias"]
@@ -58,7 +34,7 @@ def test_batch_norms_get_the_mean_of_what_the_batches_have(small: nn.Module) -> 
 
 def test_a_batch_that_does_not_fit_is_named(small: nn.Module) -> None:
     with pytest.raises(CalibrationError, match="calibration batch 1 does not fit"):
-        recalibrate_(small, [*batches(1), (torch.randn(2, 5),)])
+        recalibrate_(small, [*pictures(1), (torch.randn(2, 5),)])
 
 
 class Two(nn.Module):
@@ -117,11 +93,11 @@ class Normed(nn.Module):
 def test_batch_norms_before_every_cut_are_left_alone_and_a_short_last_batch_is_no_error() -> None:
     torch.manual_seed(0)
     dense = Normed()
-    for (x,) in compressing.batches():
+    for (x,) in batches():
         dense(x)
     dense.eval()
-    data = [*((x + 1,) for (x,) in compressing.batches()), (torch.randn(1, 32),)]
-    small = compress(dense, compressing.batches()[0], dr.Budget(params=0.5), data).module
+    data = [*((x + 1,) for (x,) in batches()), (torch.randn(1, 32),)]
+    small = compress(dense, batches()[0], dr.Budget(params=0.5), data).module
     assert torch.equal(small.get_buffer("before.running_mean"), dense.before.running_mean)
     assert not torch.equal(small.get_buffer("behind.running_mean"), dense.behind.running_mean)
 

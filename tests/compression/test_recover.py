@@ -6,48 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from compressing import Pictured, pictures
 from torch import Tensor, nn
 
-import dynrank_fx as dr
 from dynrank_fx.compression import recover_
 from dynrank_fx.compression.recover import distance
 from dynrank_fx.errors import CalibrationError
-from dynrank_fx.plan import Fixed
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
-        self.drop, self.head = nn.Dropout(0.5), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
-
-
-def batches(count: int = 6) -> list[Any]:
-    torch.manual_seed(5)
-    return [(torch.randn(16, 3, 8, 8) + 1,) for _ in range(count)]
-
-
-@pytest.fixture(params=[dr.Capture.SYMBOLIC, dr.Capture.EXPORT])
-def small(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    net = dr.transform(Net(), batches(1)[0], rank=Fixed(2), how=request.param, allow_unprofitable=True)
-    return dr.truncate(net, batches())
 
 
 def test_recovery_comes_nearer_to_the_dense_model(small: nn.Module) -> None:
     torch.manual_seed(0)
-    dense = Net().eval()
-    held_out = batches(8)[6:]
+    dense = Pictured().eval()
+    held_out = pictures(8)[6:]
 
     def error(module: nn.Module) -> float:
         with torch.no_grad():
             return sum(float(distance(module(*b), dense(*b))) for b in held_out)
 
     before, buffers = error(small), {name: b.clone() for name, b in small.named_buffers()}
-    losses = recover_(small, dense, batches(), 40)
+    losses = recover_(small, dense, pictures(), 40)
     assert len(losses) == 40
     assert error(small) < 0.5 * before
     assert all(torch.equal(b, buffers[name]) for name, b in small.named_buffers())
@@ -55,7 +32,7 @@ def test_recovery_comes_nearer_to_the_dense_model(small: nn.Module) -> None:
 
 
 def test_recovery_by_the_users_loss_and_of_some_parameters(small: nn.Module) -> None:
-    data = [(x, torch.full((len(x), 4), 3.0)) for (x,) in batches()]
+    data = [(x, torch.full((len(x), 4), 3.0)) for (x,) in pictures()]
     kept = {name: p.detach().clone() for name, p in small.named_parameters() if name != "head.bias"}
 
     class FirstOnly(nn.Module):
@@ -82,7 +59,7 @@ def test_a_loss_that_overflows_leaves_the_module_as_it_was(small: nn.Module) -> 
     before = {name: p.detach().clone() for name, p in small.named_parameters()}
     losses = iter([1.0, 1.0, float("inf")])
     with pytest.raises(CalibrationError, match="is inf at step 2"):
-        recover_(small, Net(), batches(), 5, loss=lambda z, number: (z.square().sum() + 1) * next(losses))
+        recover_(small, Pictured(), pictures(), 5, loss=lambda z, number: (z.square().sum() + 1) * next(losses))
     assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
 
 
@@ -95,13 +72,13 @@ def test_a_loss_without_a_gradient_is_told_and_leaves_the_module_as_it_was(small
 
     for loss in (detached_later, lambda z, number: 1.0):
         with pytest.raises(CalibrationError, match="the loss of the recovery has no gradient"):
-            recover_(small, Net(), batches(), 5, loss=loss)
+            recover_(small, Pictured(), pictures(), 5, loss=loss)
         assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
 
 
 def test_steps_and_names_that_are_none(small: nn.Module) -> None:
-    assert recover_(small, Net(), batches(), 0) == []
+    assert recover_(small, Pictured(), pictures(), 0) == []
     with pytest.raises(CalibrationError, match="a recovery of -1 steps is none"):
-        recover_(small, Net(), batches(), -1)
+        recover_(small, Pictured(), pictures(), -1)
     with pytest.raises(CalibrationError, match="no parameter nope: its names are like "):
-        recover_(small, Net(), batches(), 1, names=["nope"])
+        recover_(small, Pictured(), pictures(), 1, names=["nope"])
