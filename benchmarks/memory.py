@@ -177,6 +177,11 @@ def export_dense(shape: Shape, folder: Path) -> Call:
     return lambda: (model, dr.export_onnx(model, example(), folder / "model.onnx"))
 
 
+def export_outside(shape: Shape, folder: Path) -> Call:
+    model = build(shape)
+    return lambda: (model, dr.export_onnx(model, example(), folder / "model.onnx", external_data=True))
+
+
 def export_low(shape: Shape, folder: Path) -> Call:
     net = _net(shape, dr.Phase.LOW)
     return lambda: (net, dr.export_onnx(net, example(), folder / "model.onnx"))
@@ -203,6 +208,7 @@ ROWS: dict[str, Callable[[Shape, Path], Call]] = {
     "enter_ LOW to FULL": enter_full,
     "truncate in LOW": truncate_low,
     "export_onnx of the dense model": export_dense,
+    "export_onnx of the dense model, external_data=True": export_outside,
     "export_onnx in LOW": export_low,
     "save": save,
     "load": load,

@@ -1,14 +1,15 @@
 """Collecting what the outputs of sites hold, over calibration data: see ``covariance`` for what decides a cut.
 
-Sums are kept in float64, one matrix of products per site, and added batch by batch.
+Sums are kept in float64, one matrix of products per site, and added batch by batch. Sites go in turns, each a pass over
+the data, so that these sums stay small beside the weights.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,11 +24,40 @@ from .activation_rows import has_input_rows, has_output_rows, input_rows, output
 from .batches import call, checked_batches
 from .covariance import Calibration, Covariance
 
-_BYTES = 4 * 2**30
-"""Covariances of so many bytes are collected in one pass over the data; sites beyond that take another."""
+_BYTES = 2**28, 2**32
+"""Sums of one pass may take a quarter of the weights' memory: no less than the first, no more than the second."""
 
-Watched: TypeAlias = tuple[SiteGroup, Covariance]
-"""A group, and what is seen of it."""
+
+@dataclass
+class _Sums:
+    """What the calls of one group have given so far; the fields are those of ``Covariance``, ``size`` is [g, k, k]."""
+
+    group: SiteGroup
+    rows: bool
+    of_inputs: bool
+    size: torch.Size
+    products: Tensor = field(init=False)
+    count: int = 0
+    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size.numel() * torch.float64.itemsize
+
+    def begin(self) -> None:
+        self.products = torch.zeros(self.size, dtype=torch.float64, device=self.group.owner.outline.device)
+
+    def ended(self, others: Iterable[Covariance]) -> Covariance:
+        """The covariance; the matrix is another's where it is the same, as for sites that read one input."""
+        layout, products = self.group.layout, self.products
+        assert isinstance(layout, TwoFactors)
+        for total, n in self.sums.values():
+            products -= total[..., :, None] * total[..., None, :] / n
+        del self.products
+        matrix = (products / max(self.count, 1)).to(torch.promote_types(self.group.owner.outline.dtype, torch.float32))
+        alike = (other.matrix for other in others if other.count == self.count and other.of_inputs)
+        matrix = next((other for other in alike if torch.equal(other, matrix)), matrix)
+        return Covariance(self.group.names, layout, self.rows, self.of_inputs, matrix, self.count, self.sums)
 
 
 def calibrate(
@@ -65,13 +95,15 @@ def calibrate(
     data = checked_batches(batches)
     groups = site_groups(root, [name for name in switched_modules(root) if sites is None or name in sites])
     plain = {group.name: why for group in groups if (why := _why_plain(group.sites[0])) is not None}
-    deciding = [(group, _unseen(group)) for group in groups if group.name not in plain]
+    seen: dict[str, Covariance] = {}
     order: dict[str, None] = {}
     with evaluating(root), same_buffers(root), torch.no_grad():
-        for some in _passes(deciding):
+        for some in _passes(root, [_unseen(group) for group in groups if group.name not in plain]):
             _run(root, data, some, order)
-    plain |= {group.name: "the calibration data never reach it" for group, seen in deciding if seen.count == 0}
-    covariances = {name: seen for group, seen in deciding if seen.count for name in group.names}
+            for each in some:
+                seen[each.group.name] = each.ended(seen.values())
+    plain |= {name: "the calibration data never reach it" for name, each in seen.items() if each.count == 0}
+    covariances = {name: each for each in seen.values() if each.count for name in each.sites}
     reasons = {name: plain[group.name] for group in groups if group.name in plain for name in group.names}
     return Calibration(covariances, reasons, tuple(order), shrink)
 
@@ -91,7 +123,7 @@ def _why_plain(modules: Sequence[Switched]) -> str | None:
     return None
 
 
-def _unseen(group: SiteGroup) -> Covariance:
+def _unseen(group: SiteGroup) -> _Sums:
     """What will be seen of a group: of its inputs or of its outputs, whichever is smaller and can be told apart."""
     layout, ops = group.layout, [op for module in group.modules for op in module.ops]
     assert isinstance(layout, TwoFactors)
@@ -99,33 +131,33 @@ def _unseen(group: SiteGroup) -> Covariance:
     g, (m, n) = layout.to_matrix(group.owner.outline).shape[0], layout.matrix_shape(group.shape)
     m, n = (m, n) if along_rows else (n, m)
     by_outputs = not group.shared and all(has_output_rows(op, group.shape) for op in ops)
-    of_inputs = all(map(has_input_rows, ops)) and (n < m or not by_outputs)
+    of_inputs = all(map(has_input_rows, ops)) and (n <= m or not by_outputs)
     k = n if of_inputs else m
-    products = torch.zeros(g, k, k, dtype=torch.float64, device=group.owner.outline.device)
-    return Covariance(group.names, layout, along_rows, of_inputs, products)
+    return _Sums(group, along_rows, of_inputs, torch.Size((g, k, k)))
 
 
-def _passes(deciding: Sequence[Watched]) -> Iterable[list[Watched]]:
-    """The groups in turns whose covariances take at most so much memory together, or one group in a turn."""
-    turn: list[Watched] = []
-    size = 0
-    for group, seen in deciding:
-        if turn and size + seen.products.nbytes > _BYTES:
+def _passes(root: nn.Module, deciding: Sequence[_Sums]) -> Iterable[list[_Sums]]:
+    """The groups in turns whose sums take at most so much memory together, or one group in a turn."""
+    least, most = _BYTES
+    weights = sum(parameter.nbytes for parameter in root.parameters())
+    turn: list[_Sums] = []
+    for each in deciding:
+        if turn and sum(some.nbytes for some in turn) + each.nbytes > min(max(least, weights // 4), most):
             yield turn
-            turn, size = [], 0
-        turn.append((group, seen))
-        size += seen.products.nbytes
+            turn = []
+        turn.append(each)
     if turn:
         yield turn
 
 
-def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[Watched], order: dict[str, None]) -> None:
+def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[_Sums], order: dict[str, None]) -> None:
     """One pass over the data with hooks on these groups."""
     handles: list[RemovableHandle] = []
     free, paths = _free_biases(root), {id(module): name for name, module in root.named_modules()}
-    for group, seen in watched:
-        for module in group.sites[0] if group.shared else group.modules:
-            hook = _Watch(seen, group, order, free, paths[id(module)])
+    for seen in watched:
+        seen.begin()
+        for module in seen.group.sites[0] if seen.group.shared else seen.group.modules:
+            hook = _Watch(seen, order, free, paths[id(module)])
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         for number, batch in enumerate(data):
@@ -136,11 +168,12 @@ def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[Watch
                     handle.remove()
                 call(root, batch, number)
                 raise error.__cause__ or error from None  # the model takes the batch: what failed is ours
-            for group, seen in watched:
-                if not bool(torch.isfinite(seen.products).all()):
+            for seen in watched:
+                if not float(seen.products.abs().amax()) < torch.finfo(torch.float32).max:
+                    side = "inputs" if seen.of_inputs else "outputs"
                     raise CalibrationError(
-                        f"the outputs of {group.name} are not finite on calibration batch {number}: look for a "
-                        "diverged model, or leave the batch out"
+                        f"the {side} of {seen.group.name} are not finite, or too large to be squared, on calibration "
+                        f"batch {number}: look for a diverged model, or leave the batch out"
                     )
     finally:
         for handle in handles:
@@ -151,42 +184,41 @@ def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[Watch
 class _Watch:
     """A forward pre-hook that adds what a call reads, or gives, to the covariance."""
 
-    seen: Covariance
-    group: SiteGroup
+    seen: _Sums
     order: dict[str, None]
     free: Mapping[int, tuple[str, str]]
     path: str
 
     def __call__(self, module: Switched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        use, found = int(kwargs.get("use", 0)), self.seen
-        if self.group.shared and use != STEM:
+        use, seen = int(kwargs.get("use", 0)), self.seen
+        if seen.group.shared and use != STEM:
             return  # what the sites that share a factor take is the shared input, or what the shared factor made of it
         op, x, at = module.ops[max(use, 0)], args[0], kwargs.get("at")
-        if found.of_inputs:
+        if seen.of_inputs:
             active = input_rows(op, x, module.shape, at)
         else:
-            active = output_rows(op, op(x, module.weight, None, at), found.products.shape[0])
-        self.order[found.sites[0]] = None
+            active = output_rows(op, op(x, module.weight, None, at), seen.size[0])
+        self.order[seen.group.name] = None
         X = active.rows.double()
         part = slice(active.start, active.start + X.shape[-1])
+        products = seen.products[:, part, part]
         if isinstance(active.which, Tensor):
-            found.products[:, part, part].index_add_(0, active.which, X.mT @ X)
-        elif active.which is not None:
-            found.products[active.which, part, part] += (X.mT @ X)[0]
-        else:
-            found.products[:, part, part] += X.mT @ X
+            products.index_add_(0, active.which, X.mT @ X)
+        else:  # in place: temporaries of this size leave holes in the heap
+            products = products if active.which is None else products[active.which, None]
+            products.baddbmm_(X.mT, X)
         rows = X.shape[-2] * (1 if active.which is None else X.shape[0])
-        found.count += rows
+        seen.count += rows
         key = self._taker(op, module, args[1:])
         if key is not None:
-            total, n = found.sums.get(key, (0, 0))
-            found.sums[key] = (total + X.sum(-2), n + rows)
+            total, n = seen.sums.get(key, (0, 0))
+            seen.sums[key] = (total + X.sum(-2), n + rows)
 
     def _taker(self, op: Op, module: Switched, given: tuple[Any, ...]) -> str | None:
         """The name of what takes up a mean of this call: the module by its own bias, or a bias that is given."""
         own = not given
         bias = module._parameters["bias"] if own else given[0]
-        if self.group.shared or not _adds_constants(op, bias is not None):
+        if self.seen.group.shared or not _adds_constants(op, bias is not None):
             return None
         if own:
             return self.path

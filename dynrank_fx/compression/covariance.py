@@ -12,7 +12,7 @@ weight whitened by its inputs (SVD-LLM, arXiv 2403.07378), without an inverse.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,16 +29,29 @@ def output_basis(W: Tensor, covariance: Tensor, shrink: float, *, of_inputs: boo
     large a share of W Wᵀ, at the trace of C, is added to C: what too few data leave open is then settled as by plain
     SVD. All in float64.
     """
-    W, covariance = W.double(), covariance.double()
-    values, Q = torch.linalg.eigh(covariance)
-    values = values.clamp_min(0)
-    energy = ((W @ Q).square().sum(-2) * values).sum(-1) if of_inputs else values.sum(-1)
-    scale = shrink * energy / W.square().sum((-2, -1)).clamp_min(torch.finfo(W.dtype).tiny)
-    if of_inputs:
-        # C + s W Wᵀ = W (E[x xᵀ] + s I) Wᵀ.
-        return _left_basis(W @ (Q * (values + scale[..., None]).sqrt()[..., None, :]))
-    if shrink:
-        values, Q = torch.linalg.eigh(covariance + scale[..., None, None] * (W @ W.mT))
+    W, C = W.double(), covariance.to(torch.float64, copy=True)
+    m, n = W.shape[-2:]
+    if not of_inputs:
+        if shrink:
+            C += _per_energy(W, shrink, C.diagonal(dim1=-2, dim2=-1).sum(-1))[..., None] * (W @ W.mT)
+        return _eigenbasis(C)
+    # C + s W Wᵀ = W (E[x xᵀ] + s I) Wᵀ.
+    C.diagonal(dim1=-2, dim2=-1).add_(_per_energy(W, shrink, (C * (W.mT @ W)).sum((-2, -1))))
+    if _DIRECT < m <= n:
+        return _eigenbasis(W @ C @ W.mT)
+    values, Q = torch.linalg.eigh(C)
+    return _left_basis(W @ Q.mul_(values.clamp_min(0).sqrt()[..., None, :]))
+
+
+def _per_energy(W: Tensor, shrink: float, energy: Tensor) -> Tensor:
+    """s [g, 1], with which s W Wᵀ has ``shrink`` times this trace [g]."""
+    scale = shrink * energy.clamp_min(0) / W.square().sum((-2, -1)).clamp_min(torch.finfo(W.dtype).tiny)
+    return scale[..., None]
+
+
+def _eigenbasis(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of C and the roots of its eigenvalues, largest first."""
+    values, Q = torch.linalg.eigh(C)
     return Q.flip(-1), values.flip(-1).clamp_min(0).sqrt()
 
 
@@ -47,17 +60,13 @@ _DIRECT = 512
 
 
 def _left_basis(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and singular values, float64; of a large matrix by the Gram matrix of its short side."""
-    m, n = Y.shape[-2:]
-    if min(m, n) <= _DIRECT:
+    """Left singular vectors and singular values, float64; of a large tall matrix by its Gram matrix."""
+    if min(Y.shape[-2:]) <= _DIRECT:
         U, S, _ = torch.linalg.svd(Y, full_matrices=False)
         return U, S
-    if m <= n:
-        values, V = torch.linalg.eigh(Y @ Y.mT)
-        return V.flip(-1), values.flip(-1).clamp_min(0).sqrt()
-    _, V = torch.linalg.eigh(Y.mT @ Y)
-    U, R = torch.linalg.qr(Y @ V.flip(-1))  # the columns are orthogonal up to rounding, which QR takes away
-    return U * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :], R.diagonal(dim1=-2, dim2=-1).abs()
+    Y = Y @ _eigenbasis(Y.mT @ Y)[0]
+    U, R = torch.linalg.qr(Y)  # the columns are orthogonal up to rounding, which QR takes away
+    return U.mul_(R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]), R.diagonal(dim1=-2, dim2=-1).abs()
 
 
 @torch.no_grad()
@@ -70,16 +79,19 @@ def projected(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return (V * root.mT).to(W.dtype), (right / root).to(W.dtype)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Covariance:
     """What was seen of one site, or of the sites that share a right factor.
+
+    Sites that read the same inputs hold one and the same matrix.
 
     Attributes:
         sites: The site's name, or those of all that share.
         layout: The layout of the weight.
         rows: Whether outputs go along the rows of the matrix view.
-        of_inputs: Whether the sums are over what goes in, and not over what comes out.
-        products: Σ y yᵀ [g, k, k].
+        of_inputs: Whether it is that of what goes in, and not of what comes out.
+        matrix: E[y yᵀ] [g, k, k], about the means that a bias can take up, in the format of the weight: its rounding is
+            far below what any sample of data leaves open.
         count: How many y were seen, in each group.
         sums: By the name of a module, or of a parameter given as a bias, (Σ y [g, k], how many) over the calls whose
             mean it can take up.
@@ -89,21 +101,19 @@ class Covariance:
     layout: TwoFactors
     rows: bool
     of_inputs: bool
-    products: Tensor
-    count: int = 0
-    sums: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-
-    def centred(self) -> Tensor:
-        """The covariance, about the means that a bias can take up."""
-        products = self.products
-        for total, n in self.sums.values():
-            products = products - total[..., :, None] * total[..., None, :] / n
-        return products / max(self.count, 1)
+    matrix: Tensor
+    count: int
+    sums: Mapping[str, tuple[Tensor, int]]
 
     def oriented(self, weight: Tensor) -> Tensor:
         """The matrix view with outputs along the rows."""
         matrix = self.layout.to_matrix(weight)
         return matrix if self.rows else matrix.mT
+
+    def oriented_factors(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The factors as matrices, float64, with outputs along the rows of the first."""
+        B, A = (matrix.double() for matrix in self.layout.to_matrices(factors))
+        return (B, A) if self.rows else (A.mT, B.mT)
 
     def basis(self, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
         """Directions of the outputs and the root of what each holds, see ``output_basis``.
@@ -112,9 +122,9 @@ class Covariance:
         itself where there are hardly any data, and next to nothing where there are plenty.
         """
         if shrink is None:
-            k = self.products.shape[-1]
+            k = self.matrix.shape[-1]
             shrink = k / (k + self.count)
-        return output_basis(self.oriented(weight), self.centred(), shrink, of_inputs=self.of_inputs)
+        return output_basis(self.oriented(weight), self.matrix, shrink, of_inputs=self.of_inputs)
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ class Calibration:
     @property
     def scarce(self) -> list[str]:
         """Sites of which fewer outputs were seen than these have entries: what they hold is hardly known."""
-        return [name for name, found in self.covariances.items() if found.count < found.products.shape[-1]]
+        return [name for name, found in self.covariances.items() if found.count < found.matrix.shape[-1]]
 
     def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
         """How much each direction of a site's outputs holds.

@@ -195,13 +195,15 @@ class _Cutter:
         found = None if self.known is None else self.known.covariances.get(sites[0])
         factors = None if self.known is None else self.known.split(sites, layout, weight, rank)
         if found is not None and factors is not None:
-            lost = found.oriented(weight).double() - found.oriented(layout.join(factors)).double()
-            left = found.layout.to_matrices(factors)[0 if found.rows else 1].double()
-            V = nn.functional.normalize(left if found.rows else left.mT, dim=-2)
+            left, right = found.oriented_factors(factors)
+            V = nn.functional.normalize(left, dim=-2)
             for key, (total, n) in found.sums.items():
-                mean = (total / n)[..., None]
-                shift = lost @ mean if found.of_inputs else mean - V @ (V.mT @ mean)
-                whole = found.oriented(weight).double() @ mean if found.of_inputs else mean
+                mean = whole = (total / n)[..., None]
+                if found.of_inputs:
+                    whole = found.oriented(weight).double() @ mean
+                    shift = whole - left @ (right @ mean)
+                else:
+                    shift = mean - V @ (V.mT @ mean)
                 if float(shift.norm()) > _ROUNDING * float(whole.norm()):  # else a bias would be added for nothing
                     self.shifts[key] = shift.flatten()
         return factors

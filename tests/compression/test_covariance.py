@@ -84,7 +84,7 @@ def test_what_is_collected_is_the_covariance_about_the_mean_that_a_bias_takes_up
     seen = dr.calibrate(net, [(x[:7],), (x[7:],)]).covariances["weight"]
     rows = x if m > 12 else x @ model.weight.detach().T
     assert (seen.count, seen.of_inputs) == (40, m > 12)
-    torch.testing.assert_close(seen.centred()[0], torch.cov(rows.T, correction=0))
+    torch.testing.assert_close(seen.matrix[0], torch.cov(rows.T, correction=0))
 
 
 def test_a_spectrum_says_what_a_cut_of_each_rank_loses() -> None:
