@@ -64,25 +64,25 @@ class Candidates:
         if not isinstance(policy, Budget) or self.data is None:
             return self.cut(self.ranks(policy, margin, {}))
         tried: set[tuple[int | None, ...]] = set()
-        least, found = math.inf, None
+        least, nearest = math.inf, None
 
         def attempt(budget: Budget, weights: Mapping[str, float]) -> None:
-            nonlocal least, found
+            nonlocal least, nearest
             ranks = self.ranks(budget, margin, weights)
             if (key := tuple(ranks.values())) in tried:
                 return
             tried.add(key)
             candidate = self.cut(ranks)
             far = self._distance(candidate)
-            if found is None or far < least:
-                least, found = far, candidate
+            if nearest is None or far < least:
+                least, nearest = far, candidate
 
         attempt(policy, {})
         attempt(replace(policy, even=True), {})
         attempt(policy, self.sensitivities({}))
-        assert found is not None
-        attempt(policy, self.sensitivities({cut.site: cut.rank for cut in found.cuts}))
-        return found
+        assert nearest is not None
+        attempt(policy, self.sensitivities({cut.site: cut.rank for cut in nearest.cuts}))
+        return nearest
 
     def ranks(self, policy: RankPolicy, margin: float | None, weights: Mapping[str, float]) -> Ranks:
         """What the policy says. weights: see ``sensitivities``."""
@@ -98,13 +98,13 @@ class Candidates:
         cut to a rank, over the share of its own outputs that this takes away. at: the ranks; by default, and for sites
         that are dense, a quarter.
         """
-        found = {}
+        effects = {}
         for unit in self._units():
             energy = unit.curve.spectrum().square().sum(0)
             rank = at.get(unit.names[0]) or max(1, unit.curve.max_rank // 4)
             lost = float(energy[rank:].sum() / energy.sum().clamp_min(1e-30))
-            found[unit.names[0]] = self._moved(unit, rank) / max(lost, 1e-6)
-        return found
+            effects[unit.names[0]] = self._moved(unit, rank) / max(lost, 1e-6)
+        return effects
 
     def _units(self, **more: Any) -> list[RankUnit]:
         extra = {} if self.known is None else added_biases(self.net, self.known)

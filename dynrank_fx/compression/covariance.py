@@ -155,18 +155,18 @@ class Calibration:
         Returns:
             (left, right), or None where nothing is known of the outputs.
         """
-        found = self.covariances.get(sites[0])
-        if found is None:
+        seen = self.covariances.get(sites[0])
+        if seen is None:
             return None
-        V = found.basis(weight, self.shrink)[0][..., :rank]
-        left, right = projected(found.oriented(weight), V)
-        matrices = (left, right) if found.rows else (right.mT, left.mT)
-        return found.layout.from_matrices(matrices, tuple(weight.shape))
+        V = seen.basis(weight, self.shrink)[0][..., :rank]
+        left, right = projected(seen.oriented(weight), V)
+        matrices = (left, right) if seen.rows else (right.mT, left.mT)
+        return seen.layout.from_matrices(matrices, tuple(weight.shape))
 
     @property
     def scarce(self) -> list[str]:
         """Sites of which fewer outputs were seen than these have entries: what they hold is hardly known."""
-        return [name for name, found in self.covariances.items() if found.count < found.matrix.shape[-1]]
+        return [name for name, seen in self.covariances.items() if seen.count < seen.matrix.shape[-1]]
 
     def spectrum(self, site: str, weight: Tensor) -> Tensor | None:
         """How much each direction of a site's outputs holds.
@@ -181,7 +181,7 @@ class Calibration:
             Roots of the energies, [g, min(m, n)], largest first, on the CPU; None where nothing is known of the
                 outputs.
         """
-        found = self.covariances.get(site)
-        if found is None:
+        seen = self.covariances.get(site)
+        if seen is None:
             return None
-        return found.basis(weight, 0.0)[1][..., : min(found.layout.matrix_shape(tuple(weight.shape)))].cpu()
+        return seen.basis(weight, 0.0)[1][..., : min(seen.layout.matrix_shape(tuple(weight.shape)))].cpu()

@@ -72,15 +72,15 @@ def recover_(
         )
         try:
             for step in range(steps):
-                found = _lost(module, dense, data, step % len(data), loss)
-                losses.append(float(found.detach()))
+                lost = _lost(module, dense, data, step % len(data), loss)
+                losses.append(float(lost.detach()))
                 if not math.isfinite(losses[-1]):
                     raise CalibrationError(
                         f"the loss of the recovery is {losses[-1]} at step {step}: look for a loss that overflows, or "
                         "leave the recovery out"
                     )
                 optimizer.zero_grad()
-                found.backward()
+                lost.backward()
                 optimizer.step()
                 scheduler.step()
         except BaseException:
@@ -98,13 +98,13 @@ def _lost(module: nn.Module, dense: nn.Module, data: Sequence[ExampleInputs], nu
         with torch.no_grad():
             target = call(dense, data[number], number)
         return distance(output, target)
-    found = loss(output, number)
-    if not (isinstance(found, Tensor) and found.requires_grad):
+    value = loss(output, number)
+    if not (isinstance(value, Tensor) and value.requires_grad):
         raise CalibrationError(
             "the loss of the recovery has no gradient: compute it from the output by torch's operations, without "
             "item(), float() or detach()"
         )
-    return found
+    return value
 
 
 def distance(output: Output, target: Output) -> Tensor:

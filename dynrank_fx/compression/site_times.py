@@ -69,8 +69,8 @@ class SiteTimes:
         """
         key = self._key(rows, rank)
         if key not in self._known:
-            found = self._measured(rows, rank)
-            self._known[key] = None if found is None else [found.first, found.second, found.ratio]
+            pair = self._measured(rows, rank)
+            self._known[key] = None if pair is None else [pair.first, pair.second, pair.ratio]
         values = self._known[key]
         return None if values is None else Pair(*values)
 
@@ -87,11 +87,11 @@ class SiteTimes:
         limit = paying_limit(rows)
         ranks = sorted({max(1, limit * step // _STEPS) for step in range(1, _STEPS + 1)})
         pairs = [self.pair(rows, rank) for rank in ranks]
-        found = [pair for pair in pairs if pair is not None]
-        if len(found) < len(ranks):
+        timed = [pair for pair in pairs if pair is not None]
+        if len(timed) < len(ranks):
             return None
-        dense = float(np.median([pair.first for pair in found]))
-        times = np.maximum.accumulate([pair.ratio * dense for pair in found])
+        dense = float(np.median([pair.first for pair in timed]))
+        times = np.maximum.accumulate([pair.ratio * dense for pair in timed])
         return Cost(dense / total, lambda rank: float(np.interp(rank, ranks, times)) / total)
 
     def save(self) -> None:

@@ -113,11 +113,11 @@ def compress(
     known = None if data is None else calibrate(net, data)
     whole = None if times is None else ModelTimes(dense, example_inputs, times)
     candidates = Candidates(net, dense, data, known, _latency(whole), settled.multiple_of, sequential, low)
-    found = _Search(candidates, budget, metric, recover_steps, loss, whole).found()
+    best = _Search(candidates, budget, metric, recover_steps, loss, whole).result()
     if times is not None:
         times.save()
-    metrics = None if metric is None else (_scored(metric, dense), _scored(metric, found.module))
-    return replace(found, metrics=metrics)
+    metrics = None if metric is None else (_scored(metric, dense), _scored(metric, best.module))
+    return replace(best, metrics=metrics)
 
 
 def _in_full(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> tuple[nn.Module, dict[str, int]]:
@@ -146,7 +146,7 @@ def _latency(whole: ModelTimes | None) -> LatencyOf | None:
 class _Search:
     """The search for a cut that meets the budget and is not slower than the dense model.
 
-    ``found`` tries ``within_budget`` at rising margins: so much faster than dense has a site to be, to be factored at
+    ``result`` tries ``within_budget`` at rising margins: so much faster than dense has a site to be, to be factored at
     all; None where that does not matter. ``within_budget`` tries ``cut`` until the whole model meets the budget.
     """
 
@@ -157,7 +157,7 @@ class _Search:
     loss: Loss | None
     whole: ModelTimes | None
 
-    def found(self) -> Compressed:
+    def result(self) -> Compressed:
         """The first result that is not slower than the dense model; by the budget alone where that does not count."""
         size_asked = isinstance(self.budget, Budget) and self.budget.params is not None
         if size_asked or self.whole is None or self.whole.dense is None:
@@ -165,20 +165,20 @@ class _Search:
         notes: tuple[str, ...] = ()
         for margin in _MARGINS:
             try:
-                found = self.within_budget(margin)
+                result = self.within_budget(margin)
             except PlanError as error:
                 raise PlanError(
                     f"{error}. Only layers that are faster than dense count here: a budget of parameters asks for "
                     "size alone"
                 ) from error
-            assert found.times is not None
-            if margin == _MARGINS[-1] or found.times.ratio <= 1 + NOISE:
+            assert result.times is not None
+            if margin == _MARGINS[-1] or result.times.ratio <= 1 + NOISE:
                 break
             notes = (
-                f"The whole model took {found.times.ratio:.2f} of the dense one's time with every layer that is "
+                f"The whole model took {result.times.ratio:.2f} of the dense one's time with every layer that is "
                 "faster by itself, so that those least faster stayed dense.",
             )
-        return replace(found, notes=(*found.notes, *notes))
+        return replace(result, notes=(*result.notes, *notes))
 
     def within_budget(self, margin: float | None) -> Compressed:
         """The result that meets the budget as a whole."""
@@ -190,11 +190,11 @@ class _Search:
 
     def cut(self, policy: RankPolicy, margin: float | None) -> Candidate:
         """The best cut by a policy, recovered if that is asked for and anything was lost."""
-        found, data = self.candidates.best(policy, margin), self.candidates.data
-        own_(found.module, self.candidates.net)
-        if data is not None and self.recover_steps and any(cut.error > 0 for cut in found.cuts):
-            recover_(found.module, self.candidates.dense, data, self.recover_steps, loss=self.loss)
-        return found
+        cut, data = self.candidates.best(policy, margin), self.candidates.data
+        own_(cut.module, self.candidates.net)
+        if data is not None and self.recover_steps and any(site.error > 0 for site in cut.cuts):
+            recover_(cut.module, self.candidates.dense, data, self.recover_steps, loss=self.loss)
+        return cut
 
     def told(self, candidate: Candidate) -> Compressed:
         """What is told of a cut: the whole model's time is measured here."""
@@ -212,11 +212,11 @@ class _Search:
                 return best
             share *= asked / best.times.ratio
             try:
-                found = self.told(self.cut(replace(budget, latency=share), margin))
+                tried = self.told(self.cut(replace(budget, latency=share), margin))
             except PlanError:  # there is no less
                 break
-            if found.times is not None and found.times.ratio < best.times.ratio:
-                best = found
+            if tried.times is not None and tried.times.ratio < best.times.ratio:
+                best = tried
         if best.times is None or best.times.ratio <= asked + NOISE:
             return best
         reached = f"{best.times.ratio:.2f}"
@@ -231,12 +231,12 @@ class _Search:
         for _ in range(_BISECTIONS):
             share = (low + high) / 2
             try:
-                found = self.cut(Budget(params=share), margin)
+                tried = self.cut(Budget(params=share), margin)
             except PlanError:  # rank 1 everywhere is still larger
                 low = share
                 continue
-            if self.metric(found.module) >= wanted:  # not where the metric is no number
-                high, best = share, found
+            if self.metric(tried.module) >= wanted:  # not where the metric is no number
+                high, best = share, tried
             else:
                 low = share
         return best

@@ -140,13 +140,13 @@ def added_biases(net: nn.Module, known: Calibration) -> dict[str, int]:
     name: for each module of it whose mean output a bias has to take up.
     """
     parameters = dict(net.named_parameters())
-    found: dict[str, int] = {}
+    added: dict[str, int] = {}
     for covariance in known.covariances.values():
         modules = [net.get_submodule(key) for key in covariance.sums if key not in parameters]
         weights = [module.weight for module in modules if module._parameters["bias"] is None]
         count = sum(covariance.oriented(weight).shape[:-1].numel() for weight in weights if isinstance(weight, Tensor))
-        found[covariance.sites[0]] = count
-    return found
+        added[covariance.sites[0]] = count
+    return added
 
 
 def ranks_of(
@@ -177,8 +177,8 @@ def _turns(low: Mapping[str, Phase], known: Calibration | None, sequential: bool
         return [dict(low)] if low else []
     turns = []
     for first in known.order:
-        found = known.covariances.get(first)
-        names = [name for name in (found.sites if found else (first,)) if name in low]
+        seen = known.covariances.get(first)
+        names = [name for name in (seen.sites if seen else (first,)) if name in low]
         turns.append(dict.fromkeys(names, Phase.LOW))
     rest = {name: phase for name, phase in low.items() if not any(name in turn for turn in turns)}
     return [turn for turn in (*turns, rest) if turn]
@@ -192,15 +192,15 @@ class _Cutter:
     shifts: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
-        found = None if self.known is None else self.known.covariances.get(sites[0])
+        seen = None if self.known is None else self.known.covariances.get(sites[0])
         factors = None if self.known is None else self.known.split(sites, layout, weight, rank)
-        if found is not None and factors is not None:
-            left, right = found.oriented_factors(factors)
+        if seen is not None and factors is not None:
+            left, right = seen.oriented_factors(factors)
             V = nn.functional.normalize(left, dim=-2)
-            for key, (total, n) in found.sums.items():
+            for key, (total, n) in seen.sums.items():
                 mean = whole = (total / n)[..., None]
-                if found.of_inputs:
-                    whole = found.oriented(weight).double() @ mean
+                if seen.of_inputs:
+                    whole = seen.oriented(weight).double() @ mean
                     shift = whole - left @ (right @ mean)
                 else:
                     shift = mean - V @ (V.mT @ mean)

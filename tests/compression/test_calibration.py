@@ -263,6 +263,29 @@ def test_a_mistake_of_ours_is_not_blamed_on_the_batch(monkeypatch: pytest.Monkey
     assert dr.calibrate(net, [(torch.randn(2, 12),)]).covariances["weight"].count == 2
 
 
+def test_sites_that_read_one_input_hold_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the sites are spread over passes."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.tanh(self.q(x) * self.k(x) + self.v(x)))
+
+    net = dr.transform(Heads(), (torch.randn(2, 8),), rank=Fixed(2))
+    x = torch.randn(40, 8)
+    together = dr.calibrate(net, [(x[:20],), (x[20:],)]).covariances
+    q, k, v, o = (together[f"{name}.weight"].matrix for name in "qkvo")
+    assert q is k is v is not o
+    torch.testing.assert_close(q[0], torch.cov(x.T, correction=0))
+    monkeypatch.setattr("dynrank_fx.compression.calibration._BYTES", (1, 1))  # one site in a pass
+    apart = dr.calibrate(net, [(x[:20],), (x[20:],)]).covariances
+    assert all(torch.equal(apart[name].matrix, seen.matrix) for name, seen in together.items())
+    assert apart["q.weight"].matrix is apart["k.weight"].matrix
+
+
 def test_a_module_without_sites_is_no_net_to_calibrate() -> None:
     with pytest.raises(CalibrationError, match="Linear has no sites to calibrate"):
         dr.calibrate(nn.Linear(4, 4), [(torch.randn(2, 4),)])
