@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+
+from .aliases import StateDict
 
 
 def seed_all(seed: int) -> None:
@@ -24,7 +25,7 @@ def generators_of(*data: object) -> tuple[torch.Generator, ...]:
     return tuple(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
 
-def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+def random_state(generators: Sequence[torch.Generator] = ()) -> StateDict:
     """The state of the global generators and of these, as ``statetree`` can store it."""
     return {
         "python": random.getstate(),
@@ -35,7 +36,7 @@ def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+def set_random_state(state: StateDict, generators: Sequence[torch.Generator] = ()) -> None:
     """Go on from ``random_state(generators)``. CUDA states are taken over where there are as many devices as then."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

@@ -56,7 +56,7 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
     kind = type(module).__name__
     with quiet(), torch.no_grad(), slow_attention():
         try:
-            shapes: Any = dynamic_shapes  # its annotation forgets the ShapesCollection
+            shapes: Any = dynamic_shapes  # Any: its annotation forgets the ShapesCollection
             program = torch.export.export(module, *inputs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             fixed = re.search(r"Constraints violated \((.+?)\)", str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Never, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class RankUnit:
         return all(cost.at(rank) < cost.dense for cost in costs if cost.dense)
 
 
-_NONE: Mapping[str, Any] = {}
+_NONE: Mapping[str, Never] = {}
 
 Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from ..errors import PlanError
 from ..ops import WHOLE, Call, LinearOp, Op, View, call_of, gather_index, module_op, parts_of, reads_metadata
@@ -47,7 +47,7 @@ class NodeUse:
         return x
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Argument:
         """The bias that is given in the call: a node, or None for none."""
         call = self._call()
         return None if call is None else call.bias

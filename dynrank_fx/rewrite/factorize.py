@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
+from torch.fx.node import Argument
 
 from ..errors import PlanError
 from ..ops import Op, module_op
@@ -135,9 +135,9 @@ def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
     module = net.get_submodule(path)
     assert isinstance(module, Switched)
     own, x, bias = module._parameters.get("bias"), use.x, None if use.own_bias else use.bias
-    args: tuple[Any, ...] = (x,) if use.own_bias or (bias is None and own is None) else (x, bias)
+    args: tuple[Argument, ...] = (x,) if use.own_bias or (bias is None and own is None) else (x, bias)
     number = module.ops.index(use.op)
-    kwargs: dict[str, Any] = {"use": number} if number else {}
+    kwargs: dict[str, Argument] = {"use": number} if number else {}
     if use.at is not None:
         kwargs["at"] = use.at
     target = path.removeprefix(region.prefix)

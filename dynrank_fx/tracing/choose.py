@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy as copying
 import enum
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -93,7 +92,9 @@ def capture(
     return own_(net, model) if copy else sharing(net, model)
 
 
-def _captured(model: nn.Module, original: Original, dynamic_shapes: Any, how: Capture | None) -> nn.Module:
+def _captured(
+    model: nn.Module, original: Original, dynamic_shapes: DynamicShapes | None, how: Capture | None
+) -> nn.Module:
     """The net over a shell of the model: what is compared on is gone before it gets values of its own."""
     _check_inputs(model, original)
     if how is None:
@@ -113,7 +114,7 @@ def _captured(model: nn.Module, original: Original, dynamic_shapes: Any, how: Ca
     return net
 
 
-def _best(model: nn.Module, original: Original, dynamic_shapes: Any) -> nn.Module:
+def _best(model: nn.Module, original: Original, dynamic_shapes: DynamicShapes | None) -> nn.Module:
     """Symbolic tracing if it is faithful and opens everything, else torch.export, else what can be had in parts."""
     example_inputs = original.example_inputs
     if original.lost:
@@ -134,6 +135,7 @@ def _best(model: nn.Module, original: Original, dynamic_shapes: Any) -> nn.Modul
             raise
     if net is not None and not why:
         return _noted(net, "by symbolic tracing")
+    assert example_inputs is not None  # without them the trace has been returned, or its error raised
     try:
         exported, words = _exported(model, original, dynamic_shapes)
     except CaptureError as error:
@@ -158,11 +160,12 @@ def _freer(model: nn.Module, original: Original, why: str) -> nn.Module | None:
         net = _parts(model, original, why)
     except CaptureError:  # the exported whole is sound, and stays
         return None
+    assert original.example_inputs is not None
     nets = [module for module in net.modules() if isinstance(module, Net)]
     return None if any(shortcoming(part, original.example_inputs) for part in nets) else net
 
 
-def _exported(model: nn.Module, original: Original, dynamic_shapes: Any) -> tuple[Net, str]:
+def _exported(model: nn.Module, original: Original, dynamic_shapes: DynamicShapes | None) -> tuple[Net, str]:
     """The net; and in words how it differs by rounding, if it does, and the sizes that it serves no other than.
 
     Raises CaptureError where the graph would differ by more, or train with other gradients.

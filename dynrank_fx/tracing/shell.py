@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ def shell(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def same_parameters(model: nn.Module) -> dict[int, Any]:
+def same_parameters(model: nn.Module) -> dict[int, object]:
     """For deepcopy: other parameters with the same values, by the ids of the model's."""
     return {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if _is_plain(p)}
 
@@ -43,7 +42,7 @@ def own_(net: nn.Module, model: nn.Module) -> nn.Module:
 
 def sharing(net: nn.Module, model: nn.Module) -> nn.Module:
     """The net over the model's own parameters and buffers, by their names."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for mine, theirs in (
         (net.named_parameters(remove_duplicate=False), dict(model.named_parameters(remove_duplicate=False))),
         (net.named_buffers(remove_duplicate=False), dict(model.named_buffers(remove_duplicate=False))),

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
+from ..aliases import Function, Kwargs
 from ..errors import CaptureError, first_line
 from ..ops import has_hooks
 from .blame import origin
-from .inputs import split_inputs
+from .inputs import ExampleInputs, split_inputs
 from .isolation import in_mode, same_values
 from .net import Net, finished
 
@@ -30,21 +32,21 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # otherwise what forward does to a buffer would be done once, while tracing
 
-    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+    def trace(self, root: nn.Module | Function, concrete_args: Kwargs | None = None) -> fx.Graph:
         self.surroundings = _surroundings()
-        graph = super().trace(root, *args, **kwargs)
-        for name, buffer in root.named_buffers():
+        graph = super().trace(root, concrete_args)
+        for name, buffer in self.root.named_buffers():
             if isinstance(buffer, fx.Proxy):
                 raise RuntimeError(f"forward assigns the buffer {name}, which a symbolic graph cannot hold")
         return graph
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # Any: they are handed on as they are
         if _surroundings() != self.surroundings:
             raise RuntimeError("gradients or autocast are switched inside forward, which a symbolic graph cannot hold")
         return super().create_node(*args, **kwargs)
 
 
-def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -> Net:
+def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: ExampleInputs | None) -> Net:
     """The Net over ``root``, a copy of ``model``. Raises CaptureError naming the line that cannot be traced."""
     graphs = {}
     if has_hooks(model):
@@ -65,7 +67,7 @@ def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -
     return finished(root, graphs[True], None if same else graphs[False], model)
 
 
-def _given(model: nn.Module, example_inputs: Any) -> set[str]:
+def _given(model: nn.Module, example_inputs: ExampleInputs | None) -> set[str]:
     """The names of the arguments of forward for which the example has a value."""
     if example_inputs is None:
         return set()
@@ -101,10 +103,10 @@ def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) 
     return _calls(graph, str(optional.target)) != _calls(without, str(optional.target))
 
 
-def _calls(graph: fx.Graph, optional: str) -> list[Any]:
+def _calls(graph: fx.Graph, optional: str) -> list[tuple[object, ...]]:
     """What is called with what, in order, None standing for the optional input."""
-    shown: dict[fx.Node, Any] = {}
-    found: list[Any] = []
+    shown: dict[fx.Node, Argument] = {}
+    found: list[tuple[object, ...]] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             shown[node] = None if node.target == optional else ("input", str(node.target))

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..aliases import StateDict
 from ..layouts import Factors, Layout, at_least_float32, full_precision
 from ..phase import Phase
 from ..phases import phases_in
@@ -56,11 +56,11 @@ class Landing:
         """Leave the weights to the optimizer again."""
         self._handle.remove()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> StateDict:
         """What a checkpoint needs: steps left and bases by site."""
         return {"left": self.left, "bases": self.bases}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: StateDict) -> None:
         """Go on from there."""
         devices = {group.name: group.owner.outline.device for group in self._groups}
         self.left = dict(state["left"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
+from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
 from ..tracing import Inputs, evaluating, unwrap
 from .settings import Settings
@@ -24,14 +24,14 @@ class Task:
     metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated.
     """
 
-    train_data: Iterable[Any]
-    loss: Callable[[Any, Any], Tensor]
-    inputs: Callable[[Any], Inputs]
-    eval_data: Iterable[Any] | None = None
-    metric: Callable[[Any, Any], Any] | None = None
+    train_data: Iterable[Batch]
+    loss: Callable[[Output, Batch], Tensor]
+    inputs: Callable[[Batch], Inputs]
+    eval_data: Iterable[Batch] | None = None
+    metric: Callable[[Output, Batch], float | Tensor] | None = None
 
 
-def apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tuple[Any, Any]:
+def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> tuple[Output, Batch]:
     """The model's output, and the batch on the device."""
     batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
     args, kwargs = task.inputs(batch)
@@ -48,7 +48,7 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tup
             raise
 
 
-def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) -> None:
     """Say so if the batch is at fault: then the net, run plainly, fails on it too."""
     try:
         with torch.no_grad():
@@ -61,14 +61,14 @@ def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         ) from error
 
 
-def autocast(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+def autocast(settings: Settings) -> contextlib.AbstractContextManager[object]:
     """Autocast to bfloat16 where the settings ask for it."""
     if not settings.amp:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
 
 
-def number(metric: Any, like: Tensor) -> Tensor:
+def number(metric: float | Tensor | None, like: Tensor) -> Tensor:
     """A metric in float64 on the device of ``like``; not a number where there is none."""
     return torch.as_tensor(float("nan") if metric is None else metric, dtype=torch.float64, device=like.device)
 
