@@ -86,7 +86,7 @@ def _stored_module(path: Path) -> nn.Module:
         found = torch.load(path, weights_only=False)
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {path}") from error
-    except Exception as error:
+    except Exception as error:  # what is unpickled may raise anything
         raise StoreError(f"{path} could not be loaded ({first_line(error)[:200]})") from error
     if not isinstance(found, nn.Module):
         raise StoreError(
@@ -111,9 +111,9 @@ def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, M
         model.load_state_dict(state)
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {weights}") from error
-    except Exception as error:
+    except Exception as error:  # of torch.load, of safetensors, or of the model's own load_state_dict
         lines = str(error).strip().splitlines()
-        what = " ".join(map(str.strip, lines[1:3] or lines))
+        what = f"{type(error).__name__}: {' '.join(map(str.strip, lines[1:3] or lines))}"
         if "weights_only" in str(error):
             what = "it is no file of tensors alone"
         raise StoreError(

@@ -111,7 +111,7 @@ def compare(
                 same_buffers(module),  # the file starts from the same state each time
             ):
                 expected = [tensor.detach().cpu() for tensor in tensors(module(*args, **kwargs))]
-        except Exception as error:
+        except Exception as error:  # of onnxruntime, or of the model's own forward
             why = reason(error)
             raise ExportError(
                 f"{side} fails on a batch of {batch} ({why}): give batch sizes and types it takes"

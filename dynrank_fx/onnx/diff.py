@@ -89,10 +89,10 @@ def compare_onnx(
     at_sites: dict[str, list[_Pair]] = {}
     for batch in batch_sizes:
         feeds = random_inputs(plain[0], batch, seed=batch, rows=rows)
+        renamed = {inputs[name]: value for name, value in feeds.items()}
         try:
-            renamed = {inputs[name]: value for name, value in feeds.items()}
             got = [_by_name(each, given) for each, given in zip(inside, (feeds, renamed), strict=True)]
-        except Exception as error:
+        except Exception as error:  # onnxruntime has kinds of its own
             raise ExportError(
                 f"a batch of {batch} cannot be run ({reason(error)}): give batch sizes it takes"
             ) from error

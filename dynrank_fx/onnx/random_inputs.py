@@ -24,7 +24,7 @@ def loaded(path: str | os.PathLike[str]) -> ModelProto:
 
     try:
         return onnx.load(path, load_external_data=False)
-    except Exception as error:
+    except Exception as error:  # of protobuf, or of the disk
         raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
 
 

@@ -86,7 +86,7 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
     try:
         opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
-    except Exception as error:
+    except Exception as error:  # onnxruntime has kinds of its own, without a common base
         if cuda and not providers and not _of_the_file(str(error)):
             return _opened(source, name, ("CPUExecutionProvider",))
         raise ExportError(_refusal(error, name, names[0], available)) from error

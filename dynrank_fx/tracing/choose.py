@@ -222,7 +222,7 @@ def _check_inputs(model: nn.Module, original: Original) -> None:
         return
     try:
         _ = original.evaluated
-    except Exception as error:
+    except Exception as error:  # whatever the model's own forward raises
         given = describe(*split_inputs(original.example_inputs))
         raise CaptureError(
             f"{type(model).__name__} does not accept the example inputs ({given}): {first_line(error)}."

@@ -113,7 +113,7 @@ def difference_from(net: nn.Module, expected: Effect, example_inputs: ExampleInp
     where = "in training " if mode else ""
     try:
         got = effect(net, example_inputs, mode=mode, inputs_train=expected.inputs_train)
-    except Exception as error:
+    except Exception as error:  # a graph may call functions of the model's own
         return Difference(float("inf"), f"its graph fails {where}on the example inputs: {first_line(error)}.")
     size = apart(expected.output, got.output)
     if size > ROUNDING:

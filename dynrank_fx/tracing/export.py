@@ -74,7 +74,7 @@ def _programs(root: nn.Module, args: Args, kwargs: Kwargs, shapes: DynamicShapes
             with quiet(), slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)  # type: ignore[arg-type]
             programs[mode] = program.module(check_guards=False)
-        except Exception as error:
+        except Exception as error:  # torch.export runs forward, and fails in ways of its own
             raise CaptureError(f"{origin(error, root)} cannot be exported: {first_line(error)}.") from error
     return programs
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, first_line
 
 
 def shell(model: nn.Module) -> nn.Module:
@@ -19,10 +19,10 @@ def shell(model: nn.Module) -> nn.Module:
     """
     try:
         return copy.deepcopy(model, same_parameters(model))
-    except Exception as error:
+    except Exception as error:  # whatever the model's own __deepcopy__ raises
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}); the pass works on a copy, so make the model "
-            f"support copy.deepcopy"
+            f"{type(model).__name__} cannot be copied ({first_line(error)}); the pass works on a copy, so make the "
+            f"model support copy.deepcopy"
         ) from error
 
 

@@ -56,7 +56,7 @@ def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Exampl
             with same_values(root), in_mode(root, mode):
                 graphs[mode] = _Tracer().trace(root)
             compile(graphs[mode].python_code("self").src, "graph", "exec")
-        except Exception as error:
+        except Exception as error:  # whatever the model's own forward raises on proxies
             where = origin(error, root)
             why = _UNREADABLE if "co_varnames is too small" in str(error) else first_line(error)
             raise CaptureError(f"{where} cannot be traced symbolically: {why}.") from error
@@ -95,11 +95,11 @@ def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool, given: set[str])
 
 def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) -> bool:
     """Whether forward without this input is more than the same calls, given None."""
-    try:
-        with same_values(root), in_mode(root, mode):
+    with same_values(root), in_mode(root, mode):
+        try:
             without = _Tracer().trace(root, concrete_args={str(optional.target): None})
-    except Exception:  # forward needs it, whatever it does with it
-        return True
+        except Exception:  # forward cannot do without it, which it may say by any exception
+            return True
     return _calls(graph, str(optional.target)) != _calls(without, str(optional.target))
 
 

@@ -16,6 +16,9 @@ from ..errors import DynrankError, first_line
 from ..tracing import Inputs, evaluating, unwrap
 from .settings import Settings
 
+# What torch and Python raise where a batch does not fit the model.
+_BY_A_BATCH = (RuntimeError, TypeError, ValueError, IndexError)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -43,7 +46,7 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
                 f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each of which is compiled "
                 "to a graph of its own: pad them to fewer, or train without compiling"
             ) from error
-        except Exception as error:
+        except _BY_A_BATCH as error:
             _refuse_batch(unwrap(forward), args, kwargs, error)
             raise
 
@@ -53,7 +56,7 @@ def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) 
     try:
         with torch.no_grad():
             net(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as why:
+    except _BY_A_BATCH as why:
         given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         raise DynrankError(
             f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
