@@ -110,7 +110,7 @@ def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
     seed_all(0)
     batches = file.calibration_batches(options["calibrate"])
     by_loss = options["recover_by"] == "loss" and options["recover_steps"]
-    found = compressed(
+    result = compressed(
         net,
         file.example_inputs(),
         asked,
@@ -125,18 +125,18 @@ def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
         leave=leave,
         sequential=options["sequential"],
     )
-    click.echo(str(found))
+    click.echo(str(result))
     click.echo()
     if out.suffix == ".pt":
-        click.echo(_stored(found.module, out))
+        click.echo(_stored(result.module, out))
         return
     report = export_onnx(
-        found.module,
+        result.module,
         file.example_inputs(),
         out,
         more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
         providers=[options["provider"]],
-        metadata=found.metadata,
+        metadata=result.metadata,
         **arguments,
     )
     click.echo(str(report))

@@ -129,8 +129,8 @@ class ModelFile:
         )
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
-        found: Tensor = self._call("loss", output, batch)
-        return found
+        made: Tensor = self._call("loss", output, batch)
+        return made
 
     @property
     def metric(self) -> Callable[[Output, Batch], float | Tensor] | None:

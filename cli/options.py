@@ -150,14 +150,14 @@ def refuse_export_options(out: Path) -> None:
 
 def _dynamic(texts: tuple[str, ...]) -> dict[str, dict[int, str]] | None:
     """The free dimensions by argument, from ``ARG:AXIS=NAME``."""
-    found: dict[str, dict[int, str]] = {}
+    free: dict[str, dict[int, str]] = {}
     for text in texts:
         place, equals, name = text.partition("=")
         argument, colon, axis = place.rpartition(":")
         if not (equals and colon and argument and axis.isdigit() and name.isidentifier()):
             raise click.BadParameter(f"{text!r} is not ARG:AXIS=NAME, such as x:0=batch", param_hint="--dynamic")
-        found.setdefault(argument, {})[int(axis)] = name
-    return found or None
+        free.setdefault(argument, {})[int(axis)] = name
+    return free or None
 
 
 def roles_of(leave: tuple[str, ...]) -> list[Role]:
@@ -204,7 +204,7 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
     """The overrides that ``--override`` asks for, by pattern."""
     from dynrank_fx.plan import Override
 
-    found = {}
+    overrides = {}
     for text in texts:
         pattern, equals, words = text.rpartition("=")
         if not equals or not pattern:
@@ -222,8 +222,8 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
                 raise click.BadParameter(
                     f"{word!r} is neither a rank (16 or 0.5) nor one of {known}", param_hint="--override"
                 )
-        found[pattern] = Override(**said)
-    return found
+        overrides[pattern] = Override(**said)
+    return overrides
 
 
 def _conv_layout(word: str) -> ConvLayout:

@@ -21,8 +21,8 @@ def seed_all(seed: int) -> None:
 def generators_of(*data: object) -> tuple[torch.Generator, ...]:
     """The generators that data loaders and their samplers were given, which seeding does not reach."""
     holders = [holder for loader in data for holder in (loader, getattr(loader, "sampler", None))]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return tuple(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+    held = [getattr(holder, "generator", None) for holder in holders]
+    return tuple(dict.fromkeys(generator for generator in held if isinstance(generator, torch.Generator)))
 
 
 def random_state(generators: Sequence[torch.Generator] = ()) -> StateDict:

@@ -77,9 +77,9 @@ def _resident(what: str) -> int:
     """Bytes of this process, now (VmRSS) or at most (VmHWM); getrusage would count the parent's too."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(rf"{what}:\s+(\d+) kB", status.read_text())
-        assert found is not None
-        return int(found[1]) * 1024
+        match = re.search(rf"{what}:\s+(\d+) kB", status.read_text())
+        assert match is not None
+        return int(match[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes where there is no /proc
 
 

@@ -69,9 +69,9 @@ def call_of(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | 
 
 def _flat(node: fx.Node) -> list[fx.Node]:
     """The node's inputs, each as often as it stands there."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-    return found
+    inputs: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: inputs.append(n) or n)  # type: ignore[func-returns-value]
+    return inputs
 
 
 def _named(node: fx.Node, *names: str) -> dict[str, Given]:

@@ -117,7 +117,7 @@ def _split(user: fx.Node, view: View, shape: Shape) -> list[tuple[fx.Node, View]
     if user.target in _CHUNKS:
         size = -(-total // size)
     sizes = [min(size, total - start) for start in range(0, total, size)] if isinstance(size, int) else list(size)
-    found = []
+    parts = []
     for part in user.users:
         (index,) = _given(part) if part.target is operator.getitem else (None,)
         if not _whole(index):
@@ -128,8 +128,8 @@ def _split(user: fx.Node, view: View, shape: Shape) -> list[tuple[fx.Node, View]
         ranges = _ranges(view, shape, {axis: (start, start + sizes[index])})
         if ranges is None:
             return None
-        found.append((part, ranges))
-    return found
+        parts.append((part, ranges))
+    return parts
 
 
 def _getitem(user: fx.Node, view: View, shape: Shape) -> View | None:

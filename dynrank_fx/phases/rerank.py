@@ -109,7 +109,7 @@ def rank_units(
     plan = plan_of(net)
     totals = {Metric.PARAMS: plan.total_params, Metric.FLOPS: plan.total_flops}
     rows = {row.site.name: row for row in plan.sites}
-    found = []
+    units = []
     for group in site_groups(net, rows):
         planned = tuple(rows[name] for name in group.names)
         sites = [row.site for row in planned]
@@ -118,8 +118,8 @@ def rank_units(
         now = partial(_spectrum, group, spectrum)
         curve = curve_of(sites, group.layout, now, costs, multiple_of=multiple_of, steps=ladder)
         curve = replace(curve, weight=weights.get(group.name, 1.0), rank=known.get(group.name, 0))
-        found.append(RankUnit(planned, curve if latency is None else _timed(curve, latency(planned), margin)))
-    return found
+        units.append(RankUnit(planned, curve if latency is None else _timed(curve, latency(planned), margin)))
+    return units
 
 
 def _with_extra(cost: Cost, extra: float) -> Cost:

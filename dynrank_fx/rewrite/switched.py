@@ -131,10 +131,10 @@ class Switched(nn.Module):
     def factors(self) -> tuple[nn.Parameter, ...]:
         """The factors by the order of their names. Raises TransitionError in FULL, where there are none."""
         holders = [self, *((self.owner or (self,)) * (len(self.layout.factor_names) - 1))]
-        found = [each._parameters[name] for each, name in zip(holders, self.layout.factor_names, strict=True)]
-        if any(factor is None for factor in found):
+        factors = [each._parameters[name] for each, name in zip(holders, self.layout.factor_names, strict=True)]
+        if any(factor is None for factor in factors):
             raise TransitionError(f"{self.site} is in FULL: it has no factors; enter LOW first")
-        return tuple(found)  # type: ignore[arg-type]
+        return tuple(factors)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:

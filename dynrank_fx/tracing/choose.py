@@ -171,10 +171,10 @@ def _exported(model: nn.Module, original: Original, dynamic_shapes: DynamicShape
     Raises CaptureError where the graph would differ by more, or train with other gradients.
     """
     net = export_both_modes(shell(model), model, original.example_inputs, dynamic_shapes)
-    found = difference(net, original)
-    if found.size > ROUNDING:
-        raise CaptureError(f"{type(model).__name__} as torch.export has it is not the same: {found.words}")
-    rounding = f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
+    deviation = difference(net, original)
+    if deviation.size > ROUNDING:
+        raise CaptureError(f"{type(model).__name__} as torch.export has it is not the same: {deviation.words}")
+    rounding = f" (off by rounding: {deviation.size:.0e} of the largest output)" if deviation.size else ""
     return net, rounding + fixed_sizes(net)
 
 
@@ -187,9 +187,9 @@ def _parts(model: nn.Module, original: Original, why: str) -> nn.Module:
     layers = [module for _, module in untraced(twin) if module_op(module) is not None]
     if not parts and not layers:
         raise CaptureError(f"no part of {type(model).__name__} with a matrix in it can be traced by itself.")
-    found = difference(twin, original)
-    if found.size > ROUNDING:
-        raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {found.words}")
+    deviation = difference(twin, original)
+    if deviation.size > ROUNDING:
+        raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {deviation.words}")
     meta_of(twin)["read"] = modules_read(twin, example_inputs)
     return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
 

@@ -102,10 +102,10 @@ def difference(net: nn.Module, original: Original) -> Difference:
     if original.example_inputs is None:
         return _NONE
     twin = shell(net)
-    found = [difference_from(twin, original.evaluated, original.example_inputs, mode=False)]
+    differences = [difference_from(twin, original.evaluated, original.example_inputs, mode=False)]
     if original.trained is not None:
-        found.append(difference_from(twin, original.trained, original.example_inputs, mode=True))
-    return max(found, key=lambda each: each.size)
+        differences.append(difference_from(twin, original.trained, original.example_inputs, mode=True))
+    return max(differences, key=lambda each: each.size)
 
 
 def difference_from(net: nn.Module, expected: Effect, example_inputs: ExampleInputs, *, mode: bool) -> Difference:

@@ -200,8 +200,8 @@ def _bounds(size: int | torch.SymInt) -> tuple[int | None, int | None]:
     if isinstance(size, int):
         return size, size
     environment = size.node.shape_env
-    found = environment.bound_sympy(size.node.expr)
-    low, high = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
+    bounds = environment.bound_sympy(size.node.expr)
+    low, high = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
     habit = all(environment.var_to_range[symbol].lower <= 2 for symbol in size.node.expr.free_symbols)
     return None if habit and low != high else low, high
 
@@ -227,12 +227,12 @@ def shortcoming(net: Net, example_inputs: ExampleInputs) -> str:
 
 def fixed_sizes(net: Net) -> str:
     """The sizes that the graph serves no other than, in words such as ``, fixed: x[1]=8``; empty if there are none."""
-    found: dict[str, None] = {}
+    fixed: dict[str, None] = {}
     for node in (node for graph in net.graphs.values() for node in graph.nodes):
         if node.target is operator.eq and _is_size(size := node.args[0]):
             (tensor,) = size.all_input_nodes
-            found[f"{tensor.target}[{size.args[1]}]={node.args[1]}"] = None
-    return f", fixed: {', '.join(found)}" if found else ""
+            fixed[f"{tensor.target}[{size.args[1]}]={node.args[1]}"] = None
+    return f", fixed: {', '.join(fixed)}" if fixed else ""
 
 
 def _is_batch(size: object) -> bool:

@@ -97,10 +97,10 @@ def _written(function: Function, args: Args, kwargs: Kwargs) -> tuple[object, ..
         return (kwargs.get("weight"), *args[:2])
     name = getattr(function, "__name__", "").partition(".")[0]
     in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
-    found = [*args[:1]] if in_place else []
-    for each in (*found, kwargs.get("out")):
-        found += each if isinstance(each, list | tuple) else [each]
-    return tuple(found)
+    written = [*args[:1]] if in_place else []
+    for each in (*written, kwargs.get("out")):
+        written += each if isinstance(each, list | tuple) else [each]
+    return tuple(written)
 
 
 def _storage(tensor: object) -> torch.UntypedStorage | None:

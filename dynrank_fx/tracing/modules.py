@@ -30,7 +30,7 @@ def capture_parts(root: nn.Module, example_inputs: ExampleInputs, only: Sequence
     these parts, and no others.
     """
     calls, expected = _calls(root, example_inputs)
-    found: dict[nn.Module, nn.Module] = {}  # a module under several names stays one
+    nets: dict[nn.Module, nn.Module] = {}  # a module under several names stays one
     names: list[str] = []
     waiting = list(only) or [name for name, _ in root.named_children()]
     while waiting:
@@ -38,12 +38,12 @@ def capture_parts(root: nn.Module, example_inputs: ExampleInputs, only: Sequence
         part = root.get_submodule(name)
         if isinstance(part, Net | nn.RNNBase) or module_op(part) is not None or not _has_matrix(part):
             continue
-        if part not in found and name in calls:
+        if part not in nets and name in calls:
             net = _captured(part, calls[name])
             if net is not None and _serves(root, name, net, expected, example_inputs):
-                found[part] = net
-        if part in found:
-            root.set_submodule(name, found[part])
+                nets[part] = net
+        if part in nets:
+            root.set_submodule(name, nets[part])
             names.append(name)
         elif not only:
             waiting[:0] = [f"{name}.{child}" for child in dict(part.named_children())]
@@ -67,7 +67,7 @@ def modules_read(root: nn.Module, example_inputs: ExampleInputs) -> list[str]:
         effect(root, example_inputs, mode=False)
         with suppress(Exception):  # where the model does not train on the example, nothing is read
             effect(root, example_inputs, mode=True)
-    return [name for name, module in root.named_modules(remove_duplicate=False) if module in reads.found]
+    return [name for name, module in root.named_modules(remove_duplicate=False) if module in reads.modules]
 
 
 class _Reads(TorchFunctionMode):
@@ -79,7 +79,7 @@ class _Reads(TorchFunctionMode):
         for module in holders:
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(id(parameter), []).append(module)
-        self.found: set[nn.Module] = set()
+        self.modules: set[nn.Module] = set()
         self.begun = False
         self.running = 0
 
@@ -105,7 +105,7 @@ class _Reads(TorchFunctionMode):
     def _note(self, args: object, kwargs: object) -> None:
         if self.begun and not self.running and not torch.compiler.is_compiling():
             for value in pytree.tree_leaves((args, kwargs)):
-                self.found.update(self.owners.get(id(value), ()))
+                self.modules.update(self.owners.get(id(value), ()))
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -237,8 +237,8 @@ def is_captured(module: nn.Module) -> bool:
 
 def meta_of(root: nn.Module) -> Meta:
     """What is known of a captured model (its plan, how it was captured); it survives ``deepcopy``."""
-    found: Meta = root.meta if isinstance(root, Net) else vars(root).setdefault(_META, {})
-    return found
+    meta: Meta = root.meta if isinstance(root, Net) else vars(root).setdefault(_META, {})
+    return meta
 
 
 def forget_meta(root: nn.Module) -> None:

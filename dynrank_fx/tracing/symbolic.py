@@ -106,14 +106,14 @@ def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) 
 def _calls(graph: fx.Graph, optional: str) -> list[tuple[object, ...]]:
     """What is called with what, in order, None standing for the optional input."""
     shown: dict[fx.Node, Argument] = {}
-    found: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             shown[node] = None if node.target == optional else ("input", str(node.target))
         elif getattr(node.target, "__name__", "") != "_assert_is_none":
-            shown[node] = ("call", len(found))
-            found.append((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), shown.get)))
-    return found
+            shown[node] = ("call", len(calls))
+            calls.append((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), shown.get)))
+    return calls
 
 
 def closed_layers(net: Net) -> list[str]:
@@ -125,12 +125,12 @@ def closed_layers(net: Net) -> list[str]:
 def closed_functions(net: Net) -> list[str]:
     """The functions that torch.fx was told not to trace although they are given a matrix of the model's."""
     matrices = {name for name, p in net.named_parameters(remove_duplicate=False) if p.ndim >= 2}
-    found = []
+    closed = []
     for node in (node for graph in net.graphs.values() for node in graph.nodes if node.op == "call_function"):
         given = any(each.op == "get_attr" and each.target in matrices for each in node.all_input_nodes)
         if given and isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch."):
-            found.append(node.target.__name__)
-    return found
+            closed.append(node.target.__name__)
+    return closed
 
 
 def _is_closed(module: nn.Module) -> bool:

@@ -114,7 +114,7 @@ def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Ph
         return {}
     waiting = {name for name, phase in phases.items() if phase is Phase.FULL}
     sites = {name: replace(site, phase=phases[name]) for name, site in state.sites.items()}
-    spent, found = state.spent, dict[str, int]()
+    spent, due = state.spent, dict[str, int]()
     for ahead in range(1, state.epochs - state.epoch):
         if not waiting:
             break
@@ -124,6 +124,6 @@ def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Ph
         asked = phases_in(schedule(replace(state, epoch=epoch, lr=lr, spent=spent, sites=sites)), sites)
         cut = {name for name in waiting if asked.get(name, Phase.FULL) is not Phase.FULL}
         waiting -= cut
-        found |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}
+        due |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}
         sites |= {name: replace(sites[name], phase=phase) for name, phase in asked.items()}
-    return found
+    return due

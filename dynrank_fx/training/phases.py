@@ -206,13 +206,13 @@ def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[
     """Per site both spectra at the same up to 64 indices, evenly spread from first to last; zeros where the smaller one
     has ended.
     """
-    found = {}
+    thinned = {}
     for name in before:
         count = max(len(before[name]), len(after[name]))
         step = max(1.0, (count - 1) / (_POINTS - 1))
         chosen = [round(i * step) for i in range(min(count, _POINTS))]
-        found[name] = (_at(before[name], chosen, count), _at(after[name], chosen, count))
-    return found
+        thinned[name] = (_at(before[name], chosen, count), _at(after[name], chosen, count))
+    return thinned
 
 
 def _at(spectrum: Tensor, chosen: list[int], count: int) -> tuple[float, ...]:
