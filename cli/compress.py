@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from .options import (
+    Option,
     calibrate_option,
     export_arguments,
     export_options,
@@ -21,8 +23,9 @@ from .options import (
 from .runs import calibration_inputs, metric_of, model_with_weights, open_run
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from dynrank_fx.aliases import Batch, Kwargs, Output
     from dynrank_fx.compression import MaxDrop
     from dynrank_fx.plan import RankPolicy
 
@@ -70,7 +73,7 @@ if TYPE_CHECKING:
     help="Weights that stay dense by what they are for; may be repeated.",
 )
 @export_options
-def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
+def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
     """Cut a trained model so that its outputs change least, within a budget; SOURCE is a model file or a run.
 
     model() (with --weights, or as it is) has to be trained. Where eval_data() and metric() are there, both models are
@@ -107,7 +110,7 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
     seed_all(0)
     batches = file.calibration_batches(options["calibrate"])
     by_loss = options["recover_by"] == "loss" and options["recover_steps"]
-    found = compressed(
+    result = compressed(
         net,
         file.example_inputs(),
         asked,
@@ -122,18 +125,18 @@ def compress(source: Path, budget: str, out: Path, **options: Any) -> None:
         leave=leave,
         sequential=options["sequential"],
     )
-    click.echo(str(found))
+    click.echo(str(result))
     click.echo()
     if out.suffix == ".pt":
-        click.echo(_stored(found.module, out))
+        click.echo(_stored(result.module, out))
         return
     report = export_onnx(
-        found.module,
+        result.module,
         file.example_inputs(),
         out,
         more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
         providers=[options["provider"]],
-        metadata=found.metadata,
+        metadata=result.metadata,
         **arguments,
     )
     click.echo(str(report))
@@ -152,7 +155,7 @@ def _budget(text: str) -> RankPolicy | MaxDrop:
         raise click.BadParameter(
             f"{text!r} is none: give params=0.5, flops=0.5, latency=0.7 or max_drop=0.01", param_hint="--budget"
         )
-    shares: dict[str, Any] = {what: value}
+    shares: Kwargs = {what: value}
     return MaxDrop(value) if what == "max_drop" else Budget(**shares)
 
 
@@ -167,7 +170,7 @@ def _opened(source: Path, model_file: Path | None, weights: Path | None) -> tupl
     return opened.net, opened.file
 
 
-def _loss(file: ModelFile, batches: list[Any]) -> Any:
+def _loss(file: ModelFile, batches: list[Batch]) -> Callable[[Output, int], Tensor]:
     file.require("loss", command="--recover-by loss")
     return lambda output, number: file.loss(output, batches[number])
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from .options import calibrate_option, export_arguments, export_options, weights_option
+from .options import Option, calibrate_option, export_arguments, export_options, weights_option
 
 
 @click.command()
@@ -18,7 +17,7 @@ from .options import calibrate_option, export_arguments, export_options, weights
 @click.option("--provider", metavar="NAME", help="An execution provider of onnxruntime; by default the best there is.")
 @calibrate_option
 @export_options
-def export(source: Path, out: Path, model_file: Path | None, calibrate: int, **options: Any) -> None:
+def export(source: Path, out: Path, model_file: Path | None, calibrate: int, **options: Option) -> None:
     """Truncate a run (or a folder of `transform`), export it, and compare it with PyTorch in onnxruntime.
 
     Layers that are dense at the end are cut so that their outputs on the calibration batches change least. The batch

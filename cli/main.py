@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TextIO
 
 import click
 
@@ -23,7 +23,7 @@ from .verify import verify
 class _Commands(click.Group):
     """Prints a DynrankError as a sentence; anything else is ours, and keeps its traceback."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except DynrankError as error:
@@ -56,11 +56,18 @@ def _quieten() -> None:
     """Our warnings as one line each; those that libraries raise about themselves are not for this user."""
     show = warnings.showwarning
 
-    def one_line(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+    def one_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, DynrankWarning):
             click.echo(f"Warning: {message}", err=True)
         else:
-            show(message, category, *rest, **more)
+            show(message, category, filename, lineno, file, line)
 
     warnings.showwarning = one_line
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):

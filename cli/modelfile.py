@@ -94,7 +94,7 @@ class ModelFile:
         """Whether the file has batches that tell what the layers give."""
         return self.has("calibration_data") or self.has("train_data")
 
-    def calibration_batches(self, count: int) -> list[Any]:
+    def calibration_batches(self, count: int) -> list[Batch]:
         """The first batches that tell what the layers give: of ``calibration_data``, or those of training."""
         if count == 0:
             return []
@@ -129,11 +129,11 @@ class ModelFile:
         )
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
-        found: Tensor = self._call("loss", output, batch)
-        return found
+        made: Tensor = self._call("loss", output, batch)
+        return made
 
     @property
-    def metric(self) -> Callable[[Output, Batch], object] | None:
+    def metric(self) -> Callable[[Output, Batch], float | Tensor] | None:
         """A mean over the batch, larger is better."""
         return partial(self._call, "metric") if self.has("metric") else None
 
@@ -151,7 +151,7 @@ class ModelFile:
             return epochs
         raise ModelFileError(f"{self.path.name} has epochs = {epochs!r}: make it a whole number of 1 or more")
 
-    def _call(self, name: str, *args: Any) -> Any:
+    def _call(self, name: str, *args: object) -> Any:  # Any: what ``FUNCTIONS`` says of the name
         self.require(name, command="this command")
         function = getattr(self.module, name)
         # A module is callable too, but as the model it would be called with no input.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
+
+from dynrank_fx.aliases import Kwargs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
     from dynrank_fx.plan import Override, PlanOptions, RankPolicy, Role
 
     from .modelfile import ModelFile
+
+Option: TypeAlias = Any
+"""The value of an option: click hands on what the option declares, and types it as ``Any``."""
+
+Options: TypeAlias = dict[str, Option]
+"""The options of a command by name."""
 
 # The layouts of convolutions by name, so that `--help` need not import them: as in dynrank_fx.layouts.
 CONV_LAYOUTS = ("channel", "spatial", "tucker", "cp")
@@ -105,21 +113,21 @@ PLAN_OPTIONS = (
 )
 
 
-def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def plan_options(command: Callable[..., object]) -> Callable[..., object]:
     """The options that decide what is factored."""
     for option in reversed(_PLAN_OPTIONS):
         command = option(command)
     return command
 
 
-def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def export_options(command: Callable[..., object]) -> Callable[..., object]:
     """The options that say what an ONNX file is like."""
     for option in reversed(_EXPORT_OPTIONS):
         command = option(command)
     return command
 
 
-def export_arguments(options: dict[str, Any]) -> dict[str, Any]:
+def export_arguments(options: Options) -> Kwargs:
     """What ``export_options`` were given, as arguments of ``export_onnx``."""
     from dynrank_fx.onnx import Precision
 
@@ -142,14 +150,14 @@ def refuse_export_options(out: Path) -> None:
 
 def _dynamic(texts: tuple[str, ...]) -> dict[str, dict[int, str]] | None:
     """The free dimensions by argument, from ``ARG:AXIS=NAME``."""
-    found: dict[str, dict[int, str]] = {}
+    free: dict[str, dict[int, str]] = {}
     for text in texts:
         place, equals, name = text.partition("=")
         argument, colon, axis = place.rpartition(":")
         if not (equals and colon and argument and axis.isdigit() and name.isidentifier()):
             raise click.BadParameter(f"{text!r} is not ARG:AXIS=NAME, such as x:0=batch", param_hint="--dynamic")
-        found.setdefault(argument, {})[int(axis)] = name
-    return found or None
+        free.setdefault(argument, {})[int(axis)] = name
+    return free or None
 
 
 def roles_of(leave: tuple[str, ...]) -> list[Role]:
@@ -196,12 +204,12 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
     """The overrides that ``--override`` asks for, by pattern."""
     from dynrank_fx.plan import Override
 
-    found = {}
+    overrides = {}
     for text in texts:
         pattern, equals, words = text.rpartition("=")
         if not equals or not pattern:
             raise click.BadParameter(f"{text!r} is not PATTERN=WHAT, such as 'head=dense'", param_hint="--override")
-        said: dict[str, Any] = {}
+        said: Kwargs = {}
         for word in words.split(","):
             if word == "dense":
                 said["dense"] = True
@@ -214,8 +222,8 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
                 raise click.BadParameter(
                     f"{word!r} is neither a rank (16 or 0.5) nor one of {known}", param_hint="--override"
                 )
-        found[pattern] = Override(**said)
-    return found
+        overrides[pattern] = Override(**said)
+    return overrides
 
 
 def _conv_layout(word: str) -> ConvLayout:
@@ -224,7 +232,7 @@ def _conv_layout(word: str) -> ConvLayout:
     return next(layout for layout in layouts.CONV_LAYOUTS if layout.name == word)
 
 
-def plan_options_of(options: Mapping[str, Any], policy: RankPolicy | None = None) -> PlanOptions:
+def plan_options_of(options: Options, policy: RankPolicy | None = None) -> PlanOptions:
     """What ``plan_options`` were given. policy: in place of ``--rank`` and ``--energy``."""
     from dynrank_fx.plan import PlanOptions
 
@@ -241,14 +249,14 @@ def plan_options_of(options: Mapping[str, Any], policy: RankPolicy | None = None
 
 
 def transformed(
-    file: ModelFile, options: Mapping[str, Any], *, policy: RankPolicy | None = None, allow_empty: bool = False
+    file: ModelFile, options: Options, *, policy: RankPolicy | None = None, allow_empty: bool = False
 ) -> nn.Module:
     """The model of a model file, transformed as ``plan_options`` say."""
     from dynrank_fx.phases import read_plan
     from dynrank_fx.rewrite import transform
     from dynrank_fx.tracing import Capture
 
-    plan: dict[str, Any]
+    plan: Kwargs
     if options["plan_file"] is not None:
         refuse_beside("--plan", "plan_file", "how")
         plan = {"plan": read_plan(options["plan_file"])}

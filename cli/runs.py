@@ -60,8 +60,8 @@ def final_form(source: Path, model_file: Path | None, weights: Path | None, cali
         return None if score is None else score(module)
 
     measured = opened.history[-1].truncated.get("eval_metric") if opened.history else None
-    found = deployed(opened.net, batches, metric=metric, measured=measured)
-    return FinalForm(found.module, opened.file, batches, found.metadata)
+    result = deployed(opened.net, batches, metric=metric, measured=measured)
+    return FinalForm(result.module, opened.file, batches, result.metadata)
 
 
 def _module_of(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:
@@ -83,16 +83,16 @@ def _stored_module(path: Path) -> nn.Module:
     from torch import nn
 
     try:
-        found = torch.load(path, weights_only=False)
+        module = torch.load(path, weights_only=False)
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {path}") from error
-    except Exception as error:
+    except Exception as error:  # what is unpickled may raise anything
         raise StoreError(f"{path} could not be loaded ({first_line(error)[:200]})") from error
-    if not isinstance(found, nn.Module):
+    if not isinstance(module, nn.Module):
         raise StoreError(
-            f"{path} holds a {type(found).__name__} and no module: give weights by --weights, and MODEL.PY"
+            f"{path} holds a {type(module).__name__} and no module: give weights by --weights, and MODEL.PY"
         )
-    return found
+    return module
 
 
 def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, ModelFile]:
@@ -111,9 +111,9 @@ def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, M
         model.load_state_dict(state)
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {weights}") from error
-    except Exception as error:
+    except Exception as error:  # of torch.load, of safetensors, or of the model's own load_state_dict
         lines = str(error).strip().splitlines()
-        what = " ".join(map(str.strip, lines[1:3] or lines))
+        what = f"{type(error).__name__}: {' '.join(map(str.strip, lines[1:3] or lines))}"
         if "weights_only" in str(error):
             what = "it is no file of tensors alone"
         raise StoreError(
@@ -144,9 +144,9 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     task = Task((), lambda output, batch: torch.zeros(()), file.inputs, data, file.metric)
 
     def score(module: nn.Module) -> float:
-        found = evaluate(module, task, Settings(1, compile=False))["eval_metric"]
-        assert found is not None
-        return found
+        mean = evaluate(module, task, Settings(1, compile=False))["eval_metric"]
+        assert mean is not None
+        return mean
 
     return score
 

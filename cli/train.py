@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from dynrank_fx.aliases import JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 
-from .options import plan_options, refuse_beside, transformed
+from .options import Option, Options, plan_options, refuse_beside, transformed
 from .runs import RUN_FILE, read_run_file, write_run_file
 from .stopping import stop_signals
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--tensorboard", is_flag=True, help="Also write the epochs' records for TensorBoard, into --out.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.pass_context
-def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, **options: Any) -> None:
+def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, **options: Option) -> None:
     """Train through LOW and FULL phases; a checkpoint after every epoch.
 
     Ctrl-C saves between two steps and says how to go on. A resumed run ends bitwise equal to one that was never
@@ -100,7 +100,7 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
     sys.exit(128 + stopped[0])
 
 
-def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> JsonObject:
+def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
     """The options that the run was started with. Raises StoreError where one is given again with another value."""
     started: JsonObject = read_run_file(folder)["options"]
     for name, value in _plain(given).items():
@@ -113,7 +113,7 @@ def _options_of(ctx: click.Context, folder: Path, given: dict[str, Any]) -> Json
     return started
 
 
-def _plain(options: dict[str, Any]) -> JsonObject:
+def _plain(options: Options) -> JsonObject:
     """As they come back from JSON."""
     return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
@@ -125,7 +125,7 @@ def _make_folder(folder: Path) -> None:
         raise StoreError(f"{folder} could not be made ({error.strerror}); choose another --out") from error
 
 
-def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[Run, Task, Settings]:
+def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
     from dynrank_fx.randomness import generators_of
     from dynrank_fx.training import Run, Settings, Task
@@ -154,7 +154,7 @@ def _set_up(file: ModelFile, options: dict[str, Any], net: nn.Module) -> tuple[R
     return Run(net, optimizer, schedule, lr_scheduler, generators=generators), task, settings
 
 
-def _net(file: ModelFile, options: dict[str, Any]) -> nn.Module:
+def _net(file: ModelFile, options: Options) -> nn.Module:
     if options["start"] is not None:
         from dynrank_fx.phases import load
 

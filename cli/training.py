@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,8 +14,13 @@ from dynrank_fx.phase import Phase
 from dynrank_fx.schedules import BY_NAME
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
     from dynrank_fx.schedules import NamedSchedule, Schedule
     from dynrank_fx.training import Decay, Preset
+
+    from .options import Options
 
 _OPTIONS = (
     click.option(
@@ -50,19 +55,19 @@ _OPTIONS = (
 )
 
 
-def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def training_options(command: Callable[..., object]) -> Callable[..., object]:
     """The options that decide how a net is trained."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def _named(options: dict[str, Any]) -> NamedSchedule:
+def _named(options: Options) -> NamedSchedule:
     name = options["schedule"] or ("aligned" if options["lr_milestones"] else "auto")
     return next(named for named in BY_NAME if named.name == name)
 
 
-def how_to_train(options: dict[str, Any]) -> Preset:
+def how_to_train(options: Options) -> Preset:
     """The preset that goes with the schedule, but for what is asked for otherwise."""
     from dynrank_fx import training
     from dynrank_fx.phases import Carry
@@ -83,7 +88,7 @@ def how_to_train(options: dict[str, Any]) -> Preset:
     return replace(preset, **{key: value for key, value in asked.items() if value is not None})
 
 
-def known_decay(decay: Decay, options: dict[str, Any], optimizer: Any) -> Decay:
+def known_decay(decay: Decay, options: Options, optimizer: Optimizer) -> Decay:
     """The decay itself; where nobody asked for it and how the optimizer decays weights is not known, none of ours."""
     from dynrank_fx.training import Decay, decays_in_a_known_way
 
@@ -97,7 +102,7 @@ def known_decay(decay: Decay, options: dict[str, Any], optimizer: Any) -> Decay:
     return Decay.EACH
 
 
-def schedule_of(options: dict[str, Any], epochs: int, lr_scheduler: Any) -> Schedule:
+def schedule_of(options: Options, epochs: int, lr_scheduler: LRScheduler | None) -> Schedule:
     """The schedule that the options ask for."""
     named = _named(options)
     last = {"svd": Phase.LOW, "adaptor": Phase.ADAPTOR, None: None}[options["deflate"]]
@@ -109,7 +114,7 @@ def schedule_of(options: dict[str, Any], epochs: int, lr_scheduler: Any) -> Sche
     return named(given)
 
 
-def _decays(given: str | None, lr_scheduler: Any) -> tuple[int, ...]:
+def _decays(given: str | None, lr_scheduler: LRScheduler | None) -> tuple[int, ...]:
     if given is None:
         return tuple(sorted(getattr(lr_scheduler, "milestones", ())))
     try:

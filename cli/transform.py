@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from .options import plan_options, transformed
+from .options import Option, plan_options, transformed
 
 
 @click.command()
@@ -16,7 +15,7 @@ from .options import plan_options, transformed
 @click.option("--out", "-o", type=Path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON in place of the table.")
-def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, **options: Option) -> None:
     """Plan which weights are factored, print it, and write the rewritten model as a folder.
 
     The folder holds plan.json (edit it and give it back by --plan), the weights as safetensors, and the graph as

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 
 from dynrank_fx.errors import ExportError
 
-from .options import calibrate_option, weights_option
+from .options import Option, calibrate_option, weights_option
 
 
 @click.command()
@@ -22,7 +21,9 @@ from .options import calibrate_option, weights_option
 @weights_option
 @calibrate_option
 @click.option("--provider", default="CPUExecutionProvider", show_default=True, help="Of onnxruntime.")
-def verify(one: Path, other: Path, batches: tuple[int, ...], tolerance: float, provider: str, **options: Any) -> None:
+def verify(
+    one: Path, other: Path, batches: tuple[int, ...], tolerance: float, provider: str, **options: Option
+) -> None:
     """Compare an ONNX file with another, or with a model file, a run or a .pt file, on random inputs.
 
     Says how far every output is off, and names the first layer whose value differs. Exits with 1 where they differ. A

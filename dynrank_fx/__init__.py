@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib
 from pathlib import Path
-from typing import Any
 
 _HOME = {
     alias.name: node.module
@@ -21,7 +20,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room = _HOME[name]

@@ -29,6 +29,6 @@ class Phase(enum.IntEnum):
 
 def summary(phases: Iterable[Phase]) -> str:
     """``FULL`` or ``LOW`` where all sites are in it, or how many are in which: ``1 FULL 3 LOW``."""
-    found = list(phases)
-    counts = [(phase.name, found.count(phase)) for phase in Phase if phase in found]
+    given = list(phases)
+    counts = [(phase.name, given.count(phase)) for phase in Phase if phase in given]
     return counts[0][0] if len(counts) == 1 else " ".join(f"{count} {name}" for name, count in counts)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+
+from .aliases import StateDict
 
 
 def seed_all(seed: int) -> None:
@@ -20,11 +21,11 @@ def seed_all(seed: int) -> None:
 def generators_of(*data: object) -> tuple[torch.Generator, ...]:
     """The generators that data loaders and their samplers were given, which seeding does not reach."""
     holders = [holder for loader in data for holder in (loader, getattr(loader, "sampler", None))]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return tuple(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+    held = [getattr(holder, "generator", None) for holder in holders]
+    return tuple(dict.fromkeys(generator for generator in held if isinstance(generator, torch.Generator)))
 
 
-def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+def random_state(generators: Sequence[torch.Generator] = ()) -> StateDict:
     """The state of the global generators and of these, as ``statetree`` can store it."""
     return {
         "python": random.getstate(),
@@ -35,7 +36,7 @@ def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+def set_random_state(state: StateDict, generators: Sequence[torch.Generator] = ()) -> None:
     """Go on from ``random_state(generators)``. CUDA states are taken over where there are as many devices as then."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

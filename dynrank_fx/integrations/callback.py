@@ -24,7 +24,7 @@ class PhasesHolder:
         phases: The ``Phases`` at work once training has begun, None before.
     """
 
-    def __init__(self, schedule: Schedule, **choices: Any) -> None:
+    def __init__(self, schedule: Schedule, **choices: Any) -> None:  # Any: each is of its field's type
         self.schedule = schedule
         self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from ..aliases import StateDict
 from ..errors import TransitionError
 from ..training import Phases, resume_phases_
 from .callback import PhasesHolder, net_in
@@ -22,6 +23,9 @@ try:
     from lightning.pytorch.callbacks import Callback
 except ImportError:
     from pytorch_lightning.callbacks import Callback
+
+Trainer: TypeAlias = Any
+"""Lightning's: a type checker cannot know under which of its two names it is installed."""
 
 
 class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
@@ -34,9 +38,9 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             or trains without an end.
     """
 
-    _restored: dict[str, Any] | None = None
+    _restored: StateDict | None = None
 
-    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Begin: the optimizer exists, and a checkpoint has been restored.
 
         Args:
@@ -69,7 +73,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         if self._restored is not None:
             self.phases.load_state_dict(self._restored)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Enter the phases of the epoch.
 
         Args:
@@ -84,7 +88,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         record = self.phases.begin(trainer.current_epoch)
         pl_module.log("dynrank/spent", record.spent)  # type: ignore[operator]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """What Lightning's checkpoint keeps of the phases.
 
         Returns:
@@ -92,7 +96,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         """
         return self.phases.state_dict() if self.phases is not None else {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Take up what a checkpoint kept; it is put into effect when training starts.
 
         Args:

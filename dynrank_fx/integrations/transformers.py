@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import TransitionError
@@ -37,7 +37,13 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
 
     resume_from: str | Path | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # Any: the Trainer's own parts, each of a type of its own
+    ) -> None:
         """Begin: the optimizer and the scheduler exist, and a checkpoint has been restored.
 
         Args:
@@ -65,8 +71,8 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         if state.global_step:
             self._restore(args, state)
 
-    def _restore(self, args: Any, state: Any) -> None:
-        folder = self.resume_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = self.resume_from or _checkpoint(args, state)
         file = Path(folder) / FILE
         if not file.exists():
             raise TransitionError(
@@ -75,7 +81,9 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         assert self.phases is not None
         self.phases.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Enter the phases of the epoch.
 
         Args:
@@ -93,7 +101,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             return  # in the midst of an epoch that a checkpoint has begun
         self.phases.begin(epoch)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the state of the phases beside the Trainer's checkpoint.
 
         Args:
@@ -102,9 +110,15 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             control: The TrainerControl.
             **kwargs: What the Trainer tells besides.
         """
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _checkpoint(args, state)
         if self.phases is not None and folder.is_dir():
             torch.save(self.phases.state_dict(), folder / FILE)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the Trainer's checkpoint at this step."""
+    assert args.output_dir is not None, "the Trainer sets it"
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def resume_from_(net: nn.Module, folder: str | Path) -> None:

@@ -32,6 +32,7 @@ def full_precision() -> Iterator[None]:
 
     The process-wide flags are put back as they were.
     """
+    # Any: torch does not say what these are
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:

@@ -44,7 +44,9 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
         raise ExportError(f"batch sizes {list(batch_sizes)} leave nothing to compare: give one or more, each 1 or more")
 
 
-def onnx_inputs(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = ()) -> Feeds:
+def onnx_inputs(
+    session: Session, args: Sequence[object], kwargs: Mapping[str, object], names: Sequence[str] = ()
+) -> Feeds:
     """The arrays to feed: keyword arguments by name, the others in their order.
 
     names: what the arguments are called, input by input, where the file's inputs have other names.
@@ -80,7 +82,7 @@ def onnx_inputs(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any]
     return feeds
 
 
-def _fits(tensor: Tensor, spec: Any) -> bool:
+def _fits(tensor: Tensor, spec: Any) -> bool:  # Any: onnxruntime's NodeArg, which has no types
     dtype = str(tensor.dtype).removeprefix("torch.")
     same_type = spec.type == f"tensor({ {'float32': 'float', 'float64': 'double'}.get(dtype, dtype) })"
     fixed = {i: size for i, size in enumerate(spec.shape) if isinstance(size, int)}
@@ -109,7 +111,7 @@ def compare(
                 same_buffers(module),  # the file starts from the same state each time
             ):
                 expected = [tensor.detach().cpu() for tensor in tensors(module(*args, **kwargs))]
-        except Exception as error:
+        except Exception as error:  # of onnxruntime, or of the model's own forward
             why = reason(error)
             raise ExportError(
                 f"{side} fails on a batch of {batch} ({why}): give batch sizes and types it takes"

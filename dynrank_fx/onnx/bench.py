@@ -64,7 +64,7 @@ def bench_onnx(
     files = [Path(path), *([Path(against)] if against is not None else [])]
     opened = [session(file, providers) for file in files]
     rows = table_rows(loaded(files[0]))
-    found = []
+    timings = []
     for batch in _batches(opened[0], batch_sizes):
         feeds = [random_inputs(each, batch, rows=rows) for each in opened]
         calls = [bound(each, given) for each, given in zip(opened, feeds, strict=True)]
@@ -79,8 +79,8 @@ def bench_onnx(
             over = ratio if i == 0 else None
             provider = each.get_providers()[0]
             memory = memory_of(file, (provider, each.get_provider_options()[provider]), feeds[i])
-            found.append(Timing(str(file), provider, batch, median, p90, p99, batch / median, *memory, over))
-    return found
+            timings.append(Timing(str(file), provider, batch, median, p90, p99, batch / median, *memory, over))
+    return timings
 
 
 def table(timings: Sequence[Timing]) -> str:
@@ -108,12 +108,12 @@ def _batches(opened: Session, wanted: Sequence[int]) -> list[int]:
 
 
 def _times(call: Callable[[], None], repeats: int) -> list[float]:
-    found = []
+    seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         call()
-        found.append(time.perf_counter() - started)
-    return found
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def onnx_machine() -> str:

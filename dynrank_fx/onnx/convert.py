@@ -56,9 +56,9 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
     kind = type(module).__name__
     with quiet(), torch.no_grad(), slow_attention():
         try:
-            shapes: Any = dynamic_shapes  # its annotation forgets the ShapesCollection
+            shapes: Any = dynamic_shapes  # Any: its annotation forgets the ShapesCollection
             program = torch.export.export(module, *inputs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
+        except Exception as error:  # torch.export runs forward, and fails in ways of its own
             fixed = re.search(r"Constraints violated \((.+?)\)", str(error))
             if fixed is not None:
                 raise ExportError(
@@ -70,7 +70,7 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
         names = _names(program)
         try:
             model = _onnx_model(program, names, opset)
-        except Exception as error:
+        except Exception as error:  # of torch.onnx, of onnxscript, or of onnx_ir
             why = reason(error)
             raise ExportError(f"torch.onnx cannot convert {kind} ({why}): use operations that ONNX has") from error
     # A dimension that torch.export found to be fixed comes as one *named* "2", which others would take for free.

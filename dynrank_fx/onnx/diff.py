@@ -89,10 +89,10 @@ def compare_onnx(
     at_sites: dict[str, list[_Pair]] = {}
     for batch in batch_sizes:
         feeds = random_inputs(plain[0], batch, seed=batch, rows=rows)
+        renamed = {inputs[name]: value for name, value in feeds.items()}
         try:
-            renamed = {inputs[name]: value for name, value in feeds.items()}
             got = [_by_name(each, given) for each, given in zip(inside, (feeds, renamed), strict=True)]
-        except Exception as error:
+        except Exception as error:  # onnxruntime has kinds of its own
             raise ExportError(
                 f"a batch of {batch} cannot be run ({reason(error)}): give batch sizes it takes"
             ) from error
@@ -137,7 +137,7 @@ def _site_values(model: ModelProto) -> dict[str, str]:
         return str(after[0].output[0]) if added else value
 
     seen: dict[str, int] = {}
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type not in _HEAVY:
             continue
@@ -149,9 +149,9 @@ def _site_values(model: ModelProto) -> dict[str, str]:
             if name in weights:
                 seen[name] = seen.get(name, 0) + 1
                 use = _BEHIND_SITE.sub("", name, count=1) + (f" (use {seen[name]})" if seen[name] > 1 else "")
-                found.pop(use, None)  # the last of its factors stays, where it stands
-                found[use] = biased(node.output[0])
-    return found
+                values.pop(use, None)  # the last of its factors stays, where it stands
+                values[use] = biased(node.output[0])
+    return values
 
 
 def _with_outputs(model: ModelProto, folder: Path, values: Sequence[str], provider: Provider) -> Session:
@@ -176,8 +176,8 @@ def _with_outputs(model: ModelProto, folder: Path, values: Sequence[str], provid
         ) from error
 
 
-def _gaps(found: dict[str, list[_Pair]]) -> tuple[Gap, ...]:
-    return tuple(_gap(name, pairs) for name, pairs in found.items())
+def _gaps(compared: dict[str, list[_Pair]]) -> tuple[Gap, ...]:
+    return tuple(_gap(name, pairs) for name, pairs in compared.items())
 
 
 def _gap(name: str, pairs: Sequence[_Pair]) -> Gap:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..aliases import Kwargs
 from ..errors import ExportError
 from ..tracing import Inputs
 
@@ -19,13 +20,13 @@ Dynamic: TypeAlias = Mapping[str, Mapping[int, str]]
 """By argument of the model, the name of each free dimension; the same name means the same size."""
 
 
-def arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+def arguments(module: nn.Module, inputs: Inputs) -> Kwargs:
     """The inputs by the names of forward's parameters, in order."""
     args, kwargs = inputs
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
-def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[str, Any]:
+def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[str, object]:
     """``dynamic_shapes`` for torch.export. Raises ExportError for an argument or a dimension that is not there."""
     given = arguments(module, inputs)
     for name, axes in dynamic.items():

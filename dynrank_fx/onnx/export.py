@@ -207,10 +207,10 @@ def _written(
     feeds, rows = tuple(str(value.name) for value in model.graph.input), table_rows(model)
     _name(model, "input", input_names)
     _name(model, "output", output_names)
-    found = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset not in (None, found):
+    made = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset not in (None, made):
         raise ExportError(
-            f"torch's exporter makes no opset {opset} of this model, but {found}: ask for that or a newer one that "
+            f"torch's exporter makes no opset {opset} of this model, but {made}: ask for that or a newer one that "
             "your onnxruntime knows, or leave opset out"
         )
     model.producer_name, model.producer_version = "dynrank-fx", __version__
@@ -219,7 +219,7 @@ def _written(
         model.metadata_props.add(key=key, value=value)
     params = parameter_count(model)
     write_file(model, path, _bytes(plain) > _MAX_BYTES or bool(external_data))
-    return _Written(found, params, free, feeds, rows)
+    return _Written(made, params, free, feeds, rows)
 
 
 def _compare_on_cpu(

@@ -96,7 +96,7 @@ def check_file(path: Path, precision: Precision) -> None:
 
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
-    except Exception as error:
+    except Exception as error:  # of the checker, of shape inference, or of protobuf
         of_type = any(sign in str(error) for sign in ("unsupported type", "inconsistent type"))
         if of_type and precision is not Precision.FLOAT32:
             raise ExportError(

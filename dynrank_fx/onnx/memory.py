@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _RUNS = 3
 
 
 def memory_of(
-    path: str | os.PathLike[str], provider: tuple[str, dict[str, Any]], feeds: Mapping[str, np.ndarray]
+    path: str | os.PathLike[str], provider: tuple[str, Mapping[str, object]], feeds: Mapping[str, np.ndarray]
 ) -> tuple[int | None, int | None]:
     """(host, GPU) bytes: how far the peak of a process rises above what it held before the session, and what a GPU then
     holds more. None where that cannot be told. provider: a name and options, as onnxruntime takes it.
@@ -46,13 +46,13 @@ def memory_of(
     return host, device
 
 
-def _measured(path: str, provider: Any, names: list[str], folder: str) -> tuple[int, int | None]:
+def _measured(path: str, provider: Sequence[object], names: list[str], folder: str) -> tuple[int, int | None]:
     import onnxruntime
 
     if provider[0] != "CPUExecutionProvider" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # what torch's import does elsewhere
 
-    def opened(file: str) -> Any:
+    def opened(file: str) -> Any:  # Any: an onnxruntime.InferenceSession, which has no types
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(file, options, providers=[tuple(provider)])
@@ -77,13 +77,13 @@ def _resident(what: str) -> int:
     """Bytes of this process, now (VmRSS) or at most (VmHWM); getrusage would count the parent's too."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(rf"{what}:\s+(\d+) kB", status.read_text())
-        assert found is not None
-        return int(found[1]) * 1024
+        match = re.search(rf"{what}:\s+(\d+) kB", status.read_text())
+        assert match is not None
+        return int(match[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes where there is no /proc
 
 
-def _on_gpu(session: Any) -> int | None:
+def _on_gpu(session: Any) -> int | None:  # Any: an onnxruntime.InferenceSession
     """Bytes in use on the first GPU, by anyone."""
     if session.get_providers()[0] == "CPUExecutionProvider":
         return None

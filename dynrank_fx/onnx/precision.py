@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Casting(nn.Module):
         super().__init__()
         self.module = module.to(dtype)
 
-        def forward(*args: Any, **kwargs: Any) -> Output:
+        def forward(*args: object, **kwargs: object) -> Output:
             args, kwargs = pytree.tree_map_only(
                 Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
             )

@@ -24,7 +24,7 @@ def loaded(path: str | os.PathLike[str]) -> ModelProto:
 
     try:
         return onnx.load(path, load_external_data=False)
-    except Exception as error:
+    except Exception as error:  # of protobuf, or of the disk
         raise ExportError(f"{path} is no ONNX file, or is damaged ({reason(error)}): export it again") from error
 
 
@@ -32,7 +32,7 @@ def table_rows(model: ModelProto) -> dict[str, int]:
     """By input of integers, the rows of the least table that the graph looks them up in."""
     weights = {each.name: each.dims[0] for each in model.graph.initializer if len(each.dims) > 1}
     made = {name: node for node in model.graph.node for name in node.output}
-    found: dict[str, int] = {}
+    rows: dict[str, int] = {}
     for node in model.graph.node:
         if node.op_type != "Gather" or any(a.name == "axis" and a.i != 0 for a in node.attribute):
             continue
@@ -42,8 +42,8 @@ def table_rows(model: ModelProto) -> dict[str, int]:
         while name in made and made[name].op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze"):
             name = made[name].input[0]
         if table in weights and name not in made:
-            found[name] = min(weights[table], found.get(name, weights[table]))
-    return found
+            rows[name] = min(weights[table], rows.get(name, weights[table]))
+    return rows
 
 
 def random_inputs(opened: Session, batch: int, seed: int = 0, rows: Mapping[str, int] | None = None) -> Feeds:

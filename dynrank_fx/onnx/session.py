@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 
 from ..errors import ExportError, reason
 
-Provider: TypeAlias = str | tuple[str, dict[str, Any]]
+Provider: TypeAlias = str | tuple[str, Mapping[str, object]]
 """The name of a provider, alone or with its options, whose values are its own affair."""
 
 Session: TypeAlias = Any
@@ -29,15 +31,14 @@ _TOO_NEW = ("Unsupported model IR version", "guarantees* support for models stam
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : |Load model from \S+ failed:|\S+\.(cc|h):\d+ .*\) ")
 
 
-def runtime() -> Any:
+def runtime() -> ModuleType:
     """The module ``onnxruntime``, which is imported when it is needed. Raises ExportError where there is none."""
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise ExportError(
             "onnxruntime, which checks the file, is not installed: pip install 'dynrank-fx[gpu]' or 'dynrank-fx[cpu]'"
         ) from error
-    return onnxruntime
 
 
 def threads() -> int:
@@ -85,7 +86,7 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
     try:
         opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
-    except Exception as error:
+    except Exception as error:  # onnxruntime has kinds of its own, without a common base
         if cuda and not providers and not _of_the_file(str(error)):
             return _opened(source, name, ("CPUExecutionProvider",))
         raise ExportError(_refusal(error, name, names[0], available)) from error
@@ -97,7 +98,7 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     return opened
 
 
-def check_options(opened: Session, provider: str, options: Mapping[str, Any]) -> None:
+def check_options(opened: Session, provider: str, options: Mapping[str, object]) -> None:
     """Some providers take an option that they do not have without a word; the CPU's does not say which it has."""
     known = opened.get_provider_options()[provider]
     unknown = [name for name in options if known and name not in known]

@@ -7,7 +7,7 @@ from .from_views import gather_index, parts_of, reads_metadata
 from .kinds import op_from_json, op_to_json
 from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, ProductOp
 from .op import Op
-from .view import WHOLE, Shape, View
+from .view import WHOLE, Operand, Shape, View
 
 __all__ = [
     "OP_MODULES",
@@ -21,6 +21,7 @@ __all__ = [
     "LinearOp",
     "MatmulOp",
     "Op",
+    "Operand",
     "ProductOp",
     "Shape",
     "View",

@@ -6,15 +6,15 @@ import abc
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 
 from .op import Op
-from .view import Shape
+from .view import Operand, Shape
 
-_CONV: dict[int, Callable[..., Any]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Callable[..., Any]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_CONV: dict[int, Callable[..., Operand]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Operand]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class ConvolutionOp(Op):
@@ -54,7 +54,7 @@ class ConvOp(ConvolutionOp):
 
     spreads: ClassVar[bool] = False
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+    def __call__(self, x: Operand, weight: Operand, bias: Operand = None, at: Operand = None) -> Operand:
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)
         convolve = _CONV[len(self.stride)]
@@ -121,7 +121,7 @@ class ConvTransposeOp(ConvolutionOp):
 
     spreads: ClassVar[bool] = True
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+    def __call__(self, x: Operand, weight: Operand, bias: Operand = None, at: Operand = None) -> Operand:
         convolve = _TRANSPOSED[len(self.stride)]
         return convolve(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import fx
 
 from .conv import ConvOp, ConvTransposeOp
 from .from_modules import padding, per_axis
+from .from_views import Given
 from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp
 from .op import Op
 from .view import WHOLE, Shape, View
@@ -30,12 +32,12 @@ _ADDMM = {
     *("addmm", "baddbmm"),
 }
 _EINSUM = {torch.einsum, _aten.einsum.default}
-_CONV: dict[Any, int] = {
+_CONV: dict[object, int] = {
     **dict.fromkeys((F.conv1d, _aten.conv1d.default, _aten.conv1d.padding), 1),
     **dict.fromkeys((F.conv2d, _aten.conv2d.default, _aten.conv2d.padding), 2),
     **dict.fromkeys((F.conv3d, _aten.conv3d.default, _aten.conv3d.padding), 3),
 }
-_TRANSPOSED: dict[Any, int] = {
+_TRANSPOSED: dict[object, int] = {
     **dict.fromkeys((F.conv_transpose1d, _aten.conv_transpose1d.default), 1),
     **dict.fromkeys((F.conv_transpose2d, _aten.conv_transpose2d.input), 2),
     **dict.fromkeys((F.conv_transpose3d, _aten.conv_transpose3d.input), 3),
@@ -47,8 +49,8 @@ class Call:
     """An op applied in a graph: its operands as they stand there (nodes, or None for no bias)."""
 
     op: Op
-    x: Any
-    bias: Any = None
+    x: Given
+    bias: Given = None
 
 
 def call_of(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | None:
@@ -67,12 +69,12 @@ def call_of(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | 
 
 def _flat(node: fx.Node) -> list[fx.Node]:
     """The node's inputs, each as often as it stands there."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-    return found
+    inputs: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: inputs.append(n) or n)  # type: ignore[func-returns-value]
+    return inputs
 
 
-def _named(node: fx.Node, *names: str) -> dict[str, Any]:
+def _named(node: fx.Node, *names: str) -> dict[str, Given]:
     """The operands by name, given by position or by name."""
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
@@ -92,14 +94,14 @@ def _matmul(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | 
 
 def _addmm(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | None:
     bias, a, b = _operands(node, "input", "mat1", "batch1", "mat2", "batch2")
-    scales: dict[str, Any] = {name: node.kwargs.get(name, 1) for name in ("beta", "alpha")}
+    scales: dict[str, Given] = {name: node.kwargs.get(name, 1) for name in ("beta", "alpha")}
     if bias is weight or _has_node([*scales.values()]):
         return None
     op = MatmulOp(view, weight_first=a is weight, batched=len(shape) > 2, **scales)
     return Call(op, b if a is weight else a, bias)
 
 
-def _operands(node: fx.Node, *names: str) -> list[Any]:
+def _operands(node: fx.Node, *names: str) -> list[Given]:
     """The tensors in their order, given by position or by one of these names."""
     return [*node.args, *(node.kwargs[name] for name in names if name in node.kwargs)]
 
@@ -165,11 +167,12 @@ def _conv_transpose(node: fx.Node, weight: fx.Node, view: View, shape: Shape) ->
     return Call(ConvTransposeOp(**axes, groups=int(groups)), given["input"], given.get("bias"))
 
 
-def _has_node(value: Any) -> bool:
+def _has_node(value: object) -> bool:
     return isinstance(value, fx.Node) or (isinstance(value, list | tuple) and any(_has_node(v) for v in value))
 
 
-_READERS: tuple[tuple[Any, Any], ...] = (
+_Reader: TypeAlias = Callable[[fx.Node, fx.Node, View, Shape], Call | None]
+_READERS: tuple[tuple[Container[object], _Reader], ...] = (
     (_LINEAR, _linear),
     (_MATMUL, _matmul),
     (_ADDMM, _addmm),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 from torch import nn
 
 from .conv import ConvOp, ConvTransposeOp
 from .matrix import EmbeddingOp, LinearOp
 from .op import Op
+
+Numbers: TypeAlias = int | list[int] | tuple[int, ...]
 
 _PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -55,19 +57,25 @@ def _embedding(module: nn.Embedding) -> Op | None:
 
 
 def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Op:
-    settings: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
-    if module.padding_mode != "zeros":
-        pad = tuple(module._reversed_padding_repeated_twice)
-        return ConvOp(padding=tuple(0 for _ in module.stride), pad=pad, pad_mode=module.padding_mode, **settings)
-    return ConvOp(padding=padding(module.padding, len(module.stride)), **settings)
+    dims, zeros = len(module.stride), module.padding_mode == "zeros"
+    return ConvOp(
+        stride=module.stride,
+        padding=padding(module.padding, dims) if zeros else (0,) * dims,
+        dilation=module.dilation,
+        groups=module.groups,
+        pad=() if zeros else tuple(module._reversed_padding_repeated_twice),
+        pad_mode=module.padding_mode,
+    )
 
 
-def padding(value: Any, dims: int) -> tuple[int, ...] | str:
+def padding(value: str | Numbers, dims: int) -> tuple[int, ...] | str:
     """The padding of a convolution as ConvOp has it, from any form torch takes."""
-    return (0,) * dims if value == "valid" else value if value == "same" else per_axis(value, dims)
+    if isinstance(value, str):
+        return (0,) * dims if value == "valid" else value
+    return per_axis(value, dims)
 
 
-def per_axis(value: Any, dims: int) -> tuple[int, ...]:
+def per_axis(value: Numbers, dims: int) -> tuple[int, ...]:
     """One number an axis, from one number or several."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     return values * dims if len(values) == 1 else values

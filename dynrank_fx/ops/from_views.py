@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
 from .view import Shape, View
+
+Given: TypeAlias = Any
+"""What a call in a graph is given. torch has one union for all that can stand there, ``fx.node.Argument``; which of it
+does is said by the function that is called.
+"""
 
 _aten = torch.ops.aten
 
@@ -94,12 +99,12 @@ def _swaps(user: fx.Node, ndim: int) -> bool:
     return False
 
 
-def _given(user: fx.Node) -> list[Any]:
+def _given(user: fx.Node) -> list[Given]:
     """What the call is given beside the weight."""
     return [*user.args[1:], *user.kwargs.values()]
 
 
-def _whole(*values: Any) -> bool:
+def _whole(*values: object) -> bool:
     return all(isinstance(value, int) for value in values)
 
 
@@ -112,7 +117,7 @@ def _split(user: fx.Node, view: View, shape: Shape) -> list[tuple[fx.Node, View]
     if user.target in _CHUNKS:
         size = -(-total // size)
     sizes = [min(size, total - start) for start in range(0, total, size)] if isinstance(size, int) else list(size)
-    found = []
+    parts = []
     for part in user.users:
         (index,) = _given(part) if part.target is operator.getitem else (None,)
         if not _whole(index):
@@ -123,15 +128,15 @@ def _split(user: fx.Node, view: View, shape: Shape) -> list[tuple[fx.Node, View]
         ranges = _ranges(view, shape, {axis: (start, start + sizes[index])})
         if ranges is None:
             return None
-        found.append((part, ranges))
-    return found
+        parts.append((part, ranges))
+    return parts
 
 
 def _getitem(user: fx.Node, view: View, shape: Shape) -> View | None:
     """The view of ``w[key]``, with whole numbers and slices in the key."""
     if user.target is operator.getitem:
         (key,) = _given(user)
-        keys: Any = key if isinstance(key, tuple) else (key,)
+        keys: Given = key if isinstance(key, tuple) else (key,)
     else:
         axis, *rest = _given(user)
         if not _whole(axis):

@@ -20,12 +20,12 @@ KINDS: dict[str, type[Op]] = {
 }
 
 
-def op_to_json(op: Op) -> dict[str, Any]:
+def op_to_json(op: Op) -> dict[str, object]:
     """A plain dictionary with the kind of the op and its settings."""
     return {"kind": op.kind, **asdict(op)}
 
 
-def op_from_json(data: dict[str, Any]) -> Op:
+def op_from_json(data: dict[str, Any]) -> Op:  # Any: as it was read from JSON
     """The op that ``op_to_json`` described. Raises KeyError or TypeError on anything else."""
     fields = {key: _tuples(value) for key, value in data.items() if key != "kind"}
     if "view" in fields:
@@ -33,5 +33,5 @@ def op_from_json(data: dict[str, Any]) -> Op:
     return KINDS[data["kind"]](**fields)
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Any) -> Any:  # Any: as it was read from JSON
     return tuple(value) if isinstance(value, list) else value

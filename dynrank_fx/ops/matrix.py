@@ -5,13 +5,12 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .op import Op
-from .view import WHOLE, Shape, View
+from .view import WHOLE, Operand, Shape, View
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class LinearOp(ProductOp):
     kind = "linear"
     contracts_rows = False
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+    def __call__(self, x: Operand, weight: Operand, bias: Operand = None, at: Operand = None) -> Operand:
         return F.linear(x, self.view(weight, at), bias)
 
     @property
@@ -77,7 +76,7 @@ class MatmulOp(ProductOp):
 
     kind = "matmul"
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+    def __call__(self, x: Operand, weight: Operand, bias: Operand = None, at: Operand = None) -> Operand:
         W = self.view(weight, at)
         a, b = (W, x) if self.weight_first else (x, W)
         if bias is None:
@@ -120,7 +119,7 @@ class EmbeddingOp(ProductOp):
     kind = "embedding"
     contracts_rows = True
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+    def __call__(self, x: Operand, weight: Operand, bias: Operand = None, at: Operand = None) -> Operand:
         settings = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}
         return F.embedding(x, self.view(weight, at), self.padding_idx, **settings)
 
@@ -155,7 +154,7 @@ class EinsumOp(Op):
 
     kind = "einsum"
 
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+    def __call__(self, x: Operand, weight: Operand, bias: Operand = None, at: Operand = None) -> Operand:
         first, second = (self.weight, self.x) if self.weight_first else (self.x, self.weight)
         operands = (weight, x) if self.weight_first else (x, weight)
         return torch.einsum(f"{first},{second}->{self.out}", *operands)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any
 
-from .view import Shape
+from .view import Operand, Shape
 
 
 @dataclass(frozen=True)
 class Op(abc.ABC):
     """A frozen value that takes (input, weight, bias, and which matrices of a stack to gather) and holds everything
     else (stride, padding, which part of the weight, ...), so that the same value runs the dense weight, each factor,
-    and an ``fx.Proxy`` when a graph is inlined: hence ``Any`` for what it is given and gives.
+    and an ``fx.Proxy`` when a graph is inlined.
 
     kind: the name of the op in plans, see ``kinds``.
     """
@@ -24,7 +23,7 @@ class Op(abc.ABC):
         """What plans call it."""
 
     @abc.abstractmethod
-    def __call__(self, x: Any, weight: Any, bias: Any = None, at: Any = None) -> Any:
+    def __call__(self, x: Operand, weight: Operand, bias: Operand = None, at: Operand = None) -> Operand:
         """Apply the weight to ``x``."""
 
     @abc.abstractmethod

@@ -9,6 +9,10 @@ import torch
 
 Shape: TypeAlias = tuple[int, ...]
 
+Operand: TypeAlias = Any
+"""A tensor, or an ``fx.Proxy`` that stands for one while a graph is inlined: torch types its functions for tensors
+alone. None where there is none."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -26,7 +30,7 @@ class View:
     gathered: bool = False
     dtype: str | None = None
 
-    def __call__(self, weight: Any, at: Any = None) -> Any:
+    def __call__(self, weight: Operand, at: Operand = None) -> Operand:
         if self.index is not None:
             weight = weight[self.index]
         if self.gathered:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import enum
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from ..aliases import Group
 from ..errors import DynrankWarning
 from ..layouts import Factors, Layout, at_least_float32
 from .groups import State, group_of
@@ -110,9 +111,9 @@ def stacked_state(states: Sequence[State]) -> State:
     if len(states) == 1 or not all(states):
         return states[0] if all(states) else {}
 
-    def stacked(values: list[Any]) -> Any:
-        tensors = all(isinstance(value, Tensor) and value.ndim for value in values)
-        return torch.cat(values) if tensors else values[0]
+    def stacked(values: Sequence[object]) -> object:
+        tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
+        return torch.cat(tensors) if len(tensors) == len(values) else values[0]
 
     return {key: stacked([state[key] for state in states]) for key in states[0]}
 
@@ -134,7 +135,7 @@ _Map: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 @torch.no_grad()
 def _moved(
-    group: dict[str, Any],
+    group: Group,
     states: list[State],
     *,
     first: _Map,
@@ -172,5 +173,5 @@ def _moved(
     return new
 
 
-def _clone(step: Any) -> Any:
+def _clone(step: object) -> object:
     return step.clone() if isinstance(step, Tensor) else step

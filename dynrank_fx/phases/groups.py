@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from ..aliases import Group
+
 State: TypeAlias = dict[str, Any]
 """What an optimizer keeps of a parameter: tensors and numbers, under names of its own."""
 
 
-def group_of(optimizer: Optimizer, parameter: Parameter) -> dict[str, Any] | None:
+def group_of(optimizer: Optimizer, parameter: Parameter) -> Group | None:
     """The parameter group that trains this parameter, or None."""
     place = place_of(optimizer, parameter)
     return None if place is None else optimizer.param_groups[place[0]]

@@ -21,8 +21,8 @@ from .groups import State, place_of, put_back, swap_parameters
 
 def parameters_of(module: Switched) -> tuple[Parameter, ...]:
     """The parameters that a site trains in its present phase, in the order of their names."""
-    found = (module._parameters[name] for name in module.parameter_names)
-    return tuple(p for p in found if p is not None)
+    parameters = (module._parameters[name] for name in module.parameter_names)
+    return tuple(p for p in parameters if p is not None)
 
 
 def refuse_parameter(name: str, parameter: Parameter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Never, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class RankUnit:
         return all(cost.at(rank) < cost.dense for cost in costs if cost.dense)
 
 
-_NONE: Mapping[str, Any] = {}
+_NONE: Mapping[str, Never] = {}
 
 Spectrum: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Of a site and its weight (stacked where several share a factor), what stands for singular values; None: those."""
@@ -109,7 +109,7 @@ def rank_units(
     plan = plan_of(net)
     totals = {Metric.PARAMS: plan.total_params, Metric.FLOPS: plan.total_flops}
     rows = {row.site.name: row for row in plan.sites}
-    found = []
+    units = []
     for group in site_groups(net, rows):
         planned = tuple(rows[name] for name in group.names)
         sites = [row.site for row in planned]
@@ -118,8 +118,8 @@ def rank_units(
         now = partial(_spectrum, group, spectrum)
         curve = curve_of(sites, group.layout, now, costs, multiple_of=multiple_of, steps=ladder)
         curve = replace(curve, weight=weights.get(group.name, 1.0), rank=known.get(group.name, 0))
-        found.append(RankUnit(planned, curve if latency is None else _timed(curve, latency(planned), margin)))
-    return found
+        units.append(RankUnit(planned, curve if latency is None else _timed(curve, latency(planned), margin)))
+    return units
 
 
 def _with_extra(cost: Cost, extra: float) -> Cost:

@@ -26,29 +26,31 @@ def find_sites(
     located: what ``locate`` found, if that is known already.
     """
     sites, skipped = [], []
-    for found in (locate(net) if located is None else located).values():
-        (name, *others), shape = found.names, tuple(found.parameter.shape)
-        reason = why_not(found)
+    for matrix in (locate(net) if located is None else located).values():
+        (name, *others), shape = matrix.names, tuple(matrix.parameter.shape)
+        reason = why_not(matrix)
         if reason:
             skipped.append(Skipped(name, shape, reason, tuple(others)))
         else:
-            sites.append(Site(name, shape, _uses(net, found, shapes or {}), tuple(others), _reads(found, shapes or {})))
+            sites.append(
+                Site(name, shape, _uses(net, matrix, shapes or {}), tuple(others), _reads(matrix, shapes or {}))
+            )
     return tuple(sites), tuple(skipped)
 
 
-def _uses(net: nn.Module, found: Located, shapes: Shapes) -> tuple[Use, ...]:
-    in_eval = [use for use in found.uses if use.region is None or use.graph is use.region.net.graphs[False]]
+def _uses(net: nn.Module, matrix: Located, shapes: Shapes) -> tuple[Use, ...]:
+    in_eval = [use for use in matrix.uses if use.region is None or use.graph is use.region.net.graphs[False]]
     uses = []
-    for use in in_eval or found.uses:
+    for use in in_eval or matrix.uses:
         at = use.x if use.node is not None else net.get_submodule(use.holder.rpartition(".")[0])
         times = _UNKNOWN if at is None else shapes.get(at, _UNKNOWN)
         uses += [Use(use.op, shape) for shape in times]
     return tuple(uses)
 
 
-def _reads(found: Located, shapes: Shapes) -> int:
+def _reads(matrix: Located, shapes: Shapes) -> int:
     """How often the dense weight is read by itself in one evaluation."""
-    weights = {reader.weight for reader in found.readers if reader.graph is reader.region.net.graphs[False]}
+    weights = {reader.weight for reader in matrix.readers if reader.graph is reader.region.net.graphs[False]}
     return sum(len(shapes.get(weight, _UNKNOWN)) for weight in weights)
 
 
@@ -64,28 +66,28 @@ _NO_LAYOUT: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...], str], ...]
 )
 
 
-def why_not(found: Located) -> str | None:
+def why_not(matrix: Located) -> str | None:
     """The reason, as a sentence, that this matrix cannot be a site; None if it can."""
-    holder, inside, _ = f".{found.names[0]}".partition(".parametrizations.")
+    holder, inside, _ = f".{matrix.names[0]}".partition(".parametrizations.")
     if inside:
         return f"the weight of {holder[1:] or 'the model'} is computed from it by a parametrization"
-    readers = [reader.words for reader in found.readers]
+    readers = [reader.words for reader in matrix.readers]
     for modules, functions, reason in _NO_LAYOUT:
-        closed = any(isinstance(module, modules) for _, module in found.closed)
+        closed = any(isinstance(module, modules) for _, module in matrix.closed)
         if closed or any(words.startswith(functions) for words in readers):
-            return f"shared with an {reason}" if found.uses else reason
-    for path, module in found.closed:
+            return f"shared with an {reason}" if matrix.uses else reason
+    for path, module in matrix.closed:
         return f"inside the {type(module).__name__} {path or 'itself'}: {_why_closed(module)}"
-    if found.read_outside:
+    if matrix.read_outside:
         return "read by code that could not be traced, which its factors alone could not serve once truncated"
-    if not found.uses:
+    if not matrix.uses:
         return _why_unused(readers)
-    for reader in found.readers:
+    for reader in matrix.readers:
         if reader.writes:
             return f"{reader.words} needs the parameter itself, which does not exist while its factors train"
-    if not found.parameter.is_floating_point():
-        return f"its dtype is {found.parameter.dtype}, which has no truncated form"
-    return _why_mixed(found)
+    if not matrix.parameter.is_floating_point():
+        return f"its dtype is {matrix.parameter.dtype}, which has no truncated form"
+    return _why_mixed(matrix)
 
 
 def _why_unused(readers: list[str]) -> str:
@@ -101,10 +103,10 @@ def _why_unused(readers: list[str]) -> str:
     return "no operation of the graph uses it"
 
 
-def _why_mixed(found: Located) -> str | None:
+def _why_mixed(matrix: Located) -> str | None:
     """Uses that no layout serves together, or a weight that is as small as it can be."""
-    ops = [use.op for use in found.uses]
-    op, shape = ops[0], tuple(found.parameter.shape)
+    ops = [use.op for use in matrix.uses]
+    op, shape = ops[0], tuple(matrix.parameter.shape)
     if not all(layout_for(op).serves(other) for other in ops):
         convolutions = all(isinstance(other, ConvolutionOp) for other in ops)
         if convolutions:

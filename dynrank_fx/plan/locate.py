@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from ..errors import PlanError
 from ..ops import WHOLE, Call, LinearOp, Op, View, call_of, gather_index, module_op, parts_of, reads_metadata
@@ -47,7 +47,7 @@ class NodeUse:
         return x
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Argument:
         """The bias that is given in the call: a node, or None for none."""
         call = self._call()
         return None if call is None else call.bias
@@ -104,21 +104,21 @@ def locate(root: nn.Module) -> dict[str, Located]:
                 if node.op == "call_module":
                     _visit_module(region, graph, node, by_id)
                 elif node.op == "get_attr":
-                    found = by_id.get(id(attribute(region.net, str(node.target))))
-                    if found:
-                        _visit_attribute(root, region, graph, node, found)
+                    matrix = by_id.get(id(attribute(region.net, str(node.target))))
+                    if matrix:
+                        _visit_attribute(root, region, graph, node, matrix)
     for path, module in untraced(root):
         op = module_op(module)
         for name, parameter in module.named_parameters(recurse=False):
-            found = by_id.get(id(parameter))
-            if found is not None and op is not None and name == "weight":
-                found.uses.append(NodeUse(op, f"{path}.{name}" if path else name, own_bias=True))
-            elif found is not None:
-                found.closed.append((path, module))
+            matrix = by_id.get(id(parameter))
+            if matrix is not None and op is not None and name == "weight":
+                matrix.uses.append(NodeUse(op, f"{path}.{name}" if path else name, own_bias=True))
+            elif matrix is not None:
+                matrix.closed.append((path, module))
     read = set(meta_of(root).get("read", ()))
-    for found in by_id.values():
-        found.read_outside = any(name.rpartition(".")[0] in read for name in found.names)
-    return {found.names[0]: found for found in by_id.values()}
+    for matrix in by_id.values():
+        matrix.read_outside = any(name.rpartition(".")[0] in read for name in matrix.names)
+    return {matrix.names[0]: matrix for matrix in by_id.values()}
 
 
 def refuse_non_finite(names: Iterable[str], located: Mapping[str, Located]) -> None:
@@ -130,14 +130,14 @@ def refuse_non_finite(names: Iterable[str], located: Mapping[str, Located]) -> N
             )
 
 
-def input_of(found: Located) -> tuple[fx.Node, ...] | None:
+def input_of(matrix: Located) -> tuple[fx.Node, ...] | None:
     """What a plain linear with this weight reads, in each graph; None for a weight that could not share its input's
     factor with others: one with other names, other ops, or more than one use a graph.
     """
-    graphs = [use.graph for use in found.uses]
-    if len(found.names) > 1 or found.readers or None in graphs or len(set(graphs)) < len(graphs):
+    graphs = [use.graph for use in matrix.uses]
+    if len(matrix.names) > 1 or matrix.readers or None in graphs or len(set(graphs)) < len(graphs):
         return None
-    inputs = tuple(use.x for use in found.uses if use.op == LinearOp() and use.x is not None)
+    inputs = tuple(use.x for use in matrix.uses if use.op == LinearOp() and use.x is not None)
     return inputs if len(inputs) == len(graphs) else None
 
 
@@ -148,18 +148,18 @@ def _visit_module(region: Region, graph: fx.Graph, node: fx.Node, by_id: dict[in
         return
     op = module_op(module) if len(node.args) + len(node.kwargs) == 1 else None
     for parameter in module.parameters():
-        found = by_id.get(id(parameter))
-        if found is None:
+        matrix = by_id.get(id(parameter))
+        if matrix is None:
             continue
         if op is not None and parameter is module._parameters.get("weight"):
-            found.uses.append(NodeUse(op, region.full(f"{path}.weight"), True, region, graph, node))
+            matrix.uses.append(NodeUse(op, region.full(f"{path}.weight"), True, region, graph, node))
         else:
-            found.closed.append((region.full(path), module))
+            matrix.closed.append((region.full(path), module))
 
 
-def _visit_attribute(root: nn.Module, region: Region, graph: fx.Graph, node: fx.Node, found: Located) -> None:
+def _visit_attribute(root: nn.Module, region: Region, graph: fx.Graph, node: fx.Node, matrix: Located) -> None:
     """Follow the weight through its views to whoever uses them."""
-    shape, target = tuple(found.parameter.shape), region.full(node.target)
+    shape, target = tuple(matrix.parameter.shape), region.full(node.target)
     waiting: list[tuple[fx.Node, View, tuple[fx.Node, ...]]] = [(node, WHOLE, ())]
     while waiting:
         weight, view, path = waiting.pop()
@@ -168,8 +168,8 @@ def _visit_attribute(root: nn.Module, region: Region, graph: fx.Graph, node: fx.
             if call is not None:
                 given = (region, graph, user, weight, view.shape(shape), path)
                 # torch.export calls a shared weight by one of its names: the module that this call is may have another.
-                modules = [name for name in (target, *found.names) if _is_module(root, region, name, call)]
-                found.uses.append(NodeUse(call.op, modules[0] if modules else target, bool(modules), *given))
+                modules = [name for name in (target, *matrix.names) if _is_module(root, region, name, call)]
+                matrix.uses.append(NodeUse(call.op, modules[0] if modules else target, bool(modules), *given))
                 continue
             parts = parts_of(user, view, shape)
             if parts is not None:
@@ -178,7 +178,7 @@ def _visit_attribute(root: nn.Module, region: Region, graph: fx.Graph, node: fx.
                 continue
             first = path[0] if path else user
             reader = Reader(region, graph, node, first, target, _describe_reader(user), _writes(user, weight))
-            (found.metadata if reads_metadata(user) else found.readers).append(reader)
+            (matrix.metadata if reads_metadata(user) else matrix.readers).append(reader)
 
 
 def _is_module(root: nn.Module, region: Region, name: str, call: Call) -> bool:

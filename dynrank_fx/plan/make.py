@@ -157,9 +157,9 @@ def sharing_groups(
     """
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        found = located[site.name]
-        weight = found.parameter
-        inputs = input_of(found)
+        matrix = located[site.name]
+        weight = matrix.parameter
+        inputs = input_of(matrix)
         alike = (inputs, overrides[site.name], weight.dtype, weight.device, weight.requires_grad)
         groups.setdefault(site.name if inputs is None else alike, []).append(site)
     return list(groups.values())

@@ -59,9 +59,9 @@ def checked_overrides(overrides: Mapping[str, Override]) -> Mapping[str, Overrid
 
 def override_of(site: Site, overrides: Mapping[str, Override]) -> Override:
     """All that the fitting patterns say of a site together; a later one wins."""
-    found = Override()
+    combined = Override()
     for pattern, override in overrides.items():
         if matches(site, [pattern]):
             said = {key: value for key, value in vars(override).items() if value is not None}
-            found = replace(found, **said)
-    return found
+            combined = replace(combined, **said)
+    return combined

@@ -38,13 +38,13 @@ def roles_of(located: Mapping[str, Located]) -> dict[str, Role]:
     that is added to what other weights make of the same input; the classifier a linear whose output, reshaped or
     normalised at most, is the model's.
     """
-    weighted = {use.node for found in located.values() for use in found.uses if use.node is not None}
-    graphs = {use.graph for found in located.values() for use in found.uses if use.graph is not None}
+    weighted = {use.node for matrix in located.values() for use in matrix.uses if use.node is not None}
+    graphs = {use.graph for matrix in located.values() for use in matrix.uses if use.graph is not None}
     below = {node for graph in graphs for node in _below(graph, weighted)}
     roles = {}
-    for name, found in located.items():
-        pointwise = found.parameter.ndim > 2 and all(size == 1 for size in found.parameter.shape[2:])
-        role = _common([_role(use, pointwise, weighted, below) for use in found.uses])
+    for name, matrix in located.items():
+        pointwise = matrix.parameter.ndim > 2 and all(size == 1 for size in matrix.parameter.shape[2:])
+        role = _common([_role(use, pointwise, weighted, below) for use in matrix.uses])
         if role is not None:
             roles[name] = role
     return roles
@@ -112,9 +112,9 @@ def _chain(node: fx.Node) -> set[fx.Node]:
 
 def _descendants(node: fx.Node, until: fx.Node) -> set[fx.Node]:
     """What depends on the node, up to another one that comes after it in the graph."""
-    found, each = {node}, node
+    dependent, each = {node}, node
     while each is not until:
         each = each.next
-        if any(before in found for before in each.all_input_nodes):
-            found.add(each)
-    return found
+        if any(before in dependent for before in each.all_input_nodes):
+            dependent.add(each)
+    return dependent

@@ -38,6 +38,7 @@ class MatrixRow:
     note: str = ""
 
 
+# Any: each of ``more`` is of its field's type
 def _row(name: str, shape: tuple[int, ...], state: str, spectrum: Tensor, **more: Any) -> MatrixRow:
     values = spectrum.flatten().sort(descending=True).values
     known = (effective_rank(spectrum), stable_rank(spectrum), energy_rank(spectrum, 0.95))

@@ -7,7 +7,7 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -81,8 +81,8 @@ def _picture(title: str, figure: Figure) -> str:
     return f'<h2>{alt}</h2>\n<img alt="{alt}" src="data:image/svg+xml;base64,{data}">'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def cell(value: Any) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    def cell(value: object) -> str:
         text = html.escape(str(value))
         return f'<td class="number">{text}</td>' if text[:1].isdigit() else f"<td>{text}</td>"
 

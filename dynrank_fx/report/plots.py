@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import files
 from ..errors import DynrankError
@@ -106,7 +106,7 @@ def known(values: Iterable[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def colour_of(index: int, count: int) -> Any:
+def colour_of(index: int, count: int) -> object:
     """The colour of one line of many."""
     import matplotlib
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..phase import Phase
 from ..schedules import EpochRecord
@@ -69,7 +69,7 @@ def switch_spectra(history: History) -> Figure | None:
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure = blank_figure(9, 0.6 + 1.8 * rows)
-    grid: Any = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (site, (epoch, before, after)) in zip(grid.flat, shown, strict=False):
         top = before[0] or 1.0
         for values, style, label in ((before, "-", "before"), (after, "--", "after")):

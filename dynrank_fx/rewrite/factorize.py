@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
+from torch.fx.node import Argument
 
 from ..errors import PlanError
 from ..ops import Op, module_op
@@ -43,15 +43,15 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
     """
     located = locate(net) if located is None else located
     for row in plan.sites:
-        found = located.get(row.site.name)
-        if found is None or tuple(found.parameter.shape) != row.site.shape:
+        matrix = located.get(row.site.name)
+        if matrix is None or tuple(matrix.parameter.shape) != row.site.shape:
             raise PlanError(
                 f"the plan factors {row.site.name} {row.site.shape}, which this net does not have: fit it first"
             )
-        reason = why_not(found)
+        reason = why_not(matrix)
         if reason:
             raise PlanError(f"the plan factors {row.site.name}, which must stay dense: {reason}")
-        if row.sharing and input_of(found) != input_of(located[row.sharing[0]]):
+        if row.sharing and input_of(matrix) != input_of(located[row.sharing[0]]):
             raise PlanError(f"{row.site.name} does not read the input of {row.sharing[0]} and cannot share its factor")
     for row in plan.sites:
         _put_site(net, row, located[row.site.name])
@@ -59,25 +59,25 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
         _share_input(net, names, [located[name] for name in names])
     for region in regions(net):
         for graph in dict.fromkeys(region.net.graphs.values()):
-            drop_dead_reads(graph, {view for found in located.values() for use in found.uses for view in use.views})
+            drop_dead_reads(graph, {view for matrix in located.values() for use in matrix.uses for view in use.views})
         region.net.refresh()
     set_plan(net, plan)
     specialize_(net)
 
 
-def _put_site(net: nn.Module, row: PlannedSite, found: Located) -> None:
+def _put_site(net: nn.Module, row: PlannedSite, matrix: Located) -> None:
     """Every holder of the weight becomes a Switched over the same Parameter, and every use a call of its holder's."""
     ops: dict[str, list[Op]] = {}
-    for use in found.uses:
+    for use in matrix.uses:
         ops.setdefault(use.holder, []).append(use.op)
     placed: dict[int, tuple[nn.Module, Switched]] = {}  # one module under two names stays one; the old one keeps its id
-    paths = {name: _replace_holder(net, row, name, ops, found.uses[0].op, placed) for name in found.names}
-    for use in found.uses:
+    paths = {name: _replace_holder(net, row, name, ops, matrix.uses[0].op, placed) for name in matrix.names}
+    for use in matrix.uses:
         if use.node is not None:
             _call_site(use, paths[use.holder], net)
-    for reader in found.readers:
+    for reader in matrix.readers:
         _read_site(reader, paths[reader.holder], "weight")
-    for reader in found.metadata:
+    for reader in matrix.metadata:
         _read_site(reader, paths[reader.holder], "outline")
 
 
@@ -135,9 +135,9 @@ def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
     module = net.get_submodule(path)
     assert isinstance(module, Switched)
     own, x, bias = module._parameters.get("bias"), use.x, None if use.own_bias else use.bias
-    args: tuple[Any, ...] = (x,) if use.own_bias or (bias is None and own is None) else (x, bias)
+    args: tuple[Argument, ...] = (x,) if use.own_bias or (bias is None and own is None) else (x, bias)
     number = module.ops.index(use.op)
-    kwargs: dict[str, Any] = {"use": number} if number else {}
+    kwargs: dict[str, Argument] = {"use": number} if number else {}
     if use.at is not None:
         kwargs["at"] = use.at
     target = path.removeprefix(region.prefix)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import PlanError
 from ..phase import Phase
-from ..tracing import Net, copy_graph, drop_dead_reads, forget_meta, set_submodule, unwrap
+from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, set_submodule, unwrap
 from .switched import STEM, Switched
 
 
@@ -65,7 +63,7 @@ def _inlined(net: Net) -> fx.GraphModule:
         module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Switched):
             _open_site(graph, node, module)
-        elif node.op == "get_attr" and isinstance(_attribute(net, str(node.target)), Switched):
+        elif node.op == "get_attr" and isinstance(attribute(net, str(node.target)), Switched):
             _open_reads(net, graph, node)
     drop_dead_reads(graph, set())
     plain = fx.GraphModule(net, graph, class_name=type(net).__name__)
@@ -88,10 +86,6 @@ def _keep_unread(part: nn.Module, plain: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if not hasattr(holder, name):
                 holder.register_parameter(name, parameter)
-
-
-def _attribute(net: nn.Module, path: str) -> Any:
-    return operator.attrgetter(path)(net)
 
 
 def _keep_persistence(source: nn.Module, plain: nn.Module, name: str) -> None:

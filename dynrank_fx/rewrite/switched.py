@@ -6,13 +6,13 @@ Several modules may belong to one site: tied weights stay tied as in plain torch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
+from ..aliases import StateDict
 from ..errors import TransitionError
 from ..layouts import Layout, TwoFactors, product_singular_values, singular_values
-from ..ops import Op, Shape
+from ..ops import Op, Operand, Shape
 from ..phase import ALPHA, Phase
 
 _FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
@@ -76,7 +76,9 @@ class Switched(nn.Module):
         """A parameter or the base, by name."""
         return self._buffers["base"] if name == "base" else self._parameters[name]
 
-    def compute(self, read: Callable[[str], Any], x: Any, bias: Any, use: int = 0, at: Any = None) -> Any:
+    def compute(
+        self, read: Callable[[str], Operand], x: Operand, bias: Operand, use: int = 0, at: Operand = None
+    ) -> Operand:
         """The forward, on whatever ``read`` gives for the names: the module's own tensors, or proxies of a graph."""
         *first, (op, name) = self.stages[max(use, 0)]
         if self.phase == _FULL:
@@ -129,10 +131,10 @@ class Switched(nn.Module):
     def factors(self) -> tuple[nn.Parameter, ...]:
         """The factors by the order of their names. Raises TransitionError in FULL, where there are none."""
         holders = [self, *((self.owner or (self,)) * (len(self.layout.factor_names) - 1))]
-        found = [each._parameters[name] for each, name in zip(holders, self.layout.factor_names, strict=True)]
-        if any(factor is None for factor in found):
+        factors = [each._parameters[name] for each, name in zip(holders, self.layout.factor_names, strict=True)]
+        if any(factor is None for factor in factors):
             raise TransitionError(f"{self.site} is in FULL: it has no factors; enter LOW first")
-        return tuple(found)  # type: ignore[arg-type]
+        return tuple(factors)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:
@@ -164,7 +166,7 @@ class Switched(nn.Module):
             f"{Phase(self.phase).name}"
         )
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: StateDict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bare and prefix + "weight" in destination:
             destination[prefix.removesuffix(".")] = destination.pop(prefix + "weight")

@@ -121,8 +121,8 @@ class Auto:
         was begun goes on, then the most collapsed.
         """
         limits = {name: math.sqrt(self.collapse) if name in full else self.collapse for name in seen}
-        found = [name for name in seen if seen[name].share < limits[name]]
-        return sorted(found, key=lambda name: (name not in full, seen[name].share))
+        below = [name for name in seen if seen[name].share < limits[name]]
+        return sorted(below, key=lambda name: (name not in full, seen[name].share))
 
 
 def auto(

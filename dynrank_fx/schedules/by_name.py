@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..phase import Phase
 from .auto import auto
@@ -27,7 +26,7 @@ class NamedSchedule:
     make: Callable[..., Schedule]
     takes: tuple[str, ...] = ()
 
-    def __call__(self, given: Mapping[str, Any]) -> Schedule:
+    def __call__(self, given: Mapping[str, object]) -> Schedule:
         """The schedule, by what it takes of what is given.
 
         Args:

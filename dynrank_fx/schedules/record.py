@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
+from ..aliases import Json, JsonObject
 from ..phase import Phase, summary
 
 Spectra: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -67,18 +68,18 @@ class EpochRecord:
     effective_rank: Mapping[str, float] = field(default_factory=dict)
     stable_rank: Mapping[str, float] = field(default_factory=dict)
     truncated: Mapping[str, float | None] = field(default_factory=dict)
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def phase(self) -> str:
         """The phase of all sites, or how many are in which: ``FULL``, ``1 FULL 3 LOW``."""
         return summary(self.phases.values())
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Any:  # Any: a field of any type, or a figure of the user's own
         """The field of this name, or what ``more`` has under it. Raises KeyError for neither."""
         return getattr(self, name) if name == "phase" or name in _FIELDS else self.more[name]
 
-    def with_figures(self, **figures: Any) -> EpochRecord:
+    def with_figures(self, **figures: Any) -> EpochRecord:  # Any: each is of its field's type
         """The record with more figures.
 
         Args:
@@ -91,7 +92,7 @@ class EpochRecord:
         own = {name: value for name, value in figures.items() if name not in _FIELDS}
         return replace(self, **known, more={**self.more, **own})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values for JSON: phases by name, ``more`` beside the fields, and nothing of what is not known yet.
 
         Returns:
@@ -106,7 +107,7 @@ class EpochRecord:
         return {name: dict(v) if isinstance(v, Mapping) else v for name, v in known.items()} | dict(self.more)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EpochRecord:
+    def from_json(cls, data: Mapping[str, Json]) -> EpochRecord:
         """The inverse of ``to_json``, of records of earlier versions too, which have fewer fields.
 
         Args:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import linecache
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..aliases import Args, Kwargs
+
 _TORCH = str(Path(torch.__file__).parent)
 
 
-def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def describe(args: Args, kwargs: Kwargs) -> str:
     """Arguments in words: type and shape of tensors, the type of everything else."""
 
     def one(value: object) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy as copying
 import enum
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -93,7 +92,9 @@ def capture(
     return own_(net, model) if copy else sharing(net, model)
 
 
-def _captured(model: nn.Module, original: Original, dynamic_shapes: Any, how: Capture | None) -> nn.Module:
+def _captured(
+    model: nn.Module, original: Original, dynamic_shapes: DynamicShapes | None, how: Capture | None
+) -> nn.Module:
     """The net over a shell of the model: what is compared on is gone before it gets values of its own."""
     _check_inputs(model, original)
     if how is None:
@@ -113,7 +114,7 @@ def _captured(model: nn.Module, original: Original, dynamic_shapes: Any, how: Ca
     return net
 
 
-def _best(model: nn.Module, original: Original, dynamic_shapes: Any) -> nn.Module:
+def _best(model: nn.Module, original: Original, dynamic_shapes: DynamicShapes | None) -> nn.Module:
     """Symbolic tracing if it is faithful and opens everything, else torch.export, else what can be had in parts."""
     example_inputs = original.example_inputs
     if original.lost:
@@ -134,6 +135,7 @@ def _best(model: nn.Module, original: Original, dynamic_shapes: Any) -> nn.Modul
             raise
     if net is not None and not why:
         return _noted(net, "by symbolic tracing")
+    assert example_inputs is not None  # without them the trace has been returned, or its error raised
     try:
         exported, words = _exported(model, original, dynamic_shapes)
     except CaptureError as error:
@@ -158,20 +160,21 @@ def _freer(model: nn.Module, original: Original, why: str) -> nn.Module | None:
         net = _parts(model, original, why)
     except CaptureError:  # the exported whole is sound, and stays
         return None
+    assert original.example_inputs is not None
     nets = [module for module in net.modules() if isinstance(module, Net)]
     return None if any(shortcoming(part, original.example_inputs) for part in nets) else net
 
 
-def _exported(model: nn.Module, original: Original, dynamic_shapes: Any) -> tuple[Net, str]:
+def _exported(model: nn.Module, original: Original, dynamic_shapes: DynamicShapes | None) -> tuple[Net, str]:
     """The net; and in words how it differs by rounding, if it does, and the sizes that it serves no other than.
 
     Raises CaptureError where the graph would differ by more, or train with other gradients.
     """
     net = export_both_modes(shell(model), model, original.example_inputs, dynamic_shapes)
-    found = difference(net, original)
-    if found.size > ROUNDING:
-        raise CaptureError(f"{type(model).__name__} as torch.export has it is not the same: {found.words}")
-    rounding = f" (off by rounding: {found.size:.0e} of the largest output)" if found.size else ""
+    deviation = difference(net, original)
+    if deviation.size > ROUNDING:
+        raise CaptureError(f"{type(model).__name__} as torch.export has it is not the same: {deviation.words}")
+    rounding = f" (off by rounding: {deviation.size:.0e} of the largest output)" if deviation.size else ""
     return net, rounding + fixed_sizes(net)
 
 
@@ -184,9 +187,9 @@ def _parts(model: nn.Module, original: Original, why: str) -> nn.Module:
     layers = [module for _, module in untraced(twin) if module_op(module) is not None]
     if not parts and not layers:
         raise CaptureError(f"no part of {type(model).__name__} with a matrix in it can be traced by itself.")
-    found = difference(twin, original)
-    if found.size > ROUNDING:
-        raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {found.words}")
+    deviation = difference(twin, original)
+    if deviation.size > ROUNDING:
+        raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {deviation.words}")
     meta_of(twin)["read"] = modules_read(twin, example_inputs)
     return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
 
@@ -219,7 +222,7 @@ def _check_inputs(model: nn.Module, original: Original) -> None:
         return
     try:
         _ = original.evaluated
-    except Exception as error:
+    except Exception as error:  # whatever the model's own forward raises
         given = describe(*split_inputs(original.example_inputs))
         raise CaptureError(
             f"{type(model).__name__} does not accept the example inputs ({given}): {first_line(error)}."

@@ -6,7 +6,7 @@ The model runs once in each mode, as a shell of itself, and what it gave is kept
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
@@ -17,9 +17,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from ..aliases import Function, Output
 from ..errors import first_line
 from .gradients import Sketch, sketched_gradients, wrong_gradient
-from .inputs import fresh, split_inputs
+from .inputs import ExampleInputs, fresh, split_inputs
 from .isolation import quiet, same_buffers, same_randomness, same_values, slow_attention
 from .net import same_modes, set_mode
 from .shell import shell
@@ -48,7 +49,7 @@ class Effect:
     trains before.
     """
 
-    output: Any
+    output: object
     buffers: dict[str, Tensor]
     gradients: dict[str, Sketch]
     inputs_train: bool = False
@@ -57,18 +58,20 @@ class Effect:
 class Original:
     """What a model does on the example inputs. It runs when first asked, once in each mode."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
         self.example_inputs = example_inputs
         self._model = shell(model)
         self._lost: list[str] = []
 
     @cached_property
     def evaluated(self) -> Effect:
+        assert self.example_inputs is not None
         return effect(self._model, self.example_inputs, mode=False)
 
     @cached_property
     def trained(self) -> Effect | None:
         """None where the model does not train on the example: a batch norm over one row, say."""
+        assert self.example_inputs is not None
         for inputs_train in (True, False):  # some models refuse inputs that need a gradient
             watch = self._watch if inputs_train else None
             with suppress(Exception):  # no business of a net
@@ -86,7 +89,7 @@ class Original:
         _ = self.trained
         return self._lost[0] if self._lost else ""
 
-    def _watch(self, given: Any, checkpoints: list[Any]) -> None:
+    def _watch(self, given: object, checkpoints: Sequence[object]) -> None:
         sentence = _CHECKPOINTS if checkpoints else _own_backward(given)
         self._lost += [sentence] if sentence else []
 
@@ -99,18 +102,18 @@ def difference(net: nn.Module, original: Original) -> Difference:
     if original.example_inputs is None:
         return _NONE
     twin = shell(net)
-    found = [difference_from(twin, original.evaluated, original.example_inputs, mode=False)]
+    differences = [difference_from(twin, original.evaluated, original.example_inputs, mode=False)]
     if original.trained is not None:
-        found.append(difference_from(twin, original.trained, original.example_inputs, mode=True))
-    return max(found, key=lambda each: each.size)
+        differences.append(difference_from(twin, original.trained, original.example_inputs, mode=True))
+    return max(differences, key=lambda each: each.size)
 
 
-def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mode: bool) -> Difference:
+def difference_from(net: nn.Module, expected: Effect, example_inputs: ExampleInputs, *, mode: bool) -> Difference:
     """Of what the net does in one mode from what is expected."""
     where = "in training " if mode else ""
     try:
         got = effect(net, example_inputs, mode=mode, inputs_train=expected.inputs_train)
-    except Exception as error:
+    except Exception as error:  # a graph may call functions of the model's own
         return Difference(float("inf"), f"its graph fails {where}on the example inputs: {first_line(error)}.")
     size = apart(expected.output, got.output)
     if size > ROUNDING:
@@ -127,11 +130,11 @@ def difference_from(net: nn.Module, expected: Effect, example_inputs: Any, *, mo
 
 def effect(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     mode: bool,
     inputs_train: bool = False,
-    watch: Callable[[Any, list[Any]], None] | None = None,
+    watch: Callable[[object, Sequence[object]], None] | None = None,
 ) -> Effect:
     """Of a call in evaluation (False) or training mode; modes, buffers and weights are as before afterwards.
 
@@ -145,7 +148,7 @@ def effect(
         set_mode(model, mode)
         stack.enter_context(quiet())
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        noting: AbstractContextManager[list[Any]] = nullcontext([]) if watch is None else _noting_checkpoints()
+        noting: AbstractContextManager[Sequence[object]] = nullcontext([]) if watch is None else _noting_checkpoints()
         with noting as checkpoints:
             given = run(model, example_inputs, grad=inputs_train)
         after = {name: buffer.detach() for name, buffer in model.named_buffers()}
@@ -158,7 +161,7 @@ def effect(
     return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, gradients, inputs_train)
 
 
-def _tensors(given: Any) -> Iterator[Tensor]:
+def _tensors(given: object) -> Iterator[Tensor]:
     """All of them, those in the fields of dataclasses too."""
     for leaf in pytree.tree_leaves(given):
         if isinstance(leaf, Tensor):
@@ -167,7 +170,7 @@ def _tensors(given: Any) -> Iterator[Tensor]:
             yield from _tensors(vars(leaf))
 
 
-def run(model: nn.Module, example_inputs: Any, *, grad: bool = False) -> Any:
+def run(model: nn.Module, example_inputs: ExampleInputs, *, grad: bool = False) -> Output:
     """The output, with inputs and random generators left as they are. grad: as from a layer that trains before."""
     args, kwargs = split_inputs(fresh(example_inputs))
     if grad:
@@ -181,7 +184,7 @@ def _with_grad(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() * 1 if tensor.is_floating_point() else tensor  # no leaf: it may be written to
 
 
-def apart(a: Any, b: Any) -> float:
+def apart(a: object, b: object) -> float:
     """The largest difference as a share of the largest value: 0 for the same bits (NaN being NaN), infinite where the
     outputs have other parts, shapes or dtypes.
     """
@@ -191,7 +194,7 @@ def apart(a: Any, b: Any) -> float:
     return max(map(_leaves_apart, leaves_a, leaves_b), default=0.0)
 
 
-def _leaves_apart(x: Any, y: Any) -> float:
+def _leaves_apart(x: object, y: object) -> float:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         x, y = x.detach(), y.detach()
         if x.shape != y.shape or x.dtype != y.dtype:
@@ -207,7 +210,7 @@ def _leaves_apart(x: Any, y: Any) -> float:
     return 0.0 if bool(x == y) else float("inf")
 
 
-def _own_backward(given: Any) -> str:
+def _own_backward(given: object) -> str:
     """Of the autograd functions that led to what was given, one with a backward of its own, as a sentence."""
     waiting = [tensor.grad_fn for tensor in _tensors(given) if tensor.grad_fn is not None]
     seen = set(waiting)
@@ -229,12 +232,12 @@ _CHECKPOINTS = "torch.utils.checkpoint computes parts of it again in backward, w
 
 
 @contextmanager
-def _noting_checkpoints() -> Iterator[list[Any]]:
+def _noting_checkpoints() -> Iterator[Sequence[object]]:
     """The functions that run under checkpoints inside; those of the reentrant kind show in autograd's graph."""
-    noted: list[Any] = []
+    noted: list[object] = []
     generator = checkpoint._checkpoint_without_reentrant_generator
 
-    def note(function: Any, *args: Any, **kwargs: Any) -> Any:
+    def note(function: Function, *args: Any, **kwargs: Any) -> object:  # Any: they are handed on as they are
         noted.append(function)
         return generator(function, *args, **kwargs)
 

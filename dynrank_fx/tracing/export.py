@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ..aliases import Args, Function, Kwargs
 from ..errors import CaptureError, first_line
 from .blame import origin
 from .inputs import DynamicShapes, ExampleInputs, batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
@@ -19,7 +21,7 @@ from .net import Net, finished
 
 
 def export_both_modes(
-    root: nn.Module, model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: DynamicShapes | None = None
+    root: nn.Module, model: nn.Module, example_inputs: ExampleInputs | None, dynamic_shapes: DynamicShapes | None = None
 ) -> Net:
     """The Net over ``root``, a copy of ``model``: a graph for training and one for evaluation over one set of weights.
 
@@ -53,7 +55,9 @@ class _ShortFormulas(TorchFunctionMode):
 
     LIMIT = 24
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         result = function(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, list | tuple) else (result,):
             for size in leaf.shape if isinstance(leaf, Tensor) else ():
@@ -62,9 +66,7 @@ class _ShortFormulas(TorchFunctionMode):
         return result
 
 
-def _programs(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: DynamicShapes | None
-) -> dict[bool, fx.GraphModule]:
+def _programs(root: nn.Module, args: Args, kwargs: Kwargs, shapes: DynamicShapes | None) -> dict[bool, fx.GraphModule]:
     """What torch.export makes of the model in either mode."""
     programs = {}
     for mode in (True, False):
@@ -72,7 +74,7 @@ def _programs(
             with quiet(), slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)  # type: ignore[arg-type]
             programs[mode] = program.module(check_guards=False)
-        except Exception as error:
+        except Exception as error:  # torch.export runs forward, and fails in ways of its own
             raise CaptureError(f"{origin(error, root)} cannot be exported: {first_line(error)}.") from error
     return programs
 
@@ -170,7 +172,7 @@ def _pin_aliases(graph: fx.Graph, leaves: list[object]) -> None:
                 graph.call_function(torch._assert, (same, words))
 
 
-def _bindings(graph: fx.Graph, node: fx.Node, value: object) -> Iterator[tuple[Any, tuple[Any, ...], str]]:
+def _bindings(graph: fx.Graph, node: fx.Node, value: object) -> Iterator[tuple[Function, tuple[Argument, ...], str]]:
     if value is None:
         yield operator.is_, (node, None), f"{node.target}=None"
     elif isinstance(value, bool | int | float | str):
@@ -198,8 +200,8 @@ def _bounds(size: int | torch.SymInt) -> tuple[int | None, int | None]:
     if isinstance(size, int):
         return size, size
     environment = size.node.shape_env
-    found = environment.bound_sympy(size.node.expr)
-    low, high = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
+    bounds = environment.bound_sympy(size.node.expr)
+    low, high = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
     habit = all(environment.var_to_range[symbol].lower <= 2 for symbol in size.node.expr.free_symbols)
     return None if habit and low != high else low, high
 
@@ -225,20 +227,20 @@ def shortcoming(net: Net, example_inputs: ExampleInputs) -> str:
 
 def fixed_sizes(net: Net) -> str:
     """The sizes that the graph serves no other than, in words such as ``, fixed: x[1]=8``; empty if there are none."""
-    found: dict[str, None] = {}
+    fixed: dict[str, None] = {}
     for node in (node for graph in net.graphs.values() for node in graph.nodes):
-        if node.target is operator.eq and _is_size(node.args[0]):
-            tensor, axis = node.args[0].args
-            found[f"{tensor.target}[{axis}]={node.args[1]}"] = None
-    return f", fixed: {', '.join(found)}" if found else ""
+        if node.target is operator.eq and _is_size(size := node.args[0]):
+            (tensor,) = size.all_input_nodes
+            fixed[f"{tensor.target}[{size.args[1]}]={node.args[1]}"] = None
+    return f", fixed: {', '.join(fixed)}" if fixed else ""
 
 
-def _is_batch(size: Any) -> bool:
+def _is_batch(size: object) -> bool:
     """Whether the node is the first dimension of an input."""
-    return _is_size(size) and size.args[1] == 0
+    return _is_size(size) and bool(size.args[1] == 0)
 
 
-def _is_size(size: Any) -> bool:
+def _is_size(size: object) -> TypeGuard[fx.Node]:
     """Whether the node is a dimension of an input."""
     if not isinstance(size, fx.Node) or size.target is not torch.ops.aten.sym_size.int:
         return False

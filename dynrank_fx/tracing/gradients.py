@@ -77,14 +77,14 @@ def sketched_gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str,
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters or not outputs:
         return {}
-    found: dict[str, Sketch] = {}
+    sketches: dict[str, Sketch] = {}
     # Before there are gradients: between them, it would leave the heap in holes that no gradient fits into.
     rooms = {name: room_for(parameter.detach()) for name, parameter in parameters.items()}
 
     def sketching(name: str) -> Callable[[Tensor], Tensor]:
         def hook(gradient: Tensor) -> Tensor:
             dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
-            found[name] = sketched(dense, rooms[name])
+            sketches[name] = sketched(dense, rooms[name])
             # Autograd gathers what the hook returns: a zero without memory.
             return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
 
@@ -97,7 +97,7 @@ def sketched_gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str,
     finally:
         for handle in handles:
             handle.remove()
-    return {name: found[name] for name in parameters if name in found}
+    return {name: sketches[name] for name in parameters if name in sketches}
 
 
 def _largest(tensor: Tensor) -> float:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..aliases import Args, Kwargs
 from ..errors import CaptureError
 
 # What a model takes may be anything: only the model itself knows.
-Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+Inputs: TypeAlias = tuple[Args, Kwargs]
 """Positional and keyword arguments of a model."""
 
-ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+ExampleInputs: TypeAlias = Tensor | Args | list[Any] | Kwargs
 """Positional arguments, keyword arguments by name, the pair ``(args, kwargs)``, or one tensor."""
 
 DynamicShapes: TypeAlias = torch.export.ShapesCollection | dict[str, Any] | tuple[Any, ...] | list[Any]
@@ -73,14 +74,12 @@ def batch_size(inputs: Inputs) -> int | None:
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim), None)
 
 
-def double_batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+def double_batch_of_one(args: Args, kwargs: Kwargs) -> Inputs:
     """The inputs with a batch of 1 doubled: torch.export takes a size of 1 for a constant."""
     return with_batch((args, kwargs), 2) if batch_size((args, kwargs)) == 1 else (args, kwargs)
 
 
-def free_dimensions(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, only_first: bool = False
-) -> torch.export.ShapesCollection:
+def free_dimensions(args: Args, kwargs: Kwargs, *, only_first: bool = False) -> torch.export.ShapesCollection:
     """``dynamic_shapes`` for torch.export that frees every dimension of every tensor, or the first of each, where the
     model allows it.
     """
@@ -124,7 +123,7 @@ def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None, limits: S
     return args, kwargs
 
 
-def joined(path: Sequence[Any]) -> str:
+def joined(path: Sequence[Any]) -> str:  # Any: pytree's kinds of keys, dataclasses without a common base
     """``batch_ids_0`` for ``batch["ids"][0]``, as torch.export names its inputs."""
     return "_".join(str(astuple(key)[0]) for key in path)
 

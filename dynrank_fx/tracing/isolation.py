@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..aliases import Args, Function, Kwargs
 from ..randomness import random_state, set_random_state
 from .net import set_mode
 
@@ -69,7 +70,9 @@ class _Keeper(TorchFunctionMode):
         self.waiting = {s._cdata: s for tensor in tensors if (s := _storage(tensor)) is not None}
         self.kept: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if not torch.compiler.is_compiling():
             for tensor in _written(function, args, kwargs):
@@ -86,7 +89,7 @@ _SETTERS |= {f"__{name}__" for name in ("iand", "ior", "ixor", "ilshift", "irshi
 _HARMLESS = ("requires_grad_", "detach_")
 
 
-def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _written(function: Function, args: Args, kwargs: Kwargs) -> tuple[object, ...]:
     """What a function writes to: its first argument if its name says so, what is given as ``out``, and the rows of an
     embedding that are to have a norm.
     """
@@ -94,16 +97,17 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         return (kwargs.get("weight"), *args[:2])
     name = getattr(function, "__name__", "").partition(".")[0]
     in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
-    found = [*args[:1]] if in_place else []
-    for each in (*found, kwargs.get("out")):
-        found += each if isinstance(each, list | tuple) else [each]
-    return tuple(found)
+    written = [*args[:1]] if in_place else []
+    for each in (*written, kwargs.get("out")):
+        written += each if isinstance(each, list | tuple) else [each]
+    return tuple(written)
 
 
-def _storage(tensor: Any) -> torch.UntypedStorage | None:
+def _storage(tensor: object) -> torch.UntypedStorage | None:
     """None for what has none of its own: no tensor, a sparse one, or a subclass around others."""
-    plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return tensor.untyped_storage() if plain else None
+    if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, nn.Parameter):
+        return None
+    return tensor.untyped_storage() if tensor.layout is torch.strided else None
 
 
 @contextmanager
@@ -112,7 +116,7 @@ def assignments_in_place(root: nn.Module) -> Iterator[None]:
     keeps those assignments and forgets the others.
     """
 
-    def copy_into(module: nn.Module, name: str, value: Any) -> Any:
+    def copy_into(module: nn.Module, name: str, value: Any) -> Any:  # Any: torch says that such a hook returns nothing
         before = module._buffers.get(name)
         if module._buffers is root._buffers or not isinstance(before, Tensor) or not isinstance(value, Tensor):
             return value

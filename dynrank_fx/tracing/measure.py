@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
+from ..aliases import Args, Kwargs, Output
 from ..errors import CaptureError
 from ..ops import OP_MODULES, Shape
-from .inputs import fresh, split_inputs
+from .inputs import ExampleInputs, fresh, split_inputs
 from .isolation import same_buffers, same_randomness, same_values, slow_attention
 from .net import Net, same_modes, untraced
 
@@ -28,7 +30,7 @@ class Measured:
     shapes: dict[fx.Node | nn.Module, list[Shape]] = field(default_factory=dict)
     flops: int = 0
 
-    def note(self, at: fx.Node | nn.Module, value: Any) -> None:
+    def note(self, at: fx.Node | nn.Module, value: object) -> None:
         """One more run of it, which gave (or, for a layer, took) this value."""
         if isinstance(value, Tensor):
             self.shapes.setdefault(at, []).append(tuple(value.shape))
@@ -39,22 +41,24 @@ class _Recorder(fx.Interpreter):
         super().__init__(net, graph=net.graphs[False])
         self.measured = measured
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         self.measured.note(n, result)
         return result
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(self, target: Target, args: Args, kwargs: Kwargs) -> object:
+        assert isinstance(target, str)
         # A captured part inside the graph is recorded too.
         part = self.module.get_submodule(target)
         return _record(part, args, kwargs, self.measured) if isinstance(part, Net) else part(*args, **kwargs)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Target, args: Args, kwargs: Kwargs) -> object:
+        assert callable(target)
         args, kwargs = _own_lists((args, kwargs))
         return target(*args, **kwargs)
 
 
-def _own_lists(value: Any) -> Any:
+def _own_lists(value: Output) -> Output:
     """With new lists, as in generated code: functions may write to theirs."""
     if isinstance(value, list):
         return [_own_lists(item) for item in value]
@@ -63,14 +67,14 @@ def _own_lists(value: Any) -> Any:
     return {key: _own_lists(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _record(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any], measured: Measured) -> Any:
+def _record(net: Net, args: Args, kwargs: Kwargs, measured: Measured) -> object:
     graph = net.graphs[False]
     values = _placeholders(graph, args, kwargs)
     result = _Recorder(net, measured).run(*values, enable_io_processing=False)
     return graph.process_outputs(result)
 
 
-def measure(net: nn.Module, example_inputs: Any) -> Measured:
+def measure(net: nn.Module, example_inputs: ExampleInputs) -> Measured:
     """Shapes and FLOPs of the evaluation graph (torch.utils.flop_counter) on the example inputs.
 
     Raises CaptureError where the inputs do not fit the graph.
@@ -105,10 +109,10 @@ class _NoModules:
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, *exception: Any) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 
-def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
     """Of both products; torch counts them for CUDA's kernels alone."""
     batch, heads, rows, width = query
     return 2 * batch * heads * rows * key[-2] * (width + value[-1])
@@ -125,13 +129,13 @@ def flop_counter() -> FlopCounterMode:
 @contextmanager
 def _watched(root: nn.Module, measured: Measured) -> Iterator[None]:
     """Untraced code runs as it is: its captured parts are recorded, and the inputs of its layers noted."""
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     parts = [] if isinstance(root, Net) else [module for module in root.modules() if isinstance(module, Net)]
 
-    def recorded(net: Net) -> Any:
+    def recorded(net: Net) -> Callable[..., object]:
         return lambda *args, **kwargs: _record(net, args, kwargs, measured)
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, args: Args) -> None:
         measured.note(module, args[0] if args else None)
 
     try:
@@ -148,14 +152,15 @@ def _watched(root: nn.Module, measured: Measured) -> Iterator[None]:
             handle.remove()
 
 
-def _placeholders(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _placeholders(graph: fx.Graph, args: Args, kwargs: Kwargs) -> list[object]:
     """One value per placeholder, in order."""
     codegen = graph._codegen
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
         spec = codegen.pytree_info.in_spec
         order = spec.child(1).context if spec.num_children == 2 else list(kwargs)
         return pytree.tree_leaves((args, {name: kwargs[name] for name in order}))
-    values, given = [], list(args)
+    values: list[object] = []
+    given = list(args)
     for node in graph.nodes:
         if node.op != "placeholder":
             continue

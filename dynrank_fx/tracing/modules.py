@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ..aliases import Args, Function, Kwargs
 from ..errors import CaptureError
 from ..ops import module_op
 from .equivalence import ROUNDING, Effect, Original, difference, difference_from, effect
 from .export import export_both_modes
-from .inputs import fresh
+from .inputs import ExampleInputs, Inputs, fresh
 from .net import Net, untraced
 from .symbolic import closed_layers, trace_symbolically
 
 
-def capture_parts(root: nn.Module, example_inputs: Any, only: Sequence[str] = ()) -> list[str]:
+def capture_parts(root: nn.Module, example_inputs: ExampleInputs, only: Sequence[str] = ()) -> list[str]:
     """Put a Net in the place of every part of ``root`` that can be captured by itself; the names of those parts.
 
     The largest parts that can be are taken; below one that cannot, its children. Layers of torch's own that hold one
@@ -30,7 +30,7 @@ def capture_parts(root: nn.Module, example_inputs: Any, only: Sequence[str] = ()
     these parts, and no others.
     """
     calls, expected = _calls(root, example_inputs)
-    found: dict[nn.Module, nn.Module] = {}  # a module under several names stays one
+    nets: dict[nn.Module, nn.Module] = {}  # a module under several names stays one
     names: list[str] = []
     waiting = list(only) or [name for name, _ in root.named_children()]
     while waiting:
@@ -38,19 +38,19 @@ def capture_parts(root: nn.Module, example_inputs: Any, only: Sequence[str] = ()
         part = root.get_submodule(name)
         if isinstance(part, Net | nn.RNNBase) or module_op(part) is not None or not _has_matrix(part):
             continue
-        if part not in found and name in calls:
+        if part not in nets and name in calls:
             net = _captured(part, calls[name])
             if net is not None and _serves(root, name, net, expected, example_inputs):
-                found[part] = net
-        if part in found:
-            root.set_submodule(name, found[part])
+                nets[part] = net
+        if part in nets:
+            root.set_submodule(name, nets[part])
             names.append(name)
         elif not only:
             waiting[:0] = [f"{name}.{child}" for child in dict(part.named_children())]
     return names
 
 
-def modules_read(root: nn.Module, example_inputs: Any) -> list[str]:
+def modules_read(root: nn.Module, example_inputs: ExampleInputs) -> list[str]:
     """The modules, inside captured parts or single layers, whose parameters untraced code reads by itself when it runs
     on the example inputs.
     """
@@ -67,7 +67,7 @@ def modules_read(root: nn.Module, example_inputs: Any) -> list[str]:
         effect(root, example_inputs, mode=False)
         with suppress(Exception):  # where the model does not train on the example, nothing is read
             effect(root, example_inputs, mode=True)
-    return [name for name, module in root.named_modules(remove_duplicate=False) if module in reads.found]
+    return [name for name, module in root.named_modules(remove_duplicate=False) if module in reads.modules]
 
 
 class _Reads(TorchFunctionMode):
@@ -79,44 +79,46 @@ class _Reads(TorchFunctionMode):
         for module in holders:
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(id(parameter), []).append(module)
-        self.found: set[nn.Module] = set()
+        self.modules: set[nn.Module] = set()
         self.begun = False
         self.running = 0
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         self._note(args, kwargs)
         return function(*args, **(kwargs or {}))
 
-    def begin(self, *_: Any) -> None:
+    def begin(self, *_: object) -> None:
         self.begun = True
 
-    def end(self, *_: Any) -> None:
+    def end(self, *_: object) -> None:
         self.begun = False
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, module: nn.Module, args: object, kwargs: object) -> None:
         self._note(args, kwargs)
         self.running += not torch.compiler.is_compiling()  # as it is by torch.cond, which allows no such notes
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, *_: object) -> None:
         self.running -= not torch.compiler.is_compiling()
 
-    def _note(self, args: Any, kwargs: Any) -> None:
+    def _note(self, args: object, kwargs: object) -> None:
         if self.begun and not self.running and not torch.compiler.is_compiling():
             for value in pytree.tree_leaves((args, kwargs)):
-                self.found.update(self.owners.get(id(value), ()))
+                self.modules.update(self.owners.get(id(value), ()))
 
 
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim >= 2 for parameter in module.parameters())
 
 
-def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Effect]:
+def _calls(root: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, Inputs], Effect]:
     """The arguments of the first call of every module, as (args, kwargs), and its effect, on the example inputs."""
-    calls: dict[str, Any] = {}
+    calls: dict[str, Inputs] = {}
     handles = []
 
-    def noting(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def noting(name: str) -> Callable[[nn.Module, Args, Kwargs], None]:
+        def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             calls.setdefault(name, fresh((args, kwargs)))
 
         return note
@@ -131,7 +133,7 @@ def _calls(root: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Effect
             handle.remove()
 
 
-def _captured(part: nn.Module, call: Any) -> Net | None:
+def _captured(part: nn.Module, call: Inputs) -> Net | None:
     """The part as a Net over its own parameters, by whichever capture reproduces it; None where neither does."""
     original = Original(part, call)
     if original.lost:
@@ -158,7 +160,7 @@ def _shell(part: nn.Module) -> nn.Module:
     return shell
 
 
-def _serves(root: nn.Module, name: str, net: Net, expected: Effect, example_inputs: Any) -> bool:
+def _serves(root: nn.Module, name: str, net: Net, expected: Effect, example_inputs: ExampleInputs) -> bool:
     """Whether the model does what it did with the net in the part's place: its code may want more than its forward."""
     part = root.get_submodule(name)
     root.set_submodule(name, net)

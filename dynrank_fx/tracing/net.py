@@ -12,10 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..aliases import Output
+from ..aliases import Output, StateDict
 from ..errors import CaptureError
 
 Forward: TypeAlias = Callable[..., Output]
+
+Meta: TypeAlias = dict[str, Any]
+"""As torch types ``GraphModule.meta``: each entry is known to whoever wrote it."""
 
 
 class Net(fx.GraphModule):
@@ -95,7 +98,7 @@ class Net(fx.GraphModule):
         self.specialize(self.setting)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any) -> None:  # Any: torch's own
         # A site that replaced a bare parameter keeps that parameter's name.
         for name, module in self.named_modules(remove_duplicate=False):
             if getattr(module, "bare", False) and prefix + name in state_dict:
@@ -232,10 +235,10 @@ def is_captured(module: nn.Module) -> bool:
     return isinstance(module, Net) or _META in vars(module)
 
 
-def meta_of(root: nn.Module) -> dict[str, Any]:
+def meta_of(root: nn.Module) -> Meta:
     """What is known of a captured model (its plan, how it was captured); it survives ``deepcopy``."""
-    found: dict[str, Any] = root.meta if isinstance(root, Net) else vars(root).setdefault(_META, {})
-    return found
+    meta: Meta = root.meta if isinstance(root, Net) else vars(root).setdefault(_META, {})
+    return meta
 
 
 def forget_meta(root: nn.Module) -> None:
@@ -252,6 +255,6 @@ def untraced(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
         yield from untraced(child, f"{path}.{name}".lstrip("."))
 
 
-def attribute(net: nn.Module, path: str) -> Any:
+def attribute(net: nn.Module, path: str) -> object:
     """What ``path`` names in the module tree."""
     return operator.attrgetter(path)(net)

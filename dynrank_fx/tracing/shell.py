@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, first_line
 
 
 def shell(model: nn.Module) -> nn.Module:
@@ -20,14 +19,14 @@ def shell(model: nn.Module) -> nn.Module:
     """
     try:
         return copy.deepcopy(model, same_parameters(model))
-    except Exception as error:
+    except Exception as error:  # whatever the model's own __deepcopy__ raises
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}); the pass works on a copy, so make the model "
-            f"support copy.deepcopy"
+            f"{type(model).__name__} cannot be copied ({first_line(error)}); the pass works on a copy, so make the "
+            f"model support copy.deepcopy"
         ) from error
 
 
-def same_parameters(model: nn.Module) -> dict[int, Any]:
+def same_parameters(model: nn.Module) -> dict[int, object]:
     """For deepcopy: other parameters with the same values, by the ids of the model's."""
     return {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if _is_plain(p)}
 
@@ -43,7 +42,7 @@ def own_(net: nn.Module, model: nn.Module) -> nn.Module:
 
 def sharing(net: nn.Module, model: nn.Module) -> nn.Module:
     """The net over the model's own parameters and buffers, by their names."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for mine, theirs in (
         (net.named_parameters(remove_duplicate=False), dict(model.named_parameters(remove_duplicate=False))),
         (net.named_buffers(remove_duplicate=False), dict(model.named_buffers(remove_duplicate=False))),

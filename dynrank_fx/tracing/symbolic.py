@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
+from ..aliases import Function, Kwargs
 from ..errors import CaptureError, first_line
 from ..ops import has_hooks
 from .blame import origin
-from .inputs import split_inputs
+from .inputs import ExampleInputs, split_inputs
 from .isolation import in_mode, same_values
 from .net import Net, finished
 
@@ -30,21 +32,21 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # otherwise what forward does to a buffer would be done once, while tracing
 
-    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
+    def trace(self, root: nn.Module | Function, concrete_args: Kwargs | None = None) -> fx.Graph:
         self.surroundings = _surroundings()
-        graph = super().trace(root, *args, **kwargs)
-        for name, buffer in root.named_buffers():
+        graph = super().trace(root, concrete_args)
+        for name, buffer in self.root.named_buffers():
             if isinstance(buffer, fx.Proxy):
                 raise RuntimeError(f"forward assigns the buffer {name}, which a symbolic graph cannot hold")
         return graph
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # Any: they are handed on as they are
         if _surroundings() != self.surroundings:
             raise RuntimeError("gradients or autocast are switched inside forward, which a symbolic graph cannot hold")
         return super().create_node(*args, **kwargs)
 
 
-def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -> Net:
+def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: ExampleInputs | None) -> Net:
     """The Net over ``root``, a copy of ``model``. Raises CaptureError naming the line that cannot be traced."""
     graphs = {}
     if has_hooks(model):
@@ -54,7 +56,7 @@ def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -
             with same_values(root), in_mode(root, mode):
                 graphs[mode] = _Tracer().trace(root)
             compile(graphs[mode].python_code("self").src, "graph", "exec")
-        except Exception as error:
+        except Exception as error:  # whatever the model's own forward raises on proxies
             where = origin(error, root)
             why = _UNREADABLE if "co_varnames is too small" in str(error) else first_line(error)
             raise CaptureError(f"{where} cannot be traced symbolically: {why}.") from error
@@ -65,7 +67,7 @@ def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Any) -
     return finished(root, graphs[True], None if same else graphs[False], model)
 
 
-def _given(model: nn.Module, example_inputs: Any) -> set[str]:
+def _given(model: nn.Module, example_inputs: ExampleInputs | None) -> set[str]:
     """The names of the arguments of forward for which the example has a value."""
     if example_inputs is None:
         return set()
@@ -93,25 +95,25 @@ def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool, given: set[str])
 
 def _is_tested(root: nn.Module, graph: fx.Graph, optional: fx.Node, mode: bool) -> bool:
     """Whether forward without this input is more than the same calls, given None."""
-    try:
-        with same_values(root), in_mode(root, mode):
+    with same_values(root), in_mode(root, mode):
+        try:
             without = _Tracer().trace(root, concrete_args={str(optional.target): None})
-    except Exception:  # forward needs it, whatever it does with it
-        return True
+        except Exception:  # forward cannot do without it, which it may say by any exception
+            return True
     return _calls(graph, str(optional.target)) != _calls(without, str(optional.target))
 
 
-def _calls(graph: fx.Graph, optional: str) -> list[Any]:
+def _calls(graph: fx.Graph, optional: str) -> list[tuple[object, ...]]:
     """What is called with what, in order, None standing for the optional input."""
-    shown: dict[fx.Node, Any] = {}
-    found: list[Any] = []
+    shown: dict[fx.Node, Argument] = {}
+    calls: list[tuple[object, ...]] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             shown[node] = None if node.target == optional else ("input", str(node.target))
         elif getattr(node.target, "__name__", "") != "_assert_is_none":
-            shown[node] = ("call", len(found))
-            found.append((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), shown.get)))
-    return found
+            shown[node] = ("call", len(calls))
+            calls.append((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), shown.get)))
+    return calls
 
 
 def closed_layers(net: Net) -> list[str]:
@@ -123,12 +125,12 @@ def closed_layers(net: Net) -> list[str]:
 def closed_functions(net: Net) -> list[str]:
     """The functions that torch.fx was told not to trace although they are given a matrix of the model's."""
     matrices = {name for name, p in net.named_parameters(remove_duplicate=False) if p.ndim >= 2}
-    found = []
+    closed = []
     for node in (node for graph in net.graphs.values() for node in graph.nodes if node.op == "call_function"):
         given = any(each.op == "get_attr" and each.target in matrices for each in node.all_input_nodes)
         if given and isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch."):
-            found.append(node.target.__name__)
-    return found
+            closed.append(node.target.__name__)
+    return closed
 
 
 def _is_closed(module: nn.Module) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
 
 
-def said(value: Any) -> str:
+def said(value: object) -> str:
     """The ``repr`` of a frozen value and of what it is made of, where functions are told by their qualified names, and
     other objects without a ``repr`` of their own by their class.
     """
@@ -28,6 +27,6 @@ def said(value: Any) -> str:
     if is_dataclass(value) and not isinstance(value, type):
         parts = [f"{each.name}={said(getattr(value, each.name))}" for each in fields(value) if each.repr]
         return f"{type(value).__qualname__}({', '.join(parts)})"
-    if type(value).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+    if type(value).__repr__ is object.__repr__:
         return f"<{type(value).__module__}.{type(value).__qualname__} object>"
     return repr(value)

@@ -8,7 +8,6 @@ at λ, to first order. Decaying the product, that is λ/2 · ‖BA‖_F² with t
 from __future__ import annotations
 
 import enum
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
 from torch.utils.hooks import RemovableHandle
 
-from ..aliases import Group
+from ..aliases import Args, Group, Kwargs
 from ..errors import TransitionError
 from ..layouts import TwoFactors
 from ..phase import Phase
@@ -73,7 +72,7 @@ class FactorDecay:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _before(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._pending = []
         corrections = self._corrections(optimizer)
         coupled = [row for row in corrections if not _decouples(optimizer, row[1], self.decoupled)]

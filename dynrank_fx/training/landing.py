@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..aliases import StateDict
 from ..layouts import Factors, Layout, at_least_float32, full_precision
 from ..phase import Phase
 from ..phases import phases_in
@@ -56,11 +56,11 @@ class Landing:
         """Leave the weights to the optimizer again."""
         self._handle.remove()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> StateDict:
         """What a checkpoint needs: steps left and bases by site."""
         return {"left": self.left, "bases": self.bases}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: StateDict) -> None:
         """Go on from there."""
         devices = {group.name: group.owner.outline.device for group in self._groups}
         self.left = dict(state["left"])
@@ -114,7 +114,7 @@ def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Ph
         return {}
     waiting = {name for name, phase in phases.items() if phase is Phase.FULL}
     sites = {name: replace(site, phase=phases[name]) for name, site in state.sites.items()}
-    spent, found = state.spent, dict[str, int]()
+    spent, due = state.spent, dict[str, int]()
     for ahead in range(1, state.epochs - state.epoch):
         if not waiting:
             break
@@ -124,6 +124,6 @@ def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Ph
         asked = phases_in(schedule(replace(state, epoch=epoch, lr=lr, spent=spent, sites=sites)), sites)
         cut = {name for name in waiting if asked.get(name, Phase.FULL) is not Phase.FULL}
         waiting -= cut
-        found |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}
+        due |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}
         sites |= {name: replace(sites[name], phase=phase) for name, phase in asked.items()}
-    return found
+    return due

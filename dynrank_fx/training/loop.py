@@ -7,11 +7,11 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..aliases import Batch
 from ..errors import DynrankError
 from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
@@ -138,7 +138,7 @@ def _refuse_diverged(run: Run) -> None:
         )
 
 
-def _batches(run: Run, task: Task) -> Iterator[Any]:
+def _batches(run: Run, task: Task) -> Iterator[Batch]:
     """The epoch's batches; of an epoch that was left midway, those that are still to come, drawn as if never
     interrupted.
     """
@@ -157,7 +157,7 @@ def _batches(run: Run, task: Task) -> Iterator[Any]:
 
 
 def _step(
-    run: Run, task: Task, settings: Settings, forward: nn.Module, batch: Any
+    run: Run, task: Task, settings: Settings, forward: nn.Module, batch: Batch
 ) -> tuple[Tensor, float | Tensor | None]:
     output, batch = apply(forward, task, settings, batch)
     with autocast(settings):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..aliases import StateDict
 from ..phase import Phase, summary
 from ..phases import Transition, enter_, phases_in, phases_of, randomize_, replan_
 from ..rewrite import plan_of, switched_modules
@@ -60,7 +61,7 @@ class Phases:
         steps: int | None = None,
         lr_every_step: bool = False,
         settings: PhaseSettings | None = None,
-        **choices: Any,
+        **choices: Any,  # Any: each is of its field's type
     ) -> None:
         self.net, self.optimizer, self.schedule, self.epochs = net, optimizer, schedule, epochs
         self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
@@ -136,7 +137,7 @@ class Phases:
                 self._rewarm.stop()
             self._rewarm = rewarm_(self.optimizer, self.settings.rewarm)
 
-    def note(self, **figures: Any) -> EpochRecord:
+    def note(self, **figures: object) -> EpochRecord:
         """Add figures to the record of the epoch that was begun last.
 
         Args:
@@ -153,7 +154,7 @@ class Phases:
         sites = switched_modules(unwrap(self.net))
         return {name: sites[name][0].spectrum().flatten().sort(descending=True).values for name in names}
 
-    def hooks_state(self) -> dict[str, Any]:
+    def hooks_state(self) -> StateDict:
         """Where a re-warm-up and a landing stand.
 
         Returns:
@@ -162,7 +163,7 @@ class Phases:
         rewarm = [self._rewarm.steps, self._rewarm.left] if self._rewarm is not None and self._rewarm.left else None
         return {"rewarm": rewarm, "landing": self.landing.state() if self.landing is not None else None}
 
-    def load_hooks_state(self, state: Mapping[str, Any]) -> None:
+    def load_hooks_state(self, state: StateDict) -> None:
         """Go on with a re-warm-up and a landing from where they stood.
 
         Args:
@@ -173,7 +174,7 @@ class Phases:
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """What a checkpoint needs beside the net's and the optimizer's state.
 
         Returns:
@@ -181,7 +182,7 @@ class Phases:
         """
         return {"history": [record.to_json() for record in self.history], **self.hooks_state()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Go on from a checkpoint.
 
         ``resume_phases_`` has brought the net into its phases before its weights were loaded.
@@ -205,13 +206,13 @@ def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[
     """Per site both spectra at the same up to 64 indices, evenly spread from first to last; zeros where the smaller one
     has ended.
     """
-    found = {}
+    thinned = {}
     for name in before:
         count = max(len(before[name]), len(after[name]))
         step = max(1.0, (count - 1) / (_POINTS - 1))
         chosen = [round(i * step) for i in range(min(count, _POINTS))]
-        found[name] = (_at(before[name], chosen, count), _at(after[name], chosen, count))
-    return found
+        thinned[name] = (_at(before[name], chosen, count), _at(after[name], chosen, count))
+    return thinned
 
 
 def _at(spectrum: Tensor, chosen: list[int], count: int) -> tuple[float, ...]:
@@ -225,7 +226,7 @@ def phase_label(net: nn.Module) -> str:
     return summary(phases_of(net).values())
 
 
-def resume_phases_(net: nn.Module, state: Mapping[str, Any]) -> None:
+def resume_phases_(net: nn.Module, state: StateDict) -> None:
     """Bring a freshly transformed net into the phases of a checkpoint, so that its weights load by name.
 
     Call it before the optimizer is made, and before weights are loaded.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .. import files, store
+from ..aliases import JsonObject, StateDict
 from ..errors import StoreError
 from ..phases import info_of, restore_, state_of
 from ..plan import Plan
@@ -29,7 +30,7 @@ class Run:
     net: nn.Module
     optimizer: Optimizer
     schedule: Schedule
-    lr_scheduler: Any = None
+    lr_scheduler: LRScheduler | None = None
     epoch: int = 0
     step: int = 0
     history: list[EpochRecord] = field(default_factory=list)
@@ -38,11 +39,11 @@ class Run:
     """Of the epoch that has begun."""
     totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     """Sums over the epoch so far: loss, metric, batches."""
-    epoch_start: dict[str, Any] | None = None
+    epoch_start: StateDict | None = None
     """The random generators at the start of an epoch that was left midway."""
     phases: Phases | None = None
     """At work while the run is fitted."""
-    hooks: dict[str, Any] = field(default_factory=dict)
+    hooks: StateDict = field(default_factory=dict)
     """Where its re-warm-up and its landing stood when it was left (see ``Phases.hooks_state``)."""
     generators: tuple[torch.Generator, ...] = ()
     """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
@@ -53,7 +54,7 @@ class Run:
         assert self.record is not None, "no epoch has begun"
         return self.record
 
-    def note(self, **figures: Any) -> None:
+    def note(self, **figures: object) -> None:
         """Add figures to the record of the epoch that has begun."""
         self.record = self.current.with_figures(**figures)
 
@@ -89,7 +90,7 @@ def save_run(run: Run, folder: Path) -> None:
     files.write_text(folder / HISTORY, "".join(json.dumps(record) + "\n" for record in info["history"]))
 
 
-def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
     """The checkpoint of a run folder as it stands in the file. Raises StoreError."""
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}")
@@ -101,12 +102,12 @@ def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return store.read(folder / CHECKPOINT)
 
 
-def plan_in(info: dict[str, Any]) -> Plan:
+def plan_in(info: JsonObject) -> Plan:
     """The plan that a checkpoint was trained by."""
     return Plan.from_json(info["plan"])
 
 
-def history_in(info: dict[str, Any]) -> list[EpochRecord]:
+def history_in(info: JsonObject) -> list[EpochRecord]:
     """The records of the finished epochs in a checkpoint."""
     return [EpochRecord.from_json(record) for record in info["history"]]
 
@@ -116,7 +117,7 @@ def weights_in(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("net."): t for name, t in tensors.items() if name.startswith("net.")}
 
 
-def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -> None:
     """Bring a run that was set up as at its start (all sites FULL, nothing trained) to where the checkpoint stands.
 
     Raises StoreError where the checkpoint is of another model, optimizer or schedule.

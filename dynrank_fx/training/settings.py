@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
+from ..aliases import Kwargs
 from ..phases import Carry
 from .factor_decay import Decay
 
@@ -31,7 +31,7 @@ class PhaseSettings:
     spectra: bool = True
 
     @property
-    def choices(self) -> dict[str, Any]:
+    def choices(self) -> Kwargs:
         """These choices by name, for another value that has them."""
         return {each.name: getattr(self, each.name) for each in fields(PhaseSettings)}
 

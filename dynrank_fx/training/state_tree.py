@@ -55,7 +55,7 @@ def _put(tensor: Tensor, name: str, tensors: Tensors) -> str:
     return name
 
 
-def unflatten(tree: Json, tensors: Tensors) -> Any:
+def unflatten(tree: Json, tensors: Tensors) -> Any:  # Any: what was flattened
     """The inverse of ``flatten``. Raises StoreError where a tensor is missing."""
     if isinstance(tree, list):
         return [unflatten(item, tensors) for item in tree]

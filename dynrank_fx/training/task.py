@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
+from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
 from ..tracing import Inputs, evaluating, unwrap
 from .settings import Settings
+
+# What torch and Python raise where a batch does not fit the model.
+_BY_A_BATCH = (RuntimeError, TypeError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,14 @@ class Task:
     metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated.
     """
 
-    train_data: Iterable[Any]
-    loss: Callable[[Any, Any], Tensor]
-    inputs: Callable[[Any], Inputs]
-    eval_data: Iterable[Any] | None = None
-    metric: Callable[[Any, Any], Any] | None = None
+    train_data: Iterable[Batch]
+    loss: Callable[[Output, Batch], Tensor]
+    inputs: Callable[[Batch], Inputs]
+    eval_data: Iterable[Batch] | None = None
+    metric: Callable[[Output, Batch], float | Tensor] | None = None
 
 
-def apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tuple[Any, Any]:
+def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> tuple[Output, Batch]:
     """The model's output, and the batch on the device."""
     batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
     args, kwargs = task.inputs(batch)
@@ -43,17 +46,17 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tup
                 f"the batches have more than {torch._dynamo.config.recompile_limit} shapes, each of which is compiled "
                 "to a graph of its own: pad them to fewer, or train without compiling"
             ) from error
-        except Exception as error:
+        except _BY_A_BATCH as error:
             _refuse_batch(unwrap(forward), args, kwargs, error)
             raise
 
 
-def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) -> None:
     """Say so if the batch is at fault: then the net, run plainly, fails on it too."""
     try:
         with torch.no_grad():
             net(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as why:
+    except _BY_A_BATCH as why:
         given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         raise DynrankError(
             f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
@@ -61,14 +64,14 @@ def _refuse_batch(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         ) from error
 
 
-def autocast(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+def autocast(settings: Settings) -> contextlib.AbstractContextManager[object]:
     """Autocast to bfloat16 where the settings ask for it."""
     if not settings.amp:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
 
 
-def number(metric: Any, like: Tensor) -> Tensor:
+def number(metric: float | Tensor | None, like: Tensor) -> Tensor:
     """A metric in float64 on the device of ``like``; not a number where there is none."""
     return torch.as_tensor(float("nan") if metric is None else metric, dtype=torch.float64, device=like.device)
 

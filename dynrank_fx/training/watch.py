@@ -71,7 +71,7 @@ class Bar(Watcher):
 
     def __init__(self, epochs: int, steps: int | None, metric: str = "accuracy", file: TextIO | None = None) -> None:
         self.epochs, self.steps, self.metric, self.file = epochs, steps, metric, file or sys.stderr
-        self.bar: Any = None
+        self.bar: Any = None  # Any: a tqdm, which has no types
 
     def epoch_started(self, run: Run, transition: Transition) -> None:
         if transition:
