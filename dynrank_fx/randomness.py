@@ -26,7 +26,7 @@ def generators_of(*data: object) -> tuple[torch.Generator, ...]:
 
 
 def random_state(generators: Sequence[torch.Generator] = ()) -> StateDict:
-    """The state of the global generators and of these, as ``statetree`` can store it."""
+    """The state of the global generators and of these, as ``training/state_tree`` can store it."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

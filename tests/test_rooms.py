@@ -118,8 +118,7 @@ def test_a_room_says_in_one_sentence_what_it_is_for_and_what_it_gives(room: str)
     assert public(room) == {alias.asname or alias.name for node in imported for alias in node.names}
 
 
-# The room of compression has yet to be brought in line.
-@pytest.mark.parametrize("file", sorted(file for file in FILES if room_of(file) != "compression"))
+@pytest.mark.parametrize("file", sorted(FILES))
 def test_any_stands_with_its_reason(file: str) -> None:
     """After ``# Any:`` on its line or the one above, or in the docstring of an alias."""
     text = FILES[file].read_text(encoding="utf-8")

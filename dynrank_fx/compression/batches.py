@@ -60,7 +60,7 @@ def call(module: nn.Module, batch: ExampleInputs, number: int) -> Output:
     try:
         with same_values(module):
             return module(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # the user's code, or torch's: whatever it raises
         raise CalibrationError(
             f"calibration batch {number} does not fit the model ({reason(error)[:200]}): give "
             "batches of the form of the example inputs"

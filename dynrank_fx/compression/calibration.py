@@ -9,12 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..aliases import Args, Kwargs
 from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
@@ -189,7 +189,7 @@ class _Watch:
     free: Mapping[int, tuple[str, str]]
     path: str
 
-    def __call__(self, module: Switched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: Switched, args: Args, kwargs: Kwargs) -> None:
         use, seen = int(kwargs.get("use", 0)), self.seen
         if seen.group.shared and use != STEM:
             return  # what the sites that share a factor take is the shared input, or what the shared factor made of it
@@ -214,7 +214,7 @@ class _Watch:
             total, n = seen.sums.get(key, (0, 0))
             seen.sums[key] = (total + X.sum(-2), n + rows)
 
-    def _taker(self, op: Op, module: Switched, given: tuple[Any, ...]) -> str | None:
+    def _taker(self, op: Op, module: Switched, given: Args) -> str | None:
         """The name of what takes up a mean of this call: the module by its own bias, or a bias that is given."""
         own = not given
         bias = module._parameters["bias"] if own else given[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +106,23 @@ class Candidates:
             effects[unit.names[0]] = self._moved(unit, rank) / max(lost, 1e-6)
         return effects
 
-    def _units(self, **more: Any) -> list[RankUnit]:
+    def _units(
+        self,
+        *,
+        latency: LatencyOf | None = None,
+        margin: float | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> list[RankUnit]:
         extra = {} if self.known is None else added_biases(self.net, self.known)
         return rank_units(
-            self.net, multiple_of=self.multiple_of, spectrum=self._spectrum, extra=extra, known=self.low, **more
+            self.net,
+            multiple_of=self.multiple_of,
+            spectrum=self._spectrum,
+            extra=extra,
+            known=self.low,
+            latency=latency,
+            margin=margin,
+            weights=weights or {},
         )
 
     def _spectrum(self, site: str, weight: Tensor) -> Tensor | None:
