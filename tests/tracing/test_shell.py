@@ -95,7 +95,6 @@ def equal(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("kind", [Busy, Failing])
 def test_the_callers_model_stays_as_it_is_whether_capture_succeeds_or_fails(kind, how, copies):
     model = built(kind)
-    model.block[1].train(how is dr.Capture.MODULES)  # module by module, parts in a mode of their own are refused
     model.register_forward_hook(lambda *args: None)
     model.block[0].weight.register_hook(lambda gradient: pytest.fail("a hook of the caller's parameter was called"))
     before = everything(model)
