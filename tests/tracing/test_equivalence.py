@@ -99,20 +99,3 @@ class Generating(Two):
 def test_what_no_graph_can_hold_is_left_to_the_models_code(model):
     net = dr.capture(model, (X,))
     assert torch.equal(net(X), model(X))
-
-
-def test_what_is_no_override_and_no_phase_is_refused_in_words():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with pytest.raises(dr.PlanError, match="overrides are a dict from patterns to Override, not a list"):
-        dr.transform(model, (X,), overrides=["0"])
-    with pytest.raises(dr.PlanError, match="'no' does not say whether sites stay dense"):
-        dr.Override(dense="no")
-    with pytest.raises(dr.PlanError, match=r"override of '\*' asks for a layout of convolutions, and fits no conv"):
-        dr.transform(model, (X,), overrides={"*": dr.Override(layout=dr.SpatialLayout)})
-    overrides = {"*": dr.Override(dense=True), "0": dr.Override(dense=False)}
-    net = dr.transform(model, (X,), rank=dr.Fixed(2), overrides=overrides)
-    assert [row.site.name for row in dr.plan_of(net).sites] == ["0.weight"]
-    with pytest.raises(dr.TransitionError, match="'LOW' is no phase"):
-        dr.enter_(net, "LOW")
-    dr.enter_(net, {"0": dr.Phase.LOW})
-    assert dr.phases_of(net) == {"0.weight": dr.Phase.LOW}
