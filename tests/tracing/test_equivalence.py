@@ -41,6 +41,28 @@ def test_gradients_that_forward_changes_stay_changed():
         dr.capture(model, (X,), how=dr.Capture.EXPORT)
 
 
+class Looked(Hooked):
+    """As well, behind a table whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8, sparse=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(self.table(tokens))
+
+
+def test_a_model_with_a_sparse_gradient_is_compared_in_training_too():
+    torch.manual_seed(0)
+    model, tokens = Looked(), torch.tensor([1, 4, 4])
+    with pytest.raises(dr.CaptureError, match=r"gives [\w.]+ another gradient"):
+        dr.capture(model, (tokens,), how=dr.Capture.EXPORT)
+    net = dr.capture(model, (tokens,))
+    expected, found = gradients(model, tokens), gradients(net, tokens)
+    assert found["table.weight"].is_sparse
+    assert all(torch.equal(found[name].to_dense(), gradient.to_dense()) for name, gradient in expected.items())
+
+
 class Detached(torch.autograd.Function):
     """Its backward gives nothing back, so that what comes before does not train."""
 
