@@ -13,6 +13,7 @@ from models import Modal, gradients, randomized
 from torch import Tensor, nn
 
 import dynrank_fx as dr
+from dynrank_fx.tracing.export import fixed_sizes, mode_of, shortcoming
 
 X = torch.randn(4, 5, 8)
 
@@ -252,3 +253,37 @@ def test_one_input_given_three_times_stays_one():
     alone = dr.capture(nn.MultiheadAttention(8, 2, batch_first=True), (X, X, X))
     with pytest.raises(AssertionError, match="exported for key being query, and serves no other"):
         alone(X, X.clone(), X)
+
+
+def test_a_generator_made_in_forward_is_refused_in_words():
+    class Generating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + torch.randn(8, generator=torch.Generator().manual_seed(1))
+
+    with pytest.raises(dr.CaptureError, match=r"Generat"):
+        dr.capture(Generating(), (torch.randn(4, 8),), how=dr.Capture.EXPORT)
+
+
+def test_the_sizes_that_a_graph_is_fixed_to_are_told():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    net = dr.capture(model, (x,), how=dr.Capture.EXPORT)
+    assert fixed_sizes(net) == ", fixed: input[1]=8"
+    assert shortcoming(net, (x,)) == ""
+    shapes = ({0: torch.export.Dim.STATIC},)
+    fixed = dr.capture(model, (x,), how=dr.Capture.EXPORT, dynamic_shapes=shapes)
+    assert fixed_sizes(fixed) == ", fixed: input[0]=4, input[1]=8"
+    assert shortcoming(fixed, (x,)) == "serves no other batch size than the example's"
+    with pytest.raises(AssertionError, match="exported for 4 rows of input, and serves no other"):
+        fixed(torch.randn(5, 8))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_an_exported_graph_is_read_off_its_operations(training):
+    x = torch.randn(4, 8)
+    for layers, expected in (((nn.BatchNorm1d(8),), training), ((nn.Dropout(0.5),), training), ((nn.Tanh(),), None)):
+        model = nn.Sequential(nn.Linear(8, 8), *layers).train(training)
+        assert mode_of(torch.export.export(model, (x,)).module().graph) is expected

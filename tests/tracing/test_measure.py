@@ -6,10 +6,12 @@ import pytest
 import torch
 from capturing import CAPTURES
 from torch import Tensor, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
+from dynrank_fx.tracing import flop_counter, measure
 
 
 def counted(model: nn.Module, *args: Tensor) -> int:
@@ -76,3 +78,73 @@ def test_attention_is_counted_though_its_fast_path_would_hide_it():
             assert plan.total_flops == counted(model, x) == 40960 + products
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)) * scale)
+
+
+def test_shapes_are_those_of_torchs_own_interpreter_and_flops_those_of_its_counter():
+    torch.manual_seed(0)
+    model, given = Layered().train(), (torch.randn(4, 3, 9, 8), torch.ones(6))
+    net = dr.capture(model, given, how=dr.Capture.SYMBOLIC)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    measured = measure(net, given)
+    traced = torch.fx.symbolic_trace(model)
+    ShapeProp(traced).propagate(*given)
+    expected = {
+        node.name: [tuple(node.meta["tensor_meta"].shape)] for node in traced.graph.nodes if node.op != "output"
+    }
+    found = {node.name: shapes for node, shapes in measured.shapes.items() if node.op != "output"}
+    assert found == expected
+    assert measured.flops == counted(model.eval(), *given) > 0
+    assert net.training
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items()), "no statistics are noted"
+    assert measure(net, {"scale": given[1], "x": given[0]}).flops == measured.flops
+
+
+def test_an_argument_without_a_value_is_named():
+    net = dr.capture(Layered(), how=dr.Capture.SYMBOLIC)
+    with pytest.raises(dr.CaptureError, match=r"^the example inputs have no value for the model's argument 'scale'$"):
+        measure(net, (torch.randn(4, 3, 9, 8),))
+
+
+class Repeating(nn.Module):
+    """Untraced code that calls a layer three times and a part twice, on other sizes each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.part = nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for rows in (1, 2, 3) if float(x.detach().sum()) < 1e9 else ():
+            self.layer(x[:rows])
+        return self.part(x[:2]).sum() + self.part(x)
+
+
+def test_untraced_code_is_measured_for_each_time_that_it_runs_a_layer_or_a_part():
+    torch.manual_seed(0)
+    model, x = Repeating(), torch.randn(5, 4)
+    net = dr.capture(model, (x,), how=dr.Capture.MODULES)
+    measured = measure(net, (x,))
+    assert measured.shapes[net.layer] == [(1, 4), (2, 4), (3, 4)]
+    (node,) = [node for node in net.part.graphs[False].nodes if node.op == "placeholder"]
+    assert measured.shapes[node] == [(2, 4), (5, 4)]
+    assert measured.flops == counted(model, x) == 2 * 16 * (1 + 2 + 3 + 2 + 5)
+    assert "forward" not in vars(net.part)
+    assert not net.layer._forward_pre_hooks
+
+
+def test_the_attention_of_the_cpu_counts_as_its_two_products_do():
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    totals = []
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend), flop_counter() as counter:
+            nn.functional.scaled_dot_product_attention(q, k, v)
+        totals.append(counter.get_total_flops())
+    assert totals == [2 * 2 * 3 * 5 * 7 * (8 + 8)] * 2

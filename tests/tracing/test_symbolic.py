@@ -10,6 +10,7 @@ from capturing import assert_alike, linears
 from torch import Tensor, nn
 
 import dynrank_fx as dr
+from dynrank_fx.tracing.symbolic import closed_functions, closed_layers
 
 X = torch.randn(4, 5, 8)
 
@@ -127,3 +128,47 @@ def test_an_input_that_makes_no_difference_is_no_hindrance():
         assert dr.plan_of(net).capture.startswith("by symbolic tracing")
         assert torch.equal(net(X, context), model(X, context))
         assert torch.equal(net(X), model(X))
+
+
+@torch.fx.wrap
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+@torch.fx.wrap
+def unrelated(x: Tensor, other: Tensor) -> Tensor:
+    """It is given no matrix of the model's."""
+    return x @ other
+
+
+class Closed(nn.Module):
+    """What symbolic tracing looks into, and what it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.fc, self.attention = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+        self.memory, self.norm = nn.LSTM(8, 8), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = project(self.memory(self.norm(self.fc(x)))[0], self.w)
+        return unrelated(self.attention(x, x, x)[0], x.mT)
+
+
+def test_what_stays_closed_although_export_could_open_it_is_listed():
+    net = dr.capture(Closed(), how=dr.Capture.SYMBOLIC)
+    assert closed_layers(net) == ["attention"], "an LSTM's kernel is closed to every way"
+    assert set(closed_functions(net)) == {"project"}
+    open_ = dr.capture(linears(), how=dr.Capture.SYMBOLIC)
+    assert closed_layers(open_) == closed_functions(open_) == []
+
+
+def test_both_modes_are_traced_and_become_one_graph_only_where_they_are_the_same():
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if self.training else x * 3
+
+    net = dr.capture(Scaled(), how=dr.Capture.SYMBOLIC)
+    x = torch.ones(2)
+    assert float(net.train()(x)[0]) == 2
+    assert float(net.eval()(x)[0]) == 3
+    assert net.graphs[True] is not net.graphs[False]
