@@ -8,6 +8,8 @@ from planning import reasons, several
 from torch import nn
 
 import dynrank_fx as dr
+from dynrank_fx.plan.overrides import override_of
+from dynrank_fx.plan.site import Site
 
 
 def test_overrides_decide_for_single_sites_by_name_or_pattern():
@@ -55,3 +57,18 @@ def test_what_is_no_override_or_asks_for_what_cannot_be_is_refused_in_words():
     overrides = {"*": dr.Override(dense=True), "0": dr.Override(dense=False)}
     net = dr.transform(model, (x,), rank=dr.Fixed(2), overrides=overrides)
     assert [row.site.name for row in dr.plan_of(net).sites] == ["0.weight"]
+
+
+def test_what_the_fitting_patterns_say_is_put_together_and_the_later_one_wins():
+    rank, other = dr.Fixed(3), dr.Ratio(0.5)
+    overrides = {
+        "*": dr.Override(rank=rank, dense=True),
+        "head": dr.Override(layout=dr.TuckerLayout),
+        "blocks.*": dr.Override(rank=other),
+        "tied": dr.Override(dense=False),
+    }
+    one = Site("blocks.0.weight", (4, 4), (), ("tied.weight",))
+    assert override_of(one, overrides) == dr.Override(rank=other, dense=False), "a pattern fits an alias too"
+    assert override_of(Site("head.weight", (4, 4), ()), overrides) == dr.Override(rank, dr.TuckerLayout, True)
+    assert override_of(one, dict(reversed(overrides.items()))) == dr.Override(rank=rank, dense=True)
+    assert override_of(one, {"other": dr.Override(dense=True)}) == dr.Override()
