@@ -11,6 +11,7 @@ from models import CASES, randomized
 from torch import Tensor, fx, nn
 
 import dynrank_fx as dr
+from dynrank_fx.rewrite import holds_captured, inline_
 
 
 @both_captures
@@ -76,3 +77,87 @@ def test_updates_of_buffers_that_nothing_reads_survive_every_rewrite(how):
     before = int(small.calls)
     small(x)
     assert int(small.calls) == before + 1
+
+
+# Where only parts were captured, and beside them
+
+
+class Around(nn.Module):
+    """Untraced code around a captured part and a single layer, with buffers that are saved and that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.layer = nn.Sequential(nn.Linear(8, 8), Shifted()), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.part(x) if float(x.detach().sum()) < 1e9 else x
+        return self.layer(x)
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.ones(8))
+        self.register_buffer("passing", torch.ones(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.kept + self.passing
+
+
+def around() -> tuple[nn.Module, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Around(), torch.randn(3, 8)
+    return dr.transform(model, (x,), rank=dr.Fixed(2), how=dr.Capture.MODULES), model, x
+
+
+@pytest.mark.parametrize("phase", list(dr.Phase), ids=lambda phase: phase.name)
+def test_parts_and_single_layers_become_plain_inside_the_models_own_class(phase):
+    net, model, x = around()
+    dr.enter_(net, phase)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+    plain = dr.inline(net)
+    assert type(plain) is Around
+    assert torch.equal(plain(x), net(x))
+    assert not any(type(module).__module__.startswith("dynrank_fx") for module in plain.modules())
+    assert not [name for name in vars(plain) if "dynrank" in name]
+    assert holds_captured(net), "the net stays as it is"
+    assert not holds_captured(plain)
+    assert not holds_captured(model)
+    assert sorted(plain.state_dict()) == sorted(net.state_dict())
+    assert {name for name, _ in plain.named_buffers()} >= {"part.1.kept", "part.1.passing"}
+
+
+def test_in_place_it_takes_over_the_parameters_of_the_net():
+    net, _, x = around()
+    expected, held = net(x), {name: id(p) for name, p in net.named_parameters()}
+    plain = inline_(net)
+    assert {name: id(p) for name, p in plain.named_parameters()} == held
+    assert torch.equal(plain(x), expected)
+
+
+class Weighed(nn.Module):
+    """Reads the values and the shape of its weight beside the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.fc.weight.square().sum() + self.fc.weight.shape[1]
+
+
+@pytest.mark.parametrize("phase", list(dr.Phase), ids=lambda phase: phase.name)
+def test_reads_of_a_weight_become_ordinary_nodes_with_the_same_gradients(phase):
+    torch.manual_seed(0)
+    net, x = dr.transform(Weighed().double(), rank=dr.Fixed(2)), torch.randn(3, 8).double()
+    dr.enter_(net, phase)
+    plain = dr.inline(net)
+    for each in (net, plain):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(plain(x), net(x))
+    found = dict(plain.named_parameters())
+    assert found.keys() == dict(net.named_parameters()).keys()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(found[name].grad, parameter.grad)
