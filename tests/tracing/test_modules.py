@@ -168,7 +168,7 @@ class Noisy(Block):
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
 
-@pytest.mark.parametrize("apart", ["0.norm", "0.drop", "1", "1.norm", "2"])
+@pytest.mark.parametrize("apart", ["0.norm", "0.drop", "1"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_a_part_in_a_mode_of_its_own_such_as_a_frozen_batch_norm_stays_in_it(apart, training):
     torch.manual_seed(0)
