@@ -146,3 +146,13 @@ def test_no_circle_between_the_files_of_a_room(room: str) -> None:
         ready = {module for module, others in needs.items() if not others & needs.keys()}
         assert ready, f"a circle among {sorted(needs)}"
         needs = {module: others for module, others in needs.items() if module not in ready}
+
+
+UNTESTED: frozenset[str] = frozenset()  # none; a reason would stand beside each
+
+
+def test_every_file_of_a_room_has_a_test_file_of_its_own_name() -> None:
+    files = {path.relative_to(PACKAGE) for path in PACKAGE.glob("*/*.py") if path.name != "__init__.py"}
+    tests = ROOT / "tests"
+    without = {str(file) for file in files if not (tests / file.parent / f"test_{file.name}").is_file()}
+    assert without == UNTESTED

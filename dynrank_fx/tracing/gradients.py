@@ -85,7 +85,9 @@ def sketched_gradients(model: nn.Module, outputs: Sequence[Tensor]) -> dict[str,
         def hook(gradient: Tensor) -> Tensor:
             dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
             sketches[name] = sketched(dense, rooms[name])
-            # Autograd gathers what the hook returns: a zero without memory.
+            # Autograd gathers what the hook returns: a zero without memory, of the same kind.
+            if dense is not gradient:
+                return torch.zeros_like(gradient)
             return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
 
         return hook

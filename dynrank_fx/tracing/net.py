@@ -130,9 +130,10 @@ def finished(
     net = Net(root, train, other, fixed_mode=fixed_mode)
     type(net).__name__ = type(model).__name__
     if not fixed_mode:
+        modes = {name: module.training for name, module in model.named_modules()}  # a part shares its submodules
         net.train(model.training)
-        for name, module in model.named_modules():
-            net.get_submodule(name).training = module.training
+        for name, training in modes.items():
+            net.get_submodule(name).training = training
     return net
 
 
@@ -192,6 +193,8 @@ def set_mode(model: nn.Module, mode: bool) -> None:
     model.train(mode)
     for module in apart:
         module.training = not mode
+        if isinstance(module, Net):
+            module.specialize(module.setting)
 
 
 @contextlib.contextmanager

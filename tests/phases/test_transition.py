@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 
 import pytest
 import torch
+from switching import assert_same, chain, snapshot, trained
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.phases import replace, transition
+from dynrank_fx.phases import transition
 from dynrank_fx.rewrite import switched_modules
-
-
-def chain(layers: int = 3, width: int = 16) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
-    return dr.transform(model, (torch.randn(2, width),))
-
-
-def trained(net: nn.Module) -> torch.optim.Optimizer:
-    """An AdamW that has stepped, with the sites in two groups."""
-    ps = list(net.parameters())
-    optimizer = torch.optim.AdamW([{"params": ps[:2], "lr": 1e-3}, {"params": ps[2:], "lr": 1e-2}])
-    width = next(iter(switched_modules(net).values()))[0].shape[1]
-    net(torch.randn(4, width)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
-
-
-def snapshot(net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[object, ...]:
-    values = {name: t.clone() for name, t in net.state_dict().items()}
-    held = copy.deepcopy(optimizer.state_dict())
-    held["state"] = dict(sorted(held["state"].items()))  # the order of states means nothing
-    return values, held, dr.phases_of(net)
-
-
-def assert_same(net: nn.Module, optimizer: torch.optim.Optimizer, before: tuple[object, ...]) -> None:
-    after = snapshot(net, optimizer)
-    for mine, theirs in zip(
-        torch.utils._pytree.tree_leaves(after), torch.utils._pytree.tree_leaves(before), strict=True
-    ):
-        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in net.parameters()}
 
 
 @pytest.mark.parametrize("start", list(dr.Phase))
@@ -93,27 +59,6 @@ def test_a_failure_midway_undoes_the_sites_already_switched(start, error, monkey
     assert [len(ids) for ids in places] == [len(group["params"]) for group in optimizer.param_groups]
     monkeypatch.undo()
     assert len(dr.enter_(net, dr.Phase.LOW if start is dr.Phase.FULL else dr.Phase.FULL, optimizer).changes) == 4
-
-
-def test_a_full_disk_is_a_sentence_and_changes_nothing(monkeypatch):
-    net = chain()
-    optimizer = trained(net)
-    before = snapshot(net, optimizer)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(replace.torch, "save", full)
-    with pytest.raises(dr.TransitionError, match="No space left on device"):
-        dr.enter_(net, dr.Phase.LOW, optimizer)
-    assert_same(net, optimizer, before)
-
-
-def test_the_journal_leaves_no_file_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    net = chain()
-    dr.enter_(net, dr.Phase.LOW, trained(net))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_sites_old_parameters_are_freed_before_the_next_site_changes(monkeypatch):
@@ -190,24 +135,6 @@ def test_a_replanned_adaptor_keeps_its_function_and_starts_another_branch():
     assert not site.factors[0].any()
     assert dr.phases_of(net)["0.weight"] is dr.Phase.ADAPTOR
     torch.testing.assert_close(net(x), before)
-
-
-def test_random_factors_have_the_scale_of_what_they_replace_and_none_of_its_directions():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(32, 64, 3, groups=2), nn.Flatten(), nn.Linear(64, 128))
-    net = dr.transform(model, (torch.randn(2, 32, 3, 3),), rank=dr.Ratio(0.5), allow_unprofitable=True)
-    with pytest.raises(dr.TransitionError, match="no site is in LOW"):
-        dr.randomize_(net)
-    dr.enter_(net, dr.Phase.LOW)
-    sites = [modules[0] for modules in switched_modules(net).values()]
-    before = [site.weight.detach() for site in sites]
-    held = [site.factors for site in sites]
-    dr.randomize_(net)
-    for site, old, factors in zip(sites, before, held, strict=True):
-        assert all(a is b for a, b in zip(site.factors, factors, strict=True)), "an optimizer keeps them"
-        new = site.weight.detach()
-        assert float(new.norm() / old.norm()) == pytest.approx(1, abs=0.1)
-        assert abs(float((new * old).sum() / (new.norm() * old.norm()))) < 0.05
 
 
 def test_a_failed_replan_leaves_ranks_plan_and_weights():
@@ -319,51 +246,9 @@ def test_frozen_sites_switch_and_stay_frozen():
     assert not any(p.requires_grad for p in net.parameters())
 
 
-def test_channels_last_weights_stay_channels_last():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(16, 16, 3)).to(memory_format=torch.channels_last)
-    net = dr.transform(model, (torch.randn(2, 16, 6, 6),))
-    dr.enter_(net, dr.Phase.LOW)
-    dr.enter_(net, dr.Phase.FULL)
-    weight = net.get_submodule("0").weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(net.eval()(torch.ones(2, 16, 6, 6)), net(torch.ones(2, 16, 6, 6)))
-
-
-@pytest.mark.parametrize("layout", [dr.ChannelLayout, dr.SpatialLayout, dr.TuckerLayout, dr.CPLayout])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_kernel_of_one_entry_has_the_strides_that_it_had(layout, memory_format):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(16, 12, 1)).to(memory_format=memory_format)
-    net = dr.transform(model, (torch.randn(2, 16, 6, 6),), conv_layout=layout, allow_unprofitable=True)
-    strides = net.get_submodule("0").weight.stride()
-    for phase in (dr.Phase.LOW, dr.Phase.ADAPTOR, dr.Phase.FULL):
-        dr.enter_(net, phase)
-        for tensor in (*net.parameters(), *net.buffers()):
-            fresh = torch.empty_like(tensor, memory_format=memory_format) if tensor.ndim == 4 else tensor
-            assert tensor.stride() == fresh.stride()
-    assert net.get_submodule("0").weight.stride() == strides
-
-
 def test_a_compiled_net_can_be_given_in_place_of_the_net():
     net = chain()
     compiled = torch.compile(net, backend="eager")
     assert len(dr.enter_(compiled, dr.Phase.LOW).changes) == 3
     assert set(dr.phases_of(compiled).values()) == {dr.Phase.LOW}
     assert dr.plan_of(compiled) is dr.plan_of(net)
-
-
-def test_a_full_disk_is_told_with_the_folder_and_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.save says it, in a RuntimeError of its own."""
-    from dynrank_fx.phases import replace
-
-    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-
-    def full(record: object, path: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
-
-    monkeypatch.setattr(replace.torch, "save", full)
-    with pytest.raises(dr.TransitionError, match="cannot be written to, its disk may be full"):
-        dr.enter_(net, dr.Phase.LOW)
-    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())

@@ -7,10 +7,9 @@ import random
 
 import pytest
 import torch
-from torch import Tensor, nn
+from planning import steep
 
 import dynrank_fx as dr
-from dynrank_fx.plan import Curve
 from dynrank_fx.plan.budget import Point, allocate
 
 
@@ -65,26 +64,6 @@ def test_with_fine_steps_the_allocation_is_within_one_step_of_the_optimum():
         dual = sum(p[1] for p in each) + high * (sum(p[0] for p in each) - room)
         found = sum(row[i][1] for row, i in zip(points, allocate(points, room), strict=True))
         assert dual - 1e-9 <= found <= dual + 0.01
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
-
-
-def steep() -> Net:
-    """One weight of rank about 4, one whose spectrum falls slowly."""
-    torch.manual_seed(0)
-    model = Net()
-    with torch.no_grad():
-        model.a.weight.copy_(torch.randn(40, 4) @ torch.randn(4, 40) + 0.01 * torch.randn(40, 40))
-        U, V = (torch.nn.init.orthogonal_(torch.empty(40, 40)) for _ in range(2))
-        model.b.weight.copy_(U @ torch.diag(torch.linspace(1, 0.1, 40)) @ V)
-    return model
 
 
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.4, 0.5])
@@ -142,48 +121,3 @@ def test_a_budget_that_cannot_be_met_says_the_least_that_can():
     assert {row.rank for row in dr.plan_of(net).sites} == {1}
     with pytest.raises(dr.PlanError, match="FLOPs of the sites are unknown: give example inputs"):
         dr.transform(steep(), rank=dr.Budget(flops=0.5))
-
-
-# Decided anew
-
-
-def test_ranks_follow_the_weights_by_the_steps_of_the_grid():
-    net = dr.transform(Net(), (torch.randn(3, 40),), rank=dr.Fixed(8), exclude=["head"])
-    net.load_state_dict(steep().state_dict())
-    plan = dr.reranked(net, dr.Energy(0.99), ladder=8)
-    assert {row.site.name: row.rank for row in plan.sites} == {"a.weight": 5, "b.weight": 15}
-    assert {row.rank for row in dr.plan_of(net).sites} == {8}, "nothing is changed"
-    optimizer = torch.optim.AdamW(net.parameters())
-    dr.replan_(net, plan, optimizer)
-    dr.enter_(net, dr.Phase.LOW, optimizer)
-    assert net.get_parameter("a.left").shape == (40, 5)
-    down = dr.reranked(net, dr.Budget(params=0.45), ladder=8)
-    assert down.low_params <= 0.45 * down.total_params
-    assert all(new.rank <= old.rank for new, old in zip(down.sites, plan.sites, strict=True))
-
-
-def test_a_stable_rank_is_scaled_by_that_of_independent_entries():
-    """stable(W) of independent entries is about mn / (√m + √n)²: such a weight keeps about all of its rank."""
-    torch.manual_seed(0)
-    curve = Curve("w", 200, lambda: torch.linalg.svdvals(torch.randn(1, 800, 200).double()), (800, 200))
-    assert 190 <= dr.StableRank().ranks([curve])[0] <= 200
-    assert 95 <= dr.StableRank(0.5).ranks([curve])[0] <= 105
-    one = Curve("w", 200, lambda: torch.tensor([[3.0] + [0.0] * 199]), (800, 200))
-    assert dr.StableRank().ranks([one]) == [3], "⌈1 · 200 / (800 · 200 / (√800 + √200)²)⌉"
-
-
-def test_sites_of_one_factor_get_one_rank():
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) * self.b(x)
-
-    net = dr.transform(Pair(), (torch.randn(2, 32),), share_inputs=True, rank=dr.Fixed(4))
-    plan = dr.reranked(net, dr.Ratio(0.5))
-    assert [row.rank for row in plan.sites] == [16, 16]
-    dr.enter_(net, dr.Phase.LOW)
-    dr.replan_(net, dr.reranked(net, dr.Ratio(0.1)))
-    assert net.get_parameter("a.left").shape == (32, 4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CASES, randomized
+from planning import reasons
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
@@ -500,3 +501,31 @@ def test_one_module_under_two_names_stays_one_and_shared_weights_stay_shared_in_
     assert modules[0].right is modules[1].right
     assert modules[0].bias is not None
     assert modules[1].bias is None
+
+
+class OddWeights(nn.Module):
+    """A complex and an integer matrix as linear weights, beside an ordinary one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave = nn.Parameter(torch.randn(8, 8, dtype=torch.complex64))
+        self.count = nn.Parameter(torch.ones(8, 8, dtype=torch.int64), requires_grad=False)
+        self.real = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wave = nn.functional.linear(x.to(torch.complex64), self.wave).abs()
+        count = nn.functional.linear(x.to(torch.int64), self.count)
+        return self.real(wave + count.to(x.dtype))
+
+
+@pytest.mark.parametrize("how", [dr.Capture.SYMBOLIC, dr.Capture.EXPORT], ids=lambda how: how.name)
+def test_complex_and_integer_matrices_stay_dense_with_their_dtype_as_the_reason(how):
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    model = OddWeights()
+    net = dr.transform(model, (x,), rank=dr.Fixed(2), how=how)
+    assert reasons(dr.plan_of(net)) == {
+        "wave": "its dtype is torch.complex64, which has no truncated form",
+        "count": "its dtype is torch.int64, which has no truncated form",
+    }
+    assert torch.equal(net(x), model(x))

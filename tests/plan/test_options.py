@@ -90,13 +90,6 @@ def test_a_value_that_cannot_be_is_refused_when_it_is_given(choice: dict, senten
         dr.PlanOptions(**choice)
 
 
-def test_options_beside_a_given_plan_are_refused_not_ignored() -> None:
-    plan = dr.plan_of(dr.transform(model(), X))
-    for given in ({"options": dr.PlanOptions()}, {"rank": dr.Fixed(2)}):
-        with pytest.raises(dr.PlanError, match="a given plan says what is factored"):
-            dr.transform(model(), X, plan=plan, **given)
-
-
 def test_what_is_no_option_is_refused_in_words() -> None:
     with pytest.raises(TypeError, match="there is no option 'rnak' of planning"):
         dr.transform(model(), X, rnak=dr.Fixed(2))

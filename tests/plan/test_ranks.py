@@ -83,3 +83,13 @@ def test_policies_are_frozen_values(policy):
 def test_what_is_no_rank_is_refused_in_words(make, sentence):
     with pytest.raises(dr.PlanError, match=sentence):
         make()
+
+
+def test_a_stable_rank_is_scaled_by_that_of_independent_entries():
+    """stable(W) of independent entries is about mn / (√m + √n)²: such a weight keeps about all of its rank."""
+    torch.manual_seed(0)
+    curve = Curve("w", 200, lambda: torch.linalg.svdvals(torch.randn(1, 800, 200).double()), (800, 200))
+    assert 190 <= dr.StableRank().ranks([curve])[0] <= 200
+    assert 95 <= dr.StableRank(0.5).ranks([curve])[0] <= 105
+    one = Curve("w", 200, lambda: torch.tensor([[3.0] + [0.0] * 199]), (800, 200))
+    assert dr.StableRank().ranks([one]) == [3], "⌈1 · 200 / (800 · 200 / (√800 + √200)²)⌉"

@@ -161,6 +161,36 @@ def test_it_can_be_asked_for_and_says_what_it_needs():
         dr.capture(nn.Bilinear(3, 3, 3), (torch.ones(2, 3), torch.ones(2, 3)), how=dr.Capture.MODULES)
 
 
+class Noisy(Block):
+    """A part whose own code asks for its mode, so that it has a graph for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("apart", ["0.norm", "0.drop", "1"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_part_in_a_mode_of_its_own_such_as_a_frozen_batch_norm_stays_in_it(apart, training):
+    torch.manual_seed(0)
+    model, x = randomized(nn.Sequential(Block(), Noisy(), nn.BatchNorm1d(8), nn.Linear(8, 5))), torch.randn(7, 8)
+    model.train(training).get_submodule(apart).train(not training)
+    net = dr.capture(model, (x,), how=dr.Capture.MODULES)
+    assert isinstance(net[0], Net)
+    assert isinstance(net[1], Net)
+    for name, module in model.named_modules():
+        assert net.get_submodule(name).training == module.training, name
+    twin = copy.deepcopy(net)
+    for tell in (lambda module: module, nn.Module.train, nn.Module.eval):
+        outputs, buffers = [], []
+        for each in (model, net, twin):
+            torch.manual_seed(5)
+            outputs.append(tell(each)(x))
+            buffers.append(list(each.buffers()))
+        for i in (1, 2):
+            assert torch.equal(outputs[i], outputs[0])
+            assert all(map(torch.equal, buffers[i], buffers[0]))
+
+
 class Doubling(nn.Linear):
     """A layer with one weight and a forward of its own."""
 

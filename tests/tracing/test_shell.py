@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.tracing import same_values
-from dynrank_fx.tracing.gradients import TOLERANCE, Sketch, sketched, wrong_gradient
 
 HOWS = (None, dr.Capture.SYMBOLIC, dr.Capture.EXPORT, dr.Capture.MODULES)
 X = torch.linspace(-1, 1, 48).reshape(6, 8)
@@ -95,7 +93,6 @@ def equal(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("kind", [Busy, Failing])
 def test_the_callers_model_stays_as_it_is_whether_capture_succeeds_or_fails(kind, how, copies):
     model = built(kind)
-    model.block[1].train(how is dr.Capture.MODULES)  # module by module, parts in a mode of their own are refused
     model.register_forward_hook(lambda *args: None)
     model.block[0].weight.register_hook(lambda gradient: pytest.fail("a hook of the caller's parameter was called"))
     before = everything(model)
@@ -109,33 +106,6 @@ def test_the_callers_model_stays_as_it_is_whether_capture_succeeds_or_fails(kind
     assert after.keys() == before.keys()
     for key, value in before.items():
         assert equal(value, after[key]), key
-
-
-def test_weights_that_forward_writes_to_are_put_back_through_whatever_view():
-    class Writing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(5, 4, max_norm=0.1)
-            self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
-
-        @torch.no_grad()
-        def forward(self, x: Tensor) -> Tensor:
-            a, b, c, d, e = self.parts
-            a.weight.data.clamp_(0, 0.1)
-            b.weight[0], c.weight.mT[1:] = 7, 8
-            b.bias += 1
-            torch._foreach_mul_([c.bias, d.weight], 2.0)
-            torch.ops.aten.mul_.Tensor(d.bias, 3.0)
-            torch.add(e.bias, 1, out=e.bias)
-            return self.table(x)
-
-    model = Writing()
-    before = copy.deepcopy(model.state_dict())
-    with same_values(model):
-        model(torch.tensor([1, 2]))
-        changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == [name for name in before if name not in ("parts.0.bias", "parts.4.weight")]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_is_compiled_inside_is_compiled_after_capture_too():
@@ -234,42 +204,3 @@ def test_truncate_and_enter_take_their_result_and_little_more():
     for call in (lambda: dr.truncate(net), lambda: dr.enter_(net, dr.Phase.LOW), lambda: dr.truncate(net)):
         assert highest(call) <= (factors + 0.25) * weights
     assert highest(lambda: dr.enter_(net, dr.Phase.FULL)) <= (1 - factors + 0.25) * weights
-
-
-# Sketches of gradients
-
-
-def off(gradient: Tensor, change: Callable[[Tensor], Any]) -> str:
-    other = gradient.clone()
-    change(other)
-    return wrong_gradient({"w": sketched(gradient)}, {"w": sketched(other)})
-
-
-def test_a_sketch_shows_what_is_wrong_with_a_gradient_and_lets_rounding_pass():
-    torch.manual_seed(0)
-    gradient = torch.randn(200, 300)
-    largest = float(gradient.abs().max())
-    assert sketched(gradient).sums.nbytes < gradient.nbytes / 31
-    assert sketched(gradient).largest == largest
-    assert not off(gradient, lambda other: other.mul_(1 + 1e-6 * torch.randn_like(other)))
-    step = 2 * TOLERANCE * largest
-    assert off(gradient, lambda other: other.add_(step)) == "w"
-    assert off(gradient, lambda other: other.mul_(1.01)) == "w"
-    assert off(gradient, lambda other: other[3].zero_()) == "w"
-    assert off(gradient, lambda other: other[:, -1].add_(step)) == "w"
-    assert off(gradient, lambda other: other.copy_(other.flip(0))) == "w"
-    found = sum(bool(off(gradient, lambda other, i=i: other.view(-1)[i : i + 1].add_(step))) for i in range(64))
-    assert found >= 56, "one wrong value escapes once in 16 times at most"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
-def test_sketches_are_of_every_kind_of_gradient(dtype):
-    torch.manual_seed(0)
-    gradient = torch.randn(7, 11).to(dtype)
-    assert not off(gradient, lambda other: None)
-    assert off(gradient, lambda other: other[-1, -1:].add_(1)) == "w"
-    gradient[0, 0] = float("nan")
-    assert not off(gradient, lambda other: None), "NaN is equal to itself"
-    assert off(gradient, lambda other: other[-1, -1:].add_(1)) == "w"
-    assert wrong_gradient({"a": sketched(gradient)}, {"b": sketched(gradient)}) == "a"
-    assert isinstance(sketched(torch.zeros(0)), Sketch)
