@@ -115,7 +115,8 @@ def _einsum(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | 
     w, x = subscripts[position], subscripts[1 - position]
     op = EinsumOp(x, w, out, weight_first=position == 0)
     letters = re.sub(r"[^A-Za-z]", "", x)
-    plain = arrow and "." not in w and len(set(w)) == len(w) and len(set(letters)) == len(letters)
+    dots = ("." in x) == ("." in out)
+    plain = arrow and dots and "." not in w and len(set(w)) == len(w) and len(set(letters)) == len(letters)
     # Every axis of the weight meets x or the output, and every axis of x the weight or the output: no lone sums.
     if not plain or not set(w) <= set(x) | set(out) or not set(letters) <= set(w) | set(out):
         return None

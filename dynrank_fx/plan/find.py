@@ -120,6 +120,8 @@ def _why_closed(module: nn.Module) -> str:
     if isinstance(module, OP_MODULES):
         if has_hooks(module):
             return "a hook watches the module, and would be lost"
+        if "forward" in vars(module):
+            return "its forward was replaced by another"
         if holds_more(module):
             return "it holds more than a weight and a bias"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
