@@ -102,6 +102,55 @@ def test_it_is_told_what_is_missing(tmp_path):
         resume_from_(a_net(), tmp_path / "other.ckpt")
 
 
+def test_one_optimizer_over_the_net_is_needed(tmp_path):
+    module = lightning_module()
+    module.automatic_optimization = False
+    module.configure_optimizers = lambda: [torch.optim.SGD([p], lr=0.1) for p in list(module.net.parameters())[:2]]
+    trainer, _ = lightning(2, tmp_path, enable_checkpointing=False)
+    with pytest.raises(dr.TransitionError, match="one optimizer over the net, and this module has 2"):
+        trainer.fit(module, DataLoader(data(), 8))
+
+
+def test_a_scheduler_of_every_step_is_followed_and_the_compute_that_is_spent_is_logged(tmp_path):
+    module = lightning_module()
+
+    def configured() -> Any:
+        optimizer = torch.optim.AdamW(module.net.parameters(), lr=1e-2, weight_decay=0.1)
+        decay = torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    module.configure_optimizers = configured
+    trainer, callback = lightning(5, tmp_path, enable_checkpointing=False)
+    trainer.fit(module, DataLoader(data(), 8))
+    assert float(trainer.callback_metrics["dynrank/spent"]) == pytest.approx(callback.history[-1].spent)
+    assert [record.lr for record in callback.history] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3, 2.5e-3])
+    assert_same(module.net, reference(5))
+
+
+def test_a_phase_begins_without_the_gradients_of_the_last_one(tmp_path):
+    from pytorch_lightning import Callback
+
+    seen: list[bool] = []
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(any(p.grad is not None for p in pl_module.parameters()))
+
+    trainer, _ = lightning(3, tmp_path, enable_checkpointing=False)
+    trainer.callbacks.append(Look())
+    trainer.fit(lightning_module(), DataLoader(data(), 8))
+    assert seen == [False] * 3
+
+
+def test_a_checkpoint_without_phases_is_none_to_go_on_from():
+    from dynrank_fx.integrations.lightning import PhasesCallback
+
+    callback = PhasesCallback(SCHEDULE)
+    assert callback.state_dict() == {}, "nothing has begun"
+    callback.load_state_dict({})
+    assert callback._restored is None
+
+
 def test_the_sample_runs(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SAMPLES))
     monkeypatch.setattr(sys, "argv", ["with_lightning.py", "2"])
