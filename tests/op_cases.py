@@ -99,6 +99,7 @@ PRODUCTS = {
     ),
     "einsum": OpCase(EinsumOp("bld", "dhk", "blhk"), (6, 2, 5), (3, 4, 6)),
     "einsum of a stack": OpCase(EinsumOp("bhd", "ehd", "bhe"), (5, 2, 6), (3, 2, 6)),
+    "einsum of a stack that is broadcast": OpCase(EinsumOp("bhd", "ehd", "bhe"), (5, 2, 6), (3, 1, 6)),
     "einsum with dots": OpCase(EinsumOp("...hk", "khd", "...d", weight_first=True), (5, 2, 6), (3, 4, 2, 5)),
 }
 EMBEDDINGS = {

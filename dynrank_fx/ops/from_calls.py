@@ -25,10 +25,8 @@ _MATMUL = {
     *(_aten.matmul.default, _aten.mm.default, _aten.bmm.default),
     *("matmul", "mm", "bmm", "__matmul__"),
 }
-_ADDMM = {
-    *(torch.addmm, torch.baddbmm, _aten.addmm.default, _aten.baddbmm.default),
-    *("addmm", "baddbmm"),
-}
+_ADDMM = {torch.addmm, _aten.addmm.default, "addmm"}
+_BADDBMM = {torch.baddbmm, _aten.baddbmm.default, "baddbmm"}
 _EINSUM = {torch.einsum, _aten.einsum.default}
 _CONV: dict[Any, int] = {
     **dict.fromkeys((F.conv1d, _aten.conv1d.default, _aten.conv1d.padding), 1),
@@ -95,7 +93,8 @@ def _addmm(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | N
     scales: dict[str, Any] = {name: node.kwargs.get(name, 1) for name in ("beta", "alpha")}
     if bias is weight or _has_node([*scales.values()]):
         return None
-    op = MatmulOp(view, weight_first=a is weight, batched=len(shape) > 2, **scales)
+    # Not by the shape: a number that the graph computes takes one matrix of a stack, and reads as gathered.
+    op = MatmulOp(view, weight_first=a is weight, batched=node.target in _BADDBMM, **scales)
     return Call(op, b if a is weight else a, bias)
 
 
@@ -173,7 +172,7 @@ def _has_node(value: Any) -> bool:
 _READERS: tuple[tuple[Any, Any], ...] = (
     (_LINEAR, _linear),
     (_MATMUL, _matmul),
-    (_ADDMM, _addmm),
+    (_ADDMM | _BADDBMM, _addmm),
     (_EINSUM, _einsum),
     ({F.embedding, torch.embedding, _aten.embedding.default}, _embedding),
     (_CONV, _conv),

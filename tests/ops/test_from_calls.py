@@ -200,6 +200,13 @@ def test_products_take_a_part_of_a_weight_and_convolutions_and_einsums_all_of_it
     assert one_call(lambda x, w: F.conv1d(x, w), (4, 8, 3), part) is None
 
 
+def test_a_matrix_of_a_stack_by_a_number_that_the_graph_computes_is_added_to_as_one_matrix() -> None:
+    call = one_call(lambda x, w, b: torch.addmm(b, x, w), (3, 6, 4), View(gathered=True))
+    assert call is not None
+    x, stack, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 6), (3, 6, 4), (4,)))
+    assert torch.equal(call.op(x, stack, bias, 2), torch.addmm(bias, x, stack[2]))
+
+
 def test_a_layer_called_as_a_module_is_not_read_here() -> None:
     graph = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4))).graph
     layer = next(node for node in graph.nodes if node.op == "call_module")
