@@ -10,9 +10,8 @@ import torch
 
 import dynrank_fx as dr
 from dynrank_fx.cli.modelfile import load_model_file
-from dynrank_fx.phases import Carry
 from dynrank_fx.plan import Role
-from dynrank_fx.training import paper_cifar10, paper_cifar100
+from dynrank_fx.training import paper_cifar10
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 LEFT = (Role.SHORTCUT, Role.HEAD)
@@ -117,14 +116,6 @@ def test_wrn_28_10_is_the_papers():
     with torch.device("meta"):
         model = file.model()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 36.5, "as in arXiv 1605.07146"
-
-
-def test_the_presets_are_the_papers_whole_way_to_train():
-    for preset, epochs in ((paper_cifar10(), 150), (paper_cifar100(), 200)):
-        assert preset.rank == dr.Ratio(0.5)
-        assert (preset.carry, preset.decay, preset.random_init) == (Carry.RESET, dr.Decay.EACH, True)
-        phases = [preset.schedule(dr.TrainState(epoch)) for epoch in range(epochs)]
-        assert [p for p in dr.Phase if p in phases] == list(dr.Phase)
 
 
 def test_the_papers_training_runs_through_all_three_phases(cifar10):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..layouts import Layout
@@ -60,6 +61,7 @@ def input_rows(op: Op, x: Tensor, shape: Shape, at: Tensor | None = None) -> Act
     start = 0 if part is None else part[0]
     if view.gathered:  # at [...], x [..., N, n]: each example's own matrix
         assert at is not None
+        at = at.nonzero()[:, 0] if at.dtype is torch.bool else at  # a mask of the stack, which says the same
         rows = x.expand(*at.shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
         return ActivationRows(rows, at.reshape(-1), start)
     if view.index is not None:

@@ -97,7 +97,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         """
         assert self.phases is not None
         epoch = int(state.epoch or 0)
-        if epoch == len(self.phases.history) - 1 and state.global_step % (self.phases.steps or 1):
+        if epoch == len(self.phases.history) - 1:
             return  # in the midst of an epoch that a checkpoint has begun
         self.phases.begin(epoch)
 

@@ -28,8 +28,8 @@ def singular_values(W: Tensor) -> Tensor:
 
 @torch.no_grad()
 def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """Singular values of BA without forming it: QR of B and of Aᵀ, then those of the r×r product. [g, r], float64,
-    CPU.
+    """Singular values of BA without forming it: QR of B and of Aᵀ, then those of the r×r product. [g, min(m, n, r)],
+    float64, CPU.
     """
     R_B = torch.linalg.qr(B.double(), mode="r").R
     R_A = torch.linalg.qr(A.mT.double(), mode="r").R

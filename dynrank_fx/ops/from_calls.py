@@ -27,10 +27,8 @@ _MATMUL = {
     *(_aten.matmul.default, _aten.mm.default, _aten.bmm.default),
     *("matmul", "mm", "bmm", "__matmul__"),
 }
-_ADDMM = {
-    *(torch.addmm, torch.baddbmm, _aten.addmm.default, _aten.baddbmm.default),
-    *("addmm", "baddbmm"),
-}
+_ADDMM = {torch.addmm, _aten.addmm.default, "addmm"}
+_BADDBMM = {torch.baddbmm, _aten.baddbmm.default, "baddbmm"}
 _EINSUM = {torch.einsum, _aten.einsum.default}
 _CONV: dict[object, int] = {
     **dict.fromkeys((F.conv1d, _aten.conv1d.default, _aten.conv1d.padding), 1),
@@ -97,7 +95,8 @@ def _addmm(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | N
     scales: dict[str, Given] = {name: node.kwargs.get(name, 1) for name in ("beta", "alpha")}
     if bias is weight or _has_node([*scales.values()]):
         return None
-    op = MatmulOp(view, weight_first=a is weight, batched=len(shape) > 2, **scales)
+    # Not by the shape: a number that the graph computes takes one matrix of a stack, and reads as gathered.
+    op = MatmulOp(view, weight_first=a is weight, batched=node.target in _BADDBMM, **scales)
     return Call(op, b if a is weight else a, bias)
 
 
@@ -117,7 +116,8 @@ def _einsum(node: fx.Node, weight: fx.Node, view: View, shape: Shape) -> Call | 
     w, x = subscripts[position], subscripts[1 - position]
     op = EinsumOp(x, w, out, weight_first=position == 0)
     letters = re.sub(r"[^A-Za-z]", "", x)
-    plain = arrow and "." not in w and len(set(w)) == len(w) and len(set(letters)) == len(letters)
+    dots = ("." in x) == ("." in out)
+    plain = arrow and dots and "." not in w and len(set(w)) == len(w) and len(set(letters)) == len(letters)
     # Every axis of the weight meets x or the output, and every axis of x the weight or the output: no lone sums.
     if not plain or not set(w) <= set(x) | set(out) or not set(letters) <= set(w) | set(out):
         return None
@@ -175,7 +175,7 @@ _Reader: TypeAlias = Callable[[fx.Node, fx.Node, View, Shape], Call | None]
 _READERS: tuple[tuple[Container[object], _Reader], ...] = (
     (_LINEAR, _linear),
     (_MATMUL, _matmul),
-    (_ADDMM, _addmm),
+    (_ADDMM | _BADDBMM, _addmm),
     (_EINSUM, _einsum),
     ({F.embedding, torch.embedding, _aten.embedding.default}, _embedding),
     (_CONV, _conv),

@@ -33,7 +33,8 @@ def module_op(module: nn.Module) -> Op | None:
     if not isinstance(module, OP_MODULES) or has_hooks(module) or holds_more(module):
         return None
     base = next(c for c in OP_MODULES if isinstance(module, c))
-    if module._parameters.get("weight") is None or type(module).forward is not base.forward:
+    own_forward = type(module).forward is not base.forward or "forward" in vars(module)
+    if module._parameters.get("weight") is None or own_forward:
         return None
     if isinstance(module, nn.Linear):
         return LinearOp()

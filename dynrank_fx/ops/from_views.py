@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -66,8 +67,7 @@ def parts_of(user: fx.Node, view: View, weight: Shape) -> list[tuple[fx.Node, Vi
     if user.target in _SELECTS or user.target is operator.getitem or user.target is _aten.slice.Tensor:
         parts = _getitem(user, view, shape)
     elif user.target in _NARROWS:
-        axis, start, length = _given(user)
-        parts = _ranges(view, shape, {axis: (start, start + length)}) if _whole(axis, start, length) else None
+        parts = _narrow(user, view, shape)
     else:
         return None
     return None if parts is None else [(user, parts)]
@@ -88,7 +88,7 @@ def _swaps(user: fx.Node, ndim: int) -> bool:
     last = {ndim - 2, ndim - 1}
     if user.target is getattr:
         return user.args[1] == "mT" or (user.args[1] == "T" and ndim == 2)
-    given = _given(user)
+    given = _given(user, "dim0", "dim1", "axis0", "axis1", "dims")
     if user.target in _SWAPS:
         return ndim == 2 or user.target is _aten.mT.default
     if user.target in _TRANSPOSES:
@@ -99,9 +99,9 @@ def _swaps(user: fx.Node, ndim: int) -> bool:
     return False
 
 
-def _given(user: fx.Node) -> list[Given]:
-    """What the call is given beside the weight."""
-    return [*user.args[1:], *user.kwargs.values()]
+def _given(user: fx.Node, *names: str) -> list[Given]:
+    """What the call is given beside the weight, by position or by one of these names, which are in that order."""
+    return [*user.args[1:], *(user.kwargs[name] for name in names if name in user.kwargs)]
 
 
 def _whole(*values: object) -> bool:
@@ -109,9 +109,11 @@ def _whole(*values: object) -> bool:
 
 
 def _split(user: fx.Node, view: View, shape: Shape) -> list[tuple[fx.Node, View]] | None:
-    given = _given(user)
+    given = _given(user, "split_size_or_sections", "split_size", "split_sizes", "chunks", "dim")
     size, axis = given[0], (given[1] if len(given) > 1 else 0)
     if not _whole(axis) or not (_whole(size) or (isinstance(size, list | tuple) and _whole(*size))):
+        return None
+    if _each_examples(view, shape, axis):
         return None
     total = shape[axis]
     if user.target in _CHUNKS:
@@ -138,10 +140,12 @@ def _getitem(user: fx.Node, view: View, shape: Shape) -> View | None:
         (key,) = _given(user)
         keys: Given = key if isinstance(key, tuple) else (key,)
     else:
-        axis, *rest = _given(user)
+        axis, *rest = _given(user, "dim", "start", "index", "end", "step")
         if not _whole(axis):
             return None
         keys = [slice(None)] * (axis % len(shape)) + [rest[0] if user.target in _SELECTS else slice(*rest)]
+    if keys and _each_examples(view, shape, 0) and not _takes_all(keys[0]):
+        return None
     if keys and isinstance(keys[0], int) and len(shape) == 3 and view.index is None:
         view, keys, shape = replace(view, index=keys[0] % shape[0]), keys[1:], shape[1:]
     if len(keys) > len(shape) or not all(isinstance(part, slice) for part in keys):
@@ -155,6 +159,28 @@ def _getitem(user: fx.Node, view: View, shape: Shape) -> View | None:
             return None
         ranges[axis] = (start, stop)
     return _ranges(view, shape, ranges)
+
+
+def _narrow(user: fx.Node, view: View, shape: Shape) -> View | None:
+    given = _given(user, "dim", "start", "length")
+    if not _whole(*given) or _each_examples(view, shape, given[0]):
+        return None
+    axis, start, length = given
+    start %= shape[axis]
+    return _ranges(view, shape, {axis: (start, start + length)})
+
+
+def _each_examples(view: View, shape: Shape, axis: int) -> bool:
+    """Whether the axis is that of gathered matrices, which is as long as the index says, and not as the stack."""
+    return view.gathered and axis % len(shape) == 0
+
+
+def _takes_all(key: Given) -> bool:
+    """Whether this part of a key takes the whole axis, however long that is."""
+    if not isinstance(key, slice):
+        return False
+    to_the_end = key.stop is None or (isinstance(key.stop, int) and key.stop >= sys.maxsize)
+    return key.start in (None, 0) and to_the_end and key.step in (None, 1)
 
 
 def _ranges(view: View, shape: Shape, ranges: dict[int, tuple[int, int]]) -> View | None:

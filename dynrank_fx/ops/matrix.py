@@ -170,12 +170,19 @@ class EinsumOp(Op):
         )
 
     def output_shape(self, x: Shape, weight: Shape) -> Shape:
-        sizes = dict(zip(self.weight, weight, strict=True))
-        before, dots, after = self.x.partition("...")
-        sizes |= dict(zip(before, x, strict=False)) | dict(zip(reversed(after), reversed(x), strict=False))
-        more = x[len(before) : len(x) - len(after)] if dots else ()
-        head, _, tail = self.out.partition("...")
-        return (*(sizes[c] for c in head), *(more if "..." in self.out else ()), *(sizes[c] for c in tail))
+        sizes, more = self._sizes(x, weight)
+        head, dots, tail = self.out.partition("...")
+        return (*(sizes[c] for c in head), *(more if dots else ()), *(sizes[c] for c in tail))
 
     def flops(self, x: Shape, weight: Shape) -> int:
-        return 2 * math.prod(x) * math.prod(weight[i] for i in self.axes[2])
+        """Multiplications and additions, two a pair: one pair for all indices that there are."""
+        sizes, more = self._sizes(x, weight)
+        return 2 * math.prod(sizes.values()) * math.prod(more)
+
+    def _sizes(self, x: Shape, weight: Shape) -> tuple[dict[str, int], Shape]:
+        """The size of each axis by its letter, and those that the dots stand for; an axis of one is broadcast."""
+        before, dots, after = self.x.partition("...")
+        mine = dict(zip(before, x, strict=False)) | dict(zip(reversed(after), reversed(x), strict=False))
+        sizes = mine | dict(zip(self.weight, weight, strict=True))
+        more = x[len(before) : len(x) - len(after)] if dots else ()
+        return {c: mine.get(c, 1) if size == 1 else size for c, size in sizes.items()}, more

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import fx, nn
 
 from ..layouts import layout_for
-from ..ops import OP_MODULES, ConvolutionOp, Shape, has_hooks, holds_more
+from ..ops import OP_MODULES, ConvolutionOp, ProductOp, Shape, has_hooks, holds_more
 from .locate import Located, locate
 from .site import Site, Skipped, Use
 
@@ -44,8 +45,16 @@ def _uses(net: nn.Module, matrix: Located, shapes: Shapes) -> tuple[Use, ...]:
     for use in in_eval or matrix.uses:
         at = use.x if use.node is not None else net.get_submodule(use.holder.rpartition(".")[0])
         times = _UNKNOWN if at is None else shapes.get(at, _UNKNOWN)
+        weights = shapes.get(use.weight) if use.weight is not None else None
+        if isinstance(use.op, ProductOp) and use.op.view.gathered and weights:
+            times = [_broadcast(x, W) for x, W in zip(times, weights, strict=True)]
         uses += [Use(use.op, shape) for shape in times]
     return tuple(uses)
+
+
+def _broadcast(x: Shape | None, gathered: Shape) -> Shape | None:
+    """The shape of an input that is one for several gathered matrices, as if there were one for each."""
+    return None if x is None else (*torch.broadcast_shapes(x[:-2], gathered[:-2]), *x[-2:])
 
 
 def _reads(matrix: Located, shapes: Shapes) -> int:
@@ -122,6 +131,8 @@ def _why_closed(module: nn.Module) -> str:
     if isinstance(module, OP_MODULES):
         if has_hooks(module):
             return "a hook watches the module, and would be lost"
+        if "forward" in vars(module):
+            return "its forward was replaced by another"
         if holds_more(module):
             return "it holds more than a weight and a bias"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:

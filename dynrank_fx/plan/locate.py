@@ -67,7 +67,8 @@ class NodeUse:
 @dataclass
 class Located:
     """A matrix parameter and what touches it. readers: what needs the dense matrix; metadata: what asks for its shape
-    or dtype only; closed: modules that no graph looks into; read_outside: by code that could not be traced.
+    or dtype only; closed: modules that no graph looks into; read_outside: by code that could not be traced. parts: the
+    nodes that give a part of it, whether that is used or not.
     """
 
     parameter: nn.Parameter
@@ -77,6 +78,7 @@ class Located:
     metadata: list[Reader] = field(default_factory=list)
     closed: list[tuple[str, nn.Module]] = field(default_factory=list)
     read_outside: bool = False
+    parts: set[fx.Node] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def _visit_attribute(root: nn.Module, region: Region, graph: fx.Graph, node: fx.
             parts = parts_of(user, view, shape)
             if parts is not None:
                 more = (*path, user)
+                matrix.parts |= {user, *(part for part, _ in parts)}
                 waiting += [(part, v, more if part is user else (*more, part)) for part, v in parts]
                 continue
             first = path[0] if path else user

@@ -59,7 +59,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
         _share_input(net, names, [located[name] for name in names])
     for region in regions(net):
         for graph in dict.fromkeys(region.net.graphs.values()):
-            drop_dead_reads(graph, {view for matrix in located.values() for use in matrix.uses for view in use.views})
+            drop_dead_reads(graph, {part for matrix in located.values() for part in matrix.parts})
         region.net.refresh()
     set_plan(net, plan)
     specialize_(net)
@@ -107,7 +107,7 @@ def _replace_holder(
         bias = holder._parameters.get("bias")
         site = Switched(kept, row.layout, row.rank, weight, bias, site=row.site.name)
         for constant, value in vars(holder).items():  # in_features, kernel_size, ...: what code reads of a layer
-            if not constant.startswith("_") and constant not in vars(site):
+            if not constant.startswith("_") and not hasattr(site, constant):
                 setattr(site, constant, value)
         site.training = holder.training
         placed[id(holder)] = (holder, site)

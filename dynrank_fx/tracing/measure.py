@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -118,9 +119,15 @@ def _attention_flops(query: Shape, key: Shape, value: Shape, *_: object, **__: o
     return 2 * batch * heads * rows * key[-2] * (width + value[-1])
 
 
+def _vector_flops(matrix: Shape, vector: Shape, *_: object, **__: object) -> int:
+    """FLOPs of a matrix times a vector, which torch counts as nothing."""
+    return 2 * math.prod(matrix)
+
+
 def flop_counter() -> FlopCounterMode:
-    """A context that counts FLOPs, those of the CPU's attention kernel too: ``get_total_flops()``."""
-    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    """A context that counts FLOPs, those of the CPU's attention kernel and of vectors too: ``get_total_flops()``."""
+    aten = torch.ops.aten
+    kernels = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops, aten.mv: _vector_flops}
     counter = FlopCounterMode(display=False, custom_mapping=kernels)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter

@@ -74,6 +74,14 @@ def test_one_matrix_of_a_stack_and_one_for_each_example() -> None:
     assert gathered.rows.shape == (4, 5, 6)
 
 
+def test_a_mask_of_a_stack_says_which_of_it_each_input_meets() -> None:
+    mask = torch.tensor([True, False, True])
+    gathered = input_rows(MatmulOp(View(gathered=True)), torch.randn(5, 6), (3, 6, 4), mask)
+    assert isinstance(gathered.which, Tensor)
+    assert gathered.which.tolist() == [0, 2]
+    assert gathered.rows.shape == (2, 5, 6), "one input for both"
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("batched", [True, False])
 def test_rows_of_a_convolutions_outputs_are_its_channels_at_every_place(groups: int, batched: bool) -> None:

@@ -6,6 +6,8 @@ the plan as the product that it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from grid import FULL, LOW, PAIRS, Cell, cells
@@ -96,3 +98,48 @@ def test_a_part_that_is_run_twice_costs_what_both_runs_do() -> None:
     dr.enter_(net, LOW)
     assert plan.low_flops == counted(net, x) == counted(dr.truncate(net), x)
     assert dr.Plan.from_json(plan.to_json()) == plan
+
+
+class Gathering(nn.Module):
+    """One input that every gathered matrix multiplies, from either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(3, 8, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] > 0).long()
+        return x @ self.up[chosen] + self.down[chosen] @ x.mT
+
+
+@pytest.mark.parametrize("how", [dr.Capture.SYMBOLIC, dr.Capture.EXPORT])
+def test_one_input_of_several_gathered_matrices_costs_a_product_with_each(how: dr.Capture) -> None:
+    torch.manual_seed(0)
+    model, x = Gathering(), torch.randn(8, 8)
+    net = dr.transform(model, (x,), rank=dr.Fixed(2), how=how)
+    plan = dr.plan_of(net)
+    assert plan.total_flops == counted(model, x) == sum(row.site.flops for row in plan.sites)
+    dr.enter_(net, LOW)
+    assert plan.low_flops == counted(net, x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: nn.Linear(8, 8), lambda: nn.Linear(8, 8, bias=False), lambda: Vector()],
+    ids=["linear", "linear without bias", "matrix times vector"],
+)
+def test_a_vector_costs_as_much_as_a_matrix_of_one_row(layer: Callable[[], nn.Module]) -> None:
+    """Torch counts nothing for a matrix times a vector."""
+    net = dr.transform(nn.Sequential(layer()), (torch.randn(8),), rank=dr.Fixed(2))
+    plan = dr.plan_of(net)
+    assert plan.total_flops == 2 * 8 * 8
+    assert plan.low_flops == 2 * 2 * 8 * 2
+
+
+class Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight @ x

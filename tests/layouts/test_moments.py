@@ -155,3 +155,72 @@ def test_results_have_the_dtype_of_the_factors_and_enough_of_its_precision(layou
     assert M.dtype is layout.second_moment(tuple(each.to(dtype) for each in factors), moments).dtype is dtype
     error = flat(layout.pulled_back(factors, M.double())) - flat(moments)
     assert error.norm() < 300 * max(torch.finfo(dtype).eps, 1e-9) * flat(moments).norm()
+
+
+# Of two factors, in closed form
+
+
+def random_factors(g: int = 2, m: int = 6, n: int = 5, r: int = 3, dead: int = 0) -> tuple[Tensor, Tensor]:
+    """Factors in float64, with the last ``dead`` directions of B missing, and the first ``dead`` of A."""
+    B, A = torch.randn(g, m, r, dtype=torch.float64), torch.randn(g, r, n, dtype=torch.float64)
+    if dead:
+        mix = torch.randn(r, r, dtype=torch.float64)
+        B = torch.cat([B[..., dead:], torch.zeros(g, m, dead, dtype=torch.float64)], -1) @ mix
+        A = mix @ torch.cat([torch.zeros(g, dead, n, dtype=torch.float64), A[:, dead:]], 1)
+    return B, A
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "r", "dead"),
+    [
+        (m, n, r, dead)
+        for m, n, r in ((6, 5, 3), (4, 7, 4), (5, 4, 1), (5, 5, 5), (3, 4, 6))
+        for dead in range(min(r, 3))
+    ],
+)
+def test_moments_of_the_weight_are_the_least_norm_least_squares_solution(m, n, r, dead):
+    """min ‖M Aᵀ − M_B‖² + ‖Bᵀ M − M_A‖² over vec(M), by torch.linalg.lstsq."""
+    torch.manual_seed(0)
+    B, A = random_factors(1, m, n, r, dead)
+    M_B, M_A = torch.randn_like(B), torch.randn_like(A)
+    got = moments_to_dense(M_B, M_A, B, A)[0]
+    eye_m, eye_n = torch.eye(m, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    # rows of vec: vec(M Aᵀ) = (I ⊗ A) vec(M) and vec(Bᵀ M) = (Bᵀ ⊗ I) vec(M)
+    system = torch.cat([torch.kron(eye_m, A[0]), torch.kron(B[0].mT.contiguous(), eye_n)])
+    target = torch.cat([M_B.flatten(), M_A.flatten()])
+    expected = torch.linalg.lstsq(system, target[:, None], rcond=1e-12, driver="gelsd").solution.reshape(m, n)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_consistent_moments_are_reproduced_exactly(dead):
+    torch.manual_seed(0)
+    B, A = random_factors(dead=dead)
+    M = torch.randn(2, 6, 5, dtype=torch.float64)
+    M_B, M_A = M @ A.mT, B.mT @ M
+    again = moments_to_dense(M_B, M_A, B, A)
+    torch.testing.assert_close(again @ A.mT, M_B, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(B.mT @ again, M_A, rtol=1e-10, atol=1e-10)
+
+
+def test_moments_of_zero_factors_are_zero_and_finite():
+    B, A = torch.zeros(1, 4, 2), torch.zeros(1, 2, 3)
+    assert not bool(moments_to_dense(torch.ones_like(B), torch.ones_like(A), B, A).any())
+    assert not bool(second_moments_to_dense(torch.ones_like(B), torch.ones_like(A), B, A).any())
+
+
+def test_second_moments_to_dense_recover_a_rank_one_v_exactly():
+    torch.manual_seed(0)
+    B, A = random_factors()
+    V = (torch.rand(2, 6, 1, dtype=torch.float64) + 0.1) * (torch.rand(2, 1, 5, dtype=torch.float64) + 0.1)
+    V_B, V_A = V @ A.square().mT, B.square().mT @ V
+    torch.testing.assert_close(second_moments_to_dense(V_B, V_A, B, A), V, rtol=1e-12, atol=0)
+
+
+def test_second_moments_stay_nonnegative_and_finite():
+    torch.manual_seed(0)
+    B, A = random_factors(dead=1)
+    V = torch.rand(2, 6, 5, dtype=torch.float64)
+    back = second_moments_to_dense(V @ A.square().mT, B.square().mT @ V, B, A)
+    assert bool(torch.isfinite(back).all())
+    assert bool((back >= 0).all())

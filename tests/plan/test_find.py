@@ -205,6 +205,17 @@ FOUND |= {
         X,
         {"w": 1},
     ),
+    "one part of several": (made(lambda s, x: x @ s.w.chunk(2, 1)[1], w=matrix(8, 6)), X, {"w": 1}),
+    "a part by names in any order": (
+        made(lambda s, x: x @ s.w.split(dim=1, split_size=4)[1], w=matrix(8, 6)),
+        X,
+        {"w": 1},
+    ),
+    "a part that nobody uses": (
+        made(lambda s, x: (s.w[:2].t(), x @ s.w)[1], w=matrix(8, 6)),
+        X,
+        {"w": 1},
+    ),
     "matrices of a stack": (
         made(lambda s, x: F.linear(x @ s.w[0], s.w[-1]) + x @ s.w[1], w=matrix(3, 8, 8)),
         X,
@@ -344,6 +355,11 @@ SKIPPED = {
         X,
         {"w": READ + "`einsum`"},
     ),
+    "an einsum that sums over dots": (
+        made(lambda s, x: torch.einsum("...d,ed->e", x, s.w), w=matrix(6, 8)),
+        X,
+        {"w": READ + "`einsum`"},
+    ),
     "a module that nobody calls": (
         made(lambda s, x: s.a(x), a=linear(), b=linear()),
         X,
@@ -426,6 +442,36 @@ def test_a_hook_that_would_be_lost_keeps_its_module_as_it_is():
     exported = dr.transform(model, (x,), rank=dr.Fixed(1), how=dr.Capture.EXPORT)
     assert not dr.plan_of(exported).skipped, "torch.export has traced the hook"
     assert torch.equal(exported(x), model(x))
+
+
+def test_a_forward_that_was_replaced_keeps_its_module_as_it_is():
+    """A site in its place would have to run it, on the weight of the original."""
+    layer = linear()
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    model = made(lambda s, x: s.b(s.a(x)), a=layer, b=linear())
+    x = example(X)
+    net = dr.transform(model, (x,), rank=dr.Fixed(1), allow_unprofitable=True)
+    plan = dr.plan_of(net)
+    assert [row.site.name for row in plan.sites] == ["b.weight"]
+    assert [s.reason for s in plan.skipped] == ["inside the Linear a: its forward was replaced by another"]
+    assert torch.equal(net(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("take", "words"),
+    [
+        (lambda s, x: x @ s.w[(x[:, 0] > 0).long()][0], ("getitem", "select")),
+        (lambda s, x: torch.bmm(x[:, None], s.w[(x[:, 0] > 0).long()][0:2]), ("getitem", "slice")),
+    ],
+)
+@pytest.mark.parametrize("how", CAPTURES)
+def test_some_of_the_gathered_matrices_are_not_those_of_the_stack(take, words, how):
+    model, x = made(take, w=matrix(2, 8, 6)), example(X)
+    net = dr.transform(model, (x,), rank=dr.Fixed(1), how=how, allow_empty=True)
+    (skipped,) = dr.plan_of(net).skipped
+    assert skipped.reason in [f"{READ}`{word}`" for word in words]
+    assert torch.equal(net(x), model(x))
 
 
 ATTENTION = ("a.in_proj_weight", "a.out_proj.weight")

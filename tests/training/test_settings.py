@@ -8,7 +8,7 @@ import pytest
 
 import dynrank_fx as dr
 from dynrank_fx.cli.train import train
-from dynrank_fx.training import PhaseSettings, Preset, Settings, paper_cifar10, paper_cifar100, practical
+from dynrank_fx.training import PhaseSettings, Preset, Settings, practical
 
 PHASE_CHOICES = [each.name for each in fields(PhaseSettings)]
 OTHER = {
@@ -46,21 +46,3 @@ def test_settings_are_frozen_and_comparable() -> None:
     assert Settings(3) != Settings(3, rewarm=2)
     with pytest.raises(FrozenInstanceError):
         Settings(3).rewarm = 2  # type: ignore[misc]
-
-
-def test_the_practical_preset_is_auto_with_all_that_keeps_what_was_learnt() -> None:
-    expected = PhaseSettings(decay=dr.Decay.PRODUCT, landing=True)
-    for preset, cost in ((practical(), 0.75), (practical(0.6), 0.6)):
-        assert preset.schedule == dr.schedules.auto(cost)
-        assert preset.rank == dr.Ratio(0.25)
-        assert PhaseSettings(**preset.choices) == expected
-
-
-def test_the_papers_presets_differ_in_their_epochs_only() -> None:
-    expected = PhaseSettings(carry=dr.Carry.RESET, decay=dr.Decay.EACH, random_init=True)
-    for preset, schedule in (
-        (paper_cifar10(), dr.schedules.paper_cifar10()),
-        (paper_cifar100(), dr.schedules.paper_cifar100()),
-    ):
-        assert (preset.schedule, preset.rank) == (schedule, dr.Ratio(0.5))
-        assert PhaseSettings(**preset.choices) == expected

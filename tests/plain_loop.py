@@ -1,0 +1,46 @@
+"""A training in a plain loop, which the callbacks for other trainers must repeat."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dynrank_fx as dr
+
+SCHEDULE = dr.schedules.FullBetween(1, 3)
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(24, 16, generator=generator), torch.randint(8, (24,), generator=generator))
+
+
+def a_net() -> nn.Module:
+    torch.manual_seed(0)
+    return dr.transform(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8)), (torch.randn(4, 16),))
+
+
+def reference(epochs: int) -> nn.Module:
+    """The same training in a plain loop."""
+    net = a_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    loader = DataLoader(data(), 8)
+    phases = dr.Phases(
+        net, optimizer, SCHEDULE, epochs, scheduler, steps=len(loader), decay=dr.Decay.PRODUCT, landing=True
+    )
+    for epoch in range(epochs):
+        phases.begin(epoch)
+        for x, y in loader:
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+    assert [record.phase for record in phases.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"][:epochs]
+    return net
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for (name, mine), theirs in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
