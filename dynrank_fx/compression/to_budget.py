@@ -9,6 +9,7 @@ from typing import TypeAlias, Unpack
 
 from torch import nn
 
+from ..checks import is_number, is_whole
 from ..errors import PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
@@ -46,8 +47,8 @@ class MaxDrop:
     drop: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < math.inf:
-            raise PlanError(f"a metric cannot fall by at most {self.drop}; give a number of 0 or more")
+        if not is_number(self.drop, 0):
+            raise PlanError(f"a metric cannot fall by at most {self.drop!r}; give a number of 0 or more")
 
 
 def compress(
@@ -91,11 +92,21 @@ def compress(
         CalibrationError: For calibration data that do not serve.
         CaptureError: Where the model cannot be captured.
     """
+    if not isinstance(budget, MaxDrop) and (isinstance(budget, type) or not hasattr(budget, "ranks")):
+        raise PlanError(
+            f"{budget!r} is no budget: give Budget(params=0.5), Budget(flops=0.5), Budget(latency=0.8), MaxDrop(0.01) "
+            "or a rank policy"
+        )
+    if times is not None and not isinstance(times, SiteTimes):
+        raise PlanError(f"times is {times!r}: give SiteTimes(), or None to measure nothing")
+    for name, given in (("metric", metric), ("loss", loss)):
+        if given is not None and not callable(given):
+            raise PlanError(f"{name} is {given!r}: give a function, or leave it out")
     data = None if calibration is None else checked_batches(calibration, like=example_inputs)
     if sequential and data is None:
         raise PlanError("to calibrate one layer after the other takes calibration data, and there are none: give some")
-    if recover_steps < 0:
-        raise PlanError(f"a recovery of {recover_steps} steps is none: give 0 or more")
+    if not is_whole(recover_steps):
+        raise PlanError(f"a recovery of {recover_steps!r} steps is none: give 0 or more")
     if recover_steps and data is None:
         raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:

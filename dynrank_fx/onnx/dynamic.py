@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_whole
 from ..errors import ExportError
 from ..tracing import Inputs
 
@@ -27,6 +28,8 @@ def arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[str, Any]:
     """``dynamic_shapes`` for torch.export. Raises ExportError for an argument or a dimension that is not there."""
+    if not isinstance(dynamic, Mapping) or not all(_is_named(axes) for axes in dynamic.values()):
+        raise ExportError(f"dynamic is {dynamic!r}: name dimensions by argument, such as {{'x': {{0: 'batch'}}}}")
     given = arguments(module, inputs)
     for name, axes in dynamic.items():
         tensor = given.get(name)
@@ -38,6 +41,10 @@ def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[st
                 raise ExportError(f"{name} has {tensor.ndim} dimensions, counted from 0, and none is number {axis}")
     dims = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
     return {key: {axis: dims[dim] for axis, dim in dynamic.get(key, {}).items()} or None for key in given}
+
+
+def _is_named(axes: object) -> bool:
+    return isinstance(axes, Mapping) and all(is_whole(a) and isinstance(name, str) for a, name in axes.items())
 
 
 def name_dimensions_(model: ModelProto, dynamic: Dynamic) -> None:

@@ -186,8 +186,8 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--rank", "0"], "a rank of 0 leaves nothing of a layer; give a whole number of 1 or more"),
-        (["--rank", "-3"], "a rank of -3 leaves nothing of a layer; give a whole number of 1 or more"),
+        (["--rank", "0"], "a rank of 0 cannot be; give a whole number of 1 or more"),
+        (["--rank", "-3"], "a rank of -3 cannot be; give a whole number of 1 or more"),
         (["--rank", "0.0"], "a rank ratio of 0.0 is not a fraction; give one above 0 and at most 1"),
         (["--rank", "1.5"], "a rank ratio of 1.5 is not a fraction; give one above 0 and at most 1"),
         (["--rank", "abc"], "Invalid value for --rank: 'abc' is neither a fraction (0.25) nor a rank (16)"),
