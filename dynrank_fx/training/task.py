@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from .settings import Settings
 class Task:
     """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
 
-    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated.
+    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated. Raises DynrankError for
+    data that give their batches once.
     """
 
     train_data: Iterable[Any]
@@ -29,6 +30,19 @@ class Task:
     inputs: Callable[[Any], Inputs]
     eval_data: Iterable[Any] | None = None
     metric: Callable[[Any, Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, data in (("train_data()", self.train_data), ("eval_data()", self.eval_data)):
+            if _gives_once(data):
+                raise DynrankError(
+                    f"{name} gave a {type(data).__name__}, whose batches can be gone through only once: give a list, a "
+                    "DataLoader, or another object that starts anew every epoch"
+                )
+
+
+def _gives_once(data: object) -> bool:
+    """Whether it is a generator or another iterator of Python's own. A loader's may begin anew when it is asked."""
+    return isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools")
 
 
 def apply(forward: nn.Module, task: Task, settings: Settings, batch: Any) -> tuple[Any, Any]:

@@ -474,3 +474,10 @@ def test_aligned_without_a_decay_to_align_with(write: Run, refused: Callable[...
 def test_model_files_that_cannot_be_trained(more: str, sentence: str, write: Run, refused: Callable[..., str]) -> None:
     message = refused("train", write(more), "--no-compile", noisy=True)
     assert message.startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["train_data", "eval_data"])
+def test_a_generator_is_refused_before_training(name: str, write: Run, refused: Callable[..., str]) -> None:
+    message = refused("train", write(f"def {name}(): yield 1"), "--no-compile")
+    assert message.startswith(f"{name}() gave a generator, whose batches can be gone through only once: give a list, ")
+    assert not Path("model-run").exists()
