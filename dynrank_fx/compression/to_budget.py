@@ -10,7 +10,7 @@ from typing import TypeAlias, Unpack
 from torch import nn
 
 from ..checks import is_number, is_whole
-from ..errors import PlanError
+from ..errors import ExportError, PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, PlanChoices, PlanOptions, RankPolicy, Ratio, chosen
@@ -122,7 +122,7 @@ def compress(
     net, low = _in_full(model, example_inputs, settled)
     dense = inline_(shell(net))
     known = None if data is None else calibrate(net, data)
-    whole = None if times is None else ModelTimes(dense, example_inputs, times)
+    whole = None if times is None else _timed(dense, example_inputs, times)
     candidates = Candidates(net, dense, data, known, _latency(whole), settled.multiple_of, sequential, low)
     found = _Search(candidates, budget, metric, recover_steps, loss, whole).found()
     if times is not None:
@@ -143,6 +143,13 @@ def _in_full(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptio
     low = {row.site.name: row.rank for row in plan_of(net).sites if phases[row.site.name] is Phase.LOW}
     enter_(net, Phase.FULL)
     return net, low
+
+
+def _timed(dense: nn.Module, example_inputs: ExampleInputs, times: SiteTimes) -> ModelTimes:
+    try:
+        return ModelTimes(dense, example_inputs, times)
+    except ExportError as error:
+        raise ExportError(f"{error}, or measure no times (`--no-timing`, in Python times=None)") from error
 
 
 def _latency(whole: ModelTimes | None) -> LatencyOf | None:
@@ -179,8 +186,8 @@ class _Search:
                 found = self.within_budget(margin)
             except PlanError as error:
                 raise PlanError(
-                    f"{error}. Only layers that are faster than dense count here: a budget of parameters asks for "
-                    "size alone"
+                    f"{error}. Only layers that are faster than dense count here: give a budget of parameters, which "
+                    "asks for size alone, or measure no times (`--no-timing`, in Python times=None)"
                 ) from error
             assert found.times is not None
             if margin == _MARGINS[-1] or found.times.ratio <= 1 + NOISE:

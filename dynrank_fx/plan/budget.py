@@ -82,7 +82,9 @@ class Budget:
             return []
         metric, share = self.of
         if any(metric not in curve.costs for curve in curves):
-            how = "let compress time the sites" if metric is Metric.LATENCY else "give example inputs"
+            how = "give example inputs"
+            if metric is Metric.LATENCY:
+                how = "let compress measure them (without `--no-timing`, in Python times=SiteTimes())"
             raise PlanError(f"the {metric.value} of the sites are unknown: {how}, or give a budget of parameters")
         room = share - curves[0].costs[metric].rest
         points = [points_of(curve, metric) for curve in curves]

@@ -87,6 +87,21 @@ def test_an_opset_that_cannot_be_made_is_told(
     assert not Path("model.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["-o", "no/m.onnx"], "there is no folder no: make it first"),
+        (["-o", "m.onnx", "--opset", "99"], "there is no opset 99"),
+        (["-o", "m.onnx", "--provider", "Toaster"], "this onnxruntime has no Toaster"),
+    ],
+)
+def test_what_would_stop_the_export_is_told_before_the_model_is_cut(
+    write: Run, refused: Callable[..., str], options: list[str], sentence: str
+) -> None:
+    write("def model(): assert False, 'it was made'")
+    assert sentence in refused("export", "model.py", *options)
+
+
 def test_a_folder_of_transform_is_exported_with_its_model_file(
     write: Run, run: Run, refused: Callable[..., str]
 ) -> None:

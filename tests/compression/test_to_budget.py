@@ -239,19 +239,29 @@ def far(net: nn.Module, dense: nn.Module) -> float:
         return sum(float(distance(net(*b), dense(*b))) for b in batches())
 
 
+def test_a_budget_of_time_takes_times() -> None:
+    with pytest.raises(
+        PlanError, match=r"times of the sites are unknown: let compress measure them \(without `--no-timing`"
+    ):
+        compress(perceptron(), batches()[0], dr.Budget(latency=0.5), batches())
+
+
 def test_without_data_it_says_so() -> None:
     found = compress(perceptron(), batches()[0], dr.Budget(params=0.5))
     assert any("cut by plain SVD, since there are no calibration data" in note for note in found.notes)
 
 
 def test_a_provider_that_is_not_there_is_no_untimed_success() -> None:
-    with pytest.raises(dr.ExportError, match="this onnxruntime has no Toaster"):
+    sentence = r"this onnxruntime has no Toaster: .*, or measure no times \(`--no-timing`, in Python times=None\)$"
+    with pytest.raises(dr.ExportError, match=sentence):
         compress(perceptron(), batches()[0], dr.Budget(flops=0.6), batches(), times=SiteTimes("Toaster", cache=None))
 
 
 def test_a_budget_that_only_slow_layers_could_meet_says_so() -> None:
     times = SaidTimes({"0.weight": 1.2, "2.weight": 1.2, "4.weight": 1.2})
-    with pytest.raises(PlanError, match=r"cannot be met.*Only layers that are faster than dense count here"):
+    with pytest.raises(
+        PlanError, match=r"cannot be met.*Only layers that are faster than dense count here.*`--no-timing`"
+    ):
         compress(perceptron(), batches()[0], dr.Budget(flops=0.5), batches(), times=times)
 
 
