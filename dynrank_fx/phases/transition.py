@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import PlanError, TransitionError
+from ..files import why
 from ..layouts import full_precision
 from ..phase import Phase
 from ..plan import Plan, checked_plan
@@ -241,7 +242,7 @@ def _switch(
                     changes += _change_sites(move, optimizer, carry, journal, split)
             except OSError as error:
                 raise TransitionError(
-                    f"no room to keep {move.group.name} safe during its switch ({error}); "
+                    f"no room to keep {move.group.name} safe during its switch ({why(error)}); "
                     "net and optimizer are as before"
                 ) from error
     specialize_(root)

@@ -88,6 +88,8 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     import onnx
     from google.protobuf.message import DecodeError
 
+    if not path.is_file():
+        raise ExportError(f"there is no file {path}: give an ONNX file, a model file, a run or a folder of `transform`")
     try:
         model = onnx.load(path)
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:

@@ -143,7 +143,9 @@ def test_a_file_that_is_no_onnx(content: bytes, folder: Path, refused: Callable[
     (folder / "model.onnx").write_bytes(content)
     assert refused("inspect", "model.onnx").startswith("model.onnx could not be read as an ONNX file (")
     (folder / "model.onnx").unlink()
-    assert refused("inspect", "model.onnx").startswith("model.onnx could not be read as an ONNX file (")
+    assert refused("inspect", "model.onnx") == (
+        "there is no file model.onnx: give an ONNX file, a model file, a run or a folder of `transform`"
+    )
 
 
 def test_weights_that_are_not_finite(write: Run, refused: Callable[..., str]) -> None:

@@ -419,7 +419,7 @@ def test_a_model_file_that_has_become_another(
         (["--schedule", "interleave", "--low", "0", "--full", "0"], "interleave(low=0, full=0) has no epochs "),
         (["--lr-milestones", "soon"], "Invalid value for --lr-milestones: 'soon' is no list of epochs like 8,10"),
         (["--epochs", "100", "--lr-milestones", "3"], "aligned(epochs=100, lr_milestones=(3,)) leaves no FULL epoch: "),
-        (["--from", "gone"], "there is no file gone/weights.safetensors"),
+        (["--from", "gone"], "there is no folder gone: give one that save or `dynrank-fx transform` wrote"),
         (["--from", "gone", "--rank", "3"], "--from brings its plan along: leave out --rank"),
         (["--out", "model.py/below"], "model.py/below could not be made (Not a directory); choose another --out"),
         (["--out", "model.py"], "model.py could not be made (File exists); choose another --out"),

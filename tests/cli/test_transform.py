@@ -208,7 +208,10 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
         ),
         (["--exclude", "*"], "nothing would be factored: 0.weight (excluded by name), 4.weight (excluded by name), "),
         (["--rank", "32"], "nothing would be factored: "),
-        (["--plan", "gone.json"], "the plan gone.json could not be read ("),
+        (
+            ["--plan", "gone.json"],
+            "there is no plan gone.json: give a plan.json that save or `dynrank-fx transform` wrote",
+        ),
         (["--plan", "model.py"], "model.py: the plan is not JSON: "),
         (["--plan", "p.json", "--rank", "3"], "--plan brings its plan along: leave out --rank"),
         (["--plan", "p.json", "--exclude", "0"], "--plan brings its plan along: leave out --exclude"),
