@@ -191,7 +191,9 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
         )
     if not (folder / CHECKPOINT).exists():
         if not (folder / "weights.safetensors").exists():
-            raise StoreError(f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`")
+            raise StoreError(
+                f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`: give one of them"
+            )
         if model_file is None:
             raise StoreError(
                 f"{folder} is a folder of `transform`, which does not note its model file: add --model MODEL.PY"
