@@ -192,7 +192,7 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     if not (folder / CHECKPOINT).exists():
         if not (folder / "weights.safetensors").exists():
             raise StoreError(
-                f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`: give one of them"
+                f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`: give one"
             )
         if model_file is None:
             raise StoreError(
