@@ -30,6 +30,12 @@ SCHEDULES = [name for name in dr.schedules.__all__ if inspect.isfunction(getattr
 # Pages that begin with the files which the commands of another have left; a command run there is not run again.
 CONTINUES = dict.fromkeys(("README.md", "compress.md", "export-and-deploy.md"), "getting-started.md")
 
+# What keeps the sample that the pages train small: one block in place of three, and fewer images.
+SMALLER = {
+    "Block(64, 64), Block(64, 128, stride=2), Block(128, 128)": "Block(64, 128, stride=2)",
+    "TensorDataset(images[train], labels[train])": "TensorDataset(images[train[:256]], labels[train[:256]])",
+}
+
 # What keeps the commands of the pages small; of an option that is given twice the later counts.
 SMALL = {
     "train": ["--epochs", "2", "--no-compile"],
@@ -96,9 +102,9 @@ def run_page(name: str, folder: Path, patch: pytest.MonkeyPatch, left_by) -> Non
     """The blocks of a page in their order: Python in one namespace, commands in one folder."""
     before = CONTINUES.get(name)
     if before:
-        shutil.copytree(left_by(before), folder, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(left_by(before), folder, dirs_exist_ok=True)
     else:
-        (folder / "samples").symlink_to(ROOT / "samples")
+        put_samples(folder)
     done = [words for block in BLOCKS[before] for words in block.commands] if before else []
     patch.chdir(folder)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -110,6 +116,17 @@ def run_page(name: str, folder: Path, patch: pytest.MonkeyPatch, left_by) -> Non
             if program == "dynrank-fx" and [program, *words] not in done:
                 result = CliRunner().invoke(cli, small(words))
                 assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
+
+
+def put_samples(folder: Path) -> None:
+    """The samples beside a page's commands, with a smaller digits.py."""
+    shutil.copytree(ROOT / "samples", folder / "samples", ignore=shutil.ignore_patterns("__pycache__"))
+    digits = folder / "samples/digits.py"
+    text = digits.read_text(encoding="utf-8")
+    for whole, less in SMALLER.items():
+        assert text.count(whole) == 1, whole
+        text = text.replace(whole, less)
+    digits.write_text(text, encoding="utf-8")
 
 
 def runs(block: Block) -> bool:
