@@ -11,7 +11,7 @@ from .errors import ScheduleError
 
 def is_whole(value: object, least: int = 0) -> bool:
     """Whether it is a whole number of at least so much. True and False are a slip, although Python counts with them."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
@@ -20,13 +20,13 @@ def is_number(value: object, least: float = -math.inf, most: float = math.inf) -
         isinstance(value, Real)
         and not isinstance(value, bool)
         and math.isfinite(value)
-        and bool(least <= value <= most)
+        and least <= float(value) <= most
     )
 
 
 def is_share(value: object) -> bool:
     """Whether it is a number above 0 and at most 1."""
-    return is_number(value, most=1) and bool(value > 0)  # type: ignore[operator]
+    return is_number(value, 0, 1) and value != 0
 
 
 def check_epochs(epochs: int) -> None:

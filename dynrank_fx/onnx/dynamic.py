@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_whole
 from ..errors import ExportError
 from ..tracing import Inputs
 
@@ -44,7 +43,9 @@ def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[st
 
 
 def _is_named(axes: object) -> bool:
-    return isinstance(axes, Mapping) and all(is_whole(a) and isinstance(name, str) for a, name in axes.items())
+    return isinstance(axes, Mapping) and all(
+        isinstance(axis, int) and isinstance(name, str) for axis, name in axes.items()
+    )
 
 
 def name_dimensions_(model: ModelProto, dynamic: Dynamic) -> None:
