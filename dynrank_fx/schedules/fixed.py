@@ -211,9 +211,10 @@ def aligned(epochs: int, lr_milestones: Sequence[int], last: Phase = Phase.LOW) 
     """
     check_epochs(epochs)
     if not isinstance(lr_milestones, Iterable) or not all(map(is_whole, lr_milestones)) or not lr_milestones:
+        said = f", not {lr_milestones!r}" if lr_milestones else ""
         raise ScheduleError(
-            f"aligned needs the epochs of the learning-rate decays, not {lr_milestones!r}; give at least one, such as "
-            "(30,), or use interleave"
+            f"aligned needs the epochs of the learning-rate decays{said}; give at least one, such as (30,), or use "
+            "interleave"
         )
     inflate, deflate = round(0.4 * epochs), min(epochs, round(min(lr_milestones) + 0.1 * epochs))
     if not 0 <= inflate < deflate:

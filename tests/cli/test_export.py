@@ -168,7 +168,7 @@ def test_a_model_file_of_another_model(trained: str, write: Run, refused: Callab
 def test_a_folder_that_is_neither(write: Run, refused: Callable[..., str], folder: Path) -> None:
     write()
     (folder / "empty").mkdir()
-    sentence = "is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`"
+    sentence = "is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`: give one"
     assert refused("export", "empty", "-o", "x.onnx") == f"empty {sentence}"
     assert refused("export", "nowhere", "-o", "x.onnx")
     assert refused("inspect", "empty") == f"empty {sentence}"
