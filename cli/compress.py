@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from .options import (
     Option,
     calibrate_option,
+    check_export,
     export_arguments,
     export_options,
     refuse_beside,
@@ -86,7 +87,7 @@ def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
     """
     from dynrank_fx.compression import SiteTimes
     from dynrank_fx.compression import compress as compressed
-    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_provider, export_onnx
+    from dynrank_fx.onnx import export_onnx
     from dynrank_fx.randomness import seed_all
 
     asked, leave = _budget(budget), roles_of(options["leave"])
@@ -99,12 +100,8 @@ def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
     by = click.get_current_context().get_parameter_source("recover_by")
     if by is not ParameterSource.DEFAULT and not options["recover_steps"]:
         raise click.UsageError("--recover-by is of --recover-steps: give the number of steps too")
-    # What would stop the export is said before the work, not after it.
-    check_place(out)
     arguments = export_arguments(options)
-    check_opset(arguments["opset"])
-    check_batch_sizes(arguments["batch_sizes"])
-    check_provider(options["provider"])
+    check_export(out, arguments, options["provider"])
     element = "float16" if options["precision"] == "float16" else "float32"
     net, file = _opened(source, options["model_file"], options["weights"])
     seed_all(0)

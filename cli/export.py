@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import Option, calibrate_option, export_arguments, export_options, weights_option
+from .options import Option, calibrate_option, check_export, export_arguments, export_options, weights_option
 
 
 @click.command()
@@ -36,6 +36,7 @@ def export(source: Path, out: Path, model_file: Path | None, calibrate: int, **o
     if out.suffix != ".onnx":
         raise click.BadParameter(f"{out} is no .onnx file", param_hint="--out")
     arguments = export_arguments(options)
+    check_export(out, arguments, options["provider"])
     final = final_form(source, model_file, options["weights"], calibrate)
     report = export_onnx(
         final.module,

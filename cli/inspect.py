@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def inspect(target: Path, model_file: Path | None, plot: Path | None, as_json: bool) -> None:
     """Show every matrix of TARGET (MODEL.PY, a run, a folder of `transform`, or a MODEL.ONNX).
 
-    Effective rank: exp of the entropy of the normalised singular values. Stable rank: sum of their squares over the
-    largest square. Break-even: the largest rank at which two factors hold fewer parameters.
+    Two columns say how many directions a weight uses, by its singular values. Effective rank: exp of the entropy of
+    their shares in their sum. Stable rank: the sum of their squares over the largest square. Where 95 % energy is below
+    break-even, two factors hold most of the weight in fewer parameters. Lines below the table explain its columns.
 
     \b
     Example:

@@ -142,6 +142,17 @@ def export_arguments(options: Options) -> Kwargs:
     }
 
 
+def check_export(out: Path, arguments: Options, provider: str | None) -> None:
+    """Refuse, before any work, what would stop the export after it."""
+    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_provider
+
+    check_place(out)
+    check_opset(arguments["opset"])
+    check_batch_sizes(arguments["batch_sizes"])
+    if provider is not None:
+        check_provider(provider)
+
+
 def refuse_export_options(out: Path) -> None:
     """Refuse the options of an ONNX file for a file that is none."""
     for parameter in _given(_OF_EXPORT):

@@ -85,7 +85,7 @@ def _stored_module(path: Path) -> nn.Module:
     try:
         module = torch.load(path, weights_only=False)
     except FileNotFoundError as error:
-        raise StoreError(f"there is no file {path}") from error
+        raise StoreError(f"there is no file {path}: give one that `dynrank-fx compress` wrote") from error
     except Exception as error:  # what is unpickled may raise anything
         raise StoreError(f"{path} could not be loaded ({first_line(error)[:200]})") from error
     if not isinstance(module, nn.Module):
@@ -110,7 +110,7 @@ def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, M
         state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
         model.load_state_dict(state)
     except FileNotFoundError as error:
-        raise StoreError(f"there is no file {weights}") from error
+        raise StoreError(f"there is no file {weights}: give a state_dict of the model") from error
     except Exception as error:  # of torch.load, of safetensors, or of the model's own load_state_dict
         lines = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {' '.join(map(str.strip, lines[1:3] or lines))}"
@@ -186,10 +186,14 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     from .modelfile import load_model_file
 
     if not folder.exists():
-        raise StoreError(f"there is no folder {folder}")
+        raise StoreError(
+            f"there is no folder {folder}: give a run of `dynrank-fx train` or a folder of `dynrank-fx transform`"
+        )
     if not (folder / CHECKPOINT).exists():
         if not (folder / "weights.safetensors").exists():
-            raise StoreError(f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`")
+            raise StoreError(
+                f"{folder} is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`: give one"
+            )
         if model_file is None:
             raise StoreError(
                 f"{folder} is a folder of `transform`, which does not note its model file: add --model MODEL.PY"

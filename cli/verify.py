@@ -34,7 +34,7 @@ def verify(
       dynrank-fx verify small.onnx dense.onnx --tolerance 0.05
       dynrank-fx verify dense.onnx model.py --weights model.pt
     """
-    from dynrank_fx.onnx import compare_onnx
+    from dynrank_fx.onnx import check_provider, compare_onnx
 
     if not 0 <= tolerance < float("inf"):
         raise click.BadParameter(
@@ -42,6 +42,11 @@ def verify(
         )
     if ".onnx" not in (one.suffix, other.suffix):
         raise click.UsageError(f"neither {one} nor {other} is an .onnx file: export one of them first")
+    # What would stop the comparison is said before the other side is exported for it.
+    check_provider(provider)
+    for each in (one, other):
+        if each.suffix == ".onnx" and not each.is_file():
+            raise ExportError(f"there is no file {each}: export it first")
     with tempfile.TemporaryDirectory() as folder:
         files = [each if each.suffix == ".onnx" else _exported(each, Path(folder), **options) for each in (one, other)]
         verdict = compare_onnx(*files, batch_sizes=batches or (1, 2, 5), provider=provider, tolerance=tolerance)

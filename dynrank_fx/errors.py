@@ -45,7 +45,8 @@ class DynrankWarning(UserWarning):
 
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, without a full stop."""
-    lines = str(error).strip().splitlines()
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # not its number
+    lines = said.strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 

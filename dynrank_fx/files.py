@@ -46,13 +46,14 @@ def replacing(path: Path, *, final: Path | None = None, alone: bool = True) -> I
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"{final or path} could not be written ({_why(error)}); what was there before is unchanged"
+            f"{final or path} could not be written ({why(error)}); what was there before is unchanged"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
+    """What the disk says, without the number of the error and the path, which the sentence around it names."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
@@ -82,7 +83,7 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     except OSError as error:
-        raise StoreError(f"{path} could not be written ({_why(error)}); nothing was changed") from error
+        raise StoreError(f"{path} could not be written ({why(error)}); nothing was changed") from error
     old, new = beside / "old", beside / "new"
     try:
         new.mkdir()
@@ -95,7 +96,7 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
         if old.exists() and not path.exists():
             os.rename(old, path)
         if isinstance(error, OSError):
-            raise StoreError(f"{path} could not be written ({_why(error)}); what was there is unchanged") from error
+            raise StoreError(f"{path} could not be written ({why(error)}); what was there is unchanged") from error
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -23,7 +23,18 @@ FLOORS = (
     ("integrations",),
     ("cli",),
 )
-GROUND = ("aliases", "errors", "files", "phase", "randomness", "store", "text", "timing", "version")  # files, not rooms
+GROUND = (
+    "aliases",
+    "checks",
+    "errors",
+    "files",
+    "phase",
+    "randomness",
+    "store",
+    "text",
+    "timing",
+    "version",
+)  # files, not rooms
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Stricter than the floors: what a place may not import although it lies below.
 NEVER = {

@@ -110,15 +110,15 @@ CASES: dict[str, list[tuple[nn.Module, tuple[Any, ...]]]] = {
         (nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), (SEQUENCE, SEQUENCE)),
     ],
     "`Conv1D` of transformers": [(Conv1D(), (X,))],
-    "experts in one stack of matrices": [
+    "experts whose matrices are stacked in one weight": [
         (Apply(lambda s, x: torch.einsum("bti,eio->ebto", x, s.up).sum(0), up=matrix(3, 8, 8)), (SEQUENCE,))
     ],
-    "weights that the model's code reads itself, their transposes and parts": [
+    "weights that the model's own code multiplies by, also transposed or in parts": [
         (Apply(lambda s, x: F.linear(x, s.fc.weight) + s.fc.bias, fc=linear()), (X,)),
         (Apply(lambda s, x: x @ s.w.t(), w=matrix(8, 8)), (X,)),
         (Apply(lambda s, x: sum(x @ part for part in s.w.chunk(2, 1)), w=matrix(8, 16)), (X,)),
     ],
-    "a layer called often, layers with one weight": [
+    "a layer that is called several times, several layers with one weight": [
         (Apply(lambda s, x: s.fc(s.fc(x)), fc=again), (X,)),
         (shared, (X,)),
     ],
@@ -141,12 +141,13 @@ CASES: dict[str, list[tuple[nn.Module, tuple[Any, ...]]]] = {
     "`nn.Bilinear`": [(nn.Bilinear(8, 8, 8), (X, X))],
     "`nn.EmbeddingBag`": [(nn.EmbeddingBag(16, 8), (TOKENS,))],
     "layers with hooks": [(hooked(), (X,))],
-    "models that torch.fx traces": [(nn.Sequential(linear(), nn.ReLU()), (X,))],
-    "torch's own layers, shapes in control flow": [
+    "models that torch.fx can trace": [(nn.Sequential(linear(), nn.ReLU()), (X,))],
+    "torch's own attention layers, code that branches on the shapes of its inputs": [
         (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (SEQUENCE,)),
         (Apply(lambda s, x: s.a(x) if x.shape[1] == 8 else x, a=linear()), (X,)),
     ],
-    "branches on data, autograd functions with a backward of their own, checkpoints, `torch.no_grad` in forward": [
+    "code that branches on values, autograd functions with a backward of their own, activation checkpoints, "
+    "`torch.no_grad` in forward": [
         (Apply(branching, a=linear(), b=linear()), (X,)),
         (Apply(lambda s, x: checkpoint(s.b, s.a(x), use_reentrant=False), a=linear(), b=linear()), (X,)),
         (Apply(no_grad, a=linear(), b=linear()), (X,)),

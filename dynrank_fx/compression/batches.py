@@ -17,6 +17,8 @@ def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None
     """The batches as a list. like: example inputs. Raises CalibrationError for none, for numbers that are not finite,
     and for tensors of other dimensions than those of the example inputs.
     """
+    if isinstance(batches, Tensor):  # whose rows would be taken for batches
+        raise CalibrationError("calibration data of one tensor are no batches: give a list of them")
     try:
         data = list(batches)
     except TypeError as error:

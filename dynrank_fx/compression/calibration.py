@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Kwargs
+from ..checks import is_number
 from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
@@ -84,16 +85,22 @@ def calibrate(
         What is known of the outputs, for ``truncate`` and ``enter_(..., split=calibration.split)``.
 
     Raises:
-        CalibrationError: For a module that ``transform`` did not make, and where there is no batch, a batch does not
-            fit the model, or numbers are not finite.
+        CalibrationError: For a module that ``transform`` did not make, a site or a number that cannot be, and
+            where there is no batch, a batch does not fit the model, or numbers are not finite.
     """
     root = unwrap(net)
     if not switched_modules(root) and not is_captured(root):
         raise CalibrationError(
             f"{type(net).__name__} has no sites to calibrate: give what transform or factorize made of it"
         )
+    if shrink is not None and not is_number(shrink, 0):
+        raise CalibrationError(f"shrink is {shrink!r}: give a number of 0 or more, or leave it out")
+    known = switched_modules(root)
+    chosen = known.keys() if sites is None else {sites} if isinstance(sites, str) else set(sites)
+    if unknown := sorted(chosen - known.keys()):
+        raise CalibrationError(f"the net has no site {unknown[0]!r}: its sites are named like {next(iter(known), '')}")
     data = checked_batches(batches)
-    groups = site_groups(root, [name for name in switched_modules(root) if sites is None or name in sites])
+    groups = site_groups(root, [name for name in known if name in chosen])
     plain = {group.name: why for group in groups if (why := _why_plain(group.sites[0])) is not None}
     seen: dict[str, Covariance] = {}
     order: dict[str, None] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..aliases import Output
+from ..checks import is_whole
 from ..errors import CalibrationError
 from ..tracing import ExampleInputs, same_buffers, tensors
 from .batches import call, checked_batches
@@ -53,13 +54,14 @@ def recover_(
     """
     data = checked_batches(batches)
     wanted = dict(module.named_parameters())
+    names = [names] if isinstance(names, str) else names
     unknown = [name for name in names or () if name not in wanted]
     if unknown:
         raise CalibrationError(
             f"the module has no parameter {', '.join(unknown)}: its names are like {next(iter(wanted))}"
         )
-    if steps < 0:
-        raise CalibrationError(f"a recovery of {steps} steps is none: give 0 or more")
+    if not is_whole(steps):
+        raise CalibrationError(f"a recovery of {steps!r} steps is none: give 0 or more")
     chosen = [wanted[name] for name in (wanted if names is None else names)]
     chosen = [parameter for parameter in chosen if parameter.is_floating_point()]
     before = [parameter.detach().clone() for parameter in chosen]

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import files
-from ..errors import StoreError
+from ..checks import is_whole
+from ..errors import CalibrationError, StoreError
 from ..onnx import Provider, bound, runtime, session_of, threads
 from ..plan import Cost, PlannedSite
 from ..timing import Pair, interleaved, processor
@@ -42,6 +43,9 @@ class SiteTimes:
         element: NumPy's name of the type of the numbers.
         cache: The file; its entries are keyed by machine, versions, provider, type and shapes. None for no file.
         repeats: How many measurements of each, of which the median counts.
+
+    Raises:
+        CalibrationError: For a type or a number that cannot be.
     """
 
     provider: Provider = "CPUExecutionProvider"
@@ -51,6 +55,12 @@ class SiteTimes:
     _known: dict[str, list[float] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.element not in ("float32", "float16"):
+            raise CalibrationError(
+                f"times are measured in float32 or float16, not in {self.element!r}: give one of them"
+            )
+        if not is_whole(self.repeats, 1):
+            raise CalibrationError(f"{self.repeats!r} repeats measure nothing: give a whole number of 1 or more")
         if self.cache is not None and self.cache.is_file():
             try:
                 self._known = dict(json.loads(self.cache.read_text()))

@@ -9,7 +9,8 @@ from typing import TypeAlias, Unpack
 
 from torch import nn
 
-from ..errors import PlanError
+from ..checks import is_number, is_whole
+from ..errors import ExportError, PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, PlanChoices, PlanOptions, RankPolicy, Ratio, chosen
@@ -46,8 +47,8 @@ class MaxDrop:
     drop: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < math.inf:
-            raise PlanError(f"a metric cannot fall by at most {self.drop}; give a number of 0 or more")
+        if not is_number(self.drop, 0):
+            raise PlanError(f"a metric cannot fall by at most {self.drop!r}; give a number of 0 or more")
 
 
 def compress(
@@ -91,11 +92,21 @@ def compress(
         CalibrationError: For calibration data that do not serve.
         CaptureError: Where the model cannot be captured.
     """
+    if not isinstance(budget, MaxDrop) and (isinstance(budget, type) or not hasattr(budget, "ranks")):
+        raise PlanError(
+            f"{budget!r} is no budget: give Budget(params=0.5), Budget(flops=0.5), Budget(latency=0.8), MaxDrop(0.01) "
+            "or a rank policy"
+        )
+    if times is not None and not isinstance(times, SiteTimes):
+        raise PlanError(f"times is {times!r}: give SiteTimes(), or None to measure nothing")
+    for name, given in (("metric", metric), ("loss", loss)):
+        if given is not None and not callable(given):
+            raise PlanError(f"{name} is {given!r}: give a function, or leave it out")
     data = None if calibration is None else checked_batches(calibration, like=example_inputs)
     if sequential and data is None:
         raise PlanError("to calibrate one layer after the other takes calibration data, and there are none: give some")
-    if recover_steps < 0:
-        raise PlanError(f"a recovery of {recover_steps} steps is none: give 0 or more")
+    if not is_whole(recover_steps):
+        raise PlanError(f"a recovery of {recover_steps!r} steps is none: give 0 or more")
     if recover_steps and data is None:
         raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
     if isinstance(budget, MaxDrop) and metric is None:
@@ -111,7 +122,7 @@ def compress(
     net, low = _in_full(model, example_inputs, settled)
     dense = inline_(shell(net))
     known = None if data is None else calibrate(net, data)
-    whole = None if times is None else ModelTimes(dense, example_inputs, times)
+    whole = None if times is None else _timed(dense, example_inputs, times)
     candidates = Candidates(net, dense, data, known, _latency(whole), settled.multiple_of, sequential, low)
     best = _Search(candidates, budget, metric, recover_steps, loss, whole).result()
     if times is not None:
@@ -132,6 +143,13 @@ def _in_full(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptio
     low = {row.site.name: row.rank for row in plan_of(net).sites if phases[row.site.name] is Phase.LOW}
     enter_(net, Phase.FULL)
     return net, low
+
+
+def _timed(dense: nn.Module, example_inputs: ExampleInputs, times: SiteTimes) -> ModelTimes:
+    try:
+        return ModelTimes(dense, example_inputs, times)
+    except ExportError as error:
+        raise ExportError(f"{error}, or measure no times (`--no-timing`, in Python times=None)") from error
 
 
 def _latency(whole: ModelTimes | None) -> LatencyOf | None:
@@ -168,8 +186,8 @@ class _Search:
                 result = self.within_budget(margin)
             except PlanError as error:
                 raise PlanError(
-                    f"{error}. Only layers that are faster than dense count here: a budget of parameters asks for "
-                    "size alone"
+                    f"{error}. Only layers that are faster than dense count here: give a budget of parameters, which "
+                    "asks for size alone, or measure no times (`--no-timing`, in Python times=None)"
                 ) from error
             assert result.times is not None
             if margin == _MARGINS[-1] or result.times.ratio <= 1 + NOISE:

@@ -61,5 +61,5 @@ def layout_named(name: str, op: Op) -> Layout:
             return layout
     known = [layout.name for layout in LAYOUTS]
     if name in known:
-        raise PlanError(f"the layout {name!r} does not serve a {op.kind}")
+        raise PlanError(f"the layout {name!r} does not serve {op.kind}")
     raise PlanError(f"there is no layout {name!r}; choose one of {', '.join(known)}")

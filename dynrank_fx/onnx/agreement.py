@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..checks import is_number, is_whole
 from ..errors import ExportError, reason
 from ..tracing import Inputs, batch_size, joined, same_buffers, same_values, slow_attention, tensors
 from .session import Feeds, Session
@@ -40,8 +41,15 @@ class Agreement:
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
     """Raise ExportError where there is no batch size to compare on, or one below 1."""
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ExportError(f"batch sizes {list(batch_sizes)} leave nothing to compare: give one or more, each 1 or more")
+    sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else batch_sizes
+    if not sizes or not isinstance(sizes, list) or not all(is_whole(size, 1) for size in sizes):
+        raise ExportError(f"batch sizes {sizes!r} leave nothing to compare: give one or more, each 1 or more")
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise ExportError for an error that cannot be allowed."""
+    if tolerance is not None and not is_number(tolerance, 0):
+        raise ExportError(f"a tolerance of {tolerance!r} cannot be: give a number of 0 or more")
 
 
 def onnx_inputs(

@@ -28,6 +28,8 @@ def arguments(module: nn.Module, inputs: Inputs) -> Kwargs:
 
 def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[str, object]:
     """``dynamic_shapes`` for torch.export. Raises ExportError for an argument or a dimension that is not there."""
+    if not isinstance(dynamic, Mapping) or not all(_is_named(axes) for axes in dynamic.values()):
+        raise ExportError(f"dynamic is {dynamic!r}: name dimensions by argument, such as {{'x': {{0: 'batch'}}}}")
     given = arguments(module, inputs)
     for name, axes in dynamic.items():
         tensor = given.get(name)
@@ -39,6 +41,12 @@ def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[st
                 raise ExportError(f"{name} has {tensor.ndim} dimensions, counted from 0, and none is number {axis}")
     dims = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
     return {key: {axis: dims[dim] for axis, dim in dynamic.get(key, {}).items()} or None for key in given}
+
+
+def _is_named(axes: object) -> bool:
+    return isinstance(axes, Mapping) and all(
+        isinstance(axis, int) and isinstance(name, str) for axis, name in axes.items()
+    )
 
 
 def name_dimensions_(model: ModelProto, dynamic: Dynamic) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..checks import is_whole, names_of
 from ..errors import CaptureError, ExportError, reason
 from ..rewrite import holds_captured, inline_
 from ..tracing import (
@@ -31,7 +32,7 @@ from ..tracing import (
     with_batch,
 )
 from ..version import __version__
-from .agreement import Agreement, check_batch_sizes, compare
+from .agreement import Agreement, check_batch_sizes, check_tolerance, compare
 from .convert import converted, parameter_count, renamed
 from .dynamic import Dynamic, name_dimensions_, named_shapes, sizes_of, with_sizes
 from .file import check_file, check_place, replacing_file, write_file
@@ -132,10 +133,18 @@ def export_onnx(
             is as it was.
     """
     check_batch_sizes(batch_sizes)
-    for each in providers or ():
-        check_provider(each)
+    _check_providers(providers)
+    check_tolerance(tolerance)
     check_opset(opset)
     check_place(Path(path))
+    if Path(path).suffix != ".onnx":
+        raise ExportError(f"{path} is no name of an ONNX file: give one that ends in .onnx")
+    for names in (input_names, output_names):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ExportError(f"{names!r} are no names of inputs or outputs: give a list of texts")
+    for key, value in (metadata or {}).items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise ExportError(f"metadata are texts by name, not {key!r}: {value!r}; write it as a text")
     plain = _in_evaluation(module)
     inputs = in_order(plain, split_inputs(example_inputs))
     large = _bytes(plain) > _MAX_BYTES
@@ -145,8 +154,7 @@ def export_onnx(
             "2 GB: leave external_data out"
         )
     if not isinstance(precision, Precision):
-        names = ", ".join(f"Precision.{each.name}" for each in Precision)
-        raise ExportError(f"{precision!r} is no precision of a file: give one of {names}")
+        raise ExportError(f"{precision!r} is no precision of a file: give one of {names_of(Precision)}")
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
@@ -261,6 +269,8 @@ def verify_onnx(
         ExportError: Naming the output, the batch, the error and the tolerance, or saying why the file cannot be run.
     """
     check_batch_sizes(batch_sizes)
+    _check_providers(providers)
+    check_tolerance(tolerance)
     opened, plain = session(path, providers), _in_evaluation(module)
     agreements = compare(opened, plain, _cases(plain, split_inputs(example_inputs), batch_sizes), tolerance)
     return opened.get_providers()[0], agreements
@@ -291,13 +301,20 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
+def _check_providers(providers: Sequence[Provider] | None) -> None:
+    if isinstance(providers, str):
+        raise ExportError(f"providers are a list: give [{providers!r}]")
+    for each in providers or ():
+        check_provider(each)
+
+
 def check_opset(opset: int | None) -> None:
     """Raises ExportError for an opset that there is not."""
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not 1 <= opset <= newest:
-        raise ExportError(f"there is no opset {opset}: this onnx knows 1 to {newest}")
+    if opset is not None and not (is_whole(opset, 1) and opset <= newest):
+        raise ExportError(f"there is no opset {opset!r}: this onnx knows 1 to {newest}")
 
 
 def _versions() -> dict[str, str]:

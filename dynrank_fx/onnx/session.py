@@ -51,6 +51,8 @@ def threads() -> int:
 
 def check_provider(provider: Provider) -> None:
     """Raises ExportError for one that this onnxruntime has not."""
+    if not isinstance(provider, str) and not (isinstance(provider, tuple) and len(provider) == 2):
+        raise ExportError(f"{provider!r} is no provider: give a name, or a tuple of a name and a dict of its options")
     name, available = provider if isinstance(provider, str) else provider[0], runtime().get_available_providers()
     if name not in available:
         raise ExportError(f"this onnxruntime has no {name}: ask for one of {', '.join(available)}")

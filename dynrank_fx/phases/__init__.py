@@ -1,6 +1,6 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
-from .carry import Carry
+from .carry import Carry, checked_carry
 from .checkpoint import how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .init import randomize_
 from .rerank import LatencyOf, RankUnit, rank_units, reranked
@@ -12,6 +12,7 @@ __all__ = [
     "LatencyOf",
     "RankUnit",
     "Transition",
+    "checked_carry",
     "enter_",
     "how_in",
     "info_of",

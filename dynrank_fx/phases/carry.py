@@ -17,7 +17,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..aliases import Group
-from ..errors import DynrankWarning
+from ..checks import names_of
+from ..errors import DynrankWarning, TransitionError
 from ..layouts import Factors, Layout, at_least_float32
 from .groups import State, group_of
 
@@ -32,6 +33,13 @@ class Carry(enum.Enum):
 
     MOVE = "moved into the new coordinates where the optimizer's state is known, reset otherwise"
     RESET = "first and second moments and the step counter start anew"
+
+
+def checked_carry(carry: Carry) -> Carry:
+    """The value itself. Raises TransitionError for what is none."""
+    if not isinstance(carry, Carry):
+        raise TransitionError(f"{carry!r} does not say what becomes of optimizer state: give one of {names_of(Carry)}")
+    return carry
 
 
 _KNOWN_STATE: dict[type[Optimizer], set[str]] = {

@@ -56,10 +56,14 @@ def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | N
         The net.
 
     Raises:
-        StoreError: For a damaged file, or weights of another model.
+        StoreError: For a folder that is none of ``save``, a damaged file, or weights of another model.
         PlanError: For a plan of another model or of a newer version, or one that contradicts the factors of a LOW site.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise StoreError(f"there is no folder {folder}: give one that save or `dynrank-fx transform` wrote")
+    if not (folder / _WEIGHTS).is_file():
+        raise StoreError(f"{folder} has no {_WEIGHTS}: give a folder that save or `dynrank-fx transform` wrote")
     tensors, info = store.read(folder / _WEIGHTS)
     net = rebuilt(model, read_plan(folder / _PLAN), example_inputs, how_in(info))
     restore_(net, tensors, info)
@@ -70,8 +74,12 @@ def read_plan(path: Path) -> Plan:
     """The plan in a JSON file. Raises StoreError where it cannot be read, PlanError where it is no plan."""
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"there is no plan {path}: give a plan.json that save or `dynrank-fx transform` wrote"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"the plan {path} could not be read ({error})") from error
+        raise StoreError(f"the plan {path} could not be read ({files.why(error)}): make it again") from error
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
 

@@ -10,6 +10,8 @@ from typing import Never, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_whole
+from ..errors import PlanError
 from ..plan import (
     Cost,
     Curve,
@@ -42,8 +44,10 @@ def reranked(net: nn.Module, policy: RankPolicy, *, ladder: int = 16) -> Plan:
         The new plan.
 
     Raises:
-        PlanError: For what is no rank policy, and as the policy does.
+        PlanError: For what is no rank policy or no grid, and as the policy does.
     """
+    if not is_whole(ladder, 1):
+        raise PlanError(f"a grid of {ladder!r} ranks cannot be: give ladder as a whole number of 1 or more")
     plan, units = plan_of(net), rank_units(net, ladder=ladder)
     ranks: dict[str, int] = {}
     chosen = ranks_by_policy([checked_policy(policy)] * len(units), [unit.curve for unit in units])

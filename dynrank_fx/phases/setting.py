@@ -20,7 +20,7 @@ def phases_in(setting: Setting, names: Iterable[str]) -> dict[str, Phase]:
         return dict.fromkeys(names, _phase(asked))
     phases: dict[str, Phase] = {}
     for pattern, phase in asked.items():
-        matching = [name for name in names if name == pattern or fits(name, pattern)]
+        matching = [name for name in names if name == pattern or (isinstance(pattern, str) and fits(name, pattern))]
         if not matching:
             raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {names[0]}")
         phases.update(dict.fromkeys(matching, _phase(phase)))

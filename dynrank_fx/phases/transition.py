@@ -11,13 +11,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import PlanError, TransitionError
+from ..files import why
 from ..layouts import full_precision
 from ..phase import Phase
-from ..plan import Plan
+from ..plan import Plan, checked_plan
 from ..rewrite import SiteGroup, Switched, plan_of, set_plan, site_groups, specialize_, switched_modules
 from ..schedules import Setting
 from ..tracing import unwrap
-from .carry import Carry, can_move, warn_reset
+from .carry import Carry, can_move, checked_carry, warn_reset
 from .init import branch
 from .replace import Journal, parameters_of, refuse_parameter, replace_parameters
 from .setting import phases_in
@@ -93,6 +94,7 @@ def enter_(
     Warns:
         DynrankWarning: Where the optimizer's state was reset since it could not be moved.
     """
+    checked_carry(carry)
     root = unwrap(net)
     _refuse_wrapped(root)
     sites = switched_modules(root)
@@ -136,10 +138,11 @@ def replan_(net: nn.Module, plan: Plan, optimizer: Optimizer | None = None, *, c
         PlanError: Where the new plan has other sites or layouts.
         TransitionError: As ``enter_`` does.
     """
+    checked_carry(carry)
     root = unwrap(net)
     _refuse_wrapped(root)
     old, sites = plan_of(root), switched_modules(root)
-    same = [[(row.site.name, row.layout, row.sharing) for row in each.sites] for each in (plan, old)]
+    same = [[(row.site.name, row.layout, row.sharing) for row in each.sites] for each in (checked_plan(plan), old)]
     if same[0] != same[1]:
         raise PlanError("the new plan has other sites, layouts or shared factors than the net; only ranks can change")
     ranks = {row.site.name: row.rank for row in plan.sites}
@@ -239,7 +242,7 @@ def _switch(
                     changes += _change_sites(move, optimizer, carry, journal, split)
             except OSError as error:
                 raise TransitionError(
-                    f"no room to keep {move.group.name} safe during its switch ({error}); "
+                    f"no room to keep {move.group.name} safe during its switch ({why(error)}); "
                     "net and optimizer are as before"
                 ) from error
     specialize_(root)

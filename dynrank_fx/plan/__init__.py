@@ -8,7 +8,7 @@ from .locate import Located, NodeUse, Reader, input_of, locate
 from .make import make_plan, plan_by
 from .options import PlanChoices, PlanOptions, chosen
 from .overrides import Override
-from .plan import Plan, PlannedSite
+from .plan import Plan, PlannedSite, checked_plan
 from .ranks import Cost, Curve, Energy, Fixed, Metric, RankPolicy, Ratio, StableRank, checked_policy, ranks_by_policy
 from .roles import Role
 from .site import fits
@@ -33,6 +33,7 @@ __all__ = [
     "Role",
     "StableRank",
     "break_even_rank",
+    "checked_plan",
     "checked_policy",
     "chosen",
     "costs_of",

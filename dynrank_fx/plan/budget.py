@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ..checks import is_share
 from ..errors import PlanError
 from .ranks import Curve, Metric
 
@@ -49,8 +50,11 @@ class Budget:
         given = list(self._given.values())
         if len(given) != 1:
             raise PlanError("a budget is of one thing: give params=0.5, flops=0.5 or latency=0.8")
-        if not 0 < given[0] <= 1:
-            raise PlanError(f"a budget of {given[0]} is no share of the dense model; give one above 0 and at most 1")
+        if not is_share(given[0]):
+            raise PlanError(f"a budget of {given[0]!r} is no share of the dense model; give one above 0 and at most 1")
+
+        if self.even not in (True, False):
+            raise PlanError(f"even is {self.even!r}: give True or False")
 
     @property
     def of(self) -> tuple[Metric, float]:
@@ -78,7 +82,9 @@ class Budget:
             return []
         metric, share = self.of
         if any(metric not in curve.costs for curve in curves):
-            how = "let compress time the sites" if metric is Metric.LATENCY else "give example inputs"
+            how = "give example inputs"
+            if metric is Metric.LATENCY:
+                how = "let compress measure them (without `--no-timing`, in Python times=SiteTimes())"
             raise PlanError(f"the {metric.value} of the sites are unknown: {how}, or give a budget of parameters")
         room = share - curves[0].costs[metric].rest
         points = [points_of(curve, metric) for curve in curves]

@@ -12,7 +12,7 @@ from ..ops import Op
 from ..tracing import ExampleInputs, measure, meta_of
 from .find import find_sites
 from .locate import Located, locate, refuse_non_finite
-from .plan import Plan, PlannedSite, checked_rows, layout_of
+from .plan import Plan, PlannedSite, checked_plan, checked_rows, layout_of
 
 
 def fit_plan(
@@ -26,6 +26,7 @@ def fit_plan(
     A site the plan does not list stays dense, and says so. Raises PlanError where the plan names a weight that the net
     does not have, has in another shape, cannot factor, or holds non-finite values in.
     """
+    checked_plan(plan)
     located = locate(net) if located is None else located
     measured = None if example_inputs is None else measure(net, example_inputs)
     sites, skipped = find_sites(net, measured.shapes if measured else None, located)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
+from ..checks import is_whole, names_of
 from ..errors import PlanError
 from ..layouts import ChannelLayout, ConvLayout
-from .overrides import Override, checked_conv_layout, checked_overrides
+from .overrides import Override, checked_conv_layout, checked_overrides, checked_pattern
 from .ranks import RankPolicy, Ratio, checked_policy
 from .roles import Role
 
@@ -48,15 +49,20 @@ class PlanOptions:
         checked_policy(self.rank)
         checked_conv_layout(self.conv_layout)
         checked_overrides(self.overrides)
-        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+        if not is_whole(self.multiple_of, 1):
             raise PlanError(f"ranks cannot be multiples of {self.multiple_of!r}; give 1 or more")
-        object.__setattr__(self, "leave", (self.leave,) if isinstance(self.leave, Role) else tuple(self.leave))
+        for name in ("include", "exclude", "leave"):  # one by itself is meant as one, not as its letters
+            given = getattr(self, name)
+            several = isinstance(given, Iterable) and not isinstance(given, str)
+            object.__setattr__(self, name, tuple(given) if several else (given,))
         for role in self.leave:
             if not isinstance(role, Role):
-                raise PlanError(f"{role!r} is no role: give {', '.join(f'Role.{each.name}' for each in Role)}")
-        for name in ("include", "exclude"):  # one pattern by itself is meant as a pattern, not as its letters
-            patterns = getattr(self, name)
-            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+                raise PlanError(f"{role!r} is no role: give {names_of(Role)}")
+        for pattern in (*self.include, *self.exclude):
+            checked_pattern(pattern)
+        for name in ("share_inputs", "allow_unprofitable"):
+            if getattr(self, name) not in (True, False):
+                raise PlanError(f"{name} is {getattr(self, name)!r}: give True or False")
 
 
 class PlanChoices(TypedDict, total=False):

@@ -45,11 +45,19 @@ def checked_conv_layout(layout: ConvLayout) -> ConvLayout:
     return layout
 
 
+def checked_pattern(pattern: str) -> str:
+    """The pattern itself. Raises PlanError for what is none."""
+    if not isinstance(pattern, str):
+        raise PlanError(f"{pattern!r} is no pattern of names: give a text such as 'blocks.*'")
+    return pattern
+
+
 def checked_overrides(overrides: Mapping[str, Override]) -> Mapping[str, Override]:
     """The overrides themselves. Raises PlanError for what are none."""
     if not isinstance(overrides, Mapping):
         raise PlanError(f"overrides are a dict from patterns to Override, not a {type(overrides).__name__}")
     for pattern, override in overrides.items():
+        checked_pattern(pattern)
         if not isinstance(override, Override):
             raise PlanError(
                 f"the override of {pattern!r} is {override!r}: give an Override, such as Override(dense=True)"

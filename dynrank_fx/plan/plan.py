@@ -234,6 +234,13 @@ def layout_of(site: Site, name: str) -> Layout:
         raise PlanError(f"{site.name} cannot be factored as planned: {error}") from error
 
 
+def checked_plan(plan: Plan) -> Plan:
+    """The plan itself. Raises PlanError for what is none."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"{plan!r} is no Plan: give what make_plan makes, or Plan.from_json of a file's text")
+    return plan
+
+
 def checked_rows(rows: Iterable[PlannedSite]) -> tuple[PlannedSite, ...]:
     """The rows themselves. Raises PlanError for a layout that does not serve its op, or a rank it cannot have; in a
     group that shares a factor, for ranks that differ and for sites that cannot.

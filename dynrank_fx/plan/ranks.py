@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import enum
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
 
+from ..checks import is_number, is_share, is_whole
 from ..errors import PlanError
 from ..layouts import energy_rank, stable_rank
 
@@ -90,7 +92,7 @@ class RankPolicy(Protocol):
 
 def checked_policy(policy: RankPolicy) -> RankPolicy:
     """The policy itself. Raises PlanError for what is none."""
-    if not hasattr(policy, "ranks"):
+    if isinstance(policy, type) or not callable(getattr(policy, "ranks", None)):
         raise PlanError(f"{policy!r} is no rank policy: give Ratio(0.25), Fixed(16), Energy(0.95) or one of your own")
     return policy
 
@@ -109,8 +111,8 @@ class Fixed:
     rank: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise PlanError(f"a rank of {self.rank} leaves nothing of a layer; give a whole number of 1 or more")
+        if not is_whole(self.rank, 1):
+            raise PlanError(f"a rank of {self.rank!r} cannot be; give a whole number of 1 or more")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         """Choose the ranks of all sites.
@@ -146,8 +148,8 @@ class Ratio:
     ratio: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise PlanError(f"a rank ratio of {self.ratio} is not a fraction; give one above 0 and at most 1")
+        if not is_share(self.ratio):
+            raise PlanError(f"a rank ratio of {self.ratio!r} is not a fraction; give one above 0 and at most 1")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         """Choose the ranks of all sites.
@@ -176,8 +178,8 @@ class Energy:
     share: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise PlanError(f"an energy of {self.share} is not a share; give one above 0 and at most 1")
+        if not is_share(self.share):
+            raise PlanError(f"an energy of {self.share!r} is not a share; give one above 0 and at most 1")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         """Choose the ranks of all sites.
@@ -209,8 +211,8 @@ class StableRank:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise PlanError(f"stable ranks cannot be scaled by {self.scale}; give a number above 0")
+        if not is_number(self.scale, 0) or self.scale == 0:
+            raise PlanError(f"stable ranks cannot be scaled by {self.scale!r}; give a number above 0")
 
     def ranks(self, curves: Sequence[Curve]) -> list[int]:
         """Choose the ranks of all sites.
@@ -241,12 +243,23 @@ def ranks_by_policy(policies: Sequence[RankPolicy], curves: Sequence[Curve]) -> 
         rest = {what: 1 - sum(c.dense for c in _costs(curves)[what]) for what in taken}
         rest = {what: rest[what] + sum(t for i, t in enumerate(taken[what]) if i not in mine) for what in taken}
         told = [_told(curves[i], rest) for i in mine]
-        for i, rank in zip(mine, policy.ranks(told), strict=True):
+        for i, rank in zip(mine, _checked_ranks(policy, told), strict=True):
             ranks[i] = rank
             for what, shares in taken.items():
                 cost = curves[i].costs[what]
                 shares[i] = min(cost.dense, cost.at(min(rank, curves[i].max_rank)))
     return ranks
+
+
+def _checked_ranks(policy: RankPolicy, curves: Sequence[Curve]) -> list[int]:
+    """What the policy says, which may be anybody's. Raises PlanError where that is not one rank for each curve."""
+    ranks = policy.ranks(curves)
+    if len(ranks) != len(curves) or not all(is_whole(rank, 1) for rank in ranks):
+        raise PlanError(
+            f"the rank policy {policy!r} gave {textwrap.shorten(str(ranks), 100)} for {len(curves)} sites: it has to "
+            "give one rank for each, a whole number of 1 or more"
+        )
+    return [int(rank) for rank in ranks]
 
 
 def _costs(curves: Sequence[Curve]) -> dict[Metric, list[Cost]]:

@@ -89,6 +89,8 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     import onnx
     from google.protobuf.message import DecodeError
 
+    if not path.is_file():
+        raise ExportError(f"there is no file {path}: give an ONNX file, a model file, a run or a folder of `transform`")
     try:
         model = onnx.load(path)
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
@@ -114,9 +116,17 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     return tuple(rows)
 
 
+_LEGEND = """
+state: dense, the phase of a site with the rank of its factors, or the operation of an ONNX file
+effective, stable: two measures of how many directions a weight uses (see --help)
+95 % energy: the least rank that keeps 95 % of the sum of the squared singular values
+break-even: the largest rank at which two factors hold fewer parameters than the weight
+by FLOPs: the largest rank at which they take fewer FLOPs, on the example inputs"""
+
+
 def matrices_table(rows: tuple[MatrixRow, ...]) -> str:
-    """The rows as a text table."""
-    head = ("weight", "shape", "is", "effective", "stable", "95 % energy", "break-even", "by FLOPs", "why dense")
+    """The rows as a text table, with what its headings mean."""
+    head = ("weight", "shape", "state", "effective", "stable", "95 % energy", "break-even", "by FLOPs", "why dense")
     cells = [
         (
             row.name,
@@ -130,7 +140,7 @@ def matrices_table(rows: tuple[MatrixRow, ...]) -> str:
         )
         for row in rows
     ]
-    return text_table(head, cells, right=(3, 4, 5, 6, 7)) if cells else "no matrix found"
+    return f"{text_table(head, cells, right=(3, 4, 5, 6, 7))}\n{_LEGEND}" if cells else "no matrix found"
 
 
 def matrices_json(rows: tuple[MatrixRow, ...]) -> str:

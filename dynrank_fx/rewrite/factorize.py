@@ -10,7 +10,7 @@ from torch.fx.node import Argument
 
 from ..errors import PlanError
 from ..ops import Op, module_op
-from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, input_of, locate, why_not
+from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, input_of, locate, why_not
 from ..tracing import Net, drop_dead_reads, regions, set_submodule
 from .meta import set_plan, specialize_
 from .switched import STEM, Switched
@@ -41,6 +41,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
 
     located: what ``locate`` found in the net, if that is known already.
     """
+    checked_plan(plan)
     located = locate(net) if located is None else located
     for row in plan.sites:
         matrix = located.get(row.site.name)

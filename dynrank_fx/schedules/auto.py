@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from ..checks import is_number
 from ..errors import ScheduleError
 from ..phase import Phase
 from .state import Decision, SiteState, TrainState
@@ -56,8 +57,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ScheduleError(f"auto's {name} is a share, from 0 to 1, not {value}")
+            if not is_number(value, 0, 1):
+                raise ScheduleError(f"auto's {name} is a share, from 0 to 1, not {value!r}")
 
     def __call__(self, state: TrainState) -> Decision:
         """Decide the phase of every site for the epoch that begins.

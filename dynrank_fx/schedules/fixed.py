@@ -7,9 +7,10 @@ so that what is exported is small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..checks import check_epochs, check_schedule, is_whole
 from ..errors import ScheduleError
 from ..phase import Phase
 from .state import Schedule, Setting, TrainState
@@ -53,10 +54,10 @@ class Interleave:
     full: int
 
     def __post_init__(self) -> None:
-        if self.low < 0 or self.full < 0 or self.low + self.full == 0:
+        if not (is_whole(self.low) and is_whole(self.full) and self.low + self.full > 0):
             raise ScheduleError(
-                f"interleave(low={self.low}, full={self.full}) has no epochs to alternate: "
-                "give both as 0 or more, and one of them as 1 or more"
+                f"interleave(low={self.low!r}, full={self.full!r}) has no epochs to alternate: "
+                "give both as whole numbers, 0 or more, and one of them as 1 or more"
             )
 
     def __call__(self, state: TrainState) -> Phase:
@@ -81,7 +82,7 @@ class FullBetween:
         last: The phase from ``deflate`` on.
 
     Raises:
-        ScheduleError: Where that leaves no FULL epoch.
+        ScheduleError: Where that leaves no FULL epoch, and for what is no phase.
     """
 
     inflate: int
@@ -89,11 +90,12 @@ class FullBetween:
     last: Phase = Phase.LOW
 
     def __post_init__(self) -> None:
-        if not 0 <= self.inflate < self.deflate:
+        if not (is_whole(self.inflate) and is_whole(self.deflate, self.inflate + 1)):
             raise ScheduleError(
-                f"FULL from epoch {self.inflate} to before epoch {self.deflate} is no FULL epoch; "
-                "give inflate as 0 or more, and a later deflate"
+                f"FULL from epoch {self.inflate!r} to before epoch {self.deflate!r} is no FULL epoch; "
+                "give inflate as a whole number, 0 or more, and a later deflate"
             )
+        _checked_phase(self.last)
 
     def __call__(self, state: TrainState) -> Phase:
         """The phase of the epoch that begins.
@@ -127,7 +129,11 @@ class Join:
     boundaries: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip((0, *self.boundaries), self.boundaries, strict=False))
+        for schedule in self.schedules:
+            check_schedule(schedule)
+        rising = all(map(is_whole, self.boundaries)) and all(
+            a < b for a, b in zip((0, *self.boundaries), self.boundaries, strict=False)
+        )
         if len(self.schedules) != len(self.boundaries) + 1 or not rising:
             raise ScheduleError(
                 f"join needs a boundary between each two schedules, rising from epoch 1 on; "
@@ -163,9 +169,13 @@ def always(phase: Phase) -> Always:
     Raises:
         ScheduleError: For what is no phase.
     """
+    return Always(_checked_phase(phase))
+
+
+def _checked_phase(phase: Phase) -> Phase:
     if phase not in list(Phase):
         raise ScheduleError(f"{phase!r} is no phase; give one of {', '.join(p.name for p in Phase)}")
-    return Always(Phase(phase))
+    return Phase(phase)
 
 
 def interleave(*, low: int, full: int) -> Interleave:
@@ -199,9 +209,12 @@ def aligned(epochs: int, lr_milestones: Sequence[int], last: Phase = Phase.LOW) 
     Raises:
         ScheduleError: Where that leaves no FULL epoch, or where there is no decay to align with.
     """
-    if not lr_milestones:
+    check_epochs(epochs)
+    if not isinstance(lr_milestones, Iterable) or not all(map(is_whole, lr_milestones)) or not lr_milestones:
+        said = f", not {lr_milestones!r}" if lr_milestones else ""
         raise ScheduleError(
-            "aligned needs the epochs of the learning-rate decays; give at least one, or use interleave"
+            f"aligned needs the epochs of the learning-rate decays{said}; give at least one, such as (30,), or use "
+            "interleave"
         )
     inflate, deflate = round(0.4 * epochs), min(epochs, round(min(lr_milestones) + 0.1 * epochs))
     if not 0 <= inflate < deflate:
@@ -226,6 +239,9 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Join:
     Raises:
         ScheduleError: Where the boundaries do not rise from 1 on, or there are too many or too few of them.
     """
+    for given, what in ((schedules, "schedules"), (boundaries, "boundaries")):
+        if not isinstance(given, Iterable):
+            raise ScheduleError(f"join needs its {what} as a list, not {given!r}")
     return Join(tuple(schedules), tuple(boundaries))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from ..checks import check_epochs, is_whole
+from ..errors import ScheduleError
 from ..phase import Phase
 
 
@@ -44,6 +46,9 @@ class TrainState:
         spent: Training compute so far, in epochs of the dense model.
         lrs: The learning rate of every epoch of the run, as the scheduler will set it; empty where that is not known.
         sites: What is known of each site, by name.
+
+    Raises:
+        ScheduleError: For an epoch that cannot be, or a number of epochs.
     """
 
     epoch: int
@@ -53,6 +58,12 @@ class TrainState:
     spent: float = 0.0
     lrs: tuple[float, ...] = ()
     sites: Mapping[str, SiteState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.epoch):
+            raise ScheduleError(f"there is no epoch {self.epoch!r}: give a whole number, counted from 0")
+        if self.epochs is not None:
+            check_epochs(self.epochs)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon
 from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Group, Kwargs
+from ..checks import names_of
 from ..errors import TransitionError
 from ..layouts import TwoFactors
 from ..phase import Phase
-from ..rewrite import Switched, switched_modules
+from ..rewrite import Switched, holds_captured, switched_modules
+from ..tracing import unwrap
 
 
 class Decay(enum.Enum):
@@ -152,6 +154,13 @@ def decays_in_a_known_way(optimizer: Optimizer) -> bool:
     return not decays or isinstance(optimizer, _COUPLED + _DECOUPLED)
 
 
+def checked_decay(decay: Decay) -> Decay:
+    """The value itself. Raises TransitionError for what is none."""
+    if not isinstance(decay, Decay):
+        raise TransitionError(f"{decay!r} does not say what decays: give one of {names_of(Decay)}")
+    return decay
+
+
 def factor_decay_(
     net: nn.Module, optimizer: Optimizer, decay: Decay = Decay.PRODUCT, *, decoupled: bool | None = None
 ) -> FactorDecay:
@@ -172,8 +181,14 @@ def factor_decay_(
         The hooks: ``remove()`` takes them off.
 
     Raises:
-        TransitionError: For an optimizer of which it is neither known nor said how it decays weights.
+        TransitionError: For an optimizer of which it is neither known nor said how it decays weights, for a module that
+            ``transform`` did not make, and for a value that is none of these.
     """
+    checked_decay(decay)
+    if decoupled not in (None, True, False):
+        raise TransitionError(f"decoupled is {decoupled!r}: give True (as AdamW), False (as SGD) or None")
+    if not holds_captured(unwrap(net)):
+        raise TransitionError(f"{type(net).__name__} has no factors to decay: give what transform made of it")
     if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(optimizer):
         raise TransitionError(
             f"how {type(optimizer).__name__} decays weights is not known: say decoupled=True (beside the step, as "

@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..checks import check_epochs, is_whole
+from ..errors import ScheduleError
 from ..phase import Phase
 from ..phases import phases_of
 from ..plan import PlannedSite
@@ -50,7 +52,11 @@ def train_state(
 
     Raises:
         PlanError: For a net without a plan.
+        ScheduleError: For epochs or steps that cannot be.
     """
+    check_epoch(epoch, epochs)
+    if not is_whole(steps_per_epoch, 1):
+        raise ScheduleError(f"an epoch cannot have {steps_per_epoch!r} steps of the scheduler: give 1 or more")
     plan, phases = plan_of(net), phases_of(net)
     sites = {}
     for row in plan.sites:
@@ -61,6 +67,13 @@ def train_state(
     known = (*rates, *planned) if planned and len(rates) == epoch else ()
     lr = float(optimizer.param_groups[0]["lr"])
     return TrainState(epoch, epochs, lr, _Spectra(net), spent, known, sites)
+
+
+def check_epoch(epoch: int, epochs: int) -> None:
+    """Raises ScheduleError for an epoch that is not of the run."""
+    check_epochs(epochs)
+    if not is_whole(epoch) or epoch >= epochs:
+        raise ScheduleError(f"epoch {epoch!r} is none of a run of {epochs} epochs, which count from 0 to {epochs - 1}")
 
 
 def cost_of(net: nn.Module) -> float:

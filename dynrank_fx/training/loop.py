@@ -96,9 +96,9 @@ def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
 
 
 def _steps(task: Task) -> int | None:
-    """Batches of an epoch, as far as the data says."""
+    """Batches of an epoch, as far as the data says and there are any."""
     try:
-        return len(task.train_data)  # type: ignore[arg-type]
+        return len(task.train_data) or None  # type: ignore[arg-type]
     except TypeError:
         return None
 

@@ -13,13 +13,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..aliases import StateDict
+from ..checks import check_epochs, check_schedule, is_whole
+from ..errors import ScheduleError, StoreError
 from ..phase import Phase, summary
 from ..phases import Transition, enter_, phases_in, phases_of, randomize_, replan_
 from ..rewrite import plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import unwrap
 from .factor_decay import factor_decay_
-from .facts import cost_of, train_state
+from .facts import check_epoch, cost_of, train_state
 from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm, rewarm_
 from .settings import PhaseSettings
@@ -47,7 +49,9 @@ class Phases:
         transition: What the last epoch began with.
 
     Raises:
-        TransitionError: For an optimizer of which it is not known how it decays weights, where ``decay`` asks for that.
+        TransitionError: For an optimizer of which it is not known how it decays weights, where ``decay`` asks for that;
+            for a net that ``transform`` did not make, and for a choice that is none.
+        ScheduleError: For what is no schedule, and for numbers of epochs or steps that cannot be.
     """
 
     def __init__(
@@ -63,6 +67,12 @@ class Phases:
         settings: PhaseSettings | None = None,
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
+        check_epochs(epochs)
+        if steps is not None and not is_whole(steps, 1):
+            raise ScheduleError(
+                f"an epoch cannot have {steps!r} steps: give a whole number of 1 or more, or leave it out"
+            )
+        check_schedule(schedule)
         self.net, self.optimizer, self.schedule, self.epochs = net, optimizer, schedule, epochs
         self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
         self.settings = replace(settings or PhaseSettings(), **choices)
@@ -82,8 +92,10 @@ class Phases:
             The record of the epoch.
 
         Raises:
+            ScheduleError: For an epoch that is not of the run.
             TransitionError: As ``enter_`` does.
         """
+        check_epoch(epoch, self.epochs)
         del self.history[epoch:]  # one that is begun again after a stop
         started = time.perf_counter()
         state = self._state(epoch)
@@ -145,7 +157,12 @@ class Phases:
 
         Returns:
             The record with them.
+
+        Raises:
+            ScheduleError: Where no epoch has begun.
         """
+        if not self.history:
+            raise ScheduleError("no epoch has begun whose figures these are: call begin(epoch) first")
         self.history[-1] = self.history[-1].with_figures(**figures)
         return self.history[-1]
 
@@ -189,8 +206,11 @@ class Phases:
 
         Args:
             state: What ``state_dict`` gave.
+
+        Raises:
+            StoreError: For a state that is of something else.
         """
-        self.history = [EpochRecord.from_json(record) for record in state["history"]]
+        self.history = _history_in(state)
         self.load_hooks_state(state)
 
     def remove(self) -> None:
@@ -221,6 +241,14 @@ def _at(spectrum: Tensor, chosen: list[int], count: int) -> tuple[float, ...]:
     return tuple(float(f"{value:.4g}") for value in padded[chosen].tolist())
 
 
+def _history_in(state: StateDict) -> list[EpochRecord]:
+    """The records in what ``Phases.state_dict`` gave. Raises StoreError for what is of something else."""
+    try:
+        return [EpochRecord.from_json(record) for record in state["history"]]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise StoreError("the state holds no history of phases: give what Phases.state_dict() gave") from error
+
+
 def phase_label(net: nn.Module) -> str:
     """``FULL``, ``LOW``, or how many sites are in which."""
     return summary(phases_of(net).values())
@@ -236,12 +264,14 @@ def resume_phases_(net: nn.Module, state: StateDict) -> None:
         state: What ``Phases.state_dict()`` gave.
 
     Raises:
+        StoreError: For a state that is of something else.
         PlanError: For ranks that a site cannot have.
         TransitionError: For sites that the net does not have.
     """
-    if not state["history"]:
+    history = _history_in(state)
+    if not history:
         return
-    last = EpochRecord.from_json(state["history"][-1])
+    last = history[-1]
     plan = {name: modules[0].rank for name, modules in switched_modules(unwrap(net)).items()}
     ranks = {name: rank for name, rank in last.ranks.items() if plan.get(name) != rank}
     if ranks:

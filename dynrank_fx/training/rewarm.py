@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import is_whole
 from ..errors import TransitionError
 
 
@@ -21,12 +22,12 @@ class Rewarm:
         left: How many of them remain; by default all.
 
     Raises:
-        TransitionError: For a negative number of steps.
+        TransitionError: For what is no number of steps.
     """
 
     def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
-        if steps < 0:
-            raise TransitionError(f"a learning rate cannot re-warm over {steps} steps; give 0 or more")
+        if not is_whole(steps):
+            raise TransitionError(f"a learning rate cannot re-warm over {steps!r} steps; give 0 or more")
         self.steps, self.left = steps, steps if left is None else left
         self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
         self._rates: list[float | Tensor] = []
@@ -76,6 +77,6 @@ def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
         The hooks, which take themselves off at the end; ``stop()`` does so at once.
 
     Raises:
-        TransitionError: For a negative number of steps.
+        TransitionError: For what is no number of steps.
     """
     return Rewarm(optimizer, steps)

@@ -93,7 +93,7 @@ def save_run(run: Run, folder: Path) -> None:
 def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
     """The checkpoint of a run folder as it stands in the file. Raises StoreError."""
     if not folder.is_dir():
-        raise StoreError(f"there is no folder {folder}")
+        raise StoreError(f"there is no folder {folder}: give a run of `dynrank-fx train`")
     if not (folder / CHECKPOINT).exists():
         raise StoreError(
             f"{folder} has no {CHECKPOINT}: it is not a run of `dynrank-fx train`, or stopped before its first "

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..aliases import Kwargs
-from ..phases import Carry
-from .factor_decay import Decay
+from ..checks import is_whole
+from ..errors import TransitionError
+from ..phases import Carry, checked_carry
+from .factor_decay import Decay, checked_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,9 @@ class PhaseSettings:
         landing: Whether, before a cut, what it will take away decays to nothing (see ``landing``).
         spectra: Whether spectra are recorded: around every switch, and effective and stable ranks at the end of an
             epoch.
+
+    Raises:
+        TransitionError: For a value that is none of these.
     """
 
     carry: Carry = Carry.MOVE
@@ -29,6 +34,15 @@ class PhaseSettings:
     random_init: bool = False
     landing: bool = False
     spectra: bool = True
+
+    def __post_init__(self) -> None:
+        checked_carry(self.carry)
+        checked_decay(self.decay)
+        if not is_whole(self.rewarm):
+            raise TransitionError(f"a learning rate cannot re-warm over {self.rewarm!r} steps; give 0 or more")
+        for name in ("random_init", "landing", "spectra"):
+            if getattr(self, name) not in (True, False):
+                raise TransitionError(f"{name} is {getattr(self, name)!r}: give True or False")
 
     @property
     def choices(self) -> Kwargs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,8 @@ _BY_A_BATCH = (RuntimeError, TypeError, ValueError, IndexError)
 class Task:
     """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
 
-    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated.
+    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated. Raises DynrankError for
+    data that give their batches once.
     """
 
     train_data: Iterable[Batch]
@@ -32,6 +33,19 @@ class Task:
     inputs: Callable[[Batch], Inputs]
     eval_data: Iterable[Batch] | None = None
     metric: Callable[[Output, Batch], float | Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name, data in (("train_data()", self.train_data), ("eval_data()", self.eval_data)):
+            if _gives_once(data):
+                raise DynrankError(
+                    f"{name} gave a {type(data).__name__}, whose batches can be gone through only once: give a list, a "
+                    "DataLoader, or another object that starts anew every epoch"
+                )
+
+
+def _gives_once(data: object) -> bool:
+    """Whether it is a generator or another iterator of Python's own. A loader's may begin anew when it is asked."""
+    return isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools")
 
 
 def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> tuple[Output, Batch]:

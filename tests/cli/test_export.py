@@ -87,6 +87,21 @@ def test_an_opset_that_cannot_be_made_is_told(
     assert not Path("model.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["-o", "no/m.onnx"], "there is no folder no: make it first"),
+        (["-o", "m.onnx", "--opset", "99"], "there is no opset 99"),
+        (["-o", "m.onnx", "--provider", "Toaster"], "this onnxruntime has no Toaster"),
+    ],
+)
+def test_what_would_stop_the_export_is_told_before_the_model_is_cut(
+    write: Run, refused: Callable[..., str], options: list[str], sentence: str
+) -> None:
+    write("def model(): assert False, 'it was made'")
+    assert sentence in refused("export", "model.py", *options)
+
+
 def test_a_folder_of_transform_is_exported_with_its_model_file(
     write: Run, run: Run, refused: Callable[..., str]
 ) -> None:
@@ -153,7 +168,7 @@ def test_a_model_file_of_another_model(trained: str, write: Run, refused: Callab
 def test_a_folder_that_is_neither(write: Run, refused: Callable[..., str], folder: Path) -> None:
     write()
     (folder / "empty").mkdir()
-    sentence = "is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`"
+    sentence = "is neither a run of `dynrank-fx train` nor a folder of `dynrank-fx transform`: give one"
     assert refused("export", "empty", "-o", "x.onnx") == f"empty {sentence}"
     assert refused("export", "nowhere", "-o", "x.onnx")
     assert refused("inspect", "empty") == f"empty {sentence}"

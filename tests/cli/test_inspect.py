@@ -59,13 +59,15 @@ def test_a_model_file(write: Run, run: Run) -> None:
 def test_the_table(write: Run, run: Run) -> None:
     output = run("inspect", write()).stdout.splitlines()
     assert output[0].split("  ")[0] == "weight"
-    for head in ("effective", "stable", "95 % energy", "break-even", "by FLOPs"):
-        assert head in output[0]
-    assert [line.split()[:3] for line in output[2:]] == [
+    assert [line.split()[:3] for line in output[2:5]] == [
         ["0.weight", "16x3x3x3", "dense"],
         ["4.weight", "32x256", "dense"],
         ["6.weight", "8x32", "dense"],
     ]
+    explained = [line.partition(": ")[0].split(", ") for line in output[6:]]
+    for head in ("state", "effective", "stable", "95 % energy", "break-even", "by FLOPs"):
+        assert head in output[0]
+        assert sum(head in heads for heads in explained) == 1, "in the lines below the table"
 
 
 def test_a_run_in_low(trained: str, run: Run) -> None:
@@ -143,7 +145,9 @@ def test_a_file_that_is_no_onnx(content: bytes, folder: Path, refused: Callable[
     (folder / "model.onnx").write_bytes(content)
     assert refused("inspect", "model.onnx").startswith("model.onnx could not be read as an ONNX file (")
     (folder / "model.onnx").unlink()
-    assert refused("inspect", "model.onnx").startswith("model.onnx could not be read as an ONNX file (")
+    assert refused("inspect", "model.onnx") == (
+        "there is no file model.onnx: give an ONNX file, a model file, a run or a folder of `transform`"
+    )
 
 
 def test_weights_that_are_not_finite(write: Run, refused: Callable[..., str]) -> None:

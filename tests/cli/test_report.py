@@ -19,7 +19,7 @@ def test_the_page_is_in_the_runs_folder_or_where_it_is_asked_for(write: Run, run
 
 
 def test_what_is_no_run_is_told(write: Run, run: Run, refused: Callable[..., str], folder: Path) -> None:
-    assert refused("report", "gone") == "there is no folder gone"
+    assert refused("report", "gone") == "there is no folder gone: give a run of `dynrank-fx train`"
     run("transform", write(), "--out", "t")
     assert refused("report", "t").startswith("t has no checkpoint.safetensors: it is not a run")
     run("train", "model.py", "--no-compile", "--epochs", "1", "--out", "r")

@@ -419,7 +419,7 @@ def test_a_model_file_that_has_become_another(
         (["--schedule", "interleave", "--low", "0", "--full", "0"], "interleave(low=0, full=0) has no epochs "),
         (["--lr-milestones", "soon"], "Invalid value for --lr-milestones: 'soon' is no list of epochs like 8,10"),
         (["--epochs", "100", "--lr-milestones", "3"], "aligned(epochs=100, lr_milestones=(3,)) leaves no FULL epoch: "),
-        (["--from", "gone"], "there is no file gone/weights.safetensors"),
+        (["--from", "gone"], "there is no folder gone: give one that save or `dynrank-fx transform` wrote"),
         (["--from", "gone", "--rank", "3"], "--from brings its plan along: leave out --rank"),
         (["--out", "model.py/below"], "model.py/below could not be made (Not a directory); choose another --out"),
         (["--out", "model.py"], "model.py could not be made (File exists); choose another --out"),
@@ -474,3 +474,10 @@ def test_aligned_without_a_decay_to_align_with(write: Run, refused: Callable[...
 def test_model_files_that_cannot_be_trained(more: str, sentence: str, write: Run, refused: Callable[..., str]) -> None:
     message = refused("train", write(more), "--no-compile", noisy=True)
     assert message.startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["train_data", "eval_data"])
+def test_a_generator_is_refused_before_training(name: str, write: Run, refused: Callable[..., str]) -> None:
+    message = refused("train", write(f"def {name}(): yield 1"), "--no-compile")
+    assert message.startswith(f"{name}() gave a generator, whose batches can be gone through only once: give a list, ")
+    assert not Path("model-run").exists()

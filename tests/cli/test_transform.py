@@ -186,8 +186,8 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--rank", "0"], "a rank of 0 leaves nothing of a layer; give a whole number of 1 or more"),
-        (["--rank", "-3"], "a rank of -3 leaves nothing of a layer; give a whole number of 1 or more"),
+        (["--rank", "0"], "a rank of 0 cannot be; give a whole number of 1 or more"),
+        (["--rank", "-3"], "a rank of -3 cannot be; give a whole number of 1 or more"),
         (["--rank", "0.0"], "a rank ratio of 0.0 is not a fraction; give one above 0 and at most 1"),
         (["--rank", "1.5"], "a rank ratio of 1.5 is not a fraction; give one above 0 and at most 1"),
         (["--rank", "abc"], "Invalid value for --rank: 'abc' is neither a fraction (0.25) nor a rank (16)"),
@@ -208,7 +208,10 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
         ),
         (["--exclude", "*"], "nothing would be factored: 0.weight (excluded by name), 4.weight (excluded by name), "),
         (["--rank", "32"], "nothing would be factored: "),
-        (["--plan", "gone.json"], "the plan gone.json could not be read ("),
+        (
+            ["--plan", "gone.json"],
+            "there is no plan gone.json: give a plan.json that save or `dynrank-fx transform` wrote",
+        ),
         (["--plan", "model.py"], "model.py: the plan is not JSON: "),
         (["--plan", "p.json", "--rank", "3"], "--plan brings its plan along: leave out --rank"),
         (["--plan", "p.json", "--exclude", "0"], "--plan brings its plan along: leave out --exclude"),

@@ -56,9 +56,20 @@ def test_what_cannot_be_compared_is_told(files: tuple[str, str], refused: Run) -
     for name in ("bad.onnx", "empty.onnx"):
         assert f"{name} is no ONNX file, or is damaged" in refused("verify", "one.onnx", name)
         assert f"{name} is no ONNX file, or is damaged" in refused("bench", name)
-    assert "there is no file no.onnx" in refused("verify", "one.onnx", "no.onnx")
+    assert refused("verify", "one.onnx", "no.onnx") == "there is no file no.onnx: export it first"
     dr.export_onnx(nn.Linear(3, 3), torch.randn(2, 3), "linear.onnx", output_names=["y"])
     assert "they are of two models" in refused("verify", "one.onnx", "linear.onnx")
+
+
+@pytest.mark.parametrize("args", [["no.onnx", "model.py"], ["model.py", "no.onnx"]])
+def test_a_file_that_is_not_there_is_told_before_the_other_is_exported(
+    args: list[str], write: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write()
+    monkeypatch.setattr("dynrank_fx.onnx.export_onnx", lambda *args, **options: pytest.fail("it was exported"))
+    assert refused("verify", *args) == "there is no file no.onnx: export it first"
+    Path("no.onnx").touch()
+    assert "this onnxruntime has no Toaster" in refused("verify", *args, "--provider", "Toaster")
 
 
 def test_timings_name_the_provider_and_the_ratio(files: tuple[str, str], run: Run) -> None:

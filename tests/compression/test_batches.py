@@ -64,3 +64,8 @@ def test_an_iterator_is_drawn_once_into_a_list() -> None:
 def test_what_the_model_says_is_told_with_the_number_of_the_batch() -> None:
     with pytest.raises(CalibrationError, match=r"batch 7 does not fit the model \(RuntimeError: mat1 and mat2"):
         call(nn.Linear(3, 4), torch.ones(2, 5), 7)
+
+
+def test_one_tensor_is_no_list_of_batches() -> None:
+    with pytest.raises(CalibrationError, match="calibration data of one tensor are no batches: give a list of them"):
+        checked_batches(torch.randn(4, 3))

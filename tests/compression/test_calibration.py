@@ -289,3 +289,19 @@ def test_sites_that_read_one_input_hold_one_matrix(monkeypatch: pytest.MonkeyPat
 def test_a_module_without_sites_is_no_net_to_calibrate() -> None:
     with pytest.raises(CalibrationError, match="Linear has no sites to calibrate"):
         dr.calibrate(nn.Linear(4, 4), [(torch.randn(2, 4),)])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"shrink": "much"}, "shrink is 'much': give a number of 0 or more, or leave it out"),
+        ({"shrink": -1.0}, r"shrink is -1\.0: give a number of 0 or more"),
+        ({"sites": ["9.weight"]}, "the net has no site '9.weight': its sites are named like 0.weight"),
+        ({"sites": "9.weight"}, "the net has no site '9.weight'"),
+    ],
+)
+def test_what_cannot_be_asked_for(given: dict[str, Any], sentence: str) -> None:
+    x = torch.randn(8, 16)
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (x,), rank=Fixed(2))
+    with pytest.raises(CalibrationError, match=sentence):
+        dr.calibrate(net, [(x,)], **given)

@@ -80,5 +80,9 @@ def test_steps_and_names_that_are_none(small: nn.Module) -> None:
     assert recover_(small, Pictured(), pictures(), 0) == []
     with pytest.raises(CalibrationError, match="a recovery of -1 steps is none"):
         recover_(small, Pictured(), pictures(), -1)
+    with pytest.raises(CalibrationError, match=r"a recovery of 2\.5 steps is none"):
+        recover_(small, Pictured(), pictures(), 2.5)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="no parameter nope: its names are like "):
+        recover_(small, Pictured(), pictures(), 1, names="nope")
     with pytest.raises(CalibrationError, match="no parameter nope: its names are like "):
         recover_(small, Pictured(), pictures(), 1, names=["nope"])

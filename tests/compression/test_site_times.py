@@ -115,3 +115,10 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     SiteTimes(cache=tmp_path / "file" / "times.json").save()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_measured() -> None:
+    with pytest.raises(dr.CalibrationError, match="times are measured in float32 or float16, not in 'int8': give one"):
+        SiteTimes(element="int8", cache=None)
+    with pytest.raises(dr.CalibrationError, match="0 repeats measure nothing: give a whole number of 1 or more"):
+        SiteTimes(repeats=0, cache=None)

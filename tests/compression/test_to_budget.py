@@ -162,12 +162,29 @@ def test_a_share_of_time_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyP
     [
         ({"multiple_of": 0}, "ranks cannot be multiples of 0; give 1 or more"),
         ({"recover_steps": -3}, "a recovery of -3 steps is none: give 0 or more"),
+        ({"recover_steps": 2.5}, r"a recovery of 2\.5 steps is none"),
+        ({"metric": 0.01}, r"metric is 0\.01: give a function, or leave it out"),
+        ({"times": True}, r"times is True: give SiteTimes\(\), or None to measure nothing"),
         ({"metric": lambda net: "good"}, "the metric is 'good' and no number"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         compress(perceptron(), batches()[0], dr.Budget(params=0.5), batches(), **options)
+
+
+@pytest.mark.parametrize("budget", [0.5, "flops=0.5", dr.MaxDrop])
+def test_what_is_no_budget_is_told_what_one_is(budget: Any) -> None:
+    with pytest.raises(
+        PlanError, match=r"is no budget: give Budget\(params=0\.5\), .* MaxDrop\(0\.01\) or a rank policy$"
+    ):
+        compress(perceptron(), batches()[0], budget, batches())
+
+
+@pytest.mark.parametrize("drop", ["0.1", None, True, -1, float("nan")])
+def test_a_fall_that_cannot_be(drop: Any) -> None:
+    with pytest.raises(PlanError, match=r"a metric cannot fall by at most .*; give a number of 0 or more"):
+        dr.MaxDrop(drop)
 
 
 def low_rank_run() -> nn.Module:
@@ -222,19 +239,29 @@ def far(net: nn.Module, dense: nn.Module) -> float:
         return sum(float(distance(net(*b), dense(*b))) for b in batches())
 
 
+def test_a_budget_of_time_takes_times() -> None:
+    with pytest.raises(
+        PlanError, match=r"times of the sites are unknown: let compress measure them \(without `--no-timing`"
+    ):
+        compress(perceptron(), batches()[0], dr.Budget(latency=0.5), batches())
+
+
 def test_without_data_it_says_so() -> None:
     found = compress(perceptron(), batches()[0], dr.Budget(params=0.5))
     assert any("cut by plain SVD, since there are no calibration data" in note for note in found.notes)
 
 
 def test_a_provider_that_is_not_there_is_no_untimed_success() -> None:
-    with pytest.raises(dr.ExportError, match="this onnxruntime has no Toaster"):
+    sentence = r"this onnxruntime has no Toaster: .*, or measure no times \(`--no-timing`, in Python times=None\)$"
+    with pytest.raises(dr.ExportError, match=sentence):
         compress(perceptron(), batches()[0], dr.Budget(flops=0.6), batches(), times=SiteTimes("Toaster", cache=None))
 
 
 def test_a_budget_that_only_slow_layers_could_meet_says_so() -> None:
     times = SaidTimes({"0.weight": 1.2, "2.weight": 1.2, "4.weight": 1.2})
-    with pytest.raises(PlanError, match=r"cannot be met.*Only layers that are faster than dense count here"):
+    with pytest.raises(
+        PlanError, match=r"cannot be met.*Only layers that are faster than dense count here.*`--no-timing`"
+    ):
         compress(perceptron(), batches()[0], dr.Budget(flops=0.5), batches(), times=times)
 
 

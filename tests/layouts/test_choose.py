@@ -56,12 +56,12 @@ def test_an_unknown_layout_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "layout", "words"),
     [
-        ("linear", "channel", "the layout 'channel' does not serve a linear"),
-        ("conv1d", "cp", "the layout 'cp' does not serve a conv1d"),
-        ("conv2d in groups", "tucker", "the layout 'tucker' does not serve a conv2d"),
-        ("transposed 2d", "tucker", "the layout 'tucker' does not serve a conv_transpose2d"),
-        ("conv2d", "linear", "the layout 'linear' does not serve a conv2d"),
-        ("einsum", "linear", "the layout 'linear' does not serve a einsum"),
+        ("linear", "channel", "the layout 'channel' does not serve linear"),
+        ("conv1d", "cp", "the layout 'cp' does not serve conv1d"),
+        ("conv2d in groups", "tucker", "the layout 'tucker' does not serve conv2d"),
+        ("transposed 2d", "tucker", "the layout 'tucker' does not serve conv_transpose2d"),
+        ("conv2d", "linear", "the layout 'linear' does not serve conv2d"),
+        ("einsum", "linear", "the layout 'linear' does not serve einsum"),
     ],
 )
 def test_a_layout_that_does_not_serve_the_op_is_refused(name: str, layout: str, words: str) -> None:

@@ -176,11 +176,30 @@ class TestRefusals:
         linear, x = nn.Linear(4, 4), torch.randn(2, 4)
         assert_refused(tmp_path, "torch.export cannot trace Linear", linear, torch.randn(2, 5))
         assert_refused(tmp_path, "leave nothing to compare", linear, x, batch_sizes=())
-        assert_refused(tmp_path, "each 1 or more", linear, x, batch_sizes=(2, 0))
+        for sizes in ((2, 0), (2.5,), ("2",), 3):
+            assert_refused(tmp_path, "each 1 or more", linear, x, batch_sizes=sizes)
         assert_refused(tmp_path, "there is no opset 99", linear, x, opset=99)
+        assert_refused(tmp_path, "there is no opset '18'", linear, x, opset="18")
         assert_refused(tmp_path, "this onnxruntime has no Abacus", linear, x, providers=["Abacus"])
+        assert_refused(tmp_path, r"providers are a list: give \['Abacus'\]", linear, x, providers="Abacus")
+        assert_refused(tmp_path, "3 is no provider: give a name", linear, x, providers=[3])
+        for tolerance in ("loose", -1, float("nan")):
+            assert_refused(
+                tmp_path, "a tolerance of .* cannot be: give a number of 0 or more", linear, x, tolerance=tolerance
+            )
+        assert_refused(tmp_path, "'xy' are no names of inputs or outputs: give a list", linear, x, input_names="xy")
+        assert_refused(tmp_path, r"\[3\] are no names of inputs or outputs", linear, x, output_names=[3])
+        assert_refused(tmp_path, "metadata are texts by name, not 'rank': 4", linear, x, metadata={"rank": 4})
+        for dynamic in (3, {"input": 0}, {"input": {0: 1}}):
+            assert_refused(tmp_path, "name dimensions by argument, such as", linear, x, dynamic=dynamic)
         large = nn.Linear(30000, 30000, device="meta")
         assert_refused(tmp_path, "holds 2 GB", large, x, external_data=False)
+
+    @pytest.mark.parametrize("name", ["model.txt", "model"])
+    def test_a_name_that_is_none_of_an_onnx_file(self, tmp_path, name):
+        with pytest.raises(dr.ExportError, match=rf"{name} is no name of an ONNX file: give one that ends in \.onnx"):
+            export_onnx(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / name)
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_graph_that_is_stuck_in_training(self, tmp_path):
         x = torch.randn(3, 4)

@@ -273,15 +273,23 @@ def test_a_plan_that_cannot_be_read(saved: Path) -> None:
         f"the plan {saved / 'plan.json'} could not be read ("
     )
     (saved / "plan.json").unlink()
-    assert "No such file" in refusal(dr.StoreError, lambda: dr.load(saved, fresh(), INPUTS))
+    assert refusal(dr.StoreError, lambda: dr.load(saved, fresh(), INPUTS)) == (
+        f"there is no plan {saved / 'plan.json'}: give a plan.json that save or `dynrank-fx transform` wrote"
+    )
+    (saved / "plan.json").mkdir()
+    assert refusal(dr.StoreError, lambda: dr.load(saved, fresh(), INPUTS)) == (
+        f"the plan {saved / 'plan.json'} could not be read (Is a directory): make it again"
+    )
 
 
 def test_missing_weights(saved: Path, tmp_path: Path) -> None:
     (saved / "weights.safetensors").unlink()
     assert refusal(dr.StoreError, lambda: dr.load(saved, fresh(), INPUTS)) == (
-        f"there is no file {saved / 'weights.safetensors'}"
+        f"{saved} has no weights.safetensors: give a folder that save or `dynrank-fx transform` wrote"
     )
-    assert "there is no file" in refusal(dr.StoreError, lambda: dr.load(tmp_path / "gone", fresh(), INPUTS))
+    assert refusal(dr.StoreError, lambda: dr.load(tmp_path / "gone", fresh(), INPUTS)) == (
+        f"there is no folder {tmp_path / 'gone'}: give one that save or `dynrank-fx transform` wrote"
+    )
 
 
 def test_corrupted_weights(saved: Path) -> None:

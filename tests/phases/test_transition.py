@@ -252,3 +252,23 @@ def test_a_compiled_net_can_be_given_in_place_of_the_net():
     assert len(dr.enter_(compiled, dr.Phase.LOW).changes) == 3
     assert set(dr.phases_of(compiled).values()) == {dr.Phase.LOW}
     assert dr.plan_of(compiled) is dr.plan_of(net)
+
+
+def test_what_does_not_say_what_becomes_of_the_state() -> None:
+    net = dr.transform(nn.Linear(8, 8), (torch.randn(2, 8),), rank=dr.Fixed(2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sentence = r"^'reset' does not say what becomes of optimizer state: give one of Carry\.MOVE, Carry\.RESET$"
+    for call in (
+        lambda: dr.enter_(net, dr.Phase.LOW, optimizer, carry="reset"),
+        lambda: dr.replan_(net, dr.reranked(net, dr.Fixed(1)), optimizer, carry="reset"),
+    ):
+        with pytest.raises(dr.TransitionError, match=sentence):
+            call()
+    with pytest.raises(dr.PlanError, match=r"0\.5 is no Plan: give what make_plan makes"):
+        dr.replan_(net, 0.5, optimizer)
+    with pytest.raises(dr.TransitionError, match="the pattern 3 matches no site; they are named like weight"):
+        dr.enter_(net, {3: dr.Phase.LOW}, optimizer)
+    assert dr.phases_of(net) == {"weight": dr.Phase.FULL}
+    for ladder in (0, 2.5, "fine"):
+        with pytest.raises(dr.PlanError, match=r"a grid of .* ranks cannot be: give ladder as a whole number"):
+            dr.reranked(net, dr.Fixed(1), ladder=ladder)

@@ -83,6 +83,14 @@ def test_one_pattern_may_stand_without_a_list() -> None:
         ({"overrides": [("a", 1)]}, "overrides are a dict from patterns to Override, not a list"),
         ({"overrides": {"a": 3}}, r"the override of 'a' is 3: give an Override"),
         ({"leave": ["stem"]}, r"'stem' is no role: give Role\.STEM"),
+        ({"leave": "stem"}, r"'stem' is no role: give Role\.STEM, Role\.SHORTCUT, Role\.HEAD"),
+        ({"leave": 3}, "3 is no role"),
+        ({"rank": dr.Ratio}, r"Ratio'> is no rank policy: give Ratio\(0\.25\)"),
+        ({"include": [3]}, r"3 is no pattern of names: give a text such as 'blocks\.\*'"),
+        ({"exclude": 3}, "3 is no pattern of names"),
+        ({"overrides": {3: dr.Override(dense=True)}}, "3 is no pattern of names"),
+        ({"share_inputs": "yes"}, "share_inputs is 'yes': give True or False"),
+        ({"allow_unprofitable": 2}, "allow_unprofitable is 2: give True or False"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_when_it_is_given(choice: dict, sentence: str) -> None:

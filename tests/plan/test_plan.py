@@ -116,11 +116,11 @@ def test_with_ranks_changes_the_named_ones_and_refuses_what_does_not_fit():
         (edited(lambda d: d["sites"][0].update(rank=True)), "stem.weight cannot have rank True"),
         (
             edited(lambda d: d["sites"][0].update(layout="linear")),
-            "stem.weight .*: .*'linear' does not serve a conv2d",
+            "stem.weight .*: .*'linear' does not serve conv2d",
         ),
         (
             edited(lambda d: d["sites"][2].update(layout="spatial")),
-            "head.weight .*'spatial' does not serve a linear",
+            "head.weight .*'spatial' does not serve linear",
         ),
         (
             edited(lambda d: d["sites"][0].update(layout="tensor train")),
@@ -229,3 +229,13 @@ def test_a_budget_of_flops_is_kept_as_torch_counts_them(layout):
     net = dr.transform(model, x, rank=dr.Budget(flops=0.2), conv_layout=layout)
     dr.enter_(net, dr.Phase.LOW)
     assert 0.17 < flops(dr.truncate(net), x[0]) / flops(model, x[0]) <= 0.2
+
+
+def test_what_is_no_plan_and_what_was_not_captured_are_refused():
+    net, example = dr.capture(torch.nn.Linear(8, 8), X), torch.nn.Linear(8, 8)
+    for call in (lambda: dr.factorize(net, "plan.json"), lambda: dr.transform(example, X, plan="plan.json")):
+        with pytest.raises(dr.PlanError, match=r"^'plan.json' is no Plan: give what make_plan makes"):
+            call()
+    with pytest.raises(dr.PlanError, match=r"^Linear was not captured: give what capture\(model, inputs\) makes of it"):
+        dr.make_plan(example)
+    assert vars(example).keys() == vars(torch.nn.Linear(8, 8)).keys(), "and it is as it was"

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,9 +70,16 @@ def test_policies_are_frozen_values(policy):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: dr.Fixed(0), "a rank of 0 leaves nothing of a layer; give a whole number of 1 or more"),
+        (lambda: dr.Fixed(0), "a rank of 0 cannot be; give a whole number of 1 or more"),
         (lambda: dr.Fixed(-4), "a rank of -4"),
-        (lambda: dr.Fixed(2.5), "a rank of 2.5 .*whole number"),
+        (lambda: dr.Fixed(2.5), "a rank of 2.5 cannot be; give a whole number of 1 or more"),
+        (lambda: dr.Fixed(True), "a rank of True cannot be"),
+        (lambda: dr.Ratio("0.5"), "a rank ratio of '0.5' is not a fraction; give one above 0"),
+        (lambda: dr.Energy(None), "an energy of None is not a share"),
+        (lambda: dr.StableRank("1"), "stable ranks cannot be scaled by '1'; give a number above 0"),
+        (lambda: dr.StableRank(math.inf), "stable ranks cannot be scaled by inf"),
+        (lambda: dr.Budget(params="0.5"), "a budget of '0.5' is no share of the dense model"),
+        (lambda: dr.Budget(params=0.5, even="no"), "even is 'no': give True or False"),
         (lambda: dr.Ratio(0), "a rank ratio of 0 is not a fraction; give one above 0 and at most 1"),
         (lambda: dr.Ratio(1.5), "a rank ratio of 1.5"),
         (lambda: dr.Ratio(math.nan), "a rank ratio of nan"),
@@ -93,3 +101,26 @@ def test_a_stable_rank_is_scaled_by_that_of_independent_entries():
     assert 95 <= dr.StableRank(0.5).ranks([curve])[0] <= 105
     one = Curve("w", 200, lambda: torch.tensor([[3.0] + [0.0] * 199]), (800, 200))
     assert dr.StableRank().ranks([one]) == [3], "⌈1 · 200 / (800 · 200 / (√800 + √200)²)⌉"
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """A policy of one's own, which says whatever it is told to."""
+
+    said: tuple
+
+    def ranks(self, curves):
+        return list(self.said)
+
+
+@pytest.mark.parametrize("said", [(2.5, 2), (0, 2), (2,), ("2", 2)])
+def test_what_a_policy_of_ones_own_gives_is_checked(said):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    with pytest.raises(dr.PlanError, match=r"gave \[.* for 2 sites: it has to give one rank for each, a whole number"):
+        dr.transform(model, rank=Said(said))
+
+
+def test_a_policy_of_ones_own_may_count_with_numpy():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    plan = dr.plan_of(dr.transform(model, rank=Said(tuple(np.array([2, 3])))))
+    assert dr.Plan.from_json(plan.to_json()) == plan

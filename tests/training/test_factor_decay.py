@@ -208,3 +208,15 @@ def test_an_optimizer_that_nobody_knows_must_be_explained():
     with pytest.raises(dr.TransitionError, match=r"how Mine decays weights is not known: say decoupled=True"):
         dr.factor_decay_(net, mine)
     dr.factor_decay_(net, mine, decoupled=True)
+
+
+def test_what_does_not_say_what_decays():
+    net, _ = low()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    sentence = r"'x' does not say what decays: give one of Decay\.EACH, Decay\.HALVED, Decay\.PRODUCT"
+    with pytest.raises(dr.TransitionError, match=sentence):
+        dr.factor_decay_(net, optimizer, "x")
+    with pytest.raises(dr.TransitionError, match=r"decoupled is 'x': give True \(as AdamW\), False \(as SGD\) or None"):
+        dr.factor_decay_(net, optimizer, decoupled="x")
+    with pytest.raises(dr.TransitionError, match="Linear has no factors to decay: give what transform made of it"):
+        dr.factor_decay_(torch.nn.Linear(4, 4), optimizer)

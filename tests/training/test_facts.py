@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -149,3 +150,17 @@ def test_rates_of_a_scheduler_that_steps_within_the_epochs() -> None:
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     assert planned_rates(optimizer, scheduler, 3, steps=2) == pytest.approx((1.0, 0.25, 0.0625))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ((-1, 3), "epoch -1 is none of a run of 3 epochs, which count from 0 to 2"),
+        ((3, 3), "epoch 3 is none of a run of 3 epochs"),
+        ((0, "3"), "a run cannot have '3' epochs: give a whole number of 1 or more"),
+    ],
+)
+def test_epochs_that_cannot_be(given: tuple[Any, Any], sentence: str) -> None:
+    net = dr.transform(nn.Linear(8, 8), (torch.randn(2, 8),), rank=dr.Fixed(2))
+    with pytest.raises(dr.ScheduleError, match=sentence):
+        dr.train_state(net, torch.optim.SGD(net.parameters(), lr=0.1), *given)

@@ -413,10 +413,16 @@ def test_no_batch_is_told() -> None:
 
 
 def test_data_that_gives_its_batches_once_is_told() -> None:
-    def generator() -> Iterator[Any]:
-        yield from TASK.train_data
+    class Once:
+        """An iterator of which nobody can know that it does not begin anew."""
 
-    assert "no batch in epoch 2" in refusal(lambda: fit(a_run(made()), replace(TASK, train_data=generator()), EAGER))
+        def __init__(self) -> None:
+            self.batches = iter(TASK.train_data)
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.batches
+
+    assert "no batch in epoch 2" in refusal(lambda: fit(a_run(made()), replace(TASK, train_data=Once()), EAGER))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

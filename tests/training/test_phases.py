@@ -194,3 +194,45 @@ def test_choices_are_given_by_name_or_as_one_value_or_both() -> None:
     for unknown in ("amp", "rewarmed"):  # the first is for fit, which runs the model itself
         with pytest.raises(TypeError, match=unknown):
             settings(**{unknown: 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"epochs": 0}, "a run cannot have 0 epochs: give a whole number of 1 or more"),
+        ({"epochs": 2.5}, r"a run cannot have 2\.5 epochs"),
+        ({"steps": 0}, "an epoch cannot have 0 steps: give a whole number of 1 or more, or leave it out"),
+        ({"schedule": LOW}, r"<Phase\.LOW: 1> is no schedule: give one such as schedules\.always\(Phase\.LOW\)"),
+        ({"schedule": Decision}, "Decision'> is no schedule"),
+        ({"net": nn.Linear(4, 4)}, "Linear has no factors to decay: give what transform made of it"),
+        ({"carry": "reset"}, "'reset' does not say what becomes of optimizer state"),
+        ({"decay": "x"}, "'x' does not say what decays"),
+        ({"rewarm": 2.5}, r"a learning rate cannot re-warm over 2\.5 steps; give 0 or more"),
+        ({"landing": "soft"}, "landing is 'soft': give True or False"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(given: dict[str, Any], sentence: str) -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with pytest.raises(dr.DynrankError, match=sentence):
+        dr.Phases(**{"net": net, "optimizer": optimizer, "schedule": dr.schedules.always(LOW), "epochs": 3} | given)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_epochs_and_states_of_another_run_are_refused() -> None:
+    net = made()
+    phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2)
+    with pytest.raises(
+        dr.ScheduleError, match=r"^no epoch has begun whose figures these are: call begin\(epoch\) first$"
+    ):
+        phases.note(loss=1.0)
+    for epoch in (2, -1, 0.5):
+        with pytest.raises(dr.ScheduleError, match="is none of a run of 2 epochs, which count from 0 to 1"):
+            phases.begin(epoch)  # type: ignore[arg-type]
+    for state in ({}, {"history": [3]}, {"history": [{"epoch": 0}]}):
+        for load in (phases.load_state_dict, lambda state: dr.resume_phases_(net, state)):
+            with pytest.raises(
+                dr.StoreError, match=r"holds no history of phases: give what Phases\.state_dict\(\) gave"
+            ):
+                load(state)
+    assert set(dr.phases_of(net).values()) == {FULL}

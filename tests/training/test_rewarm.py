@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,9 @@ def test_it_takes_itself_off_and_can_be_stopped_before() -> None:
     assert not optimizer._optimizer_step_pre_hooks
     dr.rewarm_(optimizer, 0)
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("steps", [-1, 2.5, "30", True])
+def test_what_is_no_number_of_steps(steps: Any) -> None:
+    with pytest.raises(dr.TransitionError, match=r"a learning rate cannot re-warm over .* steps; give 0 or more"):
+        dr.rewarm_(SGD([Parameter(torch.zeros(()))], lr=1.0), steps)

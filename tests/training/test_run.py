@@ -394,7 +394,7 @@ def test_data_that_has_become_shorter_is_told(case: Whole) -> None:
 
 
 def test_a_folder_that_is_no_run_and_a_damaged_run_are_told(case: Whole, tmp_path: Path) -> None:
-    with pytest.raises(dr.StoreError, match=r"^there is no folder .*gone$"):
+    with pytest.raises(dr.StoreError, match=r"^there is no folder .*gone: give a run of `dynrank-fx train`$"):
         read_run(tmp_path / "gone")
     with pytest.raises(dr.StoreError, match=r"has no checkpoint.safetensors: it is not a run of `dynrank-fx train`"):
         read_run(tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,3 +96,23 @@ def test_evaluation_that_fails_leaves_the_modes_too() -> None:
     with pytest.raises(KeyError):
         evaluate(net, replace(TASK, loss=failing, eval_data=[(X, Y)]), EAGER)
     assert all(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("once", [lambda: (b for b in [(X, Y)]), lambda: map(str, "ab"), lambda: iter([(X, Y)])])
+@pytest.mark.parametrize("name", ["train_data", "eval_data"])
+def test_data_that_give_their_batches_once_are_refused_before_training(name: str, once: Callable[[], Any]) -> None:
+    with pytest.raises(dr.DynrankError, match=rf"^{name}\(\) gave a \w+, whose batches can be gone through only once"):
+        replace(TASK, **{name: once()})
+
+
+def test_a_loader_that_begins_anew_by_itself_is_taken() -> None:
+    class Anew:
+        def __iter__(self) -> Iterator[Any]:
+            self.batches = iter([(X, Y)])
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.batches)
+
+    task = replace(TASK, eval_data=Anew())
+    assert evaluate(made(), task, EAGER) == evaluate(made(), task, EAGER)

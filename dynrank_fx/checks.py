@@ -1,0 +1,46 @@
+"""Whether what a caller gives is what is asked for, so that a refusal can say it in its own words."""
+
+from __future__ import annotations
+
+import enum
+import math
+from numbers import Integral, Real
+
+from .errors import ScheduleError
+
+
+def is_whole(value: object, least: int = 0) -> bool:
+    """Whether it is a whole number of at least so much. True and False are a slip, although Python counts with them."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether it is a finite number within these bounds."""
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and least <= float(value) <= most
+    )
+
+
+def is_share(value: object) -> bool:
+    """Whether it is a number above 0 and at most 1."""
+    return is_number(value, 0, 1) and value != 0
+
+
+def check_epochs(epochs: int) -> None:
+    """Raises ScheduleError for a length that no run can have."""
+    if not is_whole(epochs, 1):
+        raise ScheduleError(f"a run cannot have {epochs!r} epochs: give a whole number of 1 or more")
+
+
+def check_schedule(schedule: object) -> None:
+    """Raises ScheduleError for what is none. A class is one only when it has been called."""
+    if isinstance(schedule, type) or not callable(schedule):
+        raise ScheduleError(f"{schedule!r} is no schedule: give one such as schedules.always(Phase.LOW)")
+
+
+def names_of(kind: type[enum.Enum]) -> str:
+    """The members of an enumeration as they are written: ``Phase.FULL, Phase.LOW, Phase.ADAPTOR``."""
+    return ", ".join(f"{kind.__name__}.{each.name}" for each in kind)
