@@ -78,7 +78,7 @@ def truncate(
         cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
     for sentence in cut_plainly(cuts):
         warnings.warn(sentence, DynrankWarning, stacklevel=2)
-    return own_(inline_(twin), net)
+    return own_(inline_(twin, layers=True), net)
 
 
 def cut_plainly(cuts: Sequence[Cut]) -> list[str]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Einsum"}
 _HELD = "|".join(sorted({"weight"}.union(*(layout.factor_names for layout in LAYOUTS))))
 _Pair: TypeAlias = tuple[np.ndarray, np.ndarray]
-_BEHIND_SITE = re.compile(rf"(\.({_HELD}))?(_int8)?$")  # what follows a site's name in that of a weight or a factor
+_BEHIND_SITE = re.compile(
+    rf"(\.({_HELD}))?(\.weight)?(_int8)?$"
+)  # what follows a site's name in that of a weight or a factor
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from .from_views import gather_index, parts_of, reads_metadata
 from .kinds import op_from_json, op_to_json
 from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, ProductOp
 from .op import Op
+from .to_modules import keeps_weight, layer_of
 from .view import WHOLE, Operand, Shape, View
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "gather_index",
     "has_hooks",
     "holds_more",
+    "keeps_weight",
+    "layer_of",
     "module_op",
     "op_from_json",
     "op_to_json",

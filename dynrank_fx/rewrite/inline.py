@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..errors import PlanError
 from ..phase import Phase
 from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, set_submodule, unwrap
+from .layers import as_layers_, as_sequence
 from .switched import STEM, Switched
 
 
@@ -36,16 +38,22 @@ def inline(net: nn.Module) -> nn.Module:
     return inline_(copy.deepcopy(source))
 
 
-def inline_(net: nn.Module) -> nn.Module:
-    """As ``inline``, over the net's own parameters: the net itself is of no use afterwards."""
+def inline_(net: nn.Module, *, layers: bool = False) -> nn.Module:
+    """As ``inline``, over the net's own parameters: the net itself is of no use afterwards.
+
+    layers: whether what the sites compute is made of torch's own layers, where it has such layers.
+    """
+    holders = (
+        Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False)) if layers else None
+    )
     for name, part in reversed(list(net.named_modules())):
         if isinstance(part, Net):
-            plain = _inlined(part)
+            plain = _inlined(part, holders)
             if not name:
                 return plain
             _keep_unread(part, plain)
             set_submodule(net, name, plain)
-    _open_untraced_sites(net)
+    _open_untraced_sites(net, holders)
     forget_meta(net)
     return net
 
@@ -55,7 +63,7 @@ def holds_captured(module: nn.Module) -> bool:
     return any(isinstance(part, Net | Switched) for part in module.modules())
 
 
-def _inlined(net: Net) -> fx.GraphModule:
+def _inlined(net: Net, holders: Counter[int] | None) -> fx.GraphModule:
     graph = copy_graph(net.graphs[net.training])
     for node in list(graph.nodes):
         if isinstance(node.type, str):  # an annotation left as text, which torch could not write out again
@@ -72,6 +80,9 @@ def _inlined(net: Net) -> fx.GraphModule:
     plain.meta = {}  # the plan is of this package
     plain.graph.lint()
     plain.training = net.training
+    if holders is not None:
+        sites = {path for path, module in net.named_modules(remove_duplicate=False) if isinstance(module, Switched)}
+        as_layers_(plain, sites, holders)
     return plain
 
 
@@ -168,8 +179,8 @@ def _replace(graph: fx.Graph, node: fx.Node, result: fx.Node, before: fx.Node) -
     graph.erase_node(node)
 
 
-def _open_untraced_sites(root: nn.Module) -> None:
-    """Sites that untraced code calls become graphs of their own, of the one op."""
+def _open_untraced_sites(root: nn.Module, holders: Counter[int] | None) -> None:
+    """Sites that untraced code calls become graphs of their own, of the one op; of layers, a sequence or one layer."""
     for name, module in list(root.named_modules()):
         if isinstance(module, Switched):
             graph, holder = fx.Graph(), nn.Module()
@@ -182,4 +193,4 @@ def _open_untraced_sites(root: nn.Module) -> None:
                 holder.register_buffer("base", module._buffers["base"])
             plain = fx.GraphModule(holder, graph)
             plain.training = module.training
-            set_submodule(root, name, plain)
+            set_submodule(root, name, plain if holders is None else as_sequence(plain, holders))

@@ -20,8 +20,8 @@ def test_batch_norms_get_the_mean_of_what_the_batches_have(small: nn.Module) -> 
     parameters = {name: p.detach().clone() for name, p in small.named_parameters()}
     assert recalibrate_(small, pictures()) == 1
     buffers = {name.rpartition(".")[2]: b for name, b in small.named_buffers()}
-    right = next(p for name, p in parameters.items() if name == "conv.right")
-    left, bias = parameters["conv.left"], parameters["conv.bias"]
+    right = next(p for name, p in parameters.items() if name == "conv.right.weight")
+    left, bias = parameters["conv.left.weight"], parameters["conv.left.bias"]
     with torch.no_grad():
         seen = [nn.functional.conv2d(nn.functional.conv2d(each, right), left, bias) for each in x]
     mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)

@@ -85,7 +85,7 @@ def test_int8_weights_have_one_scale_per_row_and_are_a_quarter_as_large(
     report = export_onnx(model, inputs, tmp_path / "m.onnx", precision=Precision.INT8_WEIGHTS)
     assert report.file_size < (0.5 if factored else 0.35) * full.file_size
     stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / "m.onnx").graph.initializer}
-    name = "mix.0.left" if factored else "mix.0.weight"
+    name = "mix.0.left.weight" if factored else "mix.0.weight"
     W = dict(model.named_parameters())[name].detach().numpy()
     q, scale = stored[f"{name}_int8"], stored[f"{name}_scale"]
     assert (q.dtype, len(scale), name in stored) == (np.int8, len(W), False)
