@@ -55,6 +55,7 @@ from .rewrite import plan_of as plan_of
 from .rewrite import transform as transform
 from .schedules import TrainState as TrainState
 from .tracing import Capture as Capture
+from .tracing import Form as Form
 from .tracing import capture as capture
 from .training import Decay as Decay
 from .training import Phases as Phases

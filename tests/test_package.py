@@ -31,6 +31,7 @@ PUBLIC = [
     "ExportError",
     "ExportReport",
     "Fixed",
+    "Form",
     "MaxDrop",
     "ModelFileError",
     "Override",

@@ -15,7 +15,7 @@ from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, PlanChoices, PlanOptions, RankPolicy, Ratio, chosen
 from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
-from ..tracing import ExampleInputs, own_, shell, unwrap
+from ..tracing import ExampleInputs, Form, own_, shell, unwrap
 from .batches import checked_batches
 from .calibration import calibrate
 from .candidates import Candidate, Candidates
@@ -63,6 +63,7 @@ def compress(
     loss: Loss | None = None,
     times: SiteTimes | None = None,
     sequential: bool = False,
+    form: Form = Form.GRAPH,
     **choices: Unpack[PlanChoices],
 ) -> Compressed:
     """Cut a trained model to a budget so that its outputs change least, and measure what became of it.
@@ -81,6 +82,7 @@ def compress(
         times: Measures sites where the model is to run. A site that is not faster factored then stays dense, and the
             whole is never slower than the dense model, unless the budget is one of parameters. None to measure nothing.
         sequential: As in ``truncate``.
+        form: What the result is, as in ``transform``: a graph module, or a model of its own class.
         **choices: Fields of ``PlanOptions``, a shorthand for options.
 
     Returns:
@@ -119,7 +121,7 @@ def compress(
             f"{type(model).__name__} has its plan, which says what is factored: leave out the options of planning but "
             "multiple_of, or compress the original model"
         )
-    net, low = _in_full(model, example_inputs, settled)
+    net, low = _in_full(model, example_inputs, settled, form)
     dense = inline_(shell(net))
     known = None if data is None else calibrate(net, data)
     whole = None if times is None else _timed(dense, example_inputs, times)
@@ -131,14 +133,16 @@ def compress(
     return replace(best, metrics=metrics)
 
 
-def _in_full(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> tuple[nn.Module, dict[str, int]]:
+def _in_full(
+    model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, form: Form
+) -> tuple[nn.Module, dict[str, int]]:
     """The model as a net in evaluation mode, every site dense, and the ranks of those that were factored before."""
     if holds_captured(unwrap(model)):
         net = a_twin(model)
     else:
         # Of any rank, and whether it pays or not: that is decided by the budget.
         everything = replace(options, rank=Ratio(0.25), multiple_of=1, allow_unprofitable=True)
-        net = a_twin(transform(model, example_inputs, everything, copy=False))
+        net = a_twin(transform(model, example_inputs, everything, form=form, copy=False))
     phases = phases_of(net)
     low = {row.site.name: row.rank for row in plan_of(net).sites if phases[row.site.name] is Phase.LOW}
     enter_(net, Phase.FULL)

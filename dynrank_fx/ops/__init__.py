@@ -3,7 +3,7 @@
 from .conv import ConvolutionOp, ConvOp, ConvTransposeOp
 from .from_calls import Call, call_of
 from .from_modules import OP_MODULES, has_hooks, holds_more, module_op
-from .from_views import gather_index, parts_of, reads_metadata
+from .from_views import gather_index, is_metadata, parts_of, reads_metadata
 from .kinds import op_from_json, op_to_json
 from .matrix import EinsumOp, EmbeddingOp, LinearOp, MatmulOp, ProductOp
 from .op import Op
@@ -30,6 +30,7 @@ __all__ = [
     "gather_index",
     "has_hooks",
     "holds_more",
+    "is_metadata",
     "keeps_weight",
     "layer_of",
     "module_op",

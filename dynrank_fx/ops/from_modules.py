@@ -9,12 +9,15 @@ from torch import nn
 from .conv import ConvOp, ConvTransposeOp
 from .matrix import EmbeddingOp, LinearOp
 from .op import Op
+from .view import View
 
 Numbers: TypeAlias = int | list[int] | tuple[int, ...]
 
 _PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OP_MODULES = _PLAIN + _TRANSPOSED
+
+_TURNED = ("transformers.pytorch_utils", "Conv1D")  # x @ W + b, where nn.Linear has x @ W.T + b
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -29,8 +32,14 @@ def holds_more(module: nn.Module) -> bool:
 
 
 def module_op(module: nn.Module) -> Op | None:
-    """The op of a module that is exactly torch's own layer: weight and bias, its own forward, and no hooks."""
-    if not isinstance(module, OP_MODULES) or has_hooks(module) or holds_more(module):
+    """The op of a module that is exactly torch's own layer, or the Conv1D of Hugging Face's transformers: weight and
+    bias, its own forward, and no hooks.
+    """
+    if has_hooks(module) or holds_more(module):
+        return None
+    if (type(module).__module__, type(module).__name__) == _TURNED and "forward" not in vars(module):
+        return LinearOp(View(transposed=True))
+    if not isinstance(module, OP_MODULES):
         return None
     base = next(c for c in OP_MODULES if isinstance(module, c))
     own_forward = type(module).forward is not base.forward or "forward" in vars(module)

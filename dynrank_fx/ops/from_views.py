@@ -44,6 +44,14 @@ def reads_metadata(user: fx.Node) -> bool:
     return user.op in ("call_function", "call_method") and user.target in _METADATA_CALLS
 
 
+def is_metadata(function: object) -> bool:
+    """Whether a function, or the getter of a property, gives only the dtype, device or shape of a tensor."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(function, "__self__", None), "__name__", "") in _METADATA
+    return name in _METADATA_CALLS
+
+
 def parts_of(user: fx.Node, view: View, weight: Shape) -> list[tuple[fx.Node, View]] | None:
     """The nodes that give a part of the weight where ``user`` takes one, each with its view of the whole weight.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .conv import ConvOp, ConvTransposeOp
 from .matrix import EmbeddingOp, LinearOp, MatmulOp
 from .op import Op
-from .view import WHOLE
+from .view import WHOLE, View
 
 Builder: TypeAlias = Callable[..., nn.Module]
 """Makes a layer, given where its values lie."""
@@ -27,14 +27,14 @@ _TRANSPOSED: dict[int, Builder] = {
 def layer_of(op: Op, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module | None:
     """The layer of torch's own that applies an op with this weight and bias, holding both.
 
-    ``x @ W`` becomes an nn.Linear of Wᵀ, whose weight is then another parameter. None where torch has no such layer:
-    for parts of a weight, einsum, scaled sums, stacks of matrices, and padding that is not zeros.
+    ``x @ W`` becomes an nn.Linear of Wᵀ, whose weight is then another parameter, see ``keeps_weight``. None where torch
+    has no such layer: for parts of a weight, einsum, scaled sums, stacks of matrices, and padding that is not zeros.
     """
     build = _builder(op, weight)
     if build is None:
         return None
     layer = build(device="meta")
-    layer._parameters["weight"] = _transposed(weight) if isinstance(op, MatmulOp) else weight
+    layer._parameters["weight"] = weight if keeps_weight(op) else _transposed(weight)
     if "bias" in layer._parameters:
         layer._parameters["bias"] = bias
     elif bias is not None:
@@ -44,7 +44,7 @@ def layer_of(op: Op, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Modu
 
 def keeps_weight(op: Op) -> bool:
     """Whether the layer holds the very weight of the op, and not its transpose."""
-    return not isinstance(op, MatmulOp)
+    return not isinstance(op, MatmulOp) and not (isinstance(op, LinearOp) and op.view.transposed)
 
 
 def _transposed(weight: nn.Parameter) -> nn.Parameter:
@@ -53,11 +53,12 @@ def _transposed(weight: nn.Parameter) -> nn.Parameter:
 
 def _builder(op: Op, weight: Tensor) -> Builder | None:
     """Makes the layer, its values apart."""
+    size = tuple(weight.shape)
+    if isinstance(op, LinearOp) and op.view in (WHOLE, View(transposed=True)) and weight.ndim == 2:
+        m, n = op.view.shape(size)
+        return functools.partial(nn.Linear, n, m)
     if getattr(op, "view", WHOLE) != WHOLE:
         return None
-    size = tuple(weight.shape)
-    if isinstance(op, LinearOp):
-        return functools.partial(nn.Linear, size[1], size[0])
     if isinstance(op, MatmulOp) and weight.ndim == 2 and not op.weight_first and (op.alpha, op.beta) == (1, 1):
         return functools.partial(nn.Linear, size[0], size[1])
     if isinstance(op, EmbeddingOp):

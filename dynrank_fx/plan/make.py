@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
@@ -13,7 +14,7 @@ from ..layouts import layout_for
 from ..ops import ConvolutionOp
 from ..tracing import ExampleInputs, is_captured, measure, meta_of
 from .costs import costs_of, curve_of, rows_of, spectrum_of
-from .find import find_sites
+from .find import find_sites, why_not
 from .locate import Located, input_of, locate, refuse_non_finite
 from .options import PlanChoices, PlanOptions, chosen
 from .overrides import Override, override_of
@@ -57,15 +58,21 @@ def plan_by(
     options: PlanOptions,
     example_inputs: ExampleInputs | None,
     located: Mapping[str, Located] | None = None,
+    graph: Mapping[str, Located] | None = None,
 ) -> Plan:
-    """As ``make_plan``, by options that are settled. located: what ``locate`` found in the net, if known already."""
+    """As ``make_plan``, by options that are settled.
+
+    located: what ``locate`` found in the net, if known already. graph: what it found in a graph of the same model: that
+    tells the roles of the weights where the net is none.
+    """
     located = locate(net) if located is None else located
     measured = None if example_inputs is None else measure(net, example_inputs)
     sites, skipped = find_sites(net, measured.shapes if measured else None, located)
+    skipped = tuple(_only_in_graph(matrix, graph) for matrix in skipped)
     _check_patterns([*options.include, *options.exclude, *options.overrides], [*sites, *skipped])
     said = {site.name: override_of(site, options.overrides) for site in sites}
     _check_layouts(options.overrides, sites)
-    reasons = _left_alone(sites, options, said, roles_of(located) if options.leave else {})
+    reasons = _left_alone(sites, options, said, roles_of(graph or located) if options.leave else {})
     free = [site for site in sites if site.name not in reasons]
     refuse_non_finite((site.name for site in free), located)
     groups = sharing_groups(free, located, said) if options.share_inputs else [[site] for site in free]
@@ -97,6 +104,14 @@ def plan_by(
     left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
     dense = sorted([*left, *skipped], key=lambda s: order[s.name])
     return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""))
+
+
+def _only_in_graph(skipped: Skipped, graph: Mapping[str, Located] | None) -> Skipped:
+    """With the way to reach it, where a graph of the model could factor it."""
+    matrix = None if graph is None else graph.get(skipped.name)
+    if matrix is None or why_not(matrix) is not None:
+        return skipped
+    return replace(skipped, reason="only a graph reaches it: leave form=Form.LAYERS out to factor it")
 
 
 def _left_alone(

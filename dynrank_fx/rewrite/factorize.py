@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx.node import Argument
 
 from ..errors import PlanError
+from ..layouts import LAYOUTS
 from ..ops import Op, module_op
 from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, input_of, locate, why_not
 from ..tracing import Net, drop_dead_reads, regions, set_submodule
@@ -62,8 +63,27 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
         for graph in dict.fromkeys(region.net.graphs.values()):
             drop_dead_reads(graph, {part for matrix in located.values() for part in matrix.parts})
         region.net.refresh()
+    _tell_ties(net)
     set_plan(net, plan)
     specialize_(net)
+
+
+def _tell_ties(net: nn.Module) -> None:
+    """Hugging Face's models list the names of tied weights, which their files hold once: the factors too, by whatever
+    name they have, in this net and in what is made of it.
+    """
+    for holder in net.modules():
+        ties = getattr(holder, "_tied_weights_keys", None)
+        if not isinstance(ties, dict):
+            continue
+        more = {}
+        for name, source in ties.items():
+            path = str(name).removesuffix(".weight")
+            more[rf"{path}\.({_HELD})(\.weight|\.bias)?$"] = str(source)
+        vars(holder)["_tied_weights_keys"] = {**ties, **more}
+
+
+_HELD = "|".join(sorted(set().union(*(layout.factor_names for layout in LAYOUTS))))
 
 
 def _put_site(net: nn.Module, row: PlannedSite, matrix: Located) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import PlanError
 from ..phase import Phase
-from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, set_submodule, unwrap
+from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, meta_of, set_submodule, unwrap
 from .layers import as_layers_, as_sequence
 from .switched import STEM, Switched
 
@@ -46,6 +47,7 @@ def inline_(net: nn.Module, *, layers: bool = False) -> nn.Module:
     holders = (
         Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False)) if layers else None
     )
+    asked = {name: module.outline for name in _asked(net) if isinstance(module := net.get_submodule(name), Switched)}
     for name, part in reversed(list(net.named_modules())):
         if isinstance(part, Net):
             plain = _inlined(part, holders)
@@ -54,8 +56,26 @@ def inline_(net: nn.Module, *, layers: bool = False) -> nn.Module:
             _keep_unread(part, plain)
             set_submodule(net, name, plain)
     _open_untraced_sites(net, holders)
+    if layers:
+        _outline_weights(net, asked)
     forget_meta(net)
     return net
+
+
+def _asked(net: nn.Module) -> Iterable[str]:
+    """The layers of whose weights untraced code asks for the dtype, the device or the shape."""
+    return () if isinstance(net, Net) else meta_of(net).get("asked", ())
+
+
+def _outline_weights(net: nn.Module, outlines: Mapping[str, Tensor]) -> None:
+    """A ``weight`` for these modules where they have none: of the dense weight's shape, dtype and device, without
+    memory, and not a number, so that nobody takes it for one.
+    """
+    for name, outline in outlines.items():
+        module = net.get_submodule(name)
+        if not hasattr(module, "weight"):
+            nothing = torch.full((), torch.nan, dtype=outline.dtype, device=outline.device)
+            module.register_buffer("weight", nothing.expand(outline.shape), persistent=False)
 
 
 def holds_captured(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from ..ops import WHOLE, Call, call_of, keeps_weight, layer_of
+from ..ops import WHOLE, Call, Shape, View, call_of, keeps_weight, layer_of, parts_of
 
 _ALONE = "layer"  # the name of a dense layer that is the whole module
 
@@ -92,9 +92,9 @@ class _Read:
         """Where the layer that holds it stands: a dense weight's in the place of the site."""
         return self.site or _ALONE if self.name == "weight" else f"{self.site}.{self.name}".lstrip(".")
 
-    def call_of(self, node: fx.Node) -> Call | None:
-        """The op that a node applies to the whole of the parameter, if it does."""
-        return call_of(node, self.node, WHOLE, tuple(self.parameter.shape))
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.parameter.shape)
 
 
 def _reads(graph_module: fx.GraphModule) -> list[_Read]:
@@ -107,21 +107,34 @@ def _reads(graph_module: fx.GraphModule) -> list[_Read]:
 
 @dataclass(frozen=True)
 class _Use:
-    """A call of an op on a parameter that is read."""
+    """A call of an op on a parameter that is read, or on its transpose. weight: the node that gives that."""
 
     read: _Read
+    weight: fx.Node
+    view: View
     node: fx.Node
     call: Call
+
+    @property
+    def x(self) -> object:
+        """The input as it stands now: it may have become a layer since the call was found."""
+        call = call_of(self.node, self.weight, self.view, self.view.shape(self.read.shape))
+        return None if call is None else call.x
 
 
 def _uses(reads: Sequence[_Read]) -> dict[str, list[_Use]]:
     """The calls of ops on whole parameters, by where the layer would stand."""
     uses: dict[str, list[_Use]] = {}
-    for read in reads:
-        for node in read.node.users:
-            call = read.call_of(node)
-            if call is not None:
-                uses.setdefault(read.layer_path, []).append(_Use(read, node, call))
+    for read in (read for read in reads if read.parameter.ndim >= 2):
+        weights = [(read.node, WHOLE)]
+        for user in read.node.users:
+            parts = parts_of(user, WHOLE, read.shape) or ()
+            weights += [(part, view) for part, view in parts if view == View(transposed=True)]
+        for weight, view in weights:
+            for node in weight.users:
+                call = call_of(node, weight, view, view.shape(read.shape))
+                if call is not None:
+                    uses.setdefault(read.layer_path, []).append(_Use(read, weight, view, node, call))
     return uses
 
 
@@ -142,13 +155,15 @@ def _is_own(biases: Sequence[_Read], uses: Sequence[_Use]) -> bool:
 
 
 def _call_layer(graph: fx.Graph, use: _Use, path: str) -> None:
-    call = use.read.call_of(use.node)  # anew: its input may have become a layer since
-    assert call is not None
+    x = use.x
+    assert isinstance(x, fx.Node)
     with graph.inserting_before(use.node):
-        new = graph.create_node("call_module", path, (call.x,))
+        new = graph.create_node("call_module", path, (x,))
     new.meta = dict(use.node.meta)
     use.node.replace_all_uses_with(new)
     graph.erase_node(use.node)
+    if use.weight is not use.read.node and not use.weight.users:
+        graph.erase_node(use.weight)
 
 
 def _put(graph_module: fx.GraphModule, path: str, layer: nn.Module) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import PlanError
-from ..plan import Plan, PlanChoices, PlanOptions, chosen, fit_plan, locate, plan_by
-from ..tracing import Capture, DynamicShapes, ExampleInputs, capture
+from ..aliases import Output
+from ..errors import CaptureError, DynrankWarning, PlanError
+from ..plan import Located, Plan, PlanChoices, PlanOptions, chosen, fit_plan, locate, plan_by
+from ..tracing import Capture, DynamicShapes, ExampleInputs, Form, capture, tensors_in
 from .factorize import factorize_
 from .inline import holds_captured
 from .switched import switched_modules
@@ -21,6 +24,7 @@ def transform(
     options: PlanOptions | None = None,
     *,
     plan: Plan | None = None,
+    form: Form = Form.GRAPH,
     how: Capture | None = None,
     dynamic_shapes: DynamicShapes | None = None,
     allow_empty: bool = False,
@@ -35,7 +39,10 @@ def transform(
         example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
         options: Every choice of planning in one value.
         plan: A given plan, in place of the choices of planning.
-        how: The way to capture the model, see ``capture``.
+        form: What the net is: a graph, which reaches every weight, or a copy of the model with its own class, methods
+            and code (``generate``, ``save_pretrained``), in which single layers are replaced.
+        how: The way to capture the model, see ``capture``; where the net is of layers, the graph that tells the roles
+            of its weights, and those that a graph alone reaches.
         dynamic_shapes: As in ``torch.export``; by default every dimension is free that the model leaves free.
         allow_empty: Whether a plan without any site is taken.
         copy: Whether the net has weights of its own. If False it shares the model's parameters and buffers, as the
@@ -60,10 +67,20 @@ def transform(
     if plan is not None and (options is not None or choices):
         raise PlanError("a given plan says what is factored: leave out the options of planning beside it")
     settled = chosen(options, choices)
-    net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=how, copy=copy)
+    layers = form is Form.LAYERS or how is Capture.LAYERS
+    if layers and settled.share_inputs:
+        raise PlanError(
+            "to share a factor takes a graph, in which it stands before several layers: leave share_inputs or form out"
+        )
+    way = Capture.LAYERS if layers else how
+    net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=copy)
     located = locate(net)
     if plan is None:
-        plan = plan_by(net, settled, example_inputs, located)
+        unreached = any(not matrix.uses for matrix in located.values())
+        graph = None
+        if layers and (settled.leave or unreached):
+            graph = _graph_of(model, example_inputs, dynamic_shapes, how, needed=bool(settled.leave))
+        plan = plan_by(net, settled, example_inputs, located, graph)
     else:
         plan = fit_plan(net, plan, example_inputs, located)
     if not plan.sites and not allow_empty:
@@ -73,6 +90,43 @@ def transform(
         )
     factorize_(net, plan, located)
     return net
+
+
+def _graph_of(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: ExampleInputs | None,
+    dynamic_shapes: DynamicShapes | None,
+    how: Capture | None,
+    *,
+    needed: bool,
+) -> Mapping[str, Located] | None:
+    """The matrices of the model as a graph of it has them; None where there is no such graph."""
+    if not isinstance(model, nn.Module):
+        return locate(capture(model, example_inputs, copy=False))
+    way = Capture.EXPORT if how in (None, Capture.LAYERS) else how
+    try:
+        graph = capture(_TensorsOnly(model), example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=False)
+    except CaptureError as error:
+        if needed:
+            warnings.warn(
+                f"the roles of the weights are not known, and none is left dense by its role: {error}",
+                DynrankWarning,
+                stacklevel=3,
+            )
+        return None
+    return {name.removeprefix("model."): matrix for name, matrix in locate(graph).items()}
+
+
+class _TensorsOnly(nn.Module):
+    """A model that gives the tensors of what it gives: torch.export takes no cache of keys and values for an output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, *args: Output, **kwargs: Output) -> list[Tensor]:
+        return list(tensors_in(self.model(*args, **kwargs)))
 
 
 def _reasons(plan: Plan) -> str:

@@ -1,7 +1,8 @@
 """From any model to a graph that trains, and the proof that the graph computes what the model does."""
 
 from .blame import origin
-from .choose import Capture, capture
+from .choose import Capture, Form, capture
+from .equivalence import tensors_in
 from .inputs import (
     DynamicShapes,
     ExampleInputs,
@@ -39,6 +40,7 @@ __all__ = [
     "Capture",
     "DynamicShapes",
     "ExampleInputs",
+    "Form",
     "Inputs",
     "Net",
     "Region",
@@ -69,6 +71,7 @@ __all__ = [
     "slow_attention",
     "split_inputs",
     "tensors",
+    "tensors_in",
     "untraced",
     "unwrap",
     "with_batch",

@@ -15,7 +15,7 @@ from .blame import describe
 from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
 from .inputs import DynamicShapes, ExampleInputs, split_inputs
-from .modules import capture_parts, modules_read
+from .modules import capture_layers, capture_parts, modules_read
 from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, untraced, unwrap
 from .shell import own_, same_parameters, sharing, shell
 from .symbolic import closed_functions, closed_layers, trace_symbolically
@@ -30,11 +30,26 @@ class Capture(enum.Enum):
         SYMBOLIC: By ``torch.fx.symbolic_trace``: the model's own code is run on stand-ins for its inputs.
         EXPORT: By ``torch.export``, once for training and once for evaluation.
         MODULES: Module by module: code that cannot be traced stays as it is, and the parts in it are captured.
+        LAYERS: Layer by layer: a copy of the model, all of its own code, in which single layers are replaced; what
+            ``Form.LAYERS`` asks for.
     """
 
     SYMBOLIC = "torch.fx.symbolic_trace"
     EXPORT = "torch.export"
     MODULES = "module by module"
+    LAYERS = "layer by layer"
+
+
+class Form(enum.Enum):
+    """What ``transform`` makes of a model.
+
+    Attributes:
+        GRAPH: A graph module, whose sites are all products with a weight, wherever they stand in the code.
+        LAYERS: A copy of the model, of its own class, with its methods and its code; the sites are its layers.
+    """
+
+    GRAPH = "graph"
+    LAYERS = "layers"
 
 
 def capture(
@@ -99,7 +114,7 @@ def _captured(
     _check_inputs(model, original)
     if how is None:
         return _best(model, original, dynamic_shapes)
-    lost = original.lost if how is not Capture.MODULES else ""
+    lost = original.lost if how not in (Capture.MODULES, Capture.LAYERS) else ""
     if lost:
         raise CaptureError(f"{type(model).__name__} cannot be captured whole: {lost}.")
     if how is Capture.SYMBOLIC:
@@ -108,8 +123,10 @@ def _captured(
     elif how is Capture.EXPORT:
         exported, words = _exported(model, original, dynamic_shapes)
         net = _noted(exported, f"by torch.export, as asked{words}")
-    else:
+    elif how is Capture.MODULES:
         net = _parts(model, original, "as asked")
+    else:
+        net = _layers(model, original)
     meta_of(net)["how"] = how.name
     return net
 
@@ -190,8 +207,26 @@ def _parts(model: nn.Module, original: Original, why: str) -> nn.Module:
     deviation = difference(twin, original)
     if deviation.size > ROUNDING:
         raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {deviation.words}")
-    meta_of(twin)["read"] = modules_read(twin, example_inputs)
+    meta_of(twin)["read"], meta_of(twin)["asked"] = modules_read(twin, example_inputs)
     return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
+
+
+def _layers(model: nn.Module, original: Original) -> nn.Module:
+    """A shell of the model, in which only layers of its own making are captured; torch's own are layers already."""
+    twin, example_inputs = shell(model), original.example_inputs
+    if example_inputs is None:
+        raise CaptureError(f"the layers of {type(model).__name__} need example inputs to be looked at; pass them")
+    own = capture_layers(twin, example_inputs)
+    if own and difference(twin, original).size:
+        twin, own = shell(model), []  # its code wants more of them than their forward
+    layers = [module for _, module in untraced(twin) if module_op(module) is not None]
+    if not own and not layers:
+        raise CaptureError(
+            f"{type(model).__name__} has no layer that holds a weight by itself: leave form=Form.LAYERS out"
+        )
+    meta_of(twin)["read"], meta_of(twin)["asked"] = modules_read(twin, example_inputs)
+    words = f", {len(own)} of them of the model's own making" if own else ""
+    return _noted(twin, f"layer by layer: {len(own) + len(layers)} layers{words}, in a copy of the model itself")
 
 
 def _noted(net: nn.Module, words: str) -> nn.Module:

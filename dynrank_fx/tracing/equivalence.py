@@ -156,18 +156,18 @@ def effect(
         changed = {name: after[name].clone() for name in both if apart(before[name], after[name])}
         if watch is not None:
             watch(given, checkpoints)
-        training = [tensor for tensor in _tensors(given) if tensor.requires_grad]
+        training = [tensor for tensor in tensors_in(given) if tensor.requires_grad]
         gradients = sketched_gradients(model, training) if mode else {}
     return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, gradients, inputs_train)
 
 
-def _tensors(given: object) -> Iterator[Tensor]:
+def tensors_in(given: object) -> Iterator[Tensor]:
     """All of them, those in the fields of dataclasses too."""
     for leaf in pytree.tree_leaves(given):
         if isinstance(leaf, Tensor):
             yield leaf
         elif dataclasses.is_dataclass(leaf):
-            yield from _tensors(vars(leaf))
+            yield from tensors_in(vars(leaf))
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs, *, grad: bool = False) -> Output:
@@ -205,14 +205,23 @@ def _leaves_apart(x: object, y: object) -> float:
             return float("inf")
         sound = x.isfinite() & y.isfinite()
         return float((x - y)[sound].abs().max() / x[sound].abs().max().clamp_min(torch.finfo(x.dtype).tiny))
-    if dataclasses.is_dataclass(x) and type(x) is type(y):
-        return apart(vars(x), vars(y))
+    if type(x) is type(y) and _has_fields(x):  # dataclasses, and objects such as a cache of keys and values
+        try:
+            return apart(vars(x), vars(y))
+        except RecursionError:  # it holds itself
+            return float("inf")
     return 0.0 if bool(x == y) else float("inf")
+
+
+def _has_fields(value: object) -> bool:
+    """Whether a value is what its attributes are: a dataclass, or an object that does not say when two are equal."""
+    plain = type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__") and not isinstance(value, type)
+    return dataclasses.is_dataclass(value) or (plain and not callable(value))
 
 
 def _own_backward(given: object) -> str:
     """Of the autograd functions that led to what was given, one with a backward of its own, as a sentence."""
-    waiting = [tensor.grad_fn for tensor in _tensors(given) if tensor.grad_fn is not None]
+    waiting = [tensor.grad_fn for tensor in tensors_in(given) if tensor.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from ..aliases import Args, Function, Kwargs
 from ..errors import CaptureError
-from ..ops import module_op
+from ..ops import is_metadata, module_op
 from .equivalence import ROUNDING, Effect, Original, difference, difference_from, effect
 from .export import export_both_modes
 from .inputs import ExampleInputs, Inputs, fresh
-from .net import Net, untraced
+from .net import Net, set_submodule, untraced
 from .symbolic import closed_layers, trace_symbolically
 
 
@@ -50,9 +50,28 @@ def capture_parts(root: nn.Module, example_inputs: ExampleInputs, only: Sequence
     return names
 
 
-def modules_read(root: nn.Module, example_inputs: ExampleInputs) -> list[str]:
+def capture_layers(root: nn.Module, example_inputs: ExampleInputs) -> list[str]:
+    """Put a Net in the place of every layer of the model's own making that holds a matrix, has no layers inside and can
+    be traced symbolically, as Hugging Face's Conv1D; the names of those layers.
+    """
+    own = {
+        name: module
+        for name, module in root.named_modules()
+        if name and not module._modules and module_op(module) is None and _has_matrix(module)
+    }
+    calls, _ = _calls(root, example_inputs) if own else ({}, None)
+    traced = {name: _traced(layer, calls[name]) for name, layer in own.items() if name in calls}
+    nets = {name: net for name, net in traced.items() if net is not None}
+    for name, net in nets.items():
+        for path, module in list(root.named_modules(remove_duplicate=False)):
+            if module is own[name]:
+                set_submodule(root, path, net)
+    return list(nets)
+
+
+def modules_read(root: nn.Module, example_inputs: ExampleInputs) -> tuple[list[str], list[str]]:
     """The modules, inside captured parts or single layers, whose parameters untraced code reads by itself when it runs
-    on the example inputs.
+    on the example inputs; and those of which it asks for the dtype, the device or the shape alone.
     """
     nets = [module for module in root.modules() if isinstance(module, Net)]
     layers = [module for _, module in untraced(root) if module_op(module) is not None]
@@ -67,7 +86,9 @@ def modules_read(root: nn.Module, example_inputs: ExampleInputs) -> list[str]:
         effect(root, example_inputs, mode=False)
         with suppress(Exception):  # where the model does not train on the example, nothing is read
             effect(root, example_inputs, mode=True)
-    return [name for name, module in root.named_modules(remove_duplicate=False) if module in reads.modules]
+    named = list(root.named_modules(remove_duplicate=False))
+    read = [name for name, module in named if module in reads.modules]
+    return read, [name for name, module in named if module in reads.asked - reads.modules]
 
 
 class _Reads(TorchFunctionMode):
@@ -80,13 +101,14 @@ class _Reads(TorchFunctionMode):
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(id(parameter), []).append(module)
         self.modules: set[nn.Module] = set()
+        self.asked: set[nn.Module] = set()
         self.begun = False
         self.running = 0
 
     def __torch_function__(
         self, function: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        self._note(args, kwargs)
+        self._note(args, kwargs, self.asked if is_metadata(function) else self.modules)
         return function(*args, **(kwargs or {}))
 
     def begin(self, *_: object) -> None:
@@ -96,16 +118,16 @@ class _Reads(TorchFunctionMode):
         self.begun = False
 
     def enter(self, module: nn.Module, args: object, kwargs: object) -> None:
-        self._note(args, kwargs)
+        self._note(args, kwargs, self.modules)
         self.running += not torch.compiler.is_compiling()  # as it is by torch.cond, which allows no such notes
 
     def leave(self, *_: object) -> None:
         self.running -= not torch.compiler.is_compiling()
 
-    def _note(self, args: object, kwargs: object) -> None:
+    def _note(self, args: object, kwargs: object, modules: set[nn.Module]) -> None:
         if self.begun and not self.running and not torch.compiler.is_compiling():
             for value in pytree.tree_leaves((args, kwargs)):
-                self.modules.update(self.owners.get(id(value), ()))
+                modules.update(self.owners.get(id(value), ()))
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -138,17 +160,24 @@ def _captured(part: nn.Module, call: Inputs) -> Net | None:
     original = Original(part, call)
     if original.lost:
         return None
-    try:
-        net = trace_symbolically(_shell(part), part, call)
-        if not closed_layers(net) and difference(net, original).size == 0:
-            return net
-    except CaptureError:
-        pass  # torch.export is next
+    traced = _traced(part, call, original)
+    if traced is not None:
+        return traced
     try:
         net = export_both_modes(_shell(part), part, call)
     except CaptureError:
         return None  # it keeps its own code, and its children are tried
     return net if difference(net, original).size <= ROUNDING else None
+
+
+def _traced(part: nn.Module, call: Inputs, original: Original | None = None) -> Net | None:
+    """The part as a Net by symbolic tracing; None where that does not work, or gives other bits."""
+    try:
+        net = trace_symbolically(_shell(part), part, call)
+    except CaptureError:
+        return None
+    same = not closed_layers(net) and difference(net, original or Original(part, call)).size == 0
+    return net if same else None
 
 
 def _shell(part: nn.Module) -> nn.Module:

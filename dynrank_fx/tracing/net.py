@@ -98,6 +98,17 @@ class Net(fx.GraphModule):
         self.specialize(self.setting)
         return self
 
+    def __getattr__(self, name: str) -> Any:  # Any: as nn.Module's own
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in vars(self).get("meta", {}).get("own", ()):
+                raise
+            raise AttributeError(
+                f"a graph of {type(self).__name__} has no {name!r}: transform(..., form=dr.Form.LAYERS) makes a net "
+                "that keeps the model's own methods and attributes"
+            ) from None
+
     def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any) -> None:  # Any: torch's own
         # A site that replaced a bare parameter keeps that parameter's name.
         for name, module in self.named_modules(remove_duplicate=False):
@@ -129,6 +140,7 @@ def finished(
         graph._tracer_cls = fx.Tracer  # it is called when a saved module is loaded: not by our class, or export's own
     net = Net(root, train, other, fixed_mode=fixed_mode)
     type(net).__name__ = type(model).__name__
+    net.meta["own"] = (frozenset(dir(type(model))) | vars(model).keys()) - frozenset(dir(Net))
     if not fixed_mode:
         modes = {name: module.training for name, module in model.named_modules()}  # a part shares its submodules
         net.train(model.training)

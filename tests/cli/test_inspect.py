@@ -98,11 +98,12 @@ def test_an_onnx_file(trained: str, run: Run) -> None:
     run("export", trained, "-o", "model.onnx")
     found = rows(run("inspect", "model.onnx", "--json"))
     tensors, _ = store.read(Path("r/checkpoint.safetensors"))
-    assert set(found) == {f"{i}.{factor}" for i in (0, 4, 6) for factor in ("left", "right")}
+    assert set(found) == {f"{i}.{factor}.weight" for i in (0, 4, 6) for factor in ("left", "right")}
     for name, row in found.items():
         assert row["state"] == ("Conv" if name.startswith("0") else "Gemm")
     assert all(
-        same_spectrum(found[name], tensors[f"net.{name}"]) for name in ("4.left", "4.right", "6.left", "6.right")
+        same_spectrum(found[f"{name}.weight"], tensors[f"net.{name}"])
+        for name in ("4.left", "4.right", "6.left", "6.right")
     )
 
 

@@ -65,6 +65,7 @@ def seeded(model: nn.Module, x: Tensor) -> Tensor:
 
 
 SITES = {
+    "stem.weight",  # of which the code around it asks for the dtype
     "head.weight",
     *(f"{block}.{name}" for block in ("blocks.0", "blocks.1") for name in ("a.weight", "w")),
     "looked_at.a.weight",
@@ -78,8 +79,7 @@ def test_the_parts_are_captured_and_the_plan_says_how_and_why():
     plan = dr.plan_of(net)
     assert {row.site.name for row in plan.sites} == SITES
     reasons = {s.name: s.reason for s in plan.skipped}
-    assert reasons.keys() == {"raw", "looked_at.w", "stem.weight"}
-    assert reasons["stem.weight"].startswith("read by code that could not be traced")
+    assert reasons.keys() == {"raw", "looked_at.w"}
     assert reasons["raw"] == "inside the Stepping itself: its code could not be traced"
     assert plan.capture.startswith("module by module (3 parts and 3 single layers): the model (Stepping, ")
     assert "cannot be exported" in plan.capture
@@ -221,7 +221,7 @@ class Prying(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if float(x.sum()) > 1e6:
             return x
-        x = self.doubling(len(x), x).to(self.fc[0].weight.dtype)
+        x = self.doubling(len(x), x) + 0 * self.fc[0].weight.sum()
         return self.table(x, self.table.one) + self.fc(x)
 
 

@@ -1,0 +1,270 @@
+"""The form of layers: a net of the model's own class, with its methods and its code, in every phase and at the end.
+
+The truth is the original model: its outputs, bit by bit in FULL, and the tokens that it generates.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dynrank_fx as dr
+
+LAYERS = dr.Form.LAYERS
+IDS = torch.tensor([[5, 9, 3, 17, 20, 2, 31, 8], [7, 7, 4, 11, 30, 6, 1, 12]])
+
+
+class Detector(nn.Module):
+    """A user's class: constants, methods beside forward, and a branch on data."""
+
+    names = ("cat", "dog")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.stride = nn.Linear(32, 128), nn.Linear(128, 2), 8
+        self.bare = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            return x
+        return self.b(self.a(x.to(self.a.weight.dtype) @ self.bare).relu())
+
+    def predict(self, x: Tensor) -> list[str]:
+        return [self.names[int(i)] for i in self(x).argmax(1)]
+
+
+def detector(**options: object) -> tuple[Detector, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Detector().eval(), torch.randn(4, 32)
+    return model, dr.transform(model, (x,), form=LAYERS, rank=dr.Fixed(1), **options), x  # type: ignore[arg-type]
+
+
+def test_the_net_is_of_the_models_class_with_its_methods_in_every_phase() -> None:
+    model, net, x = detector()
+    assert type(net) is Detector
+    assert (net.names, net.stride) == (model.names, model.stride)
+    assert net.predict(x) == model.predict(x)
+    assert torch.equal(net(x), model(x))
+    assert net.state_dict().keys() == model.state_dict().keys()
+    dr.enter_(net, dr.Phase.LOW)
+    low = net(x)
+    small = dr.truncate(net)
+    assert type(small) is Detector
+    assert not any(type(module).__module__.startswith("dynrank_fx") for module in small.modules())
+    assert torch.equal(small(x), low)
+    assert small.predict(x) == net.predict(x)
+    assert [type(layer) for layer in small.a] == [nn.Linear, nn.Linear]
+    for each in (net, small):
+        assert torch.equal(copy.deepcopy(each)(x), low)
+        assert torch.equal(pickle.loads(pickle.dumps(each))(x), low)
+
+
+def test_a_weight_that_code_asks_for_its_dtype_keeps_that_once_truncated() -> None:
+    _, net, _ = detector()
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net)
+    assert (small.a.weight.dtype, small.a.weight.shape) == (torch.float32, (128, 32))
+    assert bool(small.a.weight.isnan().all()), "no values: nobody should take it for the weight"
+    assert not {name for name in small.state_dict() if name == "a.weight"}
+    assert small.double()(torch.randn(2, 32).double()).dtype is torch.float64
+
+
+def test_what_only_a_graph_reaches_is_listed_with_the_option_that_reaches_it() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.w = nn.Linear(16, 16), nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x @ self.w)
+
+    x = (torch.randn(2, 16),)
+    plan = dr.plan_of(dr.transform(Turned(), x, form=LAYERS, rank=dr.Fixed(2)))
+    assert [row.site.name for row in plan.sites] == ["fc.weight"]
+    assert {each.name: each.reason for each in plan.skipped} == {
+        "w": "only a graph reaches it: leave form=Form.LAYERS out to factor it"
+    }
+    assert len(dr.plan_of(dr.transform(Turned(), x, rank=dr.Fixed(2))).sites) == 2
+
+
+def test_a_graph_that_is_asked_for_a_method_names_the_form_that_has_it() -> None:
+    class Plain(nn.Sequential):
+        stride = 8
+
+        def predict(self) -> None: ...
+
+    net = dr.transform(Plain(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
+    for each in (net, copy.deepcopy(net)):
+        for name in ("predict", "stride"):
+            assert not hasattr(each, name)
+            with pytest.raises(AttributeError, match=rf"has no '{name}': transform\(\.\.\., form=dr.Form.LAYERS\)"):
+                getattr(each, name)
+        with pytest.raises(AttributeError, match="has no attribute 'other'"):
+            _ = each.other
+
+
+def test_the_roles_come_from_a_graph_beside() -> None:
+    class Convolutional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mid, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 20)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"scores": self.head(self.mid(self.stem(x).relu()).mean((2, 3)))}
+
+    plan = dr.plan_of(
+        dr.transform(Convolutional(), (torch.randn(2, 3, 12, 12),), form=LAYERS, rank=dr.Fixed(2), leave=tuple(dr.Role))
+    )
+    assert [row.site.name for row in plan.sites] == ["mid.weight"]
+    reasons = {each.name: each.reason for each in plan.skipped}
+    assert reasons == {"stem.weight": dr.Role.STEM.value, "head.weight": dr.Role.HEAD.value}
+
+
+def test_roles_that_nothing_tells_are_said_to_be_unknown() -> None:
+    with pytest.warns(dr.DynrankWarning, match="the roles of the weights are not known"):
+        detector(leave=(dr.Role.HEAD,))
+
+
+def test_a_shared_factor_is_refused_in_words() -> None:
+    with pytest.raises(dr.PlanError, match="to share a factor takes a graph"):
+        detector(share_inputs=True)
+
+
+def test_it_is_saved_loaded_compressed_and_exported(tmp_path: Path) -> None:
+    model, net, x = detector()
+    dr.enter_(net, dr.Phase.LOW)
+    dr.save(net, tmp_path / "net")
+    again = dr.load(tmp_path / "net", Detector(), (x,))
+    assert type(again) is Detector
+    assert torch.equal(again.eval()(x), net(x))
+    deep = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    small = dr.compress(deep, (x,), dr.Budget(params=0.5), [x], form=LAYERS)
+    assert type(small.module) is nn.Sequential
+    assert all(layer.right.out_features < 32 for layer in small.module)
+    report = dr.export_onnx(small.module, (x,), tmp_path / "small.onnx")
+    assert report.params == sum(p.numel() for p in small.module.parameters())
+    assert type(model) is Detector
+
+
+def test_the_weights_may_stay_the_models_own() -> None:
+    model, net, x = detector(copy=False)
+    assert net.a._parameters["weight"] is model.a.weight
+    assert torch.equal(net(x), model(x))
+
+
+# Models that people have
+
+
+def transformer(name: str) -> nn.Module:
+    import schemas  # noqa: F401 (torchvision's operators, which transformers may ask for)
+    import transformers as hf
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    wide = {**small, "intermediate_size": 64}
+    grouped = {**wide, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    ends = {"bos_token_id": 1, "eos_token_id": 39, "pad_token_id": 0}
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "gpt2": lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=2, **ends)
+        ),
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**grouped, **ends)),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**grouped, **ends, tie_word_embeddings=True)),
+        "t5": lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(
+                vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
+            )
+        ),
+        "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**wide, max_position_embeddings=64)),
+    }
+    return makers[name]().eval()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Hugging Face's own warnings are none of ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="transformers")
+        yield
+
+
+def generated(model: nn.Module, **settings: bool) -> Tensor:
+    tokens: Tensor = model.generate(  # type: ignore[operator]
+        IDS[:1, :4], attention_mask=torch.ones(1, 4), max_new_tokens=6, do_sample=False, **settings
+    )
+    return tokens
+
+
+GENERATES = ("gpt2", "llama", "qwen2", "t5")
+
+
+@pytest.mark.parametrize("name", [*GENERATES, "bert"])
+def test_a_default_config_generates_and_computes_as_the_model_does(name: str, tmp_path: Path) -> None:
+    model, example = transformer(name), {"input_ids": IDS, "labels": IDS.clone()}
+    net = dr.transform(model, example, form=LAYERS, rank=dr.Ratio(0.25)).eval()
+    assert type(net) is type(model)
+    assert not dr.plan_of(net).skipped
+    ours, theirs = net(**example), model(**example)
+    assert type(ours) is type(theirs)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.loss, theirs.loss)
+    unlabelled = {"input_ids": IDS} if name != "t5" else {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
+    assert torch.equal(net(**unlabelled).logits, model(**unlabelled).logits)
+    net.save_pretrained(tmp_path)  # type: ignore[operator]
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(**example).logits, theirs.logits)  # type: ignore[attr-defined]
+    if name in GENERATES:
+        for cached in (True, False):
+            assert torch.equal(generated(net, use_cache=cached), generated(model, use_cache=cached))
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net)
+    assert type(small) is type(model)
+    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in net.parameters())
+    torch.testing.assert_close(small(**example).logits, net(**example).logits)
+    if name in GENERATES:
+        assert torch.equal(generated(small, use_cache=True), generated(net, use_cache=False))
+    for each in (net, small):  # tied factors are written once
+        each.save_pretrained(tmp_path)  # type: ignore[operator]
+
+
+def test_activation_checkpoints_and_other_attention_work_in_every_phase() -> None:
+    model, example = transformer("llama"), {"input_ids": IDS, "labels": IDS.clone()}
+    net = dr.transform(model, example, form=LAYERS, rank=dr.Ratio(0.25)).train()
+    for phase in (dr.Phase.FULL, dr.Phase.LOW):
+        dr.enter_(net, phase)
+        gradients = []
+        for checkpoints in (False, True):
+            net.zero_grad()
+            if checkpoints:
+                net.gradient_checkpointing_enable()  # type: ignore[operator]
+            net(**example).loss.backward()
+            gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+        net.gradient_checkpointing_disable()  # type: ignore[operator]
+        assert all(map(torch.equal, *gradients))
+        eager = net.eval()(**example).logits
+        net.set_attn_implementation("eager")  # type: ignore[operator]
+        torch.testing.assert_close(net(**example).logits, eager)
+        net.set_attn_implementation("sdpa")  # type: ignore[operator]
+        net.zero_grad()
+        net.train()
+
+
+def test_a_timm_model_keeps_its_methods() -> None:
+    import schemas  # noqa: F401
+    import timm
+
+    torch.manual_seed(0)
+    model, x = timm.create_model("test_vit", num_classes=7).eval(), torch.randn(2, 3, 160, 160)
+    net = dr.transform(model, (x,), form=LAYERS, rank=dr.Ratio(0.25), exclude=["head.weight"]).eval()
+    assert torch.equal(net.forward_features(x), model.forward_features(x))  # type: ignore[operator]
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net)
+    torch.testing.assert_close(small.forward_features(x), net.forward_features(x))  # type: ignore[operator]
+    small.reset_classifier(3)  # type: ignore[operator]
+    assert small(x).shape == (2, 3)
