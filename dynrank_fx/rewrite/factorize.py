@@ -12,6 +12,7 @@ from ..errors import PlanError
 from ..ops import Op, module_op
 from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, input_of, locate, why_not
 from ..tracing import Net, drop_dead_reads, regions, set_submodule
+from .loading import follows_states_
 from .meta import set_plan, specialize_
 from .switched import STEM, Switched
 
@@ -62,6 +63,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
             drop_dead_reads(graph, {view for matrix in located.values() for use in matrix.uses for view in use.views})
         region.net.refresh()
     set_plan(net, plan)
+    follows_states_(net)
     specialize_(net)
 
 

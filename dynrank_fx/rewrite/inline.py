@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..errors import PlanError
 from ..phase import Phase
 from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, set_submodule, unwrap
+from .loading import forget_states_
 from .switched import STEM, Switched
 
 
@@ -47,6 +48,7 @@ def inline_(net: nn.Module) -> nn.Module:
             set_submodule(net, name, plain)
     _open_untraced_sites(net)
     forget_meta(net)
+    forget_states_(net)
     return net
 
 
