@@ -196,9 +196,9 @@ def replan_(
     set_plan(root, plan)
     specialize_(root)
     for copy in copies:
-        for module in copy.modules():
-            if is_captured(module) and "dynrank" in meta_of(module):
-                set_plan(module, plan)
+        for part in copy.modules():
+            if is_captured(part) and "dynrank" in meta_of(part):
+                set_plan(part, plan)
         specialize_(copy)
     return transition
 

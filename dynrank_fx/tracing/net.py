@@ -119,7 +119,7 @@ class Net(fx.GraphModule):
         twin.specialize(self.setting)
         return twin
 
-    def __reduce__(self) -> tuple[object, ...]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[object, ...]:
         """For pickle: the module tree, the graphs, and then what may hold the net itself."""
         root, data = nn.Module(), {id(graph): graph_to_data(graph) for graph in self.graphs.values()}
         for name in _TREE:

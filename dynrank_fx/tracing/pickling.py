@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import pickle
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,8 +16,9 @@ from torch.fx.node import Argument, Target, _get_qualified_name, map_aggregate
 
 from ..aliases import Function
 
-GraphData: TypeAlias = tuple[list[tuple[Any, ...]], object]
-"""A row (op, name, target, args, kwargs) for each node, in order, and what makes the code around them."""
+GraphData: TypeAlias = tuple[list[tuple[Any, ...]], bytes]
+"""A row (op, name, target, args, kwargs) for each node, in order, and what makes the code around them,
+pickled."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ def graph_to_data(graph: fx.Graph) -> GraphData:
         (node.op, node.name, _named(node.target), map_aggregate(node.args, plain), map_aggregate(node.kwargs, plain))
         for node in graph.nodes
     ]
-    return rows, graph._codegen
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch about its own TreeSpec
+        return rows, pickle.dumps(graph._codegen)
 
 
 def graph_from_data(data: GraphData) -> fx.Graph:
@@ -57,7 +61,8 @@ def graph_from_data(data: GraphData) -> fx.Graph:
         function = _function(target.name) if isinstance(target, _Named) else target
         given = map_aggregate(args, real), map_aggregate(kwargs, real)
         nodes[name] = graph.create_node(op, function, *given, name=name)  # type: ignore[arg-type]
-    graph._codegen = codegen  # type: ignore[assignment]
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        graph._codegen = pickle.loads(codegen)
     return graph
 
 
