@@ -25,6 +25,7 @@ from ..layouts import Factors, Layout, TwoFactors
 from ..phase import Phase
 from ..rewrite import Switched, switched_modules
 
+_STEPS = 50  # of conjugate gradients, for one factor of Tucker or CP
 _LITTLE = 1e-6  # λ, in parts of the largest entry on the diagonal of A Aᵀ
 
 
@@ -65,9 +66,8 @@ def sites_of_average(average: nn.Module, net: nn.Module) -> dict[str, list[Switc
 
 @torch.no_grad()
 def near(layout: Layout, factors: Factors, weight: Tensor) -> Factors:
-    """Factors of an average, near those of the net, for its dense weight: one sweep of alternating least squares.
-
-    Where there are more than two, the outer ones are fitted and the others are the net's.
+    """Factors of an average, near those of the net, for its dense weight: one sweep of alternating least squares, the
+    core of Tucker and the kernels of CP before the outer factors.
     """
     W, exact = weight.double(), tuple(factor.to(weight.device, torch.float64) for factor in factors)
     if isinstance(layout, TwoFactors):
@@ -76,13 +76,9 @@ def near(layout: Layout, factors: Factors, weight: Tensor) -> Factors:
         A = _fitted(X.mT, A.mT, B.mT).mT
         new = layout.from_matrices((B, A), tuple(weight.shape))
     else:
-        left, *inner, right = exact
-        r, s = left.shape[1], right.shape[0]
-        T = layout.join((_identity(r, left), *inner, right)).flatten(1)
-        left = _fitted(W.flatten(1), left.flatten(1), T).reshape(left.shape)
-        T = layout.join((left, *inner, _identity(s, right))).transpose(0, 1).flatten(1)
-        fitted = _fitted(W.transpose(0, 1).flatten(1), right.flatten(1).mT, T)
-        new = (left, *inner, fitted.mT.reshape(right.shape))
+        new = exact
+        for index in (*range(1, len(exact) - 1), 0, len(exact) - 1):
+            new = _stepped(layout, new, W, index)
     return tuple(factor.to(weight.dtype).contiguous() for factor in new)
 
 
@@ -95,10 +91,25 @@ def _fitted(W: Tensor, L: Tensor, T: Tensor) -> Tensor:
     return moved
 
 
-def _identity(size: int, like: Tensor) -> Tensor:
-    """A factor that leaves the others as they are."""
-    eye = torch.eye(size, dtype=like.dtype, device=like.device)
-    return eye.reshape(size, size, *(1 for _ in like.shape[2:]))
+def _stepped(layout: Layout, factors: Factors, W: Tensor, index: int) -> Factors:
+    """The factors with one of them fitted, by conjugate gradients (CGLS) from where it is."""
+
+    def at(factor: Tensor) -> Factors:
+        return (*factors[:index], factor, *factors[index + 1 :])
+
+    residual, delta = W - layout.join(factors), torch.zeros_like(factors[index])
+    slope = layout.pulled_back(factors, residual)[index]
+    direction, size = slope, slope.square().sum()
+    enough = _LITTLE**2 * size
+    for _ in range(_STEPS):
+        if size <= enough:
+            break
+        image = layout.join(at(direction))
+        length = size / image.square().sum()
+        delta, residual = delta + length * direction, residual - length * image
+        slope = layout.pulled_back(factors, residual)[index]
+        direction, size = slope + slope.square().sum() / size * direction, slope.square().sum()
+    return at(factors[index] + delta)
 
 
 @torch.no_grad()

@@ -243,7 +243,9 @@ def _moved(
     beta1, beta2 = (float(beta) for beta in group["betas"]) if "step" in states[0] and "betas" in group else (0.0, 0.0)
     if kept is not None and kept.size:
         beta2 = 0.0
-    correct1, correct2 = ([1 - beta ** float(state.get("step", 1)) for state in states] for beta in (beta1, beta2))
+    steps = [float(state.get("step", 1)) for state in states]
+    # At step 0 (Adagrad before its first, a fused step that a GradScaler took back) there is nothing to correct.
+    correct1, correct2 = ([1 - beta**step or 1.0 for step in steps] for beta in (beta1, beta2))
     new: list[State] = [{key: _clone(value) for key, value in states[0].items() if key not in _MOMENTS} for _ in like]
     m: tuple[Tensor, ...] = ()
     if "first" in states[0]:

@@ -17,7 +17,9 @@ X = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
 
 def made(**choices: object) -> nn.Module:
     torch.manual_seed(0)
-    return dr.transform(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)), (X,), rank=dr.Fixed(2), **choices)
+    return dr.transform(
+        nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)), (X,), rank=dr.Fixed(2), **choices
+    )
 
 
 def loss(net: nn.Module, x: Tensor = X) -> Tensor:
