@@ -1,7 +1,10 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
+from .averages import copy_factors_
 from .carry import Carry, checked_carry
 from .checkpoint import how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
+from .gradients import forget_steps, note_steps
+from .groups import Optimizers, optimizers_in
 from .init import randomize_
 from .rerank import LatencyOf, RankUnit, rank_units, reranked
 from .setting import phases_in
@@ -10,13 +13,18 @@ from .transition import Transition, enter_, phases_of, replan_
 __all__ = [
     "Carry",
     "LatencyOf",
+    "Optimizers",
     "RankUnit",
     "Transition",
     "checked_carry",
+    "copy_factors_",
     "enter_",
+    "forget_steps",
     "how_in",
     "info_of",
     "load",
+    "note_steps",
+    "optimizers_in",
     "phases_in",
     "phases_of",
     "randomize_",

@@ -15,10 +15,9 @@ from ..aliases import JsonObject
 from ..errors import PlanError, StoreError
 from ..phase import Phase
 from ..plan import Plan, fit_plan
-from ..rewrite import factorize_, inline_, plan_of, specialize_, switched_modules
+from ..rewrite import factorize_, in_format_of, inline_, plan_of, specialize_, switched_modules
 from ..tracing import Capture, ExampleInputs, capture, is_captured, meta_of, shell, unwrap
 from .replace import parameters_of, replace_parameters
-from .values import in_format_of
 
 _PLAN, _WEIGHTS, _GRAPH = "plan.json", "weights.safetensors", "graph.txt"
 _FILES = frozenset({_PLAN, _WEIGHTS, _GRAPH})

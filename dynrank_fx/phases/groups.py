@@ -15,6 +15,25 @@ from ..aliases import Group
 State: TypeAlias = dict[str, Any]
 """What an optimizer keeps of a parameter: tensors and numbers, under names of its own."""
 
+Optimizers: TypeAlias = Optimizer | Sequence[Optimizer]
+"""One optimizer, or several that share the parameters of a net among them."""
+
+
+def optimizers_in(given: Optimizers | None) -> tuple[Optimizer, ...]:
+    """torch's own optimizers in what a caller gave: Accelerate's and Lightning's wrappers hold one as ``optimizer``."""
+    several = () if given is None else given if isinstance(given, Sequence) else (given,)
+    inner = [(each, getattr(each, "optimizer", None)) for each in several]
+    return tuple(own if isinstance(own, Optimizer) else each for each, own in inner)
+
+
+def holder_of(optimizers: Sequence[Optimizer], parameters: Sequence[Parameter]) -> Optimizer | None:
+    """The optimizer that trains the first of these parameters that any of them trains, or None."""
+    for parameter in parameters:
+        for optimizer in optimizers:
+            if place_of(optimizer, parameter) is not None:
+                return optimizer
+    return None
+
 
 def group_of(optimizer: Optimizer, parameter: Parameter) -> Group | None:
     """The parameter group that trains this parameter, or None."""

@@ -25,15 +25,10 @@ def parameters_of(module: Switched) -> tuple[Parameter, ...]:
     return tuple(p for p in parameters if p is not None)
 
 
-def refuse_parameter(name: str, parameter: Parameter) -> None:
-    """Raise TransitionError for a parameter that is sharded or has a pending gradient."""
+def refuse_sharded(name: str, parameter: Parameter) -> None:
+    """Raise TransitionError for a parameter that is sharded over devices."""
     if isinstance(parameter, torch.distributed.tensor.DTensor) if torch.distributed.is_available() else False:
         raise TransitionError(f"{name} is a DTensor, sharded over devices: gather it, switch, and shard it again")
-    if parameter.grad is not None:
-        raise TransitionError(
-            f"{name} has a pending gradient, which the switch would lose: step the optimizer, then "
-            f"optimizer.zero_grad()"
-        )
 
 
 def replace_parameters(
@@ -46,26 +41,26 @@ def replace_parameters(
 ) -> None:
     """The one place where parameters change: in every module of the site, and in the optimizer.
 
-    new: the parameters of ``phase`` by name. states: their optimizer states, in the same order. base: that of an
-    ADAPTOR. Raises TransitionError for a DTensor or a pending gradient.
+    new: the parameters of ``phase`` by name. optimizer: the one that trains the old ones. states: its states of the new
+    ones, in the same order. base: that of an ADAPTOR. Raises TransitionError for a DTensor.
     """
     old = parameters_of(modules[0])
     for parameter in old:
-        refuse_parameter(modules[0].site, parameter)
+        refuse_sharded(modules[0].site, parameter)
     for module in modules:
-        for name in ("weight", *module.layout.factor_names):
-            module._parameters[name] = new.get(name)
-        module._buffers["base"] = base
-        module.phase = int(phase)
+        module.hold(phase, new, base)
     if optimizer is not None:
         swap_parameters(optimizer, old, list(new.values()), states, list(new))
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What one site had before its switch, the values apart. places: (group, index, name) of each in the optimizer."""
+    """What one site had before its switch, the values apart. optimizer: the one that trained it. places: (group, index,
+    name) of each there.
+    """
 
     modules: Sequence[Switched]
+    optimizer: Optimizer | None
     phase: int
     rank: int
     old: list[weakref.ref[Parameter]]
@@ -74,24 +69,31 @@ class _Entry:
 
 
 class Journal:
-    """What every replaced parameter and its optimizer state held, in a temporary folder, until all sites have changed.
+    """What every replaced parameter, its pending gradient and its optimizer state held, in a temporary folder, until
+    all sites have changed, those of averages too.
 
     In memory it would double the peak of a switch. Leaving the ``with`` block by an exception puts everything back:
     into the same Parameter objects where somebody still holds them, and in the same places of the optimizer's groups.
     """
 
-    def __init__(self, optimizer: Optimizer | None) -> None:
-        self.optimizer = optimizer
+    def __init__(self) -> None:
         self.entries: list[_Entry] = []
         self.folder = tempfile.TemporaryDirectory(prefix="dynrank-", ignore_cleanup_errors=True)
 
     def __enter__(self) -> Journal:
         return self
 
-    def keep(self, modules: Sequence[Switched], old: tuple[Parameter, ...]) -> None:
+    def keep(
+        self,
+        modules: Sequence[Switched],
+        old: tuple[Parameter, ...],
+        optimizer: Optimizer | None,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
         """Note a site that is about to change. Raises OSError where the disk has no room."""
-        states = [dict(self.optimizer.state.get(p, {})) if self.optimizer else {} for p in old]
-        record = {"values": [p.detach() for p in old], "states": states, "base": modules[0]._buffers["base"]}
+        states = [dict(optimizer.state.get(p, {})) if optimizer else {} for p in old]
+        values, base = [p.detach() for p in old], modules[0]._buffers["base"]
+        record = {"values": values, "gradients": list(gradients), "states": states, "base": base}
         try:
             torch.save(record, self._path(len(self.entries)))
         except RuntimeError as error:  # what torch makes of a full disk
@@ -99,8 +101,8 @@ class Journal:
                 raise
             raise OSError(f"{self.folder.name} cannot be written to, its disk may be full") from error
         refs, grads = [weakref.ref(p) for p in old], [p.requires_grad for p in old]
-        places = [place_of(self.optimizer, p) if self.optimizer else None for p in old]
-        self.entries.append(_Entry(modules, modules[0].phase, modules[0].rank, refs, grads, places))
+        places = [place_of(optimizer, p) if optimizer else None for p in old]
+        self.entries.append(_Entry(modules, optimizer, modules[0].phase, modules[0].rank, refs, grads, places))
 
     def _path(self, index: int) -> Path:
         return Path(self.folder.name) / f"{index}.pt"
@@ -115,13 +117,17 @@ class Journal:
 
     def _undo(self, entry: _Entry, record: State) -> None:
         old: list[Parameter] = []
-        for ref, value, grad in zip(entry.old, record["values"], entry.requires_grad, strict=True):
+        kept = zip(entry.old, record["values"], record["gradients"], entry.requires_grad, strict=True)
+        for ref, value, gradient, grad in kept:
             alive = ref()
-            old.append(Parameter(value, requires_grad=grad) if alive is None else alive)
+            if alive is None:
+                alive = Parameter(value, requires_grad=grad)
+                alive.grad = gradient
+            old.append(alive)
         for module in entry.modules:
             module.rank = entry.rank
         names = entry.modules[0].names_in(Phase(entry.phase))
         new, states = dict(zip(names, old, strict=True)), record["states"]
-        replace_parameters(entry.modules, Phase(entry.phase), new, self.optimizer, states, record["base"])
-        if self.optimizer is not None:
-            put_back(self.optimizer, old, record["states"], entry.places)
+        replace_parameters(entry.modules, Phase(entry.phase), new, entry.optimizer, states, record["base"])
+        if entry.optimizer is not None:
+            put_back(entry.optimizer, old, record["states"], entry.places)

@@ -7,12 +7,11 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..layouts import Factors, Layout
 from ..rewrite import Switched
-from .carry import moved_to_dense, moved_to_factors, unstacked_state
+from .carry import moved_to_dense, moved_to_factors, unstacked_state, written_states
 from .groups import State
 from .replace import parameters_of
 
@@ -44,8 +43,11 @@ def factors_of(
         states = moved_to_factors(optimizer, [parameters_of(m)[0] for m in firsts], factors, layout)
     left, *others = factors
     lefts = left.split(sizes) if len(sizes) > 1 else [left]
-    new = [[value] for value in zip(lefts, unstacked_state(states[0], sizes), strict=True)]
-    new[0] += zip(others, states[1:], strict=True)
+    of_lefts, of_others = unstacked_state(states[0], sizes), states[1:]
+    if optimizer is not None:
+        of_lefts, of_others = written_states(optimizer, of_lefts), written_states(optimizer, of_others)
+    new = [[value] for value in zip(lefts, of_lefts, strict=True)]
+    new[0] += zip(others, of_others, strict=True)
     return new
 
 
@@ -56,24 +58,5 @@ def dense_of(firsts: Sequence[Switched], weights: list[Tensor], optimizer: Optim
         lefts, others = [module.factors[0] for module in firsts], firsts[0].factors[1:]
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
         (state,) = moved_to_dense(optimizer, lefts, others, stacked, firsts[0].layout)
-        states = unstacked_state(state, sizes)
+        states = written_states(optimizer, unstacked_state(state, sizes))
     return [[value] for value in zip(weights, states, strict=True)]
-
-
-def in_format_of(value: Tensor, old: Sequence[Parameter]) -> Tensor:
-    """In the memory format of the parameters it replaces (channels_last stays so), with the strides of a new tensor.
-
-    ``contiguous`` alone leaves any strides to axes of one entry: by those torch chooses its kernels, and torch.compile
-    would take the parameter for one that it has not seen.
-    """
-    last = value.ndim == 4 and any(_is_channels_last(parameter) for parameter in old)
-    layout = torch.channels_last if last else torch.contiguous_format
-    if value.stride() == torch.empty(value.shape, device="meta", memory_format=layout).stride():
-        return value
-    return torch.empty_like(value, memory_format=layout).copy_(value)
-
-
-def _is_channels_last(parameter: Tensor) -> bool:
-    if parameter.ndim != 4 or parameter.stride() == torch.empty(parameter.shape, device="meta").stride():
-        return False
-    return parameter.is_contiguous(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 from .factorize import factorize, factorize_
 from .groups import SiteGroup, site_groups
 from .inline import holds_captured, inline, inline_
+from .memory_format import in_format_of
 from .meta import a_twin, plan_of, set_plan, specialize_
 from .switched import STEM, Switched, switched_modules
 from .transform import transform
@@ -15,6 +16,7 @@ __all__ = [
     "factorize",
     "factorize_",
     "holds_captured",
+    "in_format_of",
     "inline",
     "inline_",
     "plan_of",

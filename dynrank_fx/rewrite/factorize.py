@@ -13,6 +13,7 @@ from ..layouts import LAYOUTS
 from ..ops import Op, module_op
 from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, input_of, locate, why_not
 from ..tracing import Net, drop_dead_reads, regions, set_submodule
+from .loading import follows_states_
 from .meta import set_plan, specialize_
 from .switched import STEM, Switched
 
@@ -65,6 +66,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
         region.net.refresh()
     _tell_ties(net)
     set_plan(net, plan)
+    follows_states_(net)
     specialize_(net)
 
 

@@ -14,6 +14,7 @@ from ..errors import PlanError
 from ..phase import Phase
 from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, meta_of, set_submodule, unwrap
 from .layers import as_layers_, as_sequence
+from .loading import forget_states_
 from .switched import STEM, Switched
 
 
@@ -59,6 +60,7 @@ def inline_(net: nn.Module, *, layers: bool = False) -> nn.Module:
     if layers:
         _outline_weights(net, asked)
     forget_meta(net)
+    forget_states_(net)
     return net
 
 

@@ -5,7 +5,8 @@ Several modules may belong to one site: tied weights stay tied as in plain torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Never
 
 from torch import Tensor, nn
 
@@ -95,6 +96,13 @@ class Switched(nn.Module):
         scale = self.scale * (getattr(op, "alpha", 1) if bias is not None else 1)
         return self.ops[use](dense, read("base"), bias, at) + scale * op(x, read(name), None, at)
 
+    def hold(self, phase: Phase, new: Mapping[str, nn.Parameter], base: Tensor | None = None) -> None:
+        """Be in a phase, with these parameters of it by name and the base of an ADAPTOR."""
+        for name in ("weight", *self.layout.factor_names):
+            self._parameters[name] = new.get(name)
+        self._buffers["base"] = base
+        self.phase = int(phase)
+
     def share_right(self, names: tuple[str, ...], owner: Switched) -> None:
         """Become one of the sites that share the owner's ``right``."""
         self.sharing, self.owner = names, () if owner is self else (owner,)
@@ -170,6 +178,12 @@ class Switched(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bare and prefix + "weight" in destination:
             destination[prefix.removesuffix(".")] = destination.pop(prefix + "weight")
+
+    def _replicate_for_data_parallel(self) -> Never:
+        raise TransitionError(
+            "DataParallel copies a module for every batch, which a site does not allow: use "
+            "DistributedDataParallel, or one device"
+        )
 
     def spectrum(self) -> Tensor:
         """Singular values per group [g, k] in float64 of the weight that the site stands for."""

@@ -7,13 +7,14 @@ import copy
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Never, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..aliases import Output, StateDict
 from ..errors import CaptureError
+from .pickling import GraphData, graph_from_data, graph_to_data
 
 Forward: TypeAlias = Callable[..., Output]
 
@@ -125,11 +126,46 @@ class Net(fx.GraphModule):
         memo[id(self)] = twin
         twin.__class__.__name__ = type(self).__name__
         twin.meta = copy.deepcopy(self.meta, memo)
+        vars(twin).update(copy.deepcopy(self._hooks(), memo))
         twin.specialize(self.setting)
         return twin
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For pickle: the module tree, the graphs, and then what may hold the net itself."""
+        root, data = nn.Module(), {id(graph): graph_to_data(graph) for graph in self.graphs.values()}
+        for name in _TREE:
+            vars(root)[name] = vars(self)[name]
+        graphs = tuple(data[id(self.graphs[mode])] for mode in (True, False))
+        values = (root, graphs, self.fixed_mode, self.setting, type(self).__name__)
+        return _unpickled, values, {"meta": self.meta, **self._hooks()}
+
+    def _hooks(self) -> StateDict:
+        """The hooks that were registered, as in every module of torch."""
+        return {name: value for name, value in vars(self).items() if name in _HOOKS and value}
+
+    def _replicate_for_data_parallel(self) -> Never:
+        raise CaptureError(
+            "DataParallel copies a module for every batch, which a captured net does not allow: use "
+            "DistributedDataParallel, or one device"
+        )
+
     def __copy__(self) -> Net:
         raise CaptureError("a shallow copy would share its switches with the original; use copy.deepcopy")
+
+
+_TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
+
+
+def _unpickled(
+    root: nn.Module, graphs: tuple[GraphData, GraphData], fixed_mode: bool, setting: Hashable, name: str
+) -> Net:
+    train = graph_from_data(graphs[0])
+    other = None if graphs[1] is graphs[0] else graph_from_data(graphs[1])
+    net = Net(root, train, other, fixed_mode=fixed_mode)
+    type(net).__name__ = name
+    net.specialize(setting)
+    return net
 
 
 def finished(
@@ -152,7 +188,7 @@ def finished(
 def copy_tree(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
     """A bare module with a copy of the parameters, buffers and submodules, ties kept."""
     root, memo = nn.Module(), {} if memo is None else memo
-    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"):
+    for name in _TREE:
         vars(root)[name] = copy.deepcopy(vars(module)[name], memo)
     return root
 

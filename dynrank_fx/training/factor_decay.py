@@ -8,6 +8,7 @@ at λ, to first order. Decaying the product, that is λ/2 · ‖BA‖_F² with t
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..checks import names_of
 from ..errors import TransitionError
 from ..layouts import TwoFactors
 from ..phase import Phase
+from ..phases import Optimizers, optimizers_in
 from ..rewrite import Switched, holds_captured, switched_modules
 from ..tracing import unwrap
 
@@ -49,19 +51,19 @@ class FactorDecay:
 
     Args:
         net: What ``transform`` made.
-        optimizer: The optimizer over its parameters.
+        optimizers: The optimizers over its parameters.
         decay: What decays.
         decoupled: Whether the optimizer decays weights beside its step; None where that is known of it.
     """
 
-    def __init__(self, net: nn.Module, optimizer: Optimizer, decay: Decay, decoupled: bool | None) -> None:
+    def __init__(self, net: nn.Module, optimizers: Sequence[Optimizer], decay: Decay, decoupled: bool | None) -> None:
         self.decay, self.decoupled = decay, decoupled
         self._sites = [modules[0] for modules in switched_modules(net).values()]
         self._pending: list[tuple[Parameter, Group, float, Tensor]] = []
-        self._handles: tuple[RemovableHandle, ...] = ()
-        if decay is not Decay.EACH:
-            pre, post = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
-            self._handles = (pre(self._before), post(self._after))
+        self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers if decay is not Decay.EACH else ():
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def __enter__(self) -> FactorDecay:
         return self
@@ -162,7 +164,7 @@ def checked_decay(decay: Decay) -> Decay:
 
 
 def factor_decay_(
-    net: nn.Module, optimizer: Optimizer, decay: Decay = Decay.PRODUCT, *, decoupled: bool | None = None
+    net: nn.Module, optimizer: Optimizers, decay: Decay = Decay.PRODUCT, *, decoupled: bool | None = None
 ) -> FactorDecay:
     """Let the product of the factors decay in LOW, at the rate of their parameter group, and not each of them.
 
@@ -172,7 +174,7 @@ def factor_decay_(
 
     Args:
         net: What ``transform`` made.
-        optimizer: The optimizer over its parameters.
+        optimizer: The optimizer over its parameters, or all of them.
         decay: What decays; see ``Decay``.
         decoupled: Whether the optimizer decays weights beside its step, as AdamW does, or through the gradient, as SGD
             does; None for torch's own optimizers, of which it is known.
@@ -189,9 +191,11 @@ def factor_decay_(
         raise TransitionError(f"decoupled is {decoupled!r}: give True (as AdamW), False (as SGD) or None")
     if not holds_captured(unwrap(net)):
         raise TransitionError(f"{type(net).__name__} has no factors to decay: give what transform made of it")
-    if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(optimizer):
-        raise TransitionError(
-            f"how {type(optimizer).__name__} decays weights is not known: say decoupled=True (beside the step, as "
-            "AdamW) or decoupled=False (through the gradient, as SGD)"
-        )
-    return FactorDecay(net, optimizer, decay, decoupled)
+    optimizers = optimizers_in(optimizer)
+    for each in optimizers:
+        if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(each):
+            raise TransitionError(
+                f"how {type(each).__name__} decays weights is not known: say decoupled=True (beside the step, as "
+                "AdamW) or decoupled=False (through the gradient, as SGD)"
+            )
+    return FactorDecay(net, optimizers, decay, decoupled)

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from ..aliases import StateDict
 from ..layouts import Factors, Layout, at_least_float32, full_precision
 from ..phase import Phase
-from ..phases import phases_in
+from ..phases import Optimizers, optimizers_in, phases_in
 from ..rewrite import SiteGroup, site_groups
 from ..schedules import Schedule, TrainState
 
@@ -38,7 +38,7 @@ class Landing:
 
     Args:
         net: What ``transform`` made.
-        optimizer: The optimizer over its parameters.
+        optimizer: The optimizer over its parameters, or all of them: a weight is prepared after the steps of its own.
         every: Steps from one application to the next.
 
     Attributes:
@@ -46,15 +46,18 @@ class Landing:
         left: Steps of FULL until the cut, by site.
     """
 
-    def __init__(self, net: nn.Module, optimizer: Optimizer, every: int = EVERY) -> None:
+    def __init__(self, net: nn.Module, optimizer: Optimizers, every: int = EVERY) -> None:
         self._groups = site_groups(net)
         self.every, self.left = every, dict[str, int]()
         self.bases: dict[str, Factors] = {}
-        self._handle = optimizer.register_step_post_hook(self._after)
+        optimizers = optimizers_in(optimizer)
+        self._several = len(optimizers) > 1
+        self._handles = [each.register_step_post_hook(self._after) for each in optimizers]
 
     def remove(self) -> None:
         """Leave the weights to the optimizer again."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def state(self) -> StateDict:
         """What a checkpoint needs: steps left and bases by site."""
@@ -72,9 +75,12 @@ class Landing:
         self.bases = {site: basis for site, basis in self.bases.items() if site in self.left}
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if self._several else None
         for group in self._groups:
             left = self.left.get(group.name, 0)
             if left <= 0 or group.owner.phase != int(Phase.FULL):
+                continue
+            if held is not None and id(group.owner._parameters["weight"]) not in held:
                 continue
             self.left[group.name] = left - 1
             if (left - 1) % self.every == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,19 @@ from ..aliases import StateDict
 from ..checks import check_epochs, check_schedule, is_whole
 from ..errors import ScheduleError, StoreError
 from ..phase import Phase, summary
-from ..phases import Transition, enter_, phases_in, phases_of, randomize_, replan_
+from ..phases import (
+    Optimizers,
+    Transition,
+    copy_factors_,
+    enter_,
+    forget_steps,
+    note_steps,
+    optimizers_in,
+    phases_in,
+    phases_of,
+    randomize_,
+    replan_,
+)
 from ..rewrite import plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import unwrap
@@ -34,12 +46,14 @@ class Phases:
 
     Args:
         net: What ``transform`` made.
-        optimizer: The optimizer over its parameters.
+        optimizer: The optimizer over its parameters, or all of them; the schedule is told the learning rate of the
+            first.
         schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
         epochs: How many epochs the run has.
         lr_scheduler: The learning-rate scheduler; with it a schedule like ``auto`` knows the learning rates to come.
         steps: Optimizer steps of an epoch; ``landing`` needs them.
         lr_every_step: Whether the scheduler is stepped after every optimizer step, and not after every epoch.
+        averages: What averages the net's weights (``AveragedModel``, ``ModelEmaV3``, a copy), to be brought along.
         settings: How phases are entered and left, see ``PhaseSettings``; by default its defaults.
         **choices: Fields of ``PhaseSettings`` that are chosen otherwise: ``carry``, ``rewarm``, ``decay``,
             ``random_init``, ``landing``, ``spectra``.
@@ -57,13 +71,14 @@ class Phases:
     def __init__(
         self,
         net: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizers,
         schedule: Schedule,
         epochs: int,
         lr_scheduler: LRScheduler | None = None,
         *,
         steps: int | None = None,
         lr_every_step: bool = False,
+        averages: Sequence[object] = (),
         settings: PhaseSettings | None = None,
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
@@ -73,14 +88,18 @@ class Phases:
                 f"an epoch cannot have {steps!r} steps: give a whole number of 1 or more, or leave it out"
             )
         check_schedule(schedule)
-        self.net, self.optimizer, self.schedule, self.epochs = net, optimizer, schedule, epochs
+        self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
+        self.net, self.optimizer, self.schedule, self.epochs = net, self.optimizers[0], schedule, epochs
+        self.averages = tuple(averages)
         self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
         self.settings = replace(settings or PhaseSettings(), **choices)
-        self.decay = factor_decay_(net, optimizer, self.settings.decay)
-        self.landing = Landing(net, optimizer) if self.settings.landing else None
+        self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
+        self.landing = Landing(net, self.optimizers) if self.settings.landing else None
+        for each in self.optimizers:
+            note_steps(each)
         self.history: list[EpochRecord] = []
         self.transition = Transition(())
-        self._rewarm: Rewarm | None = None
+        self._rewarms: list[Rewarm] = []
 
     def begin(self, epoch: int) -> EpochRecord:
         """Bring the net into the phases of this epoch, and the optimizer along.
@@ -141,13 +160,16 @@ class Phases:
     def _enter(self, setting: Setting, epoch: int) -> None:
         """The switch itself, and what goes with it."""
         split = self.landing.split if self.landing is not None else None
-        self.transition = enter_(self.net, setting, self.optimizer, carry=self.settings.carry, split=split)
+        self.transition = enter_(
+            self.net, setting, self.optimizers, averages=self.averages, carry=self.settings.carry, split=split
+        )
         if self.settings.random_init and epoch == 0 and Phase.LOW in phases_of(self.net).values():
             randomize_(self.net)
+            copy_factors_(unwrap(self.net), self.averages)
         if self.transition and self.settings.rewarm and epoch > 0:
-            if self._rewarm is not None:
-                self._rewarm.stop()
-            self._rewarm = rewarm_(self.optimizer, self.settings.rewarm)
+            for rewarm in self._rewarms:
+                rewarm.stop()
+            self._rewarms = [rewarm_(each, self.settings.rewarm) for each in self.optimizers]
 
     def note(self, **figures: object) -> EpochRecord:
         """Add figures to the record of the epoch that was begun last.
@@ -177,7 +199,8 @@ class Phases:
         Returns:
             Plain values and tensors, for ``load_hooks_state``.
         """
-        rewarm = [self._rewarm.steps, self._rewarm.left] if self._rewarm is not None and self._rewarm.left else None
+        lefts = [rewarm.left for rewarm in self._rewarms]
+        rewarm = [self._rewarms[0].steps, *lefts] if any(lefts) else None
         return {"rewarm": rewarm, "landing": self.landing.state() if self.landing is not None else None}
 
     def load_hooks_state(self, state: StateDict) -> None:
@@ -187,7 +210,8 @@ class Phases:
             state: What ``hooks_state`` gave.
         """
         if state.get("rewarm"):
-            self._rewarm = Rewarm(self.optimizer, *state["rewarm"])
+            steps, *lefts = state["rewarm"]
+            self._rewarms = [Rewarm(each, steps, left) for each, left in zip(self.optimizers, lefts, strict=True)]
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 
@@ -218,8 +242,10 @@ class Phases:
         self.decay.remove()
         if self.landing is not None:
             self.landing.remove()
-        if self._rewarm is not None:
-            self._rewarm.stop()
+        for rewarm in self._rewarms:
+            rewarm.stop()
+        for each in self.optimizers:
+            forget_steps(each)
 
 
 def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Spectra]:

@@ -49,13 +49,13 @@ class Rewarm:
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._depth -= 1
-        if self._depth:
+        if self._depth or self.left <= 0:
             return
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.left -= 1
         if self.left <= 0:
-            self.stop()
+            self._handles[0].remove()  # not this hook itself: torch is walking through those that come after a step
 
     def stop(self) -> None:
         """Take the scaling off now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -235,3 +236,51 @@ def test_non_finite_weights_are_refused_and_nothing_is_switched(cell: Cell, phas
     with pytest.raises(dr.TransitionError, match="non-finite weights: nothing was switched"):
         dr.enter_(net, LOW if phase is FULL else FULL, optimizer)
     assert_same(snapshot(net, optimizer), before)
+
+
+@cells(every_day=CAPTURES)
+def test_a_net_is_pickled_in_every_phase_and_goes_on_as_the_same_net(cell: Cell) -> None:
+    net, x = cell.net(), cell.inputs()
+    for phase, then in ((FULL, LOW), (LOW, FULL), (ADAPTOR, LOW)):
+        dr.enter_(net, phase)
+        twin = pickle.loads(pickle.dumps(net))
+        assert type(twin).__name__ == type(net).__name__
+        assert dr.phases_of(twin) == dr.phases_of(net)
+        assert dr.plan_of(twin) == dr.plan_of(net)
+        assert ties(twin) == ties(net)
+        one, other = copy.deepcopy(net), twin
+        for mode in (True, False):
+            assert torch.equal(seeded(one.train(mode), x), seeded(other.train(mode), x))
+        dr.enter_(one, then)
+        dr.enter_(other, then)
+        assert torch.equal(seeded(one, x), seeded(other, x))
+
+
+@cells(every_day=CAPTURES)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_brings_the_net_into_the_phases_and_ranks_that_it_has(cell: Cell, strict: bool) -> None:
+    saved, x = cell.net(), cell.inputs()
+    ranks = {row.site.name: max(1, row.rank - 1) for row in dr.plan_of(saved).sites}
+    dr.replan_(saved, dr.plan_of(saved).with_ranks(ranks))
+    net = copy.deepcopy(cell.net())
+    first = cell.sites[0]
+    for setting in (LOW, FULL, {first: ADAPTOR}, ADAPTOR, {first: LOW}):
+        dr.enter_(saved, setting)
+        net.load_state_dict(saved.state_dict(), strict=strict)
+        assert dr.phases_of(net) == dr.phases_of(saved)
+        assert torch.equal(seeded(net, x), seeded(saved, x))
+        assert ties(net) == ties(saved)
+        held = {name: module[0].rank for name, module in switched_modules(net).items()}
+        low = {name for name, phase in dr.phases_of(net).items() if phase is not FULL}
+        for row in dr.plan_of(net).sites:
+            name = row.site.name
+            assert row.rank == held[name]
+            if name in low:
+                shapes = [tuple(p.shape) for p in switched_modules(net)[name][0].factors]
+                assert shapes == [tuple(p.shape) for p in switched_modules(saved)[name][0].factors]
+    twin = copy.deepcopy(net)
+    dr.enter_(saved, FULL)
+    twin.load_state_dict(saved.state_dict(), strict=strict)
+    assert set(dr.phases_of(twin).values()) == {FULL}
+    assert torch.equal(seeded(twin, x), seeded(saved, x))
+    assert set(dr.phases_of(net).values()) != {FULL}, "a copy loads for itself"

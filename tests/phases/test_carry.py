@@ -191,21 +191,130 @@ class TestAdam:
         assert mine.abs().max() <= 3.2 * lr  # (1 - β1) / √(1 - β2) is the bound of Adam itself
 
 
-@pytest.mark.parametrize("make", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax])
-def test_other_optimizers_are_reset_with_one_warning_that_names_them(make):
+class Lion(torch.optim.Optimizer):
+    """As in many packages (arXiv 2302.06675): one mean of gradients, and no counter."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99)):
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(group["lr"] * torch.lerp(p.grad, mean, beta1).sign())
+                mean.lerp_(p.grad, 1 - beta2)
+
+
+# What each keeps: linear in the gradients, quadratic, roots of such, and counters.
+OTHERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], str, str]] = {
+    "nadam": (lambda ps, lr: torch.optim.NAdam(ps, lr=lr), "exp_avg", "exp_avg_sq"),
+    "radam": (lambda ps, lr: torch.optim.RAdam(ps, lr=lr), "exp_avg", "exp_avg_sq"),
+    "adamax": (lambda ps, lr: torch.optim.Adamax(ps, lr=lr), "exp_avg", "exp_inf"),
+    "lion": (lambda ps, lr: Lion(ps, lr=lr), "exp_avg", ""),
+    "rmsprop": (lambda ps, lr: torch.optim.RMSprop(ps, lr=lr), "", "square_avg"),
+    "adagrad": (lambda ps, lr: torch.optim.Adagrad(ps, lr=lr), "", "sum"),
+    "adafactor": (lambda ps, lr: torch.optim.Adafactor(ps, lr=lr), "", "row_var"),
+}
+
+
+@pytest.mark.parametrize(("make", "first", "second"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("kind", ["linear", "grouped", "tucker"])
+class TestOthers:
+    def test_dense_to_factors(self, kind, make, first, second):
+        net, module = one_site(kind)
+        gradients = history(module.shape)
+        optimizer = make(net.parameters(), 0.0)
+        feed(optimizer, [module.weight], [[g] for g in gradients[:-1]])
+        dr.enter_(net, dr.Phase.LOW, optimizer)
+        mapped = [in_factors(module, g) for g in gradients]
+        replay = [nn.Parameter(f.detach().clone()) for f in module.factors]
+        reference = make(replay, 0.0)
+        feed(reference, replay, mapped[:-1])
+        self.compare(optimizer, list(module.factors), reference, replay, first, second)
+        freeze(optimizer, 0.01)
+        feed(optimizer, list(module.factors), mapped[-1:])
+        assert all(bool(torch.isfinite(factor).all()) for factor in module.factors)
+
+    def test_factors_to_dense(self, kind, make, first, second):
+        net, module = one_site(kind, rank=1.0)
+        optimizer = make(net.parameters(), 0.0)
+        dr.enter_(net, dr.Phase.LOW, optimizer)
+        gradients = history(module.shape)
+        factors = [f.detach().clone() for f in module.factors]
+        feed(optimizer, list(module.factors), [in_factors(module, g) for g in gradients[:-1]])
+        dr.enter_(net, dr.Phase.FULL, optimizer)
+        replay, shown = (nn.Parameter(module.weight.detach().clone()) for _ in range(2))
+        reference = make([replay, shown], 0.0)
+        feed(reference, [replay, shown], [[g, visible(module, factors, g)] for g in gradients[:-1]])
+        if first:
+            reference.state[replay][first] = reference.state[shown][first]
+        self.compare(optimizer, [module.weight], reference, [replay], first, second)
+        freeze(optimizer, 0.01)
+        feed(optimizer, [module.weight], [[gradients[-1]]])
+        assert bool(torch.isfinite(module.weight).all())
+
+    def compare(self, optimizer, parameters, reference, replay, first, second):
+        for got, expected in zip(parameters, replay, strict=True):
+            mine, theirs = optimizer.state[got], reference.state[expected]
+            assert mine.keys() == theirs.keys()
+            for name, value in mine.items():
+                assert value.shape == theirs[name].shape
+                if name in ("step", "mu_product"):
+                    torch.testing.assert_close(value, theirs[name])
+            if first:
+                torch.testing.assert_close(mine[first], theirs[first], rtol=1e-3, atol=1e-4)
+            if second:
+                power = 2 if second == "exp_inf" else 1
+                ratio = (mine[second].pow(power).sum() / theirs[second].pow(power).sum()).sqrt()
+                assert 0.4 < ratio < 2.5
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.NAdam])
+def test_sites_that_share_a_factor_carry_theirs_stacked(make):
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 12, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)[:, :12] * self.b(x)
+
+    torch.manual_seed(0)
+    net = dr.transform(Pair(), (torch.randn(2, 16),), rank=dr.Fixed(3), share_inputs=True)
+    optimizer = make(net.parameters())
+    for phase in (dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW):
+        net(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fresh = {p: {name: value.shape for name, value in state.items()} for p, state in optimizer.state.items()}
+        assert len(fresh) == len(list(net.parameters()))
+        dr.enter_(net, phase, optimizer)
+        assert len(optimizer.state) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    {
+        "Adadelta": torch.optim.Adadelta,
+        "ASGD": torch.optim.ASGD,
+        "RMSprop": lambda ps: torch.optim.RMSprop(ps, momentum=0.9),
+    }.items(),
+)
+def test_other_optimizers_are_reset_with_one_warning_that_names_them(name, make):
     net, module = one_site("linear")
     bias = nn.Parameter(torch.zeros(3))
-    optimizer = make(
-        [*net.parameters(), bias] if make is torch.optim.LBFGS else [{"params": net.parameters()}, {"params": [bias]}]
-    )
+    optimizer = make([{"params": net.parameters()}, {"params": [bias]}])
     bias.grad = torch.ones(3)
     module.weight.grad = torch.ones_like(module.weight)
     optimizer.step()
     optimizer.zero_grad()
     kept = optimizer.state.get(bias)
-    with pytest.warns(dr.DynrankWarning, match=make.__name__) as caught:
-        dr.enter_(net, dr.Phase.LOW, optimizer)
+    with pytest.warns(dr.DynrankWarning, match=name) as caught:
+        transition = dr.enter_(net, dr.Phase.LOW, optimizer)
     assert len(caught) == 1
+    assert transition.carry is dr.Carry.RESET
     assert all(not optimizer.state.get(factor) for factor in module.factors)
     assert optimizer.state.get(bias) is kept
 

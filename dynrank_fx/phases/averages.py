@@ -1,0 +1,125 @@
+"""Averages of a net's weights (AveragedModel, ModelEmaV3, a copy): they change phase with the net, in its own bases.
+
+An average of factors, factor by factor, stands for an average of weights only as long as the factors averaged are
+alike: B̄ near B and Ā near A. A cut of the averaged weight W̄ by itself has other signs and rotations than that of W, so
+that what is averaged from then on would be unlike things. So the average gets factors near the net's: one sweep of
+alternating least squares from the net's B and A,
+
+    B̄ = B + (W̄ − B A) Aᵀ (A Aᵀ + λ)⁻¹,        Ā = A + (B̄ᵀ B̄ + λ)⁻¹ B̄ᵀ (W̄ − B̄ A),
+
+a step of subspace iteration, with which ‖W̄ − B̄ Ā‖ is that of the best cut of W̄ to second order in W̄ − W. A little λ
+leaves alone the directions that the net's factors hardly have. From LOW to FULL the average is the product of its
+averaged factors, so that what it computes does not change. In ADAPTOR its base is W̄ and its branch the net's; whoever
+copies buffers from the net (AveragedModel with its defaults) takes the net's base at the next update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TransitionError
+from ..layouts import Factors, Layout, TwoFactors
+from ..phase import Phase
+from ..rewrite import Switched, switched_modules
+
+_STEPS = 50  # of conjugate gradients, for one factor of Tucker or CP
+_LITTLE = 1e-6  # λ, in parts of the largest entry on the diagonal of A Aᵀ
+
+
+def averages_of(averages: Sequence[object], net: nn.Module) -> list[nn.Module]:
+    """The modules that hold the averaged weights: what is given, or its ``module``.
+
+    Raises TransitionError for what is no average of the net, and for one that was left behind at a switch.
+    """
+    modules = [each if isinstance(each, nn.Module) else getattr(each, "module", None) for each in averages]
+    sites = switched_modules(net)
+    for average, module in zip(averages, modules, strict=True):
+        kind = type(average).__name__
+        if not isinstance(module, nn.Module):
+            raise TransitionError(
+                f"{kind} is no average that a switch could bring along: give the module that holds the averaged "
+                "weights, such as an AveragedModel of the net"
+            )
+        averaged = sites_of_average(module, net)
+        if averaged.keys() != sites.keys():
+            raise TransitionError(f"the {kind} among the averages has other sites than the net: make it from this net")
+        for name, (first, *_) in averaged.items():
+            now, its = ((each.phase, each.rank) for each in (sites[name][0], first))
+            if now != its:
+                raise TransitionError(
+                    f"the {kind} among the averages has {name} in {Phase(its[0]).name} at rank {its[1]}, and the net "
+                    f"in {Phase(now[0]).name} at rank {now[1]}: it was left out of an earlier switch; give it to all "
+                    "of them, enter_(net, ..., averages=[average]), or make it anew from the net"
+                )
+    return [module for module in modules if isinstance(module, nn.Module)]
+
+
+def sites_of_average(average: nn.Module, net: nn.Module) -> dict[str, list[Switched]]:
+    """The sites of an average, which may hold the net itself beside its own copy."""
+    own = set(net.modules())
+    found = {name: [each for each in modules if each not in own] for name, modules in switched_modules(average).items()}
+    return {name: modules for name, modules in found.items() if modules}
+
+
+@torch.no_grad()
+def near(layout: Layout, factors: Factors, weight: Tensor) -> Factors:
+    """Factors of an average, near those of the net, for its dense weight: one sweep of alternating least squares, the
+    core of Tucker and the kernels of CP before the outer factors.
+    """
+    W, exact = weight.double(), tuple(factor.to(weight.device, torch.float64) for factor in factors)
+    if isinstance(layout, TwoFactors):
+        X, (B, A) = layout.to_matrix(W), layout.to_matrices(exact)
+        B = _fitted(X, B, A)
+        A = _fitted(X.mT, A.mT, B.mT).mT
+        new = layout.from_matrices((B, A), tuple(weight.shape))
+    else:
+        new = exact
+        for index in (*range(1, len(exact) - 1), 0, len(exact) - 1):
+            new = _stepped(layout, new, W, index)
+    return tuple(factor.to(weight.dtype).contiguous() for factor in new)
+
+
+def _fitted(W: Tensor, L: Tensor, T: Tensor) -> Tensor:
+    """L + (W − L T) Tᵀ (T Tᵀ + λ)⁻¹."""
+    gram = T @ T.mT
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += _LITTLE * diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(T.dtype).tiny)
+    moved: Tensor = L + torch.linalg.solve(gram, (W - L @ T) @ T.mT, left=False)
+    return moved
+
+
+def _stepped(layout: Layout, factors: Factors, W: Tensor, index: int) -> Factors:
+    """The factors with one of them fitted, by conjugate gradients (CGLS) from where it is."""
+
+    def at(factor: Tensor) -> Factors:
+        return (*factors[:index], factor, *factors[index + 1 :])
+
+    residual, delta = W - layout.join(factors), torch.zeros_like(factors[index])
+    slope = layout.pulled_back(factors, residual)[index]
+    direction, size = slope, slope.square().sum()
+    enough = _LITTLE**2 * size
+    for _ in range(_STEPS):
+        if size <= enough:
+            break
+        image = layout.join(at(direction))
+        length = size / image.square().sum()
+        delta, residual = delta + length * direction, residual - length * image
+        slope = layout.pulled_back(factors, residual)[index]
+        direction, size = slope + slope.square().sum() / size * direction, slope.square().sum()
+    return at(factors[index] + delta)
+
+
+@torch.no_grad()
+def copy_factors_(net: nn.Module, averages: Sequence[object]) -> None:
+    """Averages that begin where the net does: after its factors have been drawn at random."""
+    sites: Mapping[str, list[Switched]] = switched_modules(net)
+    for average in averages_of(averages, net):
+        for name, modules in sites_of_average(average, net).items():
+            for key in modules[0].parameter_names:
+                mine, its = modules[0]._parameters[key], sites[name][0]._parameters[key]
+                assert mine is not None
+                assert its is not None
+                mine.copy_(its)
