@@ -60,7 +60,7 @@ def graph_from_data(data: GraphData) -> fx.Graph:
     for op, name, target, args, kwargs in rows:
         function = _function(target.name) if isinstance(target, _Named) else target
         given = map_aggregate(args, real), map_aggregate(kwargs, real)
-        nodes[name] = graph.create_node(op, function, *given, name=name)  # type: ignore[arg-type]
+        nodes[name] = graph.create_node(op, function, *given, name=name)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         graph._codegen = pickle.loads(codegen)
     return graph

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..aliases import StateDict
+from ..errors import TransitionError
 from ..phase import Phase, summary
 from ..phases import (
     Optimizers,
@@ -61,7 +62,8 @@ class Phases:
         transition: What the last epoch began with.
 
     Raises:
-        TransitionError: For an optimizer of which it is not known how it decays weights, where ``decay`` asks for that.
+        TransitionError: Without an optimizer, and for one of which it is not known how it decays weights, where
+            ``decay`` asks for that.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Phases:
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
         self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
+        if not self.optimizers:
+            raise TransitionError("phases go with an optimizer: give the one over the net's parameters, or all of them")
         self.net, self.optimizer, self.schedule, self.epochs = net, self.optimizers[0], schedule, epochs
         self.averages = tuple(averages)
         self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
