@@ -74,9 +74,10 @@ def pending_gradient(parameter: Parameter, optimizer: Optimizer | None) -> Tenso
     return dense if bool(dense.any()) else None
 
 
-def all_finite(net: nn.Module) -> bool:
-    """Whether every gradient in the net is finite."""
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+def all_finite(net: nn.Module, optimizers: Sequence[Optimizer]) -> bool:
+    """Whether every gradient in the net, and of what else these optimizers train, is finite."""
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in (*net.parameters(), *trained) if p.grad is not None]
     return all(bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()) for g in gradients)
 
 

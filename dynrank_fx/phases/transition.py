@@ -273,7 +273,7 @@ def _check(root: nn.Module, groups: Iterable[SiteGroup], optimizers: Sequence[Op
                 )
             if module.phase != int(Phase.FULL) and pending_gradient(parameter, optimizer) is not None:
                 lost.append(module.site)
-    if lost and all_finite(root):
+    if lost and all_finite(root, optimizers):
         raise TransitionError(
             f"{lost[0]} has a pending gradient at its factors, which does not tell that of another phase: step the "
             "optimizer or call its zero_grad() before the switch; gradients that a step has used are known from the "

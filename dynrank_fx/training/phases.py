@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..aliases import StateDict
 from ..checks import check_epochs, check_schedule, is_whole
-from ..errors import ScheduleError, StoreError
+from ..errors import ScheduleError, StoreError, TransitionError
 from ..phase import Phase, summary
 from ..phases import (
     Optimizers,
@@ -63,8 +63,8 @@ class Phases:
         transition: What the last epoch began with.
 
     Raises:
-        TransitionError: For an optimizer of which it is not known how it decays weights, where ``decay`` asks for that;
-            for a net that ``transform`` did not make, and for a choice that is none.
+        TransitionError: Without an optimizer; for one of which it is not known how it decays weights, where ``decay``
+            asks for that; for a net that ``transform`` did not make, and for a choice that is none.
         ScheduleError: For what is no schedule, and for numbers of epochs or steps that cannot be.
     """
 
@@ -89,6 +89,8 @@ class Phases:
             )
         check_schedule(schedule)
         self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
+        if not self.optimizers:
+            raise TransitionError("phases go with an optimizer: give the one over the net's parameters, or all of them")
         self.net, self.optimizer, self.schedule, self.epochs = net, self.optimizers[0], schedule, epochs
         self.averages = tuple(averages)
         self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step

@@ -51,14 +51,6 @@ def test_the_journal_leaves_no_file_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_parameter_with_a_pending_gradient_is_refused_by_name():
-    parameter = nn.Parameter(torch.ones(2))
-    replace.refuse_parameter("fc.weight", parameter)
-    parameter.grad = torch.zeros(2)
-    with pytest.raises(dr.TransitionError, match=r"^fc\.weight has a pending gradient, which the switch would lose"):
-        replace.refuse_parameter("fc.weight", parameter)
-
-
 def factors_for(module: Switched) -> dict[str, nn.Parameter]:
     rows, columns = module.shape
     return {"left": nn.Parameter(torch.ones(rows, 4)), "right": nn.Parameter(torch.ones(4, columns))}
@@ -89,9 +81,9 @@ def test_a_journal_puts_back_values_ranks_phases_and_optimizer_after_an_error(he
     before = snapshot(net, optimizer)
     ((first,), (second,), _) = switched_modules(net).values()
     weights = [site.weight for site in (first, second)] if held else []
-    with suppress(KeyError), replace.Journal(optimizer) as journal:
+    with suppress(KeyError), replace.Journal() as journal:
         for module in (first, second):
-            journal.keep([module], replace.parameters_of(module))
+            journal.keep([module], replace.parameters_of(module), optimizer, [None])
             module.rank = 9
             replace.replace_parameters([module], dr.Phase.LOW, factors_for(module), optimizer, [{}, {}])
         raise KeyError
@@ -104,7 +96,7 @@ def test_a_journal_that_ends_well_keeps_what_was_done():
     net = chain()
     ((module,), *_) = switched_modules(net).values()
     new = factors_for(module)
-    with replace.Journal(None) as journal:
-        journal.keep([module], replace.parameters_of(module))
+    with replace.Journal() as journal:
+        journal.keep([module], replace.parameters_of(module), None, [None])
         replace.replace_parameters([module], dr.Phase.LOW, new, None, [{}, {}])
     assert replace.parameters_of(module) == tuple(new.values())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.layouts import Factors, Layout
-from dynrank_fx.phases.values import dense_of, factors_of, in_format_of
+from dynrank_fx.phases.values import dense_of, factors_of
 from dynrank_fx.rewrite import Switched, switched_modules
 
 
@@ -106,17 +106,3 @@ def test_dense_weights_come_without_state_where_nothing_is_carried():
     weights = [site.weight.detach() for site in pair]
     found = dense_of(pair, weights, None)
     assert [[(id(value), state) for value, state in values] for values in found] == [[(id(w), {})] for w in weights]
-
-
-def test_a_value_takes_the_memory_format_of_what_it_replaces_and_the_strides_of_a_new_tensor():
-    kernel = torch.randn(4, 3, 2, 2)
-    last = nn.Parameter(kernel.to(memory_format=torch.channels_last))
-    first = nn.Parameter(kernel.clone())
-    for old, memory_format in ((last, torch.channels_last), (first, torch.contiguous_format)):
-        for value in (kernel, last.detach(), kernel.transpose(2, 3)):
-            found = in_format_of(value, [old])
-            assert torch.equal(found, value)
-            assert found.stride() == torch.empty(value.shape, memory_format=memory_format).stride()
-    assert in_format_of(kernel, [first]) is kernel, "what has the format already is not copied"
-    matrix = torch.randn(3, 4).mT
-    assert in_format_of(matrix, [last]).is_contiguous(), "a matrix has no channels"

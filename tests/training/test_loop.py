@@ -463,8 +463,9 @@ def test_a_loss_that_cannot_be_trained_on_is_told(wrong: Any, what: str) -> None
     )
 
 
-def test_weights_the_optimizer_does_not_train_do_not_stop_a_switch() -> None:
+def test_frozen_weights_that_no_optimizer_holds_do_not_stop_a_switch() -> None:
     net = made()
+    net.get_submodule("3").requires_grad_(False)
     left_out = copy.deepcopy(net.get_submodule("3"))
     run = Run(
         net, SGD(net.get_submodule("0").parameters(), lr=0.1), dr.schedules.join([always(FULL), always(LOW)], [2])

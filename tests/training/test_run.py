@@ -380,7 +380,7 @@ def test_a_resume_with_other_shapes_is_told(low: Path) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.randn(10, 12))
 
-    assert refusal(Recipe(model=Wider), low).startswith("the saved weights are of another model or plan: ")
+    assert refusal(Recipe(model=Wider), low).endswith("has: it is of another plan")
 
 
 def test_data_that_has_become_shorter_is_told(case: Whole) -> None:
