@@ -148,7 +148,7 @@ def restore_(
     specialize_(net)
     try:
         net.load_state_dict(dict(tensors), strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, StoreError) as error:
         detail = " ".join(str(error).split())[:300]
         raise StoreError(f"the saved weights are of another model or plan: {detail}") from error
 

@@ -463,13 +463,16 @@ def test_a_loss_that_cannot_be_trained_on_is_told(wrong: Any, what: str) -> None
     )
 
 
-def test_frozen_weights_that_no_optimizer_holds_do_not_stop_a_switch() -> None:
+def test_a_site_that_the_optimizer_does_not_train_has_to_be_frozen_and_stays_as_it_is() -> None:
     net = made()
     net.get_submodule("3").requires_grad_(False)
     left_out = copy.deepcopy(net.get_submodule("3"))
     run = Run(
         net, SGD(net.get_submodule("0").parameters(), lr=0.1), dr.schedules.join([always(FULL), always(LOW)], [2])
     )
+    with pytest.raises(dr.TransitionError, match=r"^3\.weight trains, and no optimizer that was given holds it"):
+        fit(run, TASK, replace(EAGER, epochs=2))
+    net.get_parameter("3.weight").requires_grad_(False)  # its bias gets gradients that no step uses
     fit(run, TASK, replace(EAGER, epochs=2))
     assert torch.equal(net.get_parameter("3.weight"), left_out.weight)
     fit(run, TASK, replace(EAGER, epochs=3))
