@@ -26,7 +26,7 @@ HARD = {
     ("transformers", "vilt"): 0.8,  # branches on data
     ("transformers", "mamba"): 0.9,  # a scan over the sequence
 }
-LONG = ("densenet121 memory_efficient=True", "mamba", "swin", "t5", "vilt", "wav2vec2")
+LONG = ("densenet121 memory_efficient=True", "mamba", "mixtral", "swin", "t5", "vilt", "wav2vec2")
 
 
 @functools.cache

@@ -150,6 +150,8 @@ PAIRS = covering(
 LAYOUTS = covering(
     lambda cell: {(cell.case.name, cell.layout), (cell.case.kind, cell.how), (cell.layout, cell.how)},
 )
+# Every kind of op under every capture: for what is the same whatever the case.
+KINDS = covering(lambda cell: {(cell.case.kind, cell.how)})
 # Every case under every capture: for names and ties, whatever the layout.
 CAPTURES = covering(lambda cell: {(cell.case.name, cell.how), (cell.layout, cell.how)})
 # Every kind of layer, every layout and every capture: for what takes a second a cell.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import CAPTURES, LOW, Cell, cells, covering, fast_path, layouts_of
+from grid import CAPTURES, KINDS, LOW, Cell, cells, fast_path, layouts_of
 from models import CASES, Case
 
 import dynrank_fx as dr
@@ -68,7 +68,7 @@ def flags() -> dict[str, Any]:
     }
 
 
-@cells(lambda cell: cell.layout is CONV_LAYOUTS[0], every_day=covering(lambda cell: {(cell.case.kind, cell.how)}))
+@cells(lambda cell: cell.layout is CONV_LAYOUTS[0], every_day=KINDS)
 def test_the_callers_model_inputs_and_flags_are_untouched(cell: Cell) -> None:
     """Once for each capture of each case: layouts work on a copy."""
     model, x = cell.model(), cell.inputs()

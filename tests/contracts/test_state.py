@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import ADAPTOR, CAPTURES, FULL, LAYOUTS, LOW, PAIRS, Cell, cells, seeded
+from grid import ADAPTOR, CAPTURES, FULL, KINDS, LAYOUTS, LOW, PAIRS, Cell, cells, seeded
 from models import Tied, randomized
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -238,7 +238,7 @@ def test_non_finite_weights_are_refused_and_nothing_is_switched(cell: Cell, phas
     assert_same(snapshot(net, optimizer), before)
 
 
-@cells(every_day=CAPTURES)
+@cells(every_day=KINDS)
 def test_a_net_is_pickled_in_every_phase_and_goes_on_as_the_same_net(cell: Cell) -> None:
     net, x = cell.net(), cell.inputs()
     for phase, then in ((FULL, LOW), (LOW, FULL), (ADAPTOR, LOW)):
@@ -256,7 +256,7 @@ def test_a_net_is_pickled_in_every_phase_and_goes_on_as_the_same_net(cell: Cell)
         assert torch.equal(seeded(one, x), seeded(other, x))
 
 
-@cells(every_day=CAPTURES)
+@cells(every_day=KINDS)
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_state_brings_the_net_into_the_phases_and_ranks_that_it_has(cell: Cell, strict: bool) -> None:
     saved, x = cell.net(), cell.inputs()

@@ -465,7 +465,6 @@ def test_a_loss_that_cannot_be_trained_on_is_told(wrong: Any, what: str) -> None
 
 def test_a_site_that_the_optimizer_does_not_train_has_to_be_frozen_and_stays_as_it_is() -> None:
     net = made()
-    net.get_submodule("3").requires_grad_(False)
     left_out = copy.deepcopy(net.get_submodule("3"))
     run = Run(
         net, SGD(net.get_submodule("0").parameters(), lr=0.1), dr.schedules.join([always(FULL), always(LOW)], [2])
