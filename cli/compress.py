@@ -21,7 +21,7 @@ from .options import (
     roles_of,
     weights_option,
 )
-from .runs import calibration_inputs, metric_of, model_with_weights, open_run
+from .runs import calibration_inputs, metric_of, open_run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -160,7 +160,10 @@ def _opened(source: Path, model_file: Path | None, weights: Path | None) -> tupl
     if not source.is_dir():
         if model_file is not None:
             raise click.UsageError(f"--model is of a run, and {source} is none: leave it out")
-        return model_with_weights(source, weights)
+        from .modelfile import load_model_file
+
+        file = load_model_file(source, weights)
+        return file.model(), file
     if weights is not None:
         raise click.UsageError("a run has its own weights: leave out --weights")
     opened = open_run(source, model_file)

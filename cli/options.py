@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dynrank_fx.layouts import ConvLayout
     from dynrank_fx.plan import Override, PlanOptions, RankPolicy, Role
+    from dynrank_fx.tracing import Capture
 
     from .modelfile import ModelFile
 
@@ -26,6 +27,13 @@ Options: TypeAlias = dict[str, Option]
 
 # The layouts of convolutions by name, so that `--help` need not import them: as in dynrank_fx.layouts.
 CONV_LAYOUTS = ("channel", "spatial", "tucker", "cp")
+
+capture_option = click.option(
+    "--capture",
+    "how",
+    type=click.Choice(["symbolic", "export", "modules"]),
+    help="How the model becomes a graph; by default the first of these that is faithful and opens every layer.",
+)
 
 _PLAN_OPTIONS = (
     click.option("--rank", metavar="R", help="A fraction of each matrix (0.25, the default) or one rank for all (16)."),
@@ -59,12 +67,7 @@ _PLAN_OPTIONS = (
     click.option(
         "--share-inputs", is_flag=True, help="Linears that read the same input (query, key, value) share a factor."
     ),
-    click.option(
-        "--capture",
-        "how",
-        type=click.Choice(["symbolic", "export", "modules"]),
-        help="How the model becomes a graph; by default the first of these that is faithful and opens every layer.",
-    ),
+    capture_option,
     click.option("--plan", "plan_file", type=Path, metavar="FILE", help="Instead: an edited plan.json."),
 )
 
@@ -94,7 +97,7 @@ _EXPORT_OPTIONS = (
 _OF_EXPORT = ("opset", "batches", "precision", "dynamic", "inputs", "outputs", "external_data")
 
 weights_option = click.option(
-    "--weights", type=Path, metavar="FILE", help="A state_dict for model(): .pt or .safetensors."
+    "--weights", type=Path, metavar="FILE", help="A state_dict for model(), or a checkpoint: .pt or .safetensors."
 )
 
 calibrate_option = click.option(
@@ -265,7 +268,6 @@ def transformed(
     """The model of a model file, transformed as ``plan_options`` say."""
     from dynrank_fx.phases import read_plan
     from dynrank_fx.rewrite import transform
-    from dynrank_fx.tracing import Capture
 
     plan: Kwargs
     if options["plan_file"] is not None:
@@ -273,5 +275,12 @@ def transformed(
         plan = {"plan": read_plan(options["plan_file"])}
     else:
         plan = {"options": plan_options_of(options, policy)}
-    how = None if options["how"] is None else Capture[options["how"].upper()]
+    how = capture_of(options["how"])
     return transform(file.model(), file.example_inputs(), how=how, allow_empty=allow_empty, **plan)
+
+
+def capture_of(name: str | None) -> Capture | None:
+    """The capture that ``--capture`` names."""
+    from dynrank_fx.tracing import Capture
+
+    return None if name is None else Capture[name.upper()]

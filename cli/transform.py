@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from .options import Option, plan_options, transformed
+from .options import Option, plan_options, transformed, weights_option
 
 
 @click.command()
 @click.argument("model_file", type=Path)
+@weights_option
 @plan_options
 @click.option("--out", "-o", type=Path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -30,7 +31,7 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
 
     from .modelfile import load_model_file
 
-    net = transformed(load_model_file(model_file), options, allow_empty=dry_run)
+    net = transformed(load_model_file(model_file, options["weights"]), options, allow_empty=dry_run)
     plan = plan_of(net)
     click.echo(plan.to_json().rstrip() if as_json else str(plan))
     if dry_run:
