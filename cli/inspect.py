@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import capture_of, capture_option, weights_option
+from .options import capture_of, capture_option, json_option, weights_option
 
 if TYPE_CHECKING:
     from dynrank_fx.schedules import EpochRecord
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @weights_option
 @capture_option
 @click.option("--plot", type=Path, metavar="FILE.PNG", help="Draw the spectra; of a run also ranks and loss by epoch.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+@json_option
 def inspect(
     target: Path, model_file: Path | None, weights: Path | None, how: str | None, plot: Path | None, as_json: bool
 ) -> None:

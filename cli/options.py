@@ -88,7 +88,7 @@ _EXPORT_OPTIONS = (
         "--dynamic",
         multiple=True,
         metavar="ARG:AXIS=NAME",
-        help="A free dimension under a name, such as x:0=batch; may be repeated. By default the first of every input.",
+        help="A free dimension under a name, such as x:0=batch; may be repeated. By default all that can be.",
     ),
     click.option("--input-name", "inputs", multiple=True, metavar="NAME", help="Names of the file's inputs, in order."),
     click.option("--output-name", "outputs", multiple=True, metavar="NAME", help="Names of its outputs, in order."),
@@ -99,6 +99,8 @@ _OF_EXPORT = ("opset", "batches", "precision", "dynamic", "inputs", "outputs", "
 weights_option = click.option(
     "--weights", type=Path, metavar="FILE", help="A state_dict for model(), or a checkpoint: .pt or .safetensors."
 )
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and all else on stderr.")
 
 calibrate_option = click.option(
     "--calibrate",
@@ -147,13 +149,23 @@ def export_arguments(options: Options) -> Kwargs:
 
 def check_export(out: Path, arguments: Options, provider: str | None) -> None:
     """Refuse, before any work, what would stop the export after it."""
-    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_provider
+    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_precision, check_provider
 
     check_place(out)
     check_opset(arguments["opset"])
     check_batch_sizes(arguments["batch_sizes"])
     if provider is not None:
         check_provider(provider)
+    check_precision(arguments["precision"], provider)
+
+
+def check_model(out: Path, module: nn.Module, file: ModelFile, arguments: Options) -> None:
+    """Refuse, before any work, names that are not those of the model, and a disk without room for it."""
+    from dynrank_fx.onnx import check_names, check_room
+
+    names = (arguments["input_names"], arguments["output_names"], arguments["dynamic"])
+    check_names(module, file.example_inputs(), *names)
+    check_room(out, module, arguments["precision"])
 
 
 def refuse_export_options(out: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import Option, plan_options, transformed, weights_option
+from .options import Option, json_option, plan_options, transformed, weights_option
 
 
 @click.command()
@@ -15,7 +15,7 @@ from .options import Option, plan_options, transformed, weights_option
 @plan_options
 @click.option("--out", "-o", type=Path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON in place of the table.")
+@json_option
 def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, **options: Option) -> None:
     """Plan which weights are factored, print it, and write the rewritten model as a folder.
 

@@ -32,7 +32,7 @@ from ..tracing import (
     slow_attention,
     tensors,
 )
-from .dynamic import name_free_
+from .dynamic import free_axes, movable_axes, name_free_
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,8 +57,9 @@ def converted(
     first, last = [dynamic_shapes], [dynamic_shapes]
     if dynamic_shapes is None:
         first = [free_dimensions(*doubled, only_first=True)]
-        if not only_batch:
-            first, last = [free_dimensions(*doubled), *first], [free_dimensions(*inputs), None]
+        axes = [] if only_batch else movable_axes(module, doubled)
+        if any(axes):
+            first, last = [free_axes(doubled, axes), *first], [free_axes(inputs, axes), None]
     for shapes in first:
         with contextlib.suppress(ExportError):  # then another attempt works, or says what is wrong
             model = _convert(module, doubled, shapes, opset)

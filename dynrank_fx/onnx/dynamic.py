@@ -150,6 +150,41 @@ def with_sizes(shapes: Iterable[Shape], inputs: Inputs, sizes: Mapping[str, int]
     return args, kwargs
 
 
+def movable_axes(module: nn.Module, inputs: Inputs) -> list[set[int]]:
+    """By tensor the axes behind the first one that may have another size: the module runs with it.
+
+    Axes of one size are moved together, since a model may tie them, as those of ids and their mask; then those of them
+    at one place; then each by itself. torch.export alone would not tell: it calls a size free as long as one of two
+    could have another value, as of a picture that is flattened.
+    """
+    shapes = [tensor.shape for tensor in leaves_of(inputs)]
+    axes = [(n, axis) for n, shape in enumerate(shapes) for axis in range(1, len(shape)) if shape[axis] > 1]
+    movable: list[set[int]] = [set() for _ in shapes]
+
+    def moves(group: Sequence[tuple[int, int]]) -> bool:
+        named = [tuple("moved" if (n, axis) in group else axis for axis in range(len(s))) for n, s in enumerate(shapes)]
+        return other_sizes(module, named, inputs)["moved"] is not None
+
+    for size in dict.fromkeys(shapes[n][axis] for n, axis in axes):
+        alike = [(n, axis) for n, axis in axes if shapes[n][axis] == size]
+        by_place = [[each for each in alike if each[1] == axis] for axis in dict.fromkeys(axis for _, axis in alike)]
+        groups = [alike] if moves(alike) else [g for g in by_place if g != alike and moves(g)]
+        moved = [each for group in groups for each in group]
+        moved += [each for each in alike if each not in moved and [each] not in (alike, *by_place) and moves([each])]
+        for n, axis in moved:
+            movable[n].add(axis)
+    return movable
+
+
+def free_axes(inputs: Inputs, axes: Sequence[set[int]]) -> torch.export.ShapesCollection:
+    """``dynamic_shapes`` for torch.export that free the first axis of every tensor and these, where the model does."""
+    shapes = torch.export.ShapesCollection()
+    for tensor, free in zip(leaves_of(inputs), axes, strict=True):
+        if tensor.ndim:
+            shapes[tensor] = dict.fromkeys((0, *sorted(free)), torch.export.Dim.AUTO)
+    return shapes
+
+
 def other_sizes(module: nn.Module, shapes: Sequence[Shape], inputs: Inputs) -> dict[str, int | None]:
     """By free dimension, another size than the example's that the module takes: the next, the double (of what has to be
     a multiple), or a smaller one; None where it takes none of them.

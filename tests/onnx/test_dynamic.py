@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dynrank_fx as dr
 from dynrank_fx.onnx.dynamic import (
     arguments,
+    movable_axes,
     name_dimensions_,
     name_free_,
     named_shapes,
@@ -182,3 +183,17 @@ def test_a_named_size_may_be_restricted_to_multiples(tmp_path: Path) -> None:
     report = dr.export_onnx(Upscaled(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", dynamic=dynamic)
     assert report.shapes == {"x": ("n", 3, "h", "w")}
     assert "n, h and w free (x is n x 3 x h x w)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "movable"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 2)), [(2, 3, 4, 4)], [set()]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), [(2, 3, 8, 9)], [{2, 3}]),
+        (nn.Sequential(nn.Linear(8, 8), nn.Tanh()), [(2, 8, 8)], [{1}]),
+        (Two(), [(2, 3), (2, 3)], [{1}, {1}]),
+    ],
+)
+def test_what_can_move_is_found_by_running_the_module(module: Any, sizes: Any, movable: list[set[int]]) -> None:
+    args = tuple(torch.randn(size) for size in sizes)
+    assert movable_axes(module, (args, {})) == movable
