@@ -143,6 +143,12 @@ class ModelFile:
         """A mean over the batch, larger is better."""
         return partial(self._call, "metric") if self.has("metric") else None
 
+    @property
+    def metric_name(self) -> str:
+        """What the metric is called: the name of its function, where that is one of its own."""
+        name = getattr(getattr(self.module, "metric", None), "__name__", "metric")
+        return "metric" if name == "<lambda>" else str(name).replace("_", " ")
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return self._call("optimizer", parameters) if self.has("optimizer") else AdamW(parameters, lr=1e-3)
 

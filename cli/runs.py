@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynrank_fx.aliases import JsonObject
+from dynrank_fx.aliases import Json, JsonObject
 from dynrank_fx.errors import StoreError, first_line
 
 if TYPE_CHECKING:
@@ -125,11 +125,12 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     return score
 
 
-def write_run_file(folder: Path, model_file: Path, options: JsonObject) -> None:
-    """Note in the run's folder what it was started with."""
+def write_run_file(folder: Path, model_file: Path, options: JsonObject, **facts: Json) -> None:
+    """Note in the run's folder what it was started with. facts: what else a report tells of it."""
     from dynrank_fx.files import write_text
 
     data = {"format": "dynrank-fx run", "version": 1, "model_file": str(model_file.resolve()), "options": options}
+    data |= facts
     write_text(folder / RUN_FILE, json.dumps(data, indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import click
 from dynrank_fx.aliases import Batch, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 
-from .options import Option, Options, plan_options, refuse_beside, transformed, weights_option
+from .options import Option, Options, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_run_file, write_run_file
 from .stopping import stop_signals
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -48,8 +49,11 @@ if TYPE_CHECKING:
 )
 @click.option("--tensorboard", is_flag=True, help="Also write the epochs' records for TensorBoard, into --out.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@json_option
 @click.pass_context
-def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, **options: Option) -> None:
+def train(
+    ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, as_json: bool, **options: Option
+) -> None:
     """Train through LOW and FULL phases; a checkpoint after every epoch.
 
     Ctrl-C saves between two steps and says how to go on. A resumed run ends bitwise equal to one that was never
@@ -86,9 +90,11 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
         run, task, settings = _set_up(file, options, _net(file, options))
         _make_folder(folder)
         save_run(run, folder)
-        write_run_file(folder, model_file, _plain(options))
+        facts = {"epochs": settings.epochs, "metric": file.metric_name, "versions": _versions()}
+        write_run_file(folder, model_file, _plain(options), **facts)
     if run.epoch >= settings.epochs:
-        click.echo(f"{folder} has all its {settings.epochs} epochs already")
+        click.echo(f"{folder} has all its {settings.epochs} epochs already", err=as_json)
+        _print_result(run, settings, folder, as_json)
         return
     click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {settings.epochs} epochs", err=True)
     bar = _bar(task, settings)
@@ -98,6 +104,7 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
             run, task, settings, save=lambda r: save_run(r, folder), watcher=watcher, should_stop=lambda: bool(stopped)
         )
     bar.close()
+    _print_result(run, settings, folder, as_json)
     if finished:
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         click.echo(f"wrote {folder}/; next: {then}", err=True)
@@ -108,6 +115,26 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
         err=True,
     )
     sys.exit(128 + stopped[0])
+
+
+def _print_result(run: Run, settings: Settings, folder: Path, as_json: bool) -> None:
+    """Where the run stands, as JSON, for a program that asked for it."""
+    if not as_json:
+        return
+    last = run.history[-1].to_json() if run.history else {}
+    last.pop("switch_spectra", None)
+    data = {"run": str(folder), "epoch": run.epoch, "epochs": settings.epochs, "step": run.step, "last": last}
+    click.echo(json.dumps(data, indent=1))
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import torch
+
+    from dynrank_fx.version import __version__
+
+    return {"dynrank-fx": __version__, "torch": str(torch.__version__), "Python": platform.python_version()}
 
 
 def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -33,9 +34,11 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
 
     net = transformed(load_model_file(model_file, options["weights"]), options, allow_empty=dry_run)
     plan = plan_of(net)
-    click.echo(plan.to_json().rstrip() if as_json else str(plan))
-    if dry_run:
-        return
     folder = out or Path(f"{model_file.stem}-dynrank")
-    save(net, folder)
-    click.echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)
+    click.echo(plan.to_json().rstrip() if as_json else str(plan))
+    if not dry_run:
+        save(net, folder)
+        click.echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)
+    if not as_json:
+        then = shlex.join(["dynrank-fx", "train", str(model_file), "--from", str(folder)])
+        click.echo(f"next: {'the same without --dry-run, then ' if dry_run else ''}{then}")

@@ -95,10 +95,9 @@ def onnx_inputs(
     return feeds
 
 
+# Any: onnxruntime's NodeArg, which has no types
 def _fits(tensor: Tensor, spec: Any, sizes: Mapping[str, int] | None = None) -> bool:
-    """Whether the tensor is one for this input. spec: onnxruntime's NodeArg, which has no types. sizes: of free
-    dimensions by name, where they are known.
-    """
+    """Whether the tensor is one for this input. sizes: of free dimensions by name, where they are known."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     same_type = spec.type == f"tensor({ {'float32': 'float', 'float64': 'double'}.get(dtype, dtype) })"
     if not same_type or len(spec.shape) != tensor.ndim:
