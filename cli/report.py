@@ -50,7 +50,9 @@ def _about(run: Path, info: JsonObject, against: Path | None) -> About:
     from dynrank_fx.report import About
     from dynrank_fx.training import history_in, read_run
 
-    noted = read_run_file(run) if (run / RUN_FILE).exists() else {"options": {}, "model_file": "MODEL.PY"}
+    noted: JsonObject = {"options": {}, "model_file": "MODEL.PY"}
+    if (run / RUN_FILE).exists():
+        noted = read_run_file(run)
     epochs, model_file = noted.get("epochs"), Path(noted["model_file"])
     facts = {"schedule": info["made_of"]["schedule"], "optimizer": info["made_of"]["optimizer"]}
     facts |= {"seed": str(noted["options"]["seed"])} if "seed" in noted["options"] else {}

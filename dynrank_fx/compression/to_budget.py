@@ -28,7 +28,6 @@ _MARGINS = (0.0, 0.15, 0.35, 1.0)
 """How much faster than dense a site has to be, tried in turn until the whole model is no slower; at 1 all are dense."""
 _TIGHTENINGS = 3
 _BISECTIONS = 8
-_FIELDS = {Metric.PARAMS: "params", Metric.FLOPS: "flops", Metric.LATENCY: "latency"}  # of a Budget
 
 Score: TypeAlias = Callable[[nn.Module], float]
 """The score of a module; larger is better."""
@@ -171,7 +170,12 @@ def _parts(
     if len(policies) < 2:
         return (policies[0] if policies else None), drop
     even = any(each.even for each in policies if isinstance(each, Budget))
-    return Budget(**{_FIELDS[metric]: share for metric, share in shares}, even=even), drop
+    return _budget(dict(shares), even), drop
+
+
+def _budget(shares: Mapping[Metric, float], even: bool = False) -> Budget:
+    """One budget of several shares."""
+    return Budget(shares.get(Metric.PARAMS), shares.get(Metric.FLOPS), shares.get(Metric.LATENCY), even)
 
 
 def _in_full(
@@ -363,7 +367,7 @@ class _Search:
             middle = (low + high) / 2
             tried = {what: share + middle * (1 - share) for what, share in shares.items()}
             said = " and ".join(f"{share:.1%} of the {what.value}" for what, share in tried.items())
-            cut = self.cut(Budget(**{_FIELDS[what]: share for what, share in tried.items()}), None)
+            cut = self.cut(_budget(tried), None)
             if self._falls_within(cut, drop, said):
                 high, enough = middle, tried
             else:

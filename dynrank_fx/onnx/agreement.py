@@ -73,15 +73,15 @@ def onnx_inputs(
     unnamed = [name for name in specs if name not in chosen]
     spare = len(others) - len(unnamed)
     sizes: dict[str, int] = {}
-    for name, tensor in chosen.items():
-        sizes |= _free_sizes(tensor, specs[name])
+    for name, given in chosen.items():
+        sizes |= _free_sizes(given, specs[name])
     for name in unnamed:
         while spare > 0 and not _fits(others[0], specs[name], sizes):
             others, spare = others[1:], spare - 1
         if others:
             chosen[name] = others.pop(0)
             sizes |= _free_sizes(chosen[name], specs[name])
-    feeds = {}
+    feeds: Feeds = {}
     for name, spec in specs.items():
         tensor = chosen.get(name)
         if tensor is None or not _fits(tensor, spec):
@@ -107,7 +107,7 @@ def _fits(tensor: Tensor, spec: Any, sizes: Mapping[str, int] | None = None) -> 
 
 
 def _free_sizes(tensor: Tensor, spec: Any) -> dict[str, int]:  # Any: as in ``_fits``
-    return {name: size for name, size in zip(spec.shape, tensor.shape, strict=False) if isinstance(name, str)}
+    return {str(name): size for name, size in zip(spec.shape, tensor.shape, strict=False) if isinstance(name, str)}
 
 
 def compare(

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -73,9 +74,7 @@ def score_onnx(
                         f"{os.fspath(paths[number])} cannot be run on a batch of {size} ({reason(error)}): export it "
                         "with these dimensions free"
                     ) from error
-                values = iter([torch.from_numpy(array) for array in got])
-                like = pytree.tree_map_only(Tensor, lambda _, values=values: next(values), output)
-                sums[1 + number] += size * float(metric(like, batch))
+                sums[1 + number] += size * float(metric(_like(output, got), batch))
             for number in range(_SHUFFLES):
                 order = torch.randperm(size, generator=generator)
                 shuffled[number] += size * float(metric(_rows(output, order), batch))
@@ -85,6 +84,12 @@ def score_onnx(
         raise ExportError("the data gave no batch to score on: give one or more")
     pytorch, *files = (total / rows for total in sums)
     return Scores(pytorch, tuple(files), rows, _chance(pytorch, [total / rows for total in shuffled], answers, rows))
+
+
+def _like(output: Output, arrays: Sequence[np.ndarray]) -> Output:
+    """What a file gave, in the form of the module's output: a file has the tensors of it, in order."""
+    values = iter(arrays)
+    return pytree.tree_map_only(Tensor, lambda _: torch.from_numpy(np.asarray(next(values))), output)
 
 
 def _rows(output: Output, order: Tensor) -> Output:

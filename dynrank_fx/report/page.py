@@ -23,7 +23,8 @@ from .run_plots import losses, rank_curves, rank_map, switch_spectra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
+_SITE, _BLANK = "\0", "\1"  # what stands for a site and a figure: they occur in no sentence
+_FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?%?")
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -226,18 +227,15 @@ def grouped(reasons: Sequence[str], sites: Iterable[str]) -> list[str]:
     said = []
     for template, members in groups.items():
         which = [name for name, _ in members]
-        figures = iter(zip(*(values for _, values in members), strict=True))
-        text = re.sub(_BLANK, lambda _, figures=figures: _between(next(figures)), template)
+        text = template
+        for values in zip(*(values for _, values in members), strict=True):
+            text = text.replace(_BLANK, _between(values), 1)
         if len(members) == 1:
             said.append(text.replace(_SITE, which[0]))
         else:
             listed = ", ".join(which[:4]) + (f" and {len(which) - 4} more" if len(which) > 4 else "")
             said.append(f"{text.replace(_SITE, f'each of {len(which)} sites')} ({listed})")
     return said
-
-
-_SITE, _BLANK = "\0", "\1"  # they occur in no sentence
-_FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?%?")
 
 
 def _between(values: Sequence[str]) -> str:

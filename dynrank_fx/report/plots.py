@@ -94,7 +94,9 @@ def shade_phases(axes: Axes, history: Sequence[EpochRecord]) -> None:
 
 def whole_epochs(axes: Axes) -> None:
     """No marks between two epochs."""
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def explain_shades(figure: Figure, history: Sequence[EpochRecord]) -> None:
