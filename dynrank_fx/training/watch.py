@@ -136,5 +136,5 @@ class Bar(Watcher):
 
 def _full_rank(row: PlannedSite) -> int:
     """How many singular values the site's weight has, over all its groups."""
-    groups = row.site.params // math.prod(row.layout.matrix_shape(row.site.shape))
-    return groups * row.layout.max_rank(row.site.shape)
+    matrix = row.layout.matrix_shape(row.site.shape)
+    return row.site.params // math.prod(matrix) * min(matrix)

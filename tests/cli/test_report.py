@@ -27,12 +27,12 @@ def test_what_is_no_run_is_told(write: Run, run: Run, refused: Callable[..., str
     assert "could not be written" in refused("report", "r", "-o", "nowhere/page.html")
 
 
-def test_the_verdict_the_next_command_and_how_the_run_was_made(
-    write: Run, run: Run, refused: Run, folder: Path
-) -> None:
-    write(
-        "def accuracy(output, batch):\n        return (output.argmax(1) == batch[1]).float().mean()\n    metric = accuracy"
-    )
+def test_the_verdict_the_next_command_and_how_it_was_made(write: Run, run: Run, refused: Run, folder: Path) -> None:
+    write("""
+    def accuracy(output, batch):
+        return (output.argmax(1) == batch[1]).float().mean()
+    metric = accuracy
+    """)
     trained = json.loads(run("train", "model.py", "--no-compile", "--epochs", "2", "--out", "r", "--json").stdout)
     assert (trained["run"], trained["epoch"], trained["epochs"], trained["last"]["epoch"]) == ("r", 2, 2, 1)
     run("train", "model.py", "--no-compile", "--epochs", "1", "--schedule", "full", "--seed", "3", "--out", "d")
