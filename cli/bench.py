@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .options import json_option
+
 
 @click.command()
 @click.argument("file", type=Path)
@@ -21,7 +23,7 @@ import click
     help="Of the provider, such as enable_cuda_graph=1; may be given several times.",
 )
 @click.option("--repeats", type=click.IntRange(min=5), default=100, show_default=True, help="Runs that are timed.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+@json_option
 def bench(
     file: Path,
     against: Path | None,

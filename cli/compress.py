@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import PicklingError
 from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
+from dynrank_fx.errors import ExportError, StoreError
+
 from .options import (
     Option,
     calibrate_option,
+    capture_of,
+    capture_option,
     check_export,
+    check_model,
     export_arguments,
     export_options,
+    json_option,
     refuse_beside,
     refuse_export_options,
     roles_of,
     weights_option,
 )
-from .runs import calibration_inputs, metric_of, model_with_weights, open_run
+from .runs import calibration_inputs, metric_of, open_run
+from .sanity import suspicions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,9 +49,11 @@ if TYPE_CHECKING:
 @click.argument("source", type=Path)
 @click.option(
     "--budget",
+    "budgets",
     required=True,
+    multiple=True,
     metavar="OF=SHARE",
-    help="params=0.5, flops=0.5 or latency=0.7 of the dense model, or max_drop=0.01 of the metric.",
+    help="params=0.5, flops=0.5 or latency=0.7 of the dense model, or max_drop=0.01 of the metric; all that are given.",
 )
 @click.option("--out", "-o", type=Path, required=True, metavar="FILE", help="model.onnx, or model.pt for PyTorch.")
 @weights_option
@@ -73,8 +87,10 @@ if TYPE_CHECKING:
     show_default=True,
     help="Weights that stay dense by what they are for; may be repeated.",
 )
+@capture_option
 @export_options
-def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
+@json_option
+def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, **options: Option) -> None:
     """Cut a trained model so that its outputs change least, within a budget; SOURCE is a model file or a run.
 
     model() (with --weights, or as it is) has to be trained. Where eval_data() and metric() are there, both models are
@@ -90,7 +106,7 @@ def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
     from dynrank_fx.onnx import export_onnx
     from dynrank_fx.randomness import seed_all
 
-    asked, leave = _budget(budget), roles_of(options["leave"])
+    asked, leave = [_budget(text) for text in budgets], roles_of(options["leave"])
     if source.is_dir():
         refuse_beside(str(source), "multiple_of")
     if out.suffix not in (".onnx", ".pt"):
@@ -104,8 +120,15 @@ def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
     check_export(out, arguments, options["provider"])
     element = "float16" if options["precision"] == "float16" else "float32"
     net, file = _opened(source, options["model_file"], options["weights"])
+    tell = _teller(as_json)
+    tell("looking at the model and its data")
+    if out.suffix == ".onnx":
+        check_model(out, net, file, arguments)
     seed_all(0)
     batches = file.calibration_batches(options["calibrate"])
+    warnings = suspicions(file, net, batches)
+    for sentence in warnings:
+        click.echo(f"Warning: {sentence}", err=True)
     by_loss = options["recover_by"] == "loss" and options["recover_steps"]
     result = compressed(
         net,
@@ -121,22 +144,39 @@ def compress(source: Path, budget: str, out: Path, **options: Option) -> None:
         exclude=options["exclude"],
         leave=leave,
         sequential=options["sequential"],
+        how=capture_of(options["how"]),
+        progress=tell,
     )
-    click.echo(str(result))
-    click.echo()
+    if not as_json:
+        click.echo(f"{result}\n")
     if out.suffix == ".pt":
-        click.echo(_stored(result.module, out))
-        return
-    report = export_onnx(
-        result.module,
-        file.example_inputs(),
-        out,
-        more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
-        providers=[options["provider"]],
-        metadata=result.metadata,
-        **arguments,
-    )
-    click.echo(str(report))
+        _store(result.module, out)
+        said, written = f"{out}: a PyTorch module, for torch.load(..., weights_only=False)", {"path": str(out)}
+    else:
+        tell("exporting, and comparing the file with PyTorch")
+        with _kept(result.module, out.with_name(f"{out.name}.pt")):
+            report = export_onnx(
+                result.module,
+                file.example_inputs(),
+                out,
+                more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
+                providers=[options["provider"]],
+                metadata=result.metadata,
+                **arguments,
+            )
+        said, written = str(report), report.to_json()
+    click.echo(json.dumps({**result.to_json(), "warnings": warnings, "file": written}, indent=1) if as_json else said)
+
+
+def _teller(as_json: bool) -> Callable[[str], None]:
+    """Prints what is being done, with the seconds so far; nothing where a program reads the result."""
+    started = time.monotonic()
+
+    def tell(sentence: str) -> None:
+        if not as_json or sys.stdout.isatty():
+            click.echo(f"[{time.monotonic() - started:4.0f} s] {sentence}", err=True)
+
+    return tell
 
 
 def _budget(text: str) -> RankPolicy | MaxDrop:
@@ -160,7 +200,10 @@ def _opened(source: Path, model_file: Path | None, weights: Path | None) -> tupl
     if not source.is_dir():
         if model_file is not None:
             raise click.UsageError(f"--model is of a run, and {source} is none: leave it out")
-        return model_with_weights(source, weights)
+        from .modelfile import load_model_file
+
+        file = load_model_file(source, weights)
+        return file.model(), file
     if weights is not None:
         raise click.UsageError("a run has its own weights: leave out --weights")
     opened = open_run(source, model_file)
@@ -172,7 +215,7 @@ def _loss(file: ModelFile, batches: list[Batch]) -> Callable[[Output, int], Tens
     return lambda output, number: file.loss(output, batches[number])
 
 
-def _stored(module: nn.Module, out: Path) -> str:
+def _store(module: nn.Module, out: Path) -> None:
     import torch
 
     from dynrank_fx.files import replacing
@@ -181,4 +224,21 @@ def _stored(module: nn.Module, out: Path) -> str:
     torch.save(module, stored)
     with replacing(out) as beside:
         beside.write_bytes(stored.getbuffer())
-    return f"{out}: a PyTorch module, for torch.load(..., weights_only=False)"
+
+
+@contextmanager
+def _kept(module: nn.Module, path: Path) -> Iterator[None]:
+    """The module in a file until the export is done, which may fail after all the work, or take the process along."""
+    kept = False
+    with suppress(StoreError, PicklingError, AttributeError, TypeError):  # then there is only the export
+        _store(module, path)
+        kept = True
+    try:
+        yield
+    except ExportError as error:
+        if not kept:
+            raise
+        raise ExportError(
+            f"{error}. The compressed module is in {path}; go on with `dynrank-fx export {path} --model MODEL.PY`"
+        ) from error
+    path.unlink(missing_ok=True)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
-from .options import Option, calibrate_option, check_export, export_arguments, export_options, weights_option
+from .options import (
+    Option,
+    calibrate_option,
+    check_export,
+    check_model,
+    export_arguments,
+    export_options,
+    json_option,
+    weights_option,
+)
 
 
 @click.command()
@@ -17,13 +27,15 @@ from .options import Option, calibrate_option, check_export, export_arguments, e
 @click.option("--provider", metavar="NAME", help="An execution provider of onnxruntime; by default the best there is.")
 @calibrate_option
 @export_options
-def export(source: Path, out: Path, model_file: Path | None, calibrate: int, **options: Option) -> None:
+@json_option
+def export(source: Path, out: Path, model_file: Path | None, calibrate: int, as_json: bool, **options: Option) -> None:
     """Truncate a run (or a folder of `transform`), export it, and compare it with PyTorch in onnxruntime.
 
-    Layers that are dense at the end are cut so that their outputs on the calibration batches change least. The batch
-    size stays free. FILE appears only if the outputs agree on every batch size; the execution provider that really ran
-    is named. SOURCE may also be a model file (with --weights), exported as it is, to compare others with; or, with
-    --model, a .pt file of `compress`, which runs code as it is loaded: only one of your own.
+    Layers that are dense at the end are cut so that their outputs on the calibration batches change least. What the
+    model leaves free stays free: the batch, and where it can be a sequence or the size of an image. FILE appears only
+    if the outputs agree at every size; the execution provider that really ran is named. SOURCE may also be a model file
+    (with --weights), exported as it is, to compare others with; or, with --model, a .pt file of `compress`, which runs
+    code as it is loaded: only one of your own.
 
     \b
     Example:
@@ -38,6 +50,7 @@ def export(source: Path, out: Path, model_file: Path | None, calibrate: int, **o
     arguments = export_arguments(options)
     check_export(out, arguments, options["provider"])
     final = final_form(source, model_file, options["weights"], calibrate)
+    check_model(out, final.module, final.file, arguments)
     report = export_onnx(
         final.module,
         final.file.example_inputs(),
@@ -47,4 +60,4 @@ def export(source: Path, out: Path, model_file: Path | None, calibrate: int, **o
         metadata=final.metadata,
         **arguments,
     )
-    click.echo(str(report))
+    click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))

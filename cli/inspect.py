@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import capture_of, capture_option, json_option, weights_option
+
 if TYPE_CHECKING:
     from dynrank_fx.schedules import EpochRecord
 
@@ -16,9 +18,13 @@ if TYPE_CHECKING:
 @click.option(
     "--model", "model_file", type=Path, metavar="MODEL.PY", help="The model file of a run, where it has moved."
 )
+@weights_option
+@capture_option
 @click.option("--plot", type=Path, metavar="FILE.PNG", help="Draw the spectra; of a run also ranks and loss by epoch.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
-def inspect(target: Path, model_file: Path | None, plot: Path | None, as_json: bool) -> None:
+@json_option
+def inspect(
+    target: Path, model_file: Path | None, weights: Path | None, how: str | None, plot: Path | None, as_json: bool
+) -> None:
     """Show every matrix of TARGET (MODEL.PY, a run, a folder of `transform`, or a MODEL.ONNX).
 
     Two columns say how many directions a weight uses, by its singular values. Effective rank: exp of the entropy of
@@ -34,6 +40,9 @@ def inspect(target: Path, model_file: Path | None, plot: Path | None, as_json: b
     from .runs import open_run
 
     history: list[EpochRecord] = []
+    for flag, value in (("--weights", weights), ("--capture", how)):
+        if value is not None and target.suffix != ".py":
+            raise click.UsageError(f"{flag} is of a model file, and {target} is none: leave it out")
     if target.suffix == ".onnx":
         rows = inspect_onnx(target)
     elif target.suffix == ".py":
@@ -41,8 +50,9 @@ def inspect(target: Path, model_file: Path | None, plot: Path | None, as_json: b
 
         from .modelfile import load_model_file
 
-        file = load_model_file(target)
-        rows = inspect_net(capture(file.model(), file.example_inputs()), file.example_inputs())
+        file = load_model_file(target, weights)
+        net = capture(file.model(), file.example_inputs(), how=capture_of(how))
+        rows = inspect_net(net, file.example_inputs())
     else:
         opened = open_run(target, model_file)
         rows, history = inspect_net(opened.net, opened.file.example_inputs()), opened.history

@@ -26,6 +26,8 @@ from dynrank_fx.aliases import Batch, Output
 from dynrank_fx.errors import ModelFileError
 from dynrank_fx.tracing import ExampleInputs, Inputs, split_inputs
 
+from .weights import load_weights_
+
 
 @dataclass(frozen=True)
 class Function:
@@ -61,6 +63,8 @@ class ModelFile:
 
     path: Path
     module: ModuleType
+    weights: Path | None = None
+    """A file of weights that every ``model()`` gets."""
 
     def has(self, name: str) -> bool:
         return hasattr(self.module, name)
@@ -76,6 +80,8 @@ class ModelFile:
 
     def model(self) -> nn.Module:
         made: nn.Module = self._call("model")
+        if self.weights is not None:
+            load_weights_(made, self.weights)
         return made
 
     def example_inputs(self) -> ExampleInputs:
@@ -137,6 +143,12 @@ class ModelFile:
         """A mean over the batch, larger is better."""
         return partial(self._call, "metric") if self.has("metric") else None
 
+    @property
+    def metric_name(self) -> str:
+        """What the metric is called: the name of its function, where that is one of its own."""
+        name = getattr(getattr(self.module, "metric", None), "__name__", "metric")
+        return "metric" if name == "<lambda>" else str(name).replace("_", " ")
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return self._call("optimizer", parameters) if self.has("optimizer") else AdamW(parameters, lr=1e-3)
 
@@ -169,8 +181,11 @@ class ModelFile:
         return value
 
 
-def load_model_file(path: Path) -> ModelFile:
-    """Execute a model file. Raises ModelFileError where there is none, it fails, or it has no ``model()``."""
+def load_model_file(path: Path, weights: Path | None = None) -> ModelFile:
+    """Execute a model file. Raises ModelFileError where there is none, it fails, or it has no ``model()``.
+
+    weights: a file of weights for the model.
+    """
     if not path.exists():
         raise ModelFileError(f"{path} does not exist: give the Python file that has model()")
     if not path.is_file() or path.suffix != ".py":
@@ -190,7 +205,7 @@ def load_model_file(path: Path) -> ModelFile:
     except BaseException:
         sys.modules.pop(name, None)
         raise
-    file = ModelFile(path, module)
+    file = ModelFile(path, module, weights)
     file.require("model", command="every command")
     return file
 

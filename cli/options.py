@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dynrank_fx.layouts import ConvLayout
     from dynrank_fx.plan import Override, PlanOptions, RankPolicy, Role
+    from dynrank_fx.tracing import Capture
 
     from .modelfile import ModelFile
 
@@ -26,6 +27,13 @@ Options: TypeAlias = dict[str, Option]
 
 # The layouts of convolutions by name, so that `--help` need not import them: as in dynrank_fx.layouts.
 CONV_LAYOUTS = ("channel", "spatial", "tucker", "cp")
+
+capture_option = click.option(
+    "--capture",
+    "how",
+    type=click.Choice(["symbolic", "export", "modules"]),
+    help="How the model becomes a graph; by default the first of these that is faithful and opens every layer.",
+)
 
 _PLAN_OPTIONS = (
     click.option("--rank", metavar="R", help="A fraction of each matrix (0.25, the default) or one rank for all (16)."),
@@ -59,12 +67,7 @@ _PLAN_OPTIONS = (
     click.option(
         "--share-inputs", is_flag=True, help="Linears that read the same input (query, key, value) share a factor."
     ),
-    click.option(
-        "--capture",
-        "how",
-        type=click.Choice(["symbolic", "export", "modules"]),
-        help="How the model becomes a graph; by default the first of these that is faithful and opens every layer.",
-    ),
+    capture_option,
     click.option("--plan", "plan_file", type=Path, metavar="FILE", help="Instead: an edited plan.json."),
 )
 
@@ -85,7 +88,7 @@ _EXPORT_OPTIONS = (
         "--dynamic",
         multiple=True,
         metavar="ARG:AXIS=NAME",
-        help="A free dimension under a name, such as x:0=batch; may be repeated. By default the first of every input.",
+        help="A free dimension under a name, such as x:0=batch; may be repeated. By default all that can be.",
     ),
     click.option("--input-name", "inputs", multiple=True, metavar="NAME", help="Names of the file's inputs, in order."),
     click.option("--output-name", "outputs", multiple=True, metavar="NAME", help="Names of its outputs, in order."),
@@ -94,8 +97,10 @@ _EXPORT_OPTIONS = (
 _OF_EXPORT = ("opset", "batches", "precision", "dynamic", "inputs", "outputs", "external_data")
 
 weights_option = click.option(
-    "--weights", type=Path, metavar="FILE", help="A state_dict for model(): .pt or .safetensors."
+    "--weights", type=Path, metavar="FILE", help="A state_dict for model(), or a checkpoint: .pt or .safetensors."
 )
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and all else on stderr.")
 
 calibrate_option = click.option(
     "--calibrate",
@@ -144,13 +149,23 @@ def export_arguments(options: Options) -> Kwargs:
 
 def check_export(out: Path, arguments: Options, provider: str | None) -> None:
     """Refuse, before any work, what would stop the export after it."""
-    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_provider
+    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_precision, check_provider
 
     check_place(out)
     check_opset(arguments["opset"])
     check_batch_sizes(arguments["batch_sizes"])
     if provider is not None:
         check_provider(provider)
+    check_precision(arguments["precision"], provider)
+
+
+def check_model(out: Path, module: nn.Module, file: ModelFile, arguments: Options) -> None:
+    """Refuse, before any work, names that are not those of the model, and a disk without room for it."""
+    from dynrank_fx.onnx import check_names, check_room
+
+    names = (arguments["input_names"], arguments["output_names"], arguments["dynamic"])
+    check_names(module, file.example_inputs(), *names)
+    check_room(out, module, arguments["precision"])
 
 
 def refuse_export_options(out: Path) -> None:
@@ -265,7 +280,6 @@ def transformed(
     """The model of a model file, transformed as ``plan_options`` say."""
     from dynrank_fx.phases import read_plan
     from dynrank_fx.rewrite import transform
-    from dynrank_fx.tracing import Capture
 
     plan: Kwargs
     if options["plan_file"] is not None:
@@ -273,5 +287,12 @@ def transformed(
         plan = {"plan": read_plan(options["plan_file"])}
     else:
         plan = {"options": plan_options_of(options, policy)}
-    how = None if options["how"] is None else Capture[options["how"].upper()]
+    how = capture_of(options["how"])
     return transform(file.model(), file.example_inputs(), how=how, allow_empty=allow_empty, **plan)
+
+
+def capture_of(name: str | None) -> Capture | None:
+    """The capture that ``--capture`` names."""
+    from dynrank_fx.tracing import Capture
+
+    return None if name is None else Capture[name.upper()]

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from dynrank_fx.aliases import JsonObject
+
+from .options import json_option
+from .runs import RUN_FILE, read_run_file
+
+if TYPE_CHECKING:
+    from dynrank_fx.report import About
 
 
 @click.command()
 @click.argument("run", type=Path)
 @click.option("-o", "--out", type=Path, metavar="FILE.HTML", help="By default <run>/report.html.")
-def report(run: Path, out: Path | None) -> None:
-    """Make one self-contained page of RUN, finished or not: ranks, spectra, loss, compute and decisions, with pictures.
+@click.option("--against", type=Path, metavar="RUN", help="A run of the dense model (--schedule full) to compare with.")
+@json_option
+def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> None:
+    """Make one self-contained page of RUN, finished or not: what it cost and reached, ranks, spectra, loss, decisions.
 
     \b
     Example:
       dynrank-fx report digits-run -o report.html
     """
-    from dynrank_fx.report import write_page
+    from dynrank_fx.report import verdict, write_page
     from dynrank_fx.training import history_in, plan_in, read_run
 
     _, info = read_run(run)
-    path = out or run / "report.html"
-    write_page(history_in(info), plan_in(info), path, title=run.resolve().name)
+    path, history, plan = out or run / "report.html", history_in(info), plan_in(info)
+    about = _about(run, info, against)
+    write_page(history, plan, path, title=run.resolve().name, about=about)
+    said = verdict(history, plan, about)
+    if as_json:
+        last = {name: value for name, value in history[-1].to_json().items() if name != "switch_spectra"}
+        click.echo(json.dumps({"page": str(path), "verdict": said, "next": about.then, "last": last}, indent=1))
+    else:
+        click.echo(" ".join(said))
     click.echo(f"wrote {path}; open it in a browser", err=True)
+
+
+def _about(run: Path, info: JsonObject, against: Path | None) -> About:
+    from dynrank_fx.report import About
+    from dynrank_fx.training import history_in, read_run
+
+    noted: JsonObject = {"options": {}, "model_file": "MODEL.PY"}
+    if (run / RUN_FILE).exists():
+        noted = read_run_file(run)
+    epochs, model_file = noted.get("epochs"), Path(noted["model_file"])
+    facts = {"schedule": info["made_of"]["schedule"], "optimizer": info["made_of"]["optimizer"]}
+    facts |= {"seed": str(noted["options"]["seed"])} if "seed" in noted["options"] else {}
+    facts |= {"model file": model_file.name} | noted.get("versions", {})
+    words = ["dynrank-fx", "export", str(run), "-o", f"{model_file.stem}.onnx"]
+    if epochs is not None and info["epoch"] < epochs:
+        words = ["dynrank-fx", "train", str(model_file), "--out", str(run), "--resume"]
+    dense = (against.name, history_in(read_run(against)[1])) if against is not None else None
+    return About(epochs, noted.get("metric", "metric"), facts, dense, shlex.join(words))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynrank_fx.aliases import JsonObject
+from dynrank_fx.aliases import Json, JsonObject
 from dynrank_fx.errors import StoreError, first_line
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def _module_of(source: Path, model_file: Path | None, weights: Path | None) -> t
     if source.suffix != ".pt":
         if model_file is not None:
             raise StoreError(f"--model is of a run or a .pt file, and {source} is neither: leave it out")
-        return model_with_weights(source, weights)
+        file = load_model_file(source, weights)
+        return file.model(), file
     if model_file is None:
         raise StoreError(f"{source} has no example inputs: add --model MODEL.PY, the model file that it was made from")
     if weights is not None:
@@ -93,33 +94,6 @@ def _stored_module(path: Path) -> nn.Module:
             f"{path} holds a {type(module).__name__} and no module: give weights by --weights, and MODEL.PY"
         )
     return module
-
-
-def model_with_weights(source: Path, weights: Path | None) -> tuple[nn.Module, ModelFile]:
-    """``model()`` of a model file, with a state_dict. Raises StoreError where that does not fit."""
-    import torch
-    from safetensors.torch import load_file
-
-    from .modelfile import load_model_file
-
-    file = load_model_file(source)
-    model = file.model()
-    if weights is None:
-        return model, file
-    try:
-        state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
-        model.load_state_dict(state)
-    except FileNotFoundError as error:
-        raise StoreError(f"there is no file {weights}: give a state_dict of the model") from error
-    except Exception as error:  # of torch.load, of safetensors, or of the model's own load_state_dict
-        lines = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {' '.join(map(str.strip, lines[1:3] or lines))}"
-        if "weights_only" in str(error):
-            what = "it is no file of tensors alone"
-        raise StoreError(
-            f"{weights} could not be loaded into model() ({what[:200]}): give a state_dict of that model"
-        ) from error
-    return model, file
 
 
 def calibration_inputs(file: ModelFile, count: int) -> list[ExampleInputs]:
@@ -151,11 +125,12 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     return score
 
 
-def write_run_file(folder: Path, model_file: Path, options: JsonObject) -> None:
-    """Note in the run's folder what it was started with."""
+def write_run_file(folder: Path, model_file: Path, options: JsonObject, **facts: Json) -> None:
+    """Note in the run's folder what it was started with. facts: what else a report tells of it."""
     from dynrank_fx.files import write_text
 
     data = {"format": "dynrank-fx run", "version": 1, "model_file": str(model_file.resolve()), "options": options}
+    data |= facts
     write_text(folder / RUN_FILE, json.dumps(data, indent=1) + "\n")
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dynrank_fx.aliases import JsonObject
+from dynrank_fx.aliases import Batch, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 
-from .options import Option, Options, plan_options, refuse_beside, transformed
+from .options import Option, Options, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_run_file, write_run_file
 from .stopping import stop_signals
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -28,19 +30,30 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model_file", type=Path)
 @plan_options
+@weights_option
 @click.option("--from", "start", type=Path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
 @click.option("--out", type=Path, metavar="FOLDER", help="The run; by default <model>-run.")
 @click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
 @training_options
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--amp", type=click.Choice(["bf16"]), help="Autocast to bfloat16.")
+@click.option("--amp", type=click.Choice(["bf16", "float16"]), help="Autocast; float16 with scaled gradients.")
+@click.option(
+    "--accumulate", type=click.IntRange(min=1), default=1, metavar="N", help="Batches of a step; 1 by default."
+)
+@click.option("--clip", type=float, metavar="NORM", help="Clip the gradients of a step to this norm.")
+@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes of train_data()'s DataLoader.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all random numbers.")
-@click.option("--checkpoint-steps", type=click.IntRange(min=1), metavar="N", help="Also save every N steps.")
+@click.option(
+    "--checkpoint-steps", type=click.IntRange(min=1), metavar="N", help="Also save every N steps of the optimizer."
+)
 @click.option("--tensorboard", is_flag=True, help="Also write the epochs' records for TensorBoard, into --out.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@json_option
 @click.pass_context
-def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, **options: Option) -> None:
+def train(
+    ctx: click.Context, /, model_file: Path, out: Path | None, resume: bool, as_json: bool, **options: Option
+) -> None:
     """Train through LOW and FULL phases; a checkpoint after every epoch.
 
     Ctrl-C saves between two steps and says how to go on. A resumed run ends bitwise equal to one that was never
@@ -64,7 +77,8 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
 
     _check_device(options["device"])
     seed_all(options["seed"])
-    file = load_model_file(model_file)
+    # On a resume the run's own weights count.
+    file = load_model_file(model_file, None if resume else options["weights"])
     file.require("train_data", "loss")
     if resume:
         tensors, info = read_run(folder)
@@ -76,9 +90,11 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
         run, task, settings = _set_up(file, options, _net(file, options))
         _make_folder(folder)
         save_run(run, folder)
-        write_run_file(folder, model_file, _plain(options))
+        facts = {"epochs": settings.epochs, "metric": file.metric_name, "versions": _versions()}
+        write_run_file(folder, model_file, _plain(options), **facts)
     if run.epoch >= settings.epochs:
-        click.echo(f"{folder} has all its {settings.epochs} epochs already")
+        click.echo(f"{folder} has all its {settings.epochs} epochs already", err=as_json)
+        _print_result(run, settings, folder, as_json)
         return
     click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {settings.epochs} epochs", err=True)
     bar = _bar(task, settings)
@@ -88,6 +104,7 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
             run, task, settings, save=lambda r: save_run(r, folder), watcher=watcher, should_stop=lambda: bool(stopped)
         )
     bar.close()
+    _print_result(run, settings, folder, as_json)
     if finished:
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         click.echo(f"wrote {folder}/; next: {then}", err=True)
@@ -100,6 +117,26 @@ def train(ctx: click.Context, /, model_file: Path, out: Path | None, resume: boo
     sys.exit(128 + stopped[0])
 
 
+def _print_result(run: Run, settings: Settings, folder: Path, as_json: bool) -> None:
+    """Where the run stands, as JSON, for a program that asked for it."""
+    if not as_json:
+        return
+    last = run.history[-1].to_json() if run.history else {}
+    last.pop("switch_spectra", None)
+    data = {"run": str(folder), "epoch": run.epoch, "epochs": settings.epochs, "step": run.step, "last": last}
+    click.echo(json.dumps(data, indent=1))
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import torch
+
+    from dynrank_fx.version import __version__
+
+    return {"dynrank-fx": __version__, "torch": str(torch.__version__), "Python": platform.python_version()}
+
+
 def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
     """The options that the run was started with. Raises StoreError where one is given again with another value."""
     started: JsonObject = read_run_file(folder)["options"]
@@ -110,7 +147,7 @@ def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
             before = started.get(name)
             then = f"without {flag}" if before in (None, []) or before is False else f"with {flag} {before}"
             raise StoreError(f"the run in {folder} was started {then}: leave {flag} out, or start another run")
-    return started
+    return {**_plain(given), **started}  # an older run may not know every option
 
 
 def _plain(options: Options) -> JsonObject:
@@ -127,6 +164,8 @@ def _make_folder(folder: Path) -> None:
 
 def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
+    import torch
+
     from dynrank_fx.randomness import generators_of
     from dynrank_fx.training import Run, Settings, Task
 
@@ -137,13 +176,15 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
     settings = Settings(
         epochs=options["epochs"] or file.epochs or 10,
         device=options["device"],
-        amp=options["amp"] == "bf16",
+        amp={"bf16": torch.bfloat16, "float16": torch.float16, None: None}[options["amp"]],
         compile=not options["no_compile"],
         checkpoint_steps=options["checkpoint_steps"],
+        accumulate=options["accumulate"],
+        clip=options["clip"],
         **how.choices | {"decay": known_decay(how.decay, options, optimizer)},
     )
     task = Task(
-        train_data=file.train_data(),
+        train_data=_train_data(file, options["workers"]),
         loss=file.loss,
         inputs=file.inputs,
         eval_data=file.eval_data(),
@@ -154,11 +195,29 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
     return Run(net, optimizer, schedule, lr_scheduler, generators=generators), task, settings
 
 
+def _train_data(file: ModelFile, workers: int | None) -> Iterable[Batch]:
+    """The batches of an epoch, loaded by so many processes."""
+    from torch.utils.data import DataLoader
+
+    data = file.train_data()
+    if workers is None:
+        return data
+    if not isinstance(data, DataLoader):
+        raise ModelFileError(
+            f"--workers is of a DataLoader, and train_data() gave a {type(data).__name__}: leave it out, or give one"
+        )
+    data.num_workers = workers
+    data.prefetch_factor = data.prefetch_factor or (2 if workers else None)  # as DataLoader itself chooses
+    return data
+
+
 def _net(file: ModelFile, options: Options) -> nn.Module:
     if options["start"] is not None:
         from dynrank_fx.phases import load
 
         refuse_beside("--from")
+        if options["weights"] is not None:
+            raise click.UsageError("--from brings its weights along: leave out --weights")
         return load(options["start"], file.model(), file.example_inputs())
     of_preset = not any(options[name] for name in ("rank", "energy", "plan_file"))
     return transformed(file, options, policy=how_to_train(options).rank if of_preset else None)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
-from .options import Option, plan_options, transformed
+from .options import Option, json_option, plan_options, transformed, weights_option
 
 
 @click.command()
 @click.argument("model_file", type=Path)
+@weights_option
 @plan_options
 @click.option("--out", "-o", type=Path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON in place of the table.")
+@json_option
 def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, **options: Option) -> None:
     """Plan which weights are factored, print it, and write the rewritten model as a folder.
 
@@ -30,11 +32,13 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
 
     from .modelfile import load_model_file
 
-    net = transformed(load_model_file(model_file), options, allow_empty=dry_run)
+    net = transformed(load_model_file(model_file, options["weights"]), options, allow_empty=dry_run)
     plan = plan_of(net)
-    click.echo(plan.to_json().rstrip() if as_json else str(plan))
-    if dry_run:
-        return
     folder = out or Path(f"{model_file.stem}-dynrank")
-    save(net, folder)
-    click.echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)
+    click.echo(plan.to_json().rstrip() if as_json else str(plan))
+    if not dry_run:
+        save(net, folder)
+        click.echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)
+    if not as_json:
+        then = shlex.join(["dynrank-fx", "train", str(model_file), "--from", str(folder)])
+        click.echo(f"next: {'the same without --dry-run, then ' if dry_run else ''}{then}")

@@ -20,11 +20,14 @@ class Pair:
         first: The median of the first, in seconds.
         second: The median of the second, in seconds.
         ratio: The median of the ratios second / first of neighbouring runs.
+        spread: How far the ratio is uncertain: over whole rounds, if there were several, or over all but the outer
+            tenths of the runs; None where not known.
     """
 
     first: float
     second: float
     ratio: float
+    spread: tuple[float, float] | None = None
 
 
 def interleaved(
@@ -41,8 +44,9 @@ def interleaved(
         # The order alternates: who comes second finds a warmer cache.
         for index in (0, 1) if repeat % 2 else (1, 0):
             times[index].append(_seconds((first, second)[index], inner))
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    return Pair(statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios))
+    ratios = sorted(b / a for a, b in zip(*times, strict=True))
+    spread = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    return Pair(statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios), spread)
 
 
 def _seconds(call: Callable[[], object], inner: int) -> float:

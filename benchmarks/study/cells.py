@@ -99,7 +99,9 @@ def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
     way = METHODS[cell.method](epochs, costs)
     optimizer = task.optimizer(net.parameters())
     run = Run(net, optimizer, way.schedule, task.lr_scheduler(optimizer, epochs))
-    settings = Settings(epochs, compile=False, device=task.device, amp=task.amp, **way.choices)
+    settings = Settings(
+        epochs, compile=False, device=task.device, amp=torch.bfloat16 if task.amp else None, **way.choices
+    )
     if cell.method == "spectral norm held":
         SpectralGuard(net, optimizer)
     data = task.data()

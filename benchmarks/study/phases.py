@@ -66,7 +66,7 @@ def measured(task: StudyTask, rank: float, *, repeats: int) -> dict[str, dict[st
     seed_all(0)
     data = task.data()
     batch = next(iter(data.train_data))
-    settings = Settings(1, device=task.device, amp=task.amp)
+    settings = Settings(1, device=task.device, amp=torch.bfloat16 if task.amp else None)
     steps, found = {}, {}
     for phase in dr.Phase:
         net = task.transformed(dr.Ratio(rank))

@@ -9,7 +9,7 @@ and run on the calibration data.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -40,12 +40,17 @@ class Candidate:
     cuts: tuple[Cut, ...]
 
 
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 @dataclass
 class Candidates:
     """Cuts of one net, dense in evaluation mode, and of what ``inline`` makes of it.
 
     data, known: calibration batches and what they tell of the net; None for cuts by plain SVD. latency: measured times
     of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the weights that were factored before.
+    tell: is told what is tried.
     """
 
     net: nn.Module
@@ -56,6 +61,7 @@ class Candidates:
     multiple_of: int = 1
     sequential: bool = False
     low: Mapping[str, int] = field(default_factory=dict)
+    tell: Callable[[str], None] = lambda said: None
     _measured: dict[tuple[str, int], float] = field(default_factory=dict)
     _spectra: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -76,6 +82,9 @@ class Candidates:
             far = self._distance(candidate)
             if nearest is None or far < least:
                 least, nearest = far, candidate
+            share = _params(candidate.module) / max(_params(self.dense), 1)
+            off = f"outputs {far:.3g} off (best so far {least:.3g})"
+            self.tell(f"candidate {len(tried)}: {share:.1%} of the parameters, {off}")
 
         attempt(policy, {})
         attempt(replace(policy, even=True), {})
@@ -99,7 +108,10 @@ class Candidates:
         that are dense, a quarter.
         """
         effects = {}
-        for unit in self._units():
+        units = self._units()
+        for number, unit in enumerate(units):
+            if number % max(1, len(units) // 5) == 0:
+                self.tell(f"measuring what an error in a weight does to the outputs: {number + 1} of {len(units)}")
             energy = unit.curve.spectrum().square().sum(0)
             rank = at.get(unit.names[0]) or max(1, unit.curve.max_rank // 4)
             lost = float(energy[rank:].sum() / energy.sum().clamp_min(1e-30))

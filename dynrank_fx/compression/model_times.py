@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
@@ -44,7 +45,8 @@ class ModelTimes:
         inner = max(1, min(50, round(_SECONDS / self.dense)))
         repeats = 15 if self.dense < _SLOW else 5
         rounds = [interleaved(self._run_dense, run, repeats=repeats, inner=inner) for _ in range(_ROUNDS)]
-        return sorted(rounds, key=lambda pair: pair.ratio)[_ROUNDS // 2]
+        rounds.sort(key=lambda pair: pair.ratio)
+        return replace(rounds[_ROUNDS // 2], spread=(rounds[0].ratio, rounds[-1].ratio))
 
     def _onnx(self, module: nn.Module) -> bytes:
         made = cast(module, Precision(self.sites.element))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
+from ..aliases import JsonObject
 from ..plan import Plan
 from ..text import change, text_table
 from ..timing import Pair
@@ -28,7 +29,8 @@ class Compressed:
         cuts: What became of each site.
         params: Parameters of the dense and of the compressed model.
         flops: FLOPs of both on the example inputs, two a multiply-add; None where they are not known.
-        times: Seconds of both in onnxruntime, measured in turn, the dense one first; None where they were not measured.
+        times: Seconds of both in onnxruntime, measured in turn, the dense one first, their ratio and its spread; None
+            where they were not measured.
         metrics: The metric of both; None without one.
         notes: What the user should know, a sentence each.
     """
@@ -50,6 +52,21 @@ class Compressed:
             told["dynrank_metric"] = f"{self.metrics[1]:.6g} (dense: {self.metrics[0]:.6g})"
         return told
 
+    def to_json(self) -> JsonObject:
+        """What is told of it as JSON values.
+
+        Returns:
+            A dict: pairs are of the dense and of the compressed model; the rank of a site is None where it is dense.
+        """
+        return {
+            "sites": [{"site": cut.site, "rank": cut.rank, "error": cut.error} for cut in self.cuts],
+            "params": self.params,
+            "flops": self.flops,
+            "times": None if self.times is None else asdict(self.times),
+            "metric": self.metrics,
+            "notes": self.notes,
+        }
+
     def __str__(self) -> str:
         rows = []
         by_name = {row.site.name: row for row in self.plan.sites}
@@ -65,7 +82,10 @@ class Compressed:
             lines.append(f"FLOPs       {change(*self.flops)} on the example inputs")
         if self.times is not None:
             dense = f"{1e3 * self.times.first:.3f} ms"
-            lines.append(f"time        {self.times.ratio:.2f} of dense ({dense} on the example inputs) in onnxruntime")
+            spread = self.times.spread
+            between = "" if spread is None else f"{spread[0]:.2f} to {spread[1]:.2f} in several rounds; "
+            said = f"{self.times.ratio:.2f} of dense ({between}{dense} on the example inputs)"
+            lines.append(f"time        {said} in onnxruntime")
         if self.metrics is not None:
             lines.append(f"metric      {self.metrics[0]:.4f} -> {self.metrics[1]:.4f}")
         return "\n".join((*lines, *self.notes))

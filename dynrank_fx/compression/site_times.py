@@ -82,7 +82,7 @@ class SiteTimes:
             pair = self._measured(rows, rank)
             self._known[key] = None if pair is None else [pair.first, pair.second, pair.ratio]
         values = self._known[key]
-        return None if values is None else Pair(*values)
+        return None if values is None else Pair(values[0], values[1], values[2])
 
     def cost(self, rows: Sequence[PlannedSite], total: float) -> Cost | None:
         """The curve of a site's time over its ranks; never falling with the rank.

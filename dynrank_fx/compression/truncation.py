@@ -159,7 +159,7 @@ def ranks_of(
         return {row.site.name: row.rank for row in plan_of(net).sites}
     units = units or rank_units(net, spectrum=None if known is None else known.spectrum)
     chosen = ranks_by_policy([checked_policy(policy)] * len(units), [unit.curve for unit in units])
-    counted = policy.of[:1] if isinstance(policy, Budget) else ()
+    counted = tuple(policy.shares) if isinstance(policy, Budget) else ()
     ranks: dict[str, int | None] = {}
     for unit, wanted in zip(units, chosen, strict=True):
         r = min((rank for rank in unit.curve.grid if rank >= wanted), default=wanted)

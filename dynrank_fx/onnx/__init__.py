@@ -1,6 +1,7 @@
 """Write ONNX files that onnxruntime agrees with, compare them, and time them."""
 
 from .agreement import check_batch_sizes, onnx_inputs
+from .beforehand import check_names, check_precision, check_room
 from .bench import bench_onnx, onnx_machine, table
 from .convert import converted
 from .diff import compare_onnx
@@ -8,6 +9,7 @@ from .export import ExportReport, check_opset, export_onnx, verify_onnx
 from .file import check_place
 from .precision import Precision, cast
 from .random_inputs import loaded, random_inputs, table_rows
+from .score import Scores, score_onnx
 from .session import Feeds, Provider, bound, check_provider, runtime, session, session_of, threads
 
 __all__ = [
@@ -15,13 +17,17 @@ __all__ = [
     "Feeds",
     "Precision",
     "Provider",
+    "Scores",
     "bench_onnx",
     "bound",
     "cast",
     "check_batch_sizes",
+    "check_names",
     "check_opset",
     "check_place",
+    "check_precision",
     "check_provider",
+    "check_room",
     "compare_onnx",
     "converted",
     "export_onnx",
@@ -30,6 +36,7 @@ __all__ = [
     "onnx_machine",
     "random_inputs",
     "runtime",
+    "score_onnx",
     "session",
     "session_of",
     "table",

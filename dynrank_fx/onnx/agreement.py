@@ -60,7 +60,8 @@ def onnx_inputs(
     names: what the arguments are called, input by input, where the file's inputs have other names.
 
     Tensors the file has no input for (unused ones may have been dropped) are passed over; among positional ones, type
-    and shape tell which. Raises ExportError for an input of the file that nothing fits.
+    and shape tell which, free sizes of one name being the same. Raises ExportError for an input of the file that
+    nothing fits.
     """
     inputs = session.get_inputs()
     called = {argument: spec.name for argument, spec in zip(names, inputs, strict=False)}
@@ -71,12 +72,16 @@ def onnx_inputs(
     others = [leaf for name, leaf in leaves if name not in chosen and isinstance(leaf, Tensor)]
     unnamed = [name for name in specs if name not in chosen]
     spare = len(others) - len(unnamed)
+    sizes: dict[str, int] = {}
+    for name, given in chosen.items():
+        sizes |= _free_sizes(given, specs[name])
     for name in unnamed:
-        while spare > 0 and not _fits(others[0], specs[name]):
+        while spare > 0 and not _fits(others[0], specs[name], sizes):
             others, spare = others[1:], spare - 1
         if others:
             chosen[name] = others.pop(0)
-    feeds = {}
+            sizes |= _free_sizes(chosen[name], specs[name])
+    feeds: Feeds = {}
     for name, spec in specs.items():
         tensor = chosen.get(name)
         if tensor is None or not _fits(tensor, spec):
@@ -86,15 +91,23 @@ def onnx_inputs(
             )
         if tensor.dtype is torch.bfloat16:
             raise ExportError(f"the ONNX input {name} is bfloat16, which NumPy has not: export in another type")
-        feeds[called.get(name, name)] = tensor.detach().cpu().numpy()
+        feeds[str(called.get(name, name))] = tensor.detach().cpu().numpy()
     return feeds
 
 
-def _fits(tensor: Tensor, spec: Any) -> bool:  # Any: onnxruntime's NodeArg, which has no types
+# Any: onnxruntime's NodeArg, which has no types
+def _fits(tensor: Tensor, spec: Any, sizes: Mapping[str, int] | None = None) -> bool:
+    """Whether the tensor is one for this input. sizes: of free dimensions by name, where they are known."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     same_type = spec.type == f"tensor({ {'float32': 'float', 'float64': 'double'}.get(dtype, dtype) })"
-    fixed = {i: size for i, size in enumerate(spec.shape) if isinstance(size, int)}
-    return same_type and len(spec.shape) == tensor.ndim and all(tensor.shape[i] == fixed[i] for i in fixed)
+    if not same_type or len(spec.shape) != tensor.ndim:
+        return False
+    wanted = [size if isinstance(size, int) else (sizes or {}).get(size) for size in spec.shape]
+    return all(size in (None, have) for size, have in zip(wanted, tensor.shape, strict=True))
+
+
+def _free_sizes(tensor: Tensor, spec: Any) -> dict[str, int]:  # Any: as in ``_fits``
+    return {str(name): size for name, size in zip(spec.shape, tensor.shape, strict=False) if isinstance(name, str)}
 
 
 def compare(

@@ -1,4 +1,6 @@
-"""From a module to an ONNX model whose weights are stored once, as they are, and whose batch is free if it can be."""
+"""From a module to an ONNX model whose weights are stored once, as they are, and whose dimensions are free, the batch
+first, where the model leaves them free.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,7 @@ from ..tracing import (
     slow_attention,
     tensors,
 )
+from .dynamic import free_axes, movable_axes, name_free_
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,16 +42,37 @@ _FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a sh
 
 
 def converted(
-    module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | None, opset: int | None
+    module: nn.Module,
+    inputs: Inputs,
+    dynamic_shapes: DynamicShapes | None,
+    opset: int | None,
+    *,
+    only_batch: bool = False,
 ) -> tuple[ModelProto, bool]:
-    """(ONNX model, whether its batch is free): free where the model allows it, else with the example's own shapes."""
+    """(ONNX model, whether its batch is free). Without ``dynamic_shapes`` every dimension is free, or the batch alone,
+    where the model allows it, and has a name (see ``name_free_``); what it does not allow has the example's size.
+    """
     doubled = double_batch_of_one(*inputs)
-    shapes = free_dimensions(*doubled, only_first=True) if dynamic_shapes is None else dynamic_shapes
-    with contextlib.suppress(ExportError):  # then the second attempt works, or says what is wrong
-        model = _convert(module, doubled, shapes, opset)
-        if _batch_is_free(model, doubled):
-            return model, True
-    model = _convert(module, inputs, dynamic_shapes, opset)
+    # Each says what is free of these inputs; the batch has to be, but in the last ones, of which the last one counts.
+    first, last = [dynamic_shapes], [dynamic_shapes]
+    if dynamic_shapes is None:
+        first = [free_dimensions(*doubled, only_first=True)]
+        axes = [] if only_batch else movable_axes(module, doubled)
+        if any(axes):
+            first, last = [free_axes(doubled, axes), *first], [free_axes(inputs, axes), None]
+    for shapes in first:
+        with contextlib.suppress(ExportError):  # then another attempt works, or says what is wrong
+            model = _convert(module, doubled, shapes, opset)
+            if _batch_is_free(model, doubled):
+                name_free_(model, doubled)
+                return model, True
+    for shapes in last[:-1]:
+        with contextlib.suppress(ExportError):
+            model = _convert(module, inputs, shapes, opset)
+            name_free_(model, inputs)
+            return model, _batch_is_free(model, inputs)
+    model = _convert(module, inputs, last[-1], opset)
+    name_free_(model, inputs)
     return model, _batch_is_free(model, inputs)
 
 
@@ -63,7 +87,7 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
             if fixed is not None:
                 raise ExportError(
                     f"the model fixes {fixed[1]} at the size in the example: leave that dimension out of the free "
-                    "ones, or change what depends on it"
+                    "ones, change what depends on it, or give Dim.AUTO in place of a Dim with a name"
                 ) from error
             where = f"{origin(error, module)} ({reason(error)})"
             raise ExportError(f"torch.export cannot trace {where}: change the model or its inputs") from error

@@ -6,12 +6,13 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from ..aliases import JsonObject
 from ..errors import ExportError, reason
 from ..layouts import LAYOUTS
 from .random_inputs import loaded, random_inputs, table_rows
@@ -55,6 +56,14 @@ class Verdict:
     def first(self) -> Gap | None:
         """The first site that differs by more than the tolerance."""
         return next((each for each in self.sites if not each.relative <= self.tolerance), None)
+
+    def to_json(self) -> JsonObject:
+        return {
+            "same": self.same,
+            "tolerance": self.tolerance,
+            "outputs": [asdict(each) for each in self.outputs],
+            "first_to_differ": None if self.first is None else asdict(self.first),
+        }
 
     def __str__(self) -> str:
         lines = [f"{each.name}: {each.relative:.2g} relative, {each.largest:.2g} at most" for each in self.outputs]

@@ -6,15 +6,18 @@ Weights are stored once, as they are: no product of factors is folded into a den
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ..aliases import JsonObject
 from ..checks import is_whole, names_of
 from ..errors import CaptureError, ExportError, reason
 from ..rewrite import holds_captured, inline_
@@ -27,17 +30,16 @@ from ..tracing import (
     quiet,
     shell,
     split_inputs,
-    tensors,
     unwrap,
     with_batch,
 )
 from ..version import __version__
 from .agreement import Agreement, check_batch_sizes, check_tolerance, compare
 from .convert import converted, parameter_count, renamed
-from .dynamic import Dynamic, name_dimensions_, named_shapes, sizes_of, with_sizes
+from .dynamic import Dynamic, Shape, name_dimensions_, named_shapes, other_sizes, shapes_in, sizes_in, with_sizes
 from .file import check_file, check_place, replacing_file, write_file
 from .precision import Precision, cast, int8_weights_
-from .random_inputs import table_rows
+from .random_inputs import SIZES, table_rows
 from .session import Provider, check_provider, runtime, session
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class ExportReport:
         params: How many floating-point values it stores.
         dynamic_batch: Whether the batch is free.
         agreements: How far every output is from PyTorch's, on every batch that was compared.
+        shapes: The sizes of every input of the file, the free ones by name.
     """
 
     path: Path
@@ -68,11 +71,24 @@ class ExportReport:
     params: int
     dynamic_batch: bool
     agreements: tuple[Agreement, ...]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    def to_json(self) -> JsonObject:
+        """The report as JSON values.
+
+        Returns:
+            A dict, with the file's path as text.
+        """
+        return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:
         size = f"{self.file_size / 1e6:.1f} MB" if self.file_size >= 1e6 else f"{self.file_size / 1e3:.1f} kB"
         batches = list(dict.fromkeys(agreement.batch for agreement in self.agreements))
-        batch = "batch free" if self.dynamic_batch else f"batch fixed at {batches[0]}"
+        names = dict.fromkeys(name for shape in self.shapes.values() for name in shape if isinstance(name, str))
+        free = f"{_and(list(names) or ['batch'])} free" if names or self.dynamic_batch else ""
+        fixed = "" if self.dynamic_batch else f"batch fixed at {batches[0]}"
+        inputs = "; ".join(f"{name} is {' x '.join(map(str, shape))}" for name, shape in self.shapes.items() if shape)
+        batch = ", ".join(filter(None, (fixed, free))) + (f" ({inputs})" if inputs else "")
         worst_abs = max((agreement.max_abs for agreement in self.agreements), default=0.0)
         worst_rel = max((agreement.max_rel for agreement in self.agreements), default=0.0)
         return (
@@ -110,9 +126,9 @@ def export_onnx(
         example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
         path: The file to write.
         opset: The version of ONNX's operators; by default what torch's exporter takes.
-        dynamic_shapes: As in ``torch.export``; by default the first dimension of every tensor is free.
-        dynamic: In its place, free dimensions by argument, under a name, such as ``{"x": {0: "batch"}}``; each is
-            compared at another size too.
+        dynamic_shapes: As in ``torch.export``; by default every dimension that the model leaves free is free, under
+            one name in all inputs (``batch``, ``sequence``, ``height`` and so on), and is compared at another size too.
+        dynamic: In its place, free dimensions by argument, under a name, such as ``{"x": {0: "batch"}}``.
         input_names: Names for the file's inputs, in order; by default those of the arguments.
         output_names: Names for its outputs, in order; by default ``output`` or what the model calls them.
         precision: The types that its numbers are stored and multiplied in; it is compared with the module as it is.
@@ -158,38 +174,81 @@ def export_onnx(
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
-    with replacing_file(Path(path)) as beside:
-        written = _written(
-            beside, plain, inputs, shapes, dynamic, opset, input_names, output_names, precision, external_data, metadata
+    allowed = precision.tolerance if tolerance is None else tolerance
+
+    def made(only_batch: bool) -> ExportReport:
+        with replacing_file(Path(path)) as beside:
+            written = _written(
+                beside,
+                plain,
+                inputs,
+                shapes,
+                dynamic,
+                opset,
+                input_names,
+                output_names,
+                precision,
+                external_data,
+                metadata,
+                only_batch,
+            )
+            try:
+                check_file(beside, precision)
+                limits = [written.rows.get(name) for name in written.feeds]
+                sizes = batch_sizes if written.free else (batch_size(inputs) or 1,)
+                cases = _cases(inputs, sizes, limits)
+                cases += _of_other_sizes(plain, inputs, written, required=dynamic is not None)
+                cases += [split_inputs(each) for each in more_inputs]
+                opened = session(beside, providers)
+                agreements = compare(opened, plain, cases, allowed, written.feeds)
+                provider = opened.get_providers()[0]
+                if provider != _CPU:
+                    _compare_on_cpu(beside, plain, cases, allowed, written.feeds)
+            except ExportError as error:
+                if written.more_than_batch and not only_batch:
+                    raise _TooFreeError(str(error)) from error
+                raise
+            file_size = sum(file.stat().st_size for file in beside.parent.iterdir())
+        return ExportReport(
+            Path(path),
+            provider,
+            written.opset,
+            file_size,
+            written.params,
+            written.free,
+            agreements,
+            dict(zip(written.names, written.shapes, strict=True)),
         )
-        check_file(beside, precision)
-        allowed = precision.tolerance if tolerance is None else tolerance
-        limits = [written.rows.get(name) for name in written.feeds]
-        sizes = batch_sizes if written.free else (batch_size(inputs) or 1,)
-        same = len(limits) == len(tensors(inputs))
-        cases = _cases(plain, inputs, sizes, limits if same else [], dynamic, more_inputs)
-        opened = session(beside, providers)
-        agreements = compare(opened, plain, cases, allowed, written.feeds)
-        provider = opened.get_providers()[0]
-        if provider != _CPU:
-            _compare_on_cpu(beside, plain, cases, allowed, written.feeds)
-        file_size = sum(file.stat().st_size for file in beside.parent.iterdir())
-    return ExportReport(Path(path), provider, written.opset, file_size, written.params, written.free, agreements)
+
+    if shapes is None:
+        with contextlib.suppress(_TooFreeError):
+            return made(only_batch=False)
+    return made(only_batch=True)
+
+
+class _TooFreeError(ExportError):
+    """A file of which more than the batch is free, without having been asked for, does not serve."""
 
 
 @dataclass(frozen=True)
 class _Written:
     """What is known of a file when its model, which holds all weights, is gone.
 
-    free: whether its batch is. feeds: the names of its inputs after the module's arguments. rows: of the tables that
-    inputs index, by input.
+    free: whether its batch is. feeds: the names of its inputs after the module's arguments, and names, what they are
+    called in the file. shapes: of each of them. rows: of the tables that inputs index, by input.
     """
 
     opset: int
     params: int
     free: bool
     feeds: tuple[str, ...]
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
     rows: Mapping[str, int]
+
+    @property
+    def more_than_batch(self) -> bool:
+        return any(isinstance(size, str) for shape in self.shapes for size in shape[1:])
 
 
 def _written(
@@ -204,9 +263,10 @@ def _written(
     precision: Precision,
     external_data: bool | None,
     metadata: Mapping[str, str] | None,
+    only_batch: bool,
 ) -> _Written:
     """Convert the module and write it."""
-    model, free = converted(cast(plain, precision), inputs, shapes, opset)
+    model, free = converted(cast(plain, precision), inputs, shapes, opset, only_batch=only_batch)
     renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
     if dynamic is not None:
         name_dimensions_(model, dynamic)
@@ -222,12 +282,13 @@ def _written(
             "your onnxruntime knows, or leave opset out"
         )
     model.producer_name, model.producer_version = "dynrank-fx", __version__
-    told = {**_versions(), "precision": precision.value}
+    named = shapes_in(model)
+    told = {**_versions(), "precision": precision.value, SIZES: json.dumps(sizes_in(named.values(), inputs))}
     for key, value in {**told, **(metadata or {})}.items():
         model.metadata_props.add(key=key, value=value)
     params = parameter_count(model)
     write_file(model, path, _bytes(plain) > _MAX_BYTES or bool(external_data))
-    return _Written(made, params, free, feeds, rows)
+    return _Written(made, params, free, feeds, tuple(named), tuple(named.values()), rows)
 
 
 def _compare_on_cpu(
@@ -272,7 +333,7 @@ def verify_onnx(
     _check_providers(providers)
     check_tolerance(tolerance)
     opened, plain = session(path, providers), _in_evaluation(module)
-    agreements = compare(opened, plain, _cases(plain, split_inputs(example_inputs), batch_sizes), tolerance)
+    agreements = compare(opened, plain, _cases(split_inputs(example_inputs), batch_sizes), tolerance)
     return opened.get_providers()[0], agreements
 
 
@@ -344,19 +405,23 @@ def _name(model: ModelProto, what: str, names: Sequence[str]) -> None:
     renamed(model, lambda name: new.get(name, name))
 
 
-def _cases(
-    module: nn.Module,
-    inputs: Inputs,
-    batch_sizes: Sequence[int],
-    limits: Sequence[int | None] = (),
-    dynamic: Dynamic | None = None,
-    more: Sequence[ExampleInputs] = (),
-) -> list[Inputs]:
-    """What to compare on: new rows at each batch size; other sizes of named dimensions; real inputs. limits: see
-    ``with_batch``.
-    """
-    cases = [with_batch(inputs, batch, seed=batch, limits=limits) for batch in batch_sizes]
-    if dynamic:
-        sizes = sizes_of(module, inputs, dynamic)
-        cases += [with_sizes(module, inputs, dynamic, {name: size + 1}) for name, size in sizes.items()]
-    return [*cases, *(split_inputs(each) for each in more)]
+def _cases(inputs: Inputs, batch_sizes: Sequence[int], limits: Sequence[int | None] = ()) -> list[Inputs]:
+    """What to compare on: new rows at each batch size. limits: see ``with_batch``."""
+    return [with_batch(inputs, batch, seed=batch, limits=limits) for batch in batch_sizes]
+
+
+def _of_other_sizes(module: nn.Module, inputs: Inputs, written: _Written, *, required: bool) -> list[Inputs]:
+    """The inputs at another size of each free dimension but the batch. required: whether each has to be compared."""
+    sizes = other_sizes(module, written.shapes, inputs)
+    known = sizes_in(written.shapes, inputs)
+    cases = []
+    for name, size in sizes.items():
+        if size is None and required:
+            size = known[name] + 1  # PyTorch will say what is wrong with it
+        if size is not None and (required or name != "batch"):
+            cases.append(with_sizes(written.shapes, inputs, {name: size}))
+    return cases
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ from .session import Feeds, Session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+SIZES = "dynrank_sizes"
+"""The entry of a file's metadata that has the example's size of each free dimension, by name, as JSON."""
 
 _TYPES = {"float": "float32", "double": "float64", "float16": "float16", "int64": "int64", "int32": "int32"}
 _TYPES |= {"bool": "bool", "uint8": "uint8", "int8": "int8"}
@@ -48,15 +52,18 @@ def table_rows(model: ModelProto) -> dict[str, int]:
 
 def random_inputs(opened: Session, batch: int, seed: int = 0, rows: Mapping[str, int] | None = None) -> Feeds:
     """Inputs of a session's types and shapes: normal floats, integers below their ``table_rows``, or zeros and ones
-    where none are known, free sizes all the batch.
+    where none are known. Of free sizes the first is the batch; others are as in the example that the file was made
+    from, 16 where it does not say.
     """
     generator, feeds = np.random.default_rng(seed), {}
+    sizes = json.loads(opened.get_modelmeta().custom_metadata_map.get(SIZES, "{}"))
     for spec in opened.get_inputs():
         kind = _TYPES.get(spec.type.removeprefix("tensor(").removesuffix(")"))
         if kind is None:
             raise ExportError(f"the input {spec.name} is {spec.type}, of which no random values can be made")
         shape = [
-            size if isinstance(size, int) else (batch if axis == 0 else 16) for axis, size in enumerate(spec.shape)
+            size if isinstance(size, int) else batch if axis == 0 else sizes.get(size, 16)
+            for axis, size in enumerate(spec.shape)
         ]
         if kind.startswith("float"):
             feeds[spec.name] = generator.standard_normal(shape).astype(kind)

@@ -22,13 +22,15 @@ Point: TypeAlias = tuple[float, float, int]
 """(cost, error, rank) of a site."""
 
 _ROUNDING = 1e-12
+_BISECTIONS = 24
 
 
 @dataclass(frozen=True)
 class Budget:
     """The ranks of least error with which the whole model takes a share of what the dense one takes.
 
-    Give one of the three shares. A site whose factors would cost no less than its dense weight gets its full rank.
+    Give one of the three shares, or several, which then are all kept to. A site whose factors would cost no less than
+    its dense weight gets its full rank.
 
     Attributes:
         params: The share of the dense model's parameters, above 0 and at most 1.
@@ -38,7 +40,7 @@ class Budget:
         even: Whether all sites get one ratio of their full rank, in place of the ranks of least error.
 
     Raises:
-        PlanError: Where not one share is given, or one that is no share.
+        PlanError: Where no share is given, or one that is no share.
     """
 
     params: float | None = None
@@ -47,22 +49,17 @@ class Budget:
     even: bool = False
 
     def __post_init__(self) -> None:
-        given = list(self._given.values())
-        if len(given) != 1:
-            raise PlanError("a budget is of one thing: give params=0.5, flops=0.5 or latency=0.8")
-        if not is_share(given[0]):
-            raise PlanError(f"a budget of {given[0]!r} is no share of the dense model; give one above 0 and at most 1")
-
+        if not self.shares:
+            raise PlanError("a budget is of something: give params=0.5, flops=0.5 or latency=0.8, or several of them")
+        for share in self.shares.values():
+            if not is_share(share):
+                raise PlanError(f"a budget of {share!r} is no share of the dense model; give one above 0 and at most 1")
         if self.even not in (True, False):
             raise PlanError(f"even is {self.even!r}: give True or False")
 
     @property
-    def of(self) -> tuple[Metric, float]:
-        """What it is a budget of, and the share."""
-        return next(iter(self._given.items()))
-
-    @property
-    def _given(self) -> dict[Metric, float]:
+    def shares(self) -> dict[Metric, float]:
+        """The shares by what they are of."""
         shares = {Metric.PARAMS: self.params, Metric.FLOPS: self.flops, Metric.LATENCY: self.latency}
         return {what: share for what, share in shares.items() if share is not None}
 
@@ -80,12 +77,23 @@ class Budget:
         """
         if not curves:
             return []
-        metric, share = self.of
-        if any(metric not in curve.costs for curve in curves):
-            how = "give example inputs"
-            if metric is Metric.LATENCY:
-                how = "let compress measure them (without `--no-timing`, in Python times=SiteTimes())"
-            raise PlanError(f"the {metric.value} of the sites are unknown: {how}, or give a budget of parameters")
+        for metric in self.shares:
+            if any(metric not in curve.costs for curve in curves):
+                how = "give example inputs"
+                if metric is Metric.LATENCY:
+                    how = "let compress measure them (without `--no-timing`, in Python times=SiteTimes())"
+                raise PlanError(f"the {metric.value} of the sites are unknown: {how}, or give a budget of parameters")
+        alone = {metric: self._ranks_by(metric, share, curves) for metric, share in self.shares.items()}
+        if len(alone) == 1:
+            return next(iter(alone.values()))
+        fitting = [ranks for metric in alone if (ranks := self._fitting(metric, curves)) is not None]
+        if not fitting:
+            shares = " and ".join(f"{share:g} of the dense {metric.value}" for metric, share in self.shares.items())
+            raise PlanError(f"{shares} cannot be met together: give more of one of them, or leave less of it dense")
+        return min(fitting, key=lambda ranks: sum(_error(c, r) for c, r in zip(curves, ranks, strict=True)))
+
+    def _ranks_by(self, metric: Metric, share: float, curves: Sequence[Curve]) -> list[int]:
+        """The ranks by one share alone."""
         room = share - curves[0].costs[metric].rest
         points = [points_of(curve, metric) for curve in curves]
         least = sum(row[0][0] for row in points)
@@ -96,6 +104,41 @@ class Budget:
             )
         chosen = _even(points, room) if self.even else allocate(points, room)
         return [row[i][2] for row, i in zip(points, chosen, strict=True)]
+
+    def _fitting(self, metric: Metric, curves: Sequence[Curve]) -> list[int] | None:
+        """The ranks by the largest share of one thing, at most its own, with which all shares are kept to."""
+        low, high = 0.0, self.shares[metric]
+        best, tried = None, high
+        for _ in range(_BISECTIONS):
+            try:
+                ranks = self._ranks_by(metric, tried, curves)
+            except PlanError:  # there is no less
+                low = tried
+            else:
+                if self._kept(ranks, curves):
+                    best, low = ranks, tried
+                else:
+                    high = tried
+            if low == self.shares[metric]:
+                break
+            tried = (low + high) / 2
+        return best
+
+    def _kept(self, ranks: Sequence[int], curves: Sequence[Curve]) -> bool:
+        """Whether the model of these ranks keeps to all shares. What does not pay in each of them stays dense."""
+        taken = dict.fromkeys(self.shares, 0.0)
+        for curve, rank in zip(curves, ranks, strict=True):
+            costs = {metric: curve.costs[metric] for metric in taken}
+            pays = rank < curve.max_rank and all(c.at(rank) < c.dense for c in costs.values() if c.dense)
+            for metric, cost in costs.items():
+                taken[metric] += cost.at(rank) if pays else cost.dense
+        return all(taken[m] + curves[0].costs[m].rest <= share + _ROUNDING for m, share in self.shares.items())
+
+
+def _error(curve: Curve, rank: int) -> float:
+    """The share of a site's energy that a rank takes away, by the weight of the site."""
+    energy = curve.spectrum().square().sum(0)
+    return curve.weight * float(energy[rank:].sum() / energy.sum().clamp_min(1e-30))
 
 
 def points_of(curve: Curve, metric: Metric) -> list[Point]:

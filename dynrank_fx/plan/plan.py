@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -189,11 +190,23 @@ class Plan:
         sites, matrices = _amount(len(self.sites), "site", "sites"), _amount(len(self.skipped), "matrix", "matrices")
         lines.append(f"{sites} factored, {matrices} left dense")
         if self.capture:
-            lines.append(f"captured    {self.capture}")
+            lines.append(f"captured    {_for_people(self.capture)}")
         lines.append(f"parameters  {change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
             lines.append(f"FLOPs       {change(self.total_flops, self.low_flops)} on the example inputs")
         return "\n".join(lines)
+
+
+def _for_people(capture: str) -> str:
+    """How the model became a graph, without why not otherwise, which names classes and lines of code."""
+    how, *why = re.split(r": (?!\d)", capture, maxsplit=1)  # before a number it is a rounding, and no reason
+    how = (
+        how.replace(", as asked", "")
+        .replace("by symbolic tracing", "as one graph")
+        .replace("by torch.export", "as one graph, by torch.export")
+    )
+    asked = not why or why[0].strip() == "as asked"
+    return how if asked else f"{how} (plan.json says why not otherwise)"
 
 
 def _table_row(row: PlannedSite) -> tuple[str, ...]:

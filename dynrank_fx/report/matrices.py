@@ -118,7 +118,8 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
 
 _LEGEND = """
 state: dense, the phase of a site with the rank of its factors, or the operation of an ONNX file
-effective, stable: two measures of how many directions a weight uses (see --help)
+effective, stable: two measures of how many directions a weight uses, of all that it has (see --help); the fewer, the
+  less a cut takes away
 95 % energy: the least rank that keeps 95 % of the sum of the squared singular values
 break-even: the largest rank at which two factors hold fewer parameters than the weight
 by FLOPs: the largest rank at which they take fewer FLOPs, on the example inputs"""
@@ -132,7 +133,7 @@ def matrices_table(rows: tuple[MatrixRow, ...]) -> str:
             row.name,
             "x".join(map(str, row.shape)),
             row.state,
-            f"{row.effective_rank:.1f}",
+            f"{row.effective_rank:.1f} of {len(row.spectrum)}",
             f"{row.stable_rank:.1f}",
             str(row.energy_rank),
             *("" if rank is None else str(rank) for rank in row.break_even),

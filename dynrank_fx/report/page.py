@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,8 @@ from .run_plots import losses, rank_curves, rank_map, switch_spectra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
+_SITE, _BLANK = "\0", "\1"  # what stands for a site and a figure: they occur in no sentence
+_FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?%?")
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -32,12 +35,34 @@ img { max-width: 100%; } .wide { overflow-x: auto; }
 """
 
 
-def write_page(history: Sequence[EpochRecord], plan: Plan, path: Path, *, title: str, metric: str = "metric") -> None:
+@dataclass(frozen=True)
+class About:
+    """What is known of a run beside its history.
+
+    Attributes:
+        epochs: How many epochs it will have; None where that is not known.
+        metric: What the metric is called.
+        facts: More of it, such as its schedule, seed and versions, by what they are.
+        dense: The history of a run of the dense model to compare with, and that run's name; None without one.
+        then: The command to go on with, or "".
+    """
+
+    epochs: int | None = None
+    metric: str = "metric"
+    facts: Mapping[str, str] = field(default_factory=dict)
+    dense: tuple[str, Sequence[EpochRecord]] | None = None
+    then: str = ""
+
+
+def write_page(
+    history: Sequence[EpochRecord], plan: Plan, path: Path, *, title: str, about: About | None = None
+) -> None:
     """Write the page of a run. Raises StoreError for a run without a finished epoch, or where the disk refuses."""
     if not history:
         raise StoreError(f"{title} has no finished epoch yet: there is nothing to report")
+    about = about or About()
     limits = {row.site.name: _most(row) for row in plan.sites}
-    parts = [_head(title), _summary(history, plan, metric)]
+    parts = [_head(title), _opening(history, plan, about), _summary(history, plan, about.metric)]
     ranked = bool(history[0].effective_rank)
     if ranked:
         parts += [
@@ -48,12 +73,70 @@ def write_page(history: Sequence[EpochRecord], plan: Plan, path: Path, *, title:
     if spectra is not None:
         parts.append(_picture("Spectra before and after the last cut", spectra))
     parts += [
-        _picture("Loss and metric, by epochs and by compute", losses(history, metric)),
+        _picture("Loss and metric, by epochs and by compute", losses(history, about.metric)),
         _decisions(history),
-        _sites(history, plan),
+        _sites(history, plan, limits),
+        _facts(about),
         "</body></html>\n",
     ]
     files.write_text(path, "\n".join(part for part in parts if part))
+
+
+def verdict(history: Sequence[EpochRecord], plan: Plan, about: About) -> list[str]:
+    """What the run cost, what it reached, and how that is beside dense training, in a sentence each."""
+    last, done = history[-1], len(history)
+    of = f" of {about.epochs}" if about.epochs is not None and about.epochs != done else ""
+    sentences = [
+        f"{done}{of} epoch{'s' if done > 1 else ''} cost {last.spent / done:.1%} of the compute of as many dense ones."
+    ]
+    small = f"{plan.low_params / max(plan.total_params, 1):.1%} of the dense model's parameters"
+    reached, cut = _reached(history), last.truncated.get("eval_metric")
+    if reached is not None and cut is not None:
+        sentences.append(
+            f"The held-out {about.metric} is {score(reached)}, and {score(cut)} once all sites are cut to {small}."
+        )
+    elif reached is not None:
+        sentences.append(f"The held-out {about.metric} is {score(reached)}; cut, the model has {small}.")
+    else:
+        loss = last.loss if last.eval_loss is None else last.eval_loss
+        what = "training" if last.eval_loss is None else "held-out"
+        sentences.append(
+            f"The {what} loss is {'unknown' if loss is None else f'{loss:.4f}'}; cut, the model has {small}."
+        )
+    return [*sentences, _beside_dense(reached if cut is None else cut, about)]
+
+
+def _beside_dense(reached: float | None, about: About) -> str:
+    if about.dense is None:
+        return "How dense training does is not known here: train with --schedule full, and give that run by --against."
+    name, history = about.dense
+    dense = _reached(history) if history else None
+    if dense is None or reached is None:
+        return f"{name} has no held-out {about.metric} to compare with."
+    gap = reached - dense
+    more = "as much" if score(reached) == score(dense) else f"{score(abs(gap))} {'more' if gap > 0 else 'less'}"
+    epochs = f"{len(history)} epoch{'s' if len(history) > 1 else ''}"
+    return f"The dense run {name} reached {score(dense)} in {epochs}: this one has {more}."
+
+
+def _reached(history: Sequence[EpochRecord]) -> float | None:
+    """The metric on held-out data at the end."""
+    return history[-1].eval_metric
+
+
+def score(value: float) -> str:
+    """A share in percent, and any other metric as a number."""
+    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.4g}"
+
+
+def _opening(history: Sequence[EpochRecord], plan: Plan, about: About) -> str:
+    said = html.escape(" ".join(verdict(history, plan, about)))
+    then = f"<p>Next: <code>{html.escape(about.then)}</code></p>" if about.then else ""
+    return f"<p><strong>{said}</strong></p>\n{then}"
+
+
+def _facts(about: About) -> str:
+    return "<h2>How it was made</h2>\n" + _table(("", ""), about.facts.items()) if about.facts else ""
 
 
 def _most(row: PlannedSite) -> int:
@@ -110,10 +193,13 @@ def _summary(history: Sequence[EpochRecord], plan: Plan, metric: str) -> str:
     figures = (
         ("training loss", last.loss, ".4f"),
         ("held-out loss", last.eval_loss, ".4f"),
-        (f"held-out {metric}", last.eval_metric, ".2%"),
-        (f"held-out {metric} after truncation", last.truncated.get("eval_metric"), ".2%"),
     )
     rows += [(what, format(value, form)) for what, value, form in figures if value is not None]
+    scores = (
+        (f"held-out {metric}", last.eval_metric),
+        (f"held-out {metric} after truncation", last.truncated.get("eval_metric")),
+    )
+    rows += [(what, score(value)) for what, value in scores if value is not None]
     return "<h2>What it came to</h2>\n" + _table(("", ""), rows)
 
 
@@ -124,12 +210,52 @@ def _decisions(history: Sequence[EpochRecord]) -> str:
         if record.switch_error or record.phase != before:
             errors = [error for site, error in record.switch_error.items() if record.phases[site] is Phase.LOW]
             lost = f"moves weights by up to {max(errors):.2g} of their norm" if errors else ""
-            rows.append((record.epoch + 1, record.phase, lost, "; ".join(record.reasons)))
+            rows.append((record.epoch + 1, record.phase, lost, "; ".join(grouped(record.reasons, record.phases))))
         before = record.phase
     return "<h2>Switches and decisions</h2>\n" + _table(("epoch", "phase", "the cut", "why"), rows)
 
 
-def _sites(history: Sequence[EpochRecord], plan: Plan) -> str:
+def grouped(reasons: Sequence[str], sites: Iterable[str]) -> list[str]:
+    """Reasons that are the same but for the site and its figures as one, which names how many and between what."""
+    names = sorted(sites, key=len, reverse=True)
+    site = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    groups: dict[str, list[tuple[str, list[str]]]] = {}
+    for reason in reasons:
+        found = site.search(reason)
+        name, rest = (found[0], site.sub(_SITE, reason, count=1)) if found else ("", reason)
+        groups.setdefault(_FIGURE.sub(_BLANK, rest) if found else rest, []).append((name, _FIGURE.findall(rest)))
+    said = []
+    for template, members in groups.items():
+        which = [name for name, _ in members]
+        text = template
+        for values in zip(*(values for _, values in members), strict=True):
+            text = text.replace(_BLANK, _between(values), 1)
+        if len(members) == 1:
+            said.append(text.replace(_SITE, which[0]))
+        else:
+            listed = ", ".join(which[:4]) + (f" and {len(which) - 4} more" if len(which) > 4 else "")
+            said.append(f"{text.replace(_SITE, f'each of {len(which)} sites')} ({listed})")
+    return said
+
+
+def _between(values: Sequence[str]) -> str:
+    ordered = sorted(values, key=lambda text: float(text.rstrip("%")))
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+
+
+def judged(effective: float, phase: Phase, rank: int, full: int) -> str:
+    """What an effective rank says of a site: in LOW beside the rank of its factors, else beside what a cut leaves."""
+    if phase is Phase.LOW:
+        share = effective / max(rank, 1)
+        if share < 0.5:
+            return f"uses {share:.0%} of rank {rank}: less would do"
+        return f"uses {share:.0%} of rank {rank}" + (": more may do better" if share > 0.9 else "")
+    if effective <= rank:
+        return f"fits into rank {rank}"
+    return f"uses {effective / max(full, 1):.0%} of full rank: more than rank {rank} holds"
+
+
+def _sites(history: Sequence[EpochRecord], plan: Plan, limits: Mapping[str, int]) -> str:
     first, last = history[0], history[-1]
     errors: dict[str, float] = {}
     for record in history:
@@ -138,19 +264,24 @@ def _sites(history: Sequence[EpochRecord], plan: Plan) -> str:
     for row in plan.sites:
         name = row.site.name
         ranks = [f"{record.effective_rank[name]:.1f}" if record.effective_rank else "" for record in (first, last)]
+        full, phase = limits[name], last.phases[name]
+        groups = max(1, full // max(row.layout.max_rank(row.site.shape), 1))
+        rank = last.ranks.get(name, row.rank)
+        said = judged(last.effective_rank[name], phase, groups * rank, full) if last.effective_rank else ""
         stable = f"{last.stable_rank[name]:.1f}" if last.stable_rank else ""
         shape, error = "×".join(map(str, row.site.shape)), errors.get(name)
-        rank = last.ranks.get(name, row.rank)
         lost = "" if error is None else f"{error:.1%}"
-        rows.append((name, shape, row.layout.name, rank, last.phases[name].name, *ranks, stable, lost))
+        rows.append((name, shape, row.layout.name, rank, full, phase.name, *ranks, said, stable, lost))
     head = (
         "site",
         "shape",
         "layout",
         "rank",
+        "full rank",
         "phase",
         "effective rank, first",
         "last",
+        "which says",
         "stable rank",
         "error of the last cut",
     )

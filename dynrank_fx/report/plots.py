@@ -48,7 +48,7 @@ def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
     losses.plot(epochs, loss, color="#333333", marker="o", markersize=3, label="loss")
     losses.set_ylabel("training loss")
     losses.set_xlabel("epoch")
-    losses.xaxis.get_major_locator().set_params(integer=True)
+    whole_epochs(losses)
     if history[-1].eval_metric is not None:
         metric = losses.twinx()
         values = [100 * value for value in known(record.eval_metric for record in history)]
@@ -90,6 +90,13 @@ def shade_phases(axes: Axes, history: Sequence[EpochRecord]) -> None:
             share = phases.count(phase) / max(len(phases), 1)
             axes.axvspan(start, start + 1, color=colour, alpha=0.5 * share, linewidth=0)
     axes.set_xlim(history[0].epoch + 0.5, history[-1].epoch + 1.5)
+
+
+def whole_epochs(axes: Axes) -> None:
+    """No marks between two epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def explain_shades(figure: Figure, history: Sequence[EpochRecord]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..phase import Phase
 from ..schedules import EpochRecord
-from .plots import blank_figure, colour_of, explain_shades, known, shade_phases
+from .plots import blank_figure, colour_of, explain_shades, known, shade_phases, whole_epochs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +51,7 @@ def rank_curves(history: History) -> Figure:
     mean = [sum(record.effective_rank.values()) / len(sites) for record in history]
     axes.plot(epochs, mean, linewidth=2.2, color="black", label="mean")
     axes.set_xlabel("epoch")
+    whole_epochs(axes)
     axes.set_ylabel("effective rank")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     return figure
@@ -101,14 +102,17 @@ def losses(history: History, metric: str) -> Figure:
     if history[-1].eval_metric is not None:
         metrics = [record.eval_metric for record in history]
     if metrics[-1] is not None:
-        percent = [100 * value for value in known(metrics)]
+        shares = all(value is None or 0 <= value <= 1 for value in metrics)
+        percent = [(100 if shares else 1) * value for value in known(metrics)]
+        low_left.set_ylabel(f"{metric}, %" if shares else metric)
         for axes, at in ((low_left, epochs), (low_right, spent)):
             axes.plot(at, percent, color="#c0392b", marker="s", markersize=2.5)
     shade_phases(top_left, history)
     shade_phases(low_left, history)
     explain_shades(figure, history)
     top_left.set_ylabel("loss")
-    low_left.set_ylabel(f"{metric}, %")
     low_left.set_xlabel("epoch")
+    for axes in (top_left, low_left):
+        whole_epochs(axes)
     low_right.set_xlabel("compute, in epochs of dense training")
     return figure

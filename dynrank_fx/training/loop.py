@@ -48,6 +48,8 @@ def fit(
     if settings.compile:
         whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
         forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
+    if settings.amp is torch.float16 and run.scaler is None:
+        run.scaler = torch.amp.GradScaler(torch.device(settings.device).type)
     run.phases = phases = _phases(run, task, settings)
     try:
         while run.epoch < settings.epochs:
@@ -78,7 +80,7 @@ def _phases(run: Run, task: Task, settings: Settings) -> Phases:
         run.schedule,
         settings.epochs,
         run.lr_scheduler,
-        steps=_steps(task),
+        steps=_steps(task, settings),
         settings=settings,
     )
     phases.history = [*run.history, *([run.record] if run.record is not None else [])]
@@ -88,19 +90,23 @@ def _phases(run: Run, task: Task, settings: Settings) -> Phases:
 
 def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
     if run.history:
-        phases.steps = run.history[-1].steps
+        phases.steps = _optimizer_steps(run.history[-1].steps, settings)
     phases.begin(run.epoch)
     run.record = phases.note(seconds=0.0)
     run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
     _restart_peak(settings)
 
 
-def _steps(task: Task) -> int | None:
-    """Batches of an epoch, as far as the data says and there are any."""
+def _steps(task: Task, settings: Settings) -> int | None:
+    """Optimizer steps of an epoch, as far as the data says and there are any."""
     try:
-        return len(task.train_data) or None  # type: ignore[arg-type]
+        return _optimizer_steps(len(task.train_data) or None, settings)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def _optimizer_steps(batches: int | None, settings: Settings) -> int | None:
+    return None if batches is None else -(-batches // settings.accumulate)
 
 
 def _train_epoch(
@@ -112,19 +118,30 @@ def _train_epoch(
     watcher: Watcher,
     should_stop: Callable[[], bool],
 ) -> bool:
+    """To the end of the epoch, True, or to a stop. Between two optimizer steps nothing else is pending, so that a run
+    is saved and left only there.
+    """
     run.net.train()
     seconds = []
+    pending = 0
     for batch in _batches(run, task):
         started = time.perf_counter()
-        loss, metric = _step(run, task, settings, forward, batch)
+        loss, metric = _gradients(run, task, settings, forward, batch)
         run.step += 1
+        pending = run.step % settings.accumulate
+        if not pending:
+            _update(run, settings, settings.accumulate)
         seconds.append(time.perf_counter() - started)
         watcher.step_done(run, loss, metric)
+        if pending:
+            continue
         if should_stop():
             return False
-        if settings.checkpoint_steps and run.step % settings.checkpoint_steps == 0:
+        if settings.checkpoint_steps and run.step // settings.accumulate % settings.checkpoint_steps == 0:
             _refuse_diverged(run)
             save(run)
+    if pending:  # the last step of an epoch may have fewer batches
+        _update(run, settings, pending)
     run.note(step_seconds=statistics.median(seconds) if seconds else None)
     return True
 
@@ -156,23 +173,39 @@ def _batches(run: Run, task: Task) -> Iterator[Batch]:
     yield from batches
 
 
-def _step(
+def _gradients(
     run: Run, task: Task, settings: Settings, forward: nn.Module, batch: Batch
 ) -> tuple[Tensor, float | Tensor | None]:
+    """Add the gradients of a batch to what is there."""
     output, batch = apply(forward, task, settings, batch)
     with autocast(settings):
         loss = task.loss(output, batch)
     if loss.ndim or not loss.requires_grad:
         what = f"a tensor of shape {tuple(loss.shape)}" if loss.ndim else "one without a gradient"
         raise DynrankError(f"the loss must be one number that depends on the model's output: loss() gave {what}")
-    loss.backward()
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
+    (loss if run.scaler is None else run.scaler.scale(loss)).backward()
     with torch.no_grad():
         metric = task.metric(output, batch) if task.metric else None
         run.totals += torch.stack([loss.detach().double(), number(metric, loss), torch.ones_like(loss).double()])
     return loss.detach(), metric
+
+
+def _update(run: Run, settings: Settings, batches: int) -> None:
+    """A step of the optimizer with the mean of the gradients of so many batches; none where float16 overflowed."""
+    if run.scaler is not None:
+        run.scaler.unscale_(run.optimizer)
+    trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if batches > 1:
+        torch._foreach_div_([p.grad for p in trained], batches)
+    if settings.clip is not None:
+        nn.utils.clip_grad_norm_(trained, settings.clip)
+    if run.scaler is None:
+        run.optimizer.step()
+    else:
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    run.optimizer.zero_grad()
+    run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
 
 
 def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:

@@ -45,6 +45,8 @@ class Run:
     """At work while the run is fitted."""
     hooks: StateDict = field(default_factory=dict)
     """Where its re-warm-up and its landing stood when it was left (see ``Phases.hooks_state``)."""
+    scaler: torch.amp.GradScaler | None = None
+    """Of the gradients, where it is trained in float16; ``fit`` makes it."""
     generators: tuple[torch.Generator, ...] = ()
     """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
 
@@ -73,6 +75,7 @@ def save_run(run: Run, folder: Path) -> None:
         "random": random_state(run.generators),
         "epoch_start": run.epoch_start if run.step else None,
         "totals": run.totals,
+        "scaler": run.scaler.state_dict() if run.scaler is not None else None,
         "hooks": run.hooks if run.phases is None else run.phases.hooks_state(),
     }
     tree, tensors = flatten(state, "run")
@@ -146,6 +149,9 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
     run.totals = state["totals"].to(next(run.net.parameters()).device)
     run.epoch_start = state["epoch_start"]
     run.hooks = state["hooks"]
+    if state.get("scaler"):
+        run.scaler = torch.amp.GradScaler(run.totals.device.type)
+        run.scaler.load_state_dict(state["scaler"])
     set_random_state(state["random"], run.generators)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
+
 from ..aliases import Kwargs
-from ..checks import is_whole
-from ..errors import TransitionError
+from ..checks import is_number, is_whole
+from ..errors import DynrankError, TransitionError
 from ..phases import Carry, checked_carry
 from .factor_decay import Decay, checked_decay
 
@@ -57,16 +59,32 @@ class Settings(PhaseSettings):
     Attributes:
         epochs: How many epochs the run has.
         device: The device, as torch names it.
-        amp: Whether to autocast to bfloat16.
+        amp: The type to autocast to: ``torch.bfloat16``, ``torch.float16`` (gradients are scaled) or None.
         compile: Whether to compile the net.
         dynamic: As in torch.compile; with False every shape has a graph of its own, so that a resumed run repeats the
             very same graphs.
-        checkpoint_steps: Save after every so many steps too, and not only after an epoch.
+        checkpoint_steps: Save after every so many optimizer steps too, and not only after an epoch.
+        accumulate: How many batches make one optimizer step, with the mean of their gradients.
+        clip: The largest norm that the gradients of a step may have together; None for any.
+
+    Raises:
+        DynrankError: For a value that is none of these.
     """
 
     epochs: int
     device: str = "cpu"
-    amp: bool = False
+    amp: torch.dtype | None = None
     compile: bool = True
     dynamic: bool | None = False
     checkpoint_steps: int | None = None
+    accumulate: int = 1
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.amp not in (None, torch.bfloat16, torch.float16):
+            raise DynrankError(f"amp is {self.amp!r}: give torch.bfloat16, torch.float16, or None for full precision")
+        if not is_whole(self.accumulate, 1):
+            raise DynrankError(f"a step of {self.accumulate!r} batches is none: give a whole number of 1 or more")
+        if self.clip is not None and (not is_number(self.clip, 0) or self.clip == 0):
+            raise DynrankError(f"gradients cannot be clipped to a norm of {self.clip!r}: give a number above 0")

@@ -79,10 +79,10 @@ def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) 
 
 
 def autocast(settings: Settings) -> contextlib.AbstractContextManager[object]:
-    """Autocast to bfloat16 where the settings ask for it."""
-    if not settings.amp:
+    """Autocast where the settings ask for it."""
+    if settings.amp is None:
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
+    return torch.autocast(torch.device(settings.device).type, dtype=settings.amp)
 
 
 def number(metric: float | Tensor | None, like: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..phases import Transition
+from ..plan import PlannedSite
+from ..rewrite import plan_of
 from ..schedules import EpochRecord
 from .phases import phase_label
 from .run import Run
@@ -114,7 +116,8 @@ class Bar(Watcher):
         elif record.eval_loss is not None:
             parts.append(f"held-out loss {record.eval_loss:.4f}")
         if ranks := record.effective_rank.values():
-            parts.append(f"effective rank {math.fsum(ranks) / len(ranks):.1f}")
+            full = math.fsum(_full_rank(row) for row in plan_of(run.net).sites) / len(ranks)
+            parts.append(f"effective rank {math.fsum(ranks) / len(ranks):.1f} of {full:.0f}")
         self._line("  ".join([*parts, f"lr {record.lr:.3g}", f"{record.seconds:.1f} s"]))
         cut = record.truncated
         if cut and cut["eval_loss"] != record.eval_loss:
@@ -129,3 +132,9 @@ class Bar(Watcher):
 
     def _line(self, text: str) -> None:
         tqdm.write(text, file=self.file)
+
+
+def _full_rank(row: PlannedSite) -> int:
+    """How many singular values the site's weight has, over all its groups."""
+    matrix = row.layout.matrix_shape(row.site.shape)
+    return row.site.params // math.prod(matrix) * min(matrix)

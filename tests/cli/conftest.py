@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -121,7 +122,8 @@ def refused() -> Callable[..., str]:
         assert result.exit_code in (1, 2), result.output
         *usage, sentence = result.stderr.strip().splitlines()
         assert sentence.startswith("Error: ")
-        assert noisy or all(line.startswith(("Usage: ", "Try ")) or not line for line in usage)
+        told = re.compile(r"Usage: |Try |Warning: |\[ *\d+ s\] |$")  # the times are of what is being done
+        assert noisy or all(told.match(line) for line in usage)
         return sentence.removeprefix("Error: ")
 
     return refused

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from click.testing import Result
 
 from dynrank_fx import compression
 from dynrank_fx.cli.modelfile import load_model_file
+from dynrank_fx.errors import ExportError
 
 Run = Callable[..., Result]
 
@@ -172,4 +175,64 @@ def test_what_would_stop_the_export_is_said_before_the_work(
     Path("folder.pt").mkdir()
     monkeypatch.setattr(compression, "compress", None)
     given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "--no-timing")
+    assert sentence in refused(*given, *options)
+
+
+def test_several_budgets_are_all_met(weights: str, run: Run, refused: Run) -> None:
+    given = ("compress", "model.py", "--weights", weights, "-o", "m.pt", "--no-timing", "--json")
+    data = json.loads(run(*given, "--budget", "params=0.6", "--budget", "flops=0.9", "--budget", "max_drop=1").stdout)
+    assert data["params"][1] <= 0.6 * data["params"][0]
+    assert data["flops"][1] <= 0.9 * data["flops"][0]
+    assert data["notes"][-1].startswith("All budgets are met: ")
+    assert data["file"] == {"path": "m.pt"}
+    assert "are each of another thing" in refused(*given, "--budget", "params=0.6", "--budget", "params=0.5")
+
+
+def test_what_is_done_is_told_on_stderr_but_not_beside_json_that_is_piped(weights: str, run: Run) -> None:
+    given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "-o", "m.onnx", "--no-timing")
+    told = run(*given).stderr
+    for part in ("looking at the model", "capturing the model", "candidate 1: ", "exporting, and comparing"):
+        assert re.search(rf"^\[ +\d+ s\] {part}", told, re.M), told
+    result = run(*given, "--json", "--capture", "symbolic")
+    assert " s] " not in result.stderr
+    data = json.loads(result.stdout)
+    assert data["file"]["shapes"] == {"input": ["batch", 3, 4, 4]}
+    assert [site["site"] for site in data["sites"]] == ["0.weight", "4.weight", "6.weight"]
+    assert len(data["warnings"]) == len(re.findall("^Warning: ", result.stderr, re.M))
+
+
+def test_the_compressed_module_is_kept_where_the_export_fails(
+    weights: str, refused: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        assert Path("m.onnx.pt").is_file()  # already, as an exporter may crash
+        raise ExportError("torch.onnx cannot convert it")
+
+    given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "-o", "m.onnx", "--no-timing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynrank_fx.onnx.export_onnx", fails)
+        said = refused(*given)
+    assert said == (
+        "torch.onnx cannot convert it. The compressed module is in m.onnx.pt; go on with `dynrank-fx export m.onnx.pt "
+        "--model MODEL.PY`"
+    )
+    run("export", "m.onnx.pt", "--model", "model.py", "-o", "m.onnx")
+    run(*given)
+    assert not Path("m.onnx.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--precision", "bfloat16"], "CPUExecutionProvider has no product of matrices in bfloat16"),
+        (["--input-name", "a", "--input-name", "b"], "the model has 1 inputs and these are names of 2 (a, b)"),
+        (["--output-name", "a", "--output-name", "b"], "the model has 1 outputs and these are names of 2 (a, b)"),
+        (["--dynamic", "x:0=batch"], "takes no tensor 'x'"),
+    ],
+)
+def test_the_file_to_come_is_checked_before_the_work(
+    weights: str, refused: Run, options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compression, "compress", None)
+    given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "-o", "m.onnx")
     assert sentence in refused(*given, *options)

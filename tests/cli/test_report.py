@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,3 +25,25 @@ def test_what_is_no_run_is_told(write: Run, run: Run, refused: Callable[..., str
     assert refused("report", "t").startswith("t has no checkpoint.safetensors: it is not a run")
     run("train", "model.py", "--no-compile", "--epochs", "1", "--out", "r")
     assert "could not be written" in refused("report", "r", "-o", "nowhere/page.html")
+
+
+def test_the_verdict_the_next_command_and_how_it_was_made(write: Run, run: Run, refused: Run, folder: Path) -> None:
+    write("""
+    def accuracy(output, batch):
+        return (output.argmax(1) == batch[1]).float().mean()
+    metric = accuracy
+    """)
+    trained = json.loads(run("train", "model.py", "--no-compile", "--epochs", "2", "--out", "r", "--json").stdout)
+    assert (trained["run"], trained["epoch"], trained["epochs"], trained["last"]["epoch"]) == ("r", 2, 2, 1)
+    run("train", "model.py", "--no-compile", "--epochs", "1", "--schedule", "full", "--seed", "3", "--out", "d")
+    result = run("report", "r", "--against", "d")
+    assert result.stdout.startswith("2 epochs cost ")
+    assert "The dense run d reached " in result.stdout
+    data = json.loads(run("report", "r", "--json").stdout)
+    assert data["next"] == "dynrank-fx export r -o model.onnx"
+    assert data["verdict"][1].startswith("The held-out accuracy is ")
+    assert data["last"]["eval_metric"] == trained["last"]["eval_metric"]
+    page = (folder / "r" / "report.html").read_text()
+    for fact in ("Auto(", "SGD", "<td>seed</td>", "<td>torch</td>", "model.py"):
+        assert fact in page
+    assert "there is no folder gone" in refused("report", "r", "--against", "gone")

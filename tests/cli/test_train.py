@@ -21,8 +21,9 @@ import dynrank_fx as dr
 import dynrank_fx.training as training
 from dynrank_fx import store
 from dynrank_fx.cli.main import cli
+from dynrank_fx.cli.modelfile import load_model_file
 from dynrank_fx.training import Run as TrainingRun
-from dynrank_fx.training import Settings
+from dynrank_fx.training import Settings, Task
 
 Run = Callable[..., Result]
 EPOCHS, STEPS = 4, 3
@@ -120,7 +121,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, write: Run) -> list[tuple[TrainingRun,
     [
         ([], settings()),
         (["--epochs", "7"], settings(epochs=7)),
-        (["--amp", "bf16"], settings(amp=True)),
+        (["--amp", "bf16"], settings(amp=torch.bfloat16)),
         (["--no-compile"], settings(compile=False)),
         (["--carry", "reset"], settings(carry=dr.Carry.RESET)),
         (["--rewarm", "5"], settings(rewarm=5)),
@@ -136,6 +137,8 @@ def seen(monkeypatch: pytest.MonkeyPatch, write: Run) -> list[tuple[TrainingRun,
             settings(decay=dr.Decay.HALVED, landing=False),
         ),
         (["--checkpoint-steps", "9"], settings(checkpoint_steps=9)),
+        (["--amp", "float16"], settings(amp=torch.float16)),
+        (["--accumulate", "4", "--clip", "1.5"], settings(accumulate=4, clip=1.5)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -481,3 +484,28 @@ def test_a_generator_is_refused_before_training(name: str, write: Run, refused: 
     message = refused("train", write(f"def {name}(): yield 1"), "--no-compile")
     assert message.startswith(f"{name}() gave a generator, whose batches can be gone through only once: give a list, ")
     assert not Path("model-run").exists()
+
+
+def test_workers_load_the_data_and_are_of_a_loader(seen: list, run: Run, refused: Run, write: Run) -> None:
+    from torch.utils.data import DataLoader
+
+    handed: list[DataLoader[Any]] = []
+    real = Task.__post_init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "__post_init__", lambda self: (handed.append(self.train_data), real(self))[1])
+        run("train", "model.py", "--workers", "2")
+    assert (handed[0].num_workers, handed[0].prefetch_factor) == (2, 2)
+    assert len(list(handed[0])) == 3
+    write("def train_data():\n        return [(torch.zeros(2, 3, 4, 4), torch.zeros(2).long())]")
+    said = refused("train", "model.py", "--workers", "2", "--out", "other")
+    assert said.startswith("--workers is of a DataLoader, and train_data() gave a list")
+
+
+def test_training_starts_from_weights_and_goes_on_without_their_file(write: Run, run: Run, refused: Run) -> None:
+    model = load_model_file(Path(write())).model()
+    torch.save({"state_dict": model.state_dict()}, "w.pt")
+    run("train", "model.py", "--weights", "w.pt", "--no-compile", "--epochs", "1", "--schedule", "full", "--out", "r")
+    Path("w.pt").unlink()
+    run("train", "model.py", "--out", "r", "--resume")
+    run("transform", "model.py", "-o", "folder")
+    assert "leave out --weights" in refused("train", "model.py", "--from", "folder", "--weights", "w.pt", "--out", "s")

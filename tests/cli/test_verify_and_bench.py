@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,3 +127,27 @@ def test_what_has_other_names_goes_by_its_place(write: Run, run: Run, refused: R
 def test_the_threads_of_onnxruntime_are_told(files: tuple[str, str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert ", 1 thread; " in run("bench", files[0], "--batch", "2", "--repeats", "5").stdout
+
+
+def test_files_are_scored_themselves_beside_pytorch(write: Run, run: Run, refused: Run) -> None:
+    write("""
+    torch.manual_seed(0)
+    def eval_data():
+        return DataLoader(Noisy(), 8)
+    """)
+    run("export", "model.py", "-o", "m.onnx")
+    run("export", "model.py", "-o", "int8.onnx", "--precision", "int8")
+    result = run("verify", "m.onnx", "model.py", "--metric")
+    score, torchs = re.findall(r"^metric (\S+)  (.+)$", result.stdout, re.M)
+    assert (score[1], torchs[1]) == ("m.onnx in onnxruntime", "model.py in PyTorch")
+    assert "Warning: the metric (" in result.stderr  # nobody has trained it
+    data = json.loads(
+        run("verify", "int8.onnx", "m.onnx", "--metric", "--model", "model.py", "--tolerance", "1", "--json").stdout
+    )
+    assert list(data["metric"]) == ["int8.onnx in onnxruntime", "m.onnx in onnxruntime", "model.py in PyTorch"]
+    assert data["same"] is True
+    assert "add --model MODEL.PY" in refused("verify", "int8.onnx", "m.onnx", "--metric")
+    write("del metric")
+    assert "model.py has no metric(output, batch), which --metric needs" in refused(
+        "verify", "m.onnx", "model.py", "--metric"
+    )

@@ -24,7 +24,8 @@ def test_what_is_printed() -> None:
     text = str(found)
     assert f"parameters  {params(perceptron()):,} -> {params(found.module):,}" in text
     assert "metric      0.5000 -> 0.5000" in text
-    assert re.search(r"time        \d\.\d\d of dense \(\d+\.\d{3} ms on the example inputs\) in onnxruntime", text)
+    assert re.search(r"time        \d\.\d\d of dense \(\d+\.\d\d to \d+\.\d\d in several rounds; \d+\.\d{3} ms", text)
+    assert " ms on the example inputs) in onnxruntime" in text
     assert json.loads(found.plan.to_json())["total_params"] == params(perceptron())
 
 

@@ -281,3 +281,75 @@ def test_options_that_would_be_without_effect_are_refused() -> None:
         compress(net, batches()[0], dr.Budget(params=0.9), batches(), include=["2"])
     with pytest.raises(PlanError, match="the budget decides the ranks: leave out rank"):
         compress(perceptron(), batches()[0], dr.Budget(params=0.9), batches(), rank=dr.Fixed(3))
+
+
+# Several budgets
+
+
+def test_two_shares_are_both_kept_to_whichever_binds() -> None:
+    dense = perceptron()
+    for shares in ({"params": 0.5, "flops": 0.3}, {"params": 0.3, "flops": 0.9}):
+        for budget in (dr.Budget(**shares), [dr.Budget(**{name: share}) for name, share in shares.items()]):
+            found = compress(dense, batches()[0], budget, batches())
+            assert found.flops is not None
+            reached = {"params": found.params[1] / found.params[0], "flops": found.flops[1] / found.flops[0]}
+            assert all(reached[name] <= share for name, share in shares.items())
+            assert max(reached[name] / share for name, share in shares.items()) > 0.9
+
+
+def test_a_budget_and_a_fall_that_is_allowed_say_what_binds() -> None:
+    dense = perceptron()
+
+    def metric(net: nn.Module) -> float:
+        return -error(net, dense)
+
+    budget = [dr.Budget(params=0.6, flops=0.9), MaxDrop(1e6)]
+    found = compress(dense, batches()[0], budget, batches(), metric=metric)
+    assert 0.5 < found.params[1] / found.params[0] <= 0.6  # and no further, though the fall would allow it
+    assert found.notes[-1].startswith("All budgets are met: 0.")
+    assert found.notes[-1].endswith("of the 1e+06 allowed, and what binds is the budget of parameters.")
+    with pytest.raises(
+        PlanError, match=r"both budgets cannot be met: at 0\.3 of the parameters the metric falls by"
+    ) as e:
+        compress(dense, batches()[0], [dr.Budget(params=0.3), MaxDrop(50.0)], batches(), metric=metric)
+    share = float(str(e.value).split("it takes ")[1].split()[0])
+    enough = compress(dense, batches()[0], [dr.Budget(params=share + 0.05), MaxDrop(50.0)], batches(), metric=metric)
+    assert enough.metrics is not None
+    assert enough.metrics[0] - enough.metrics[1] <= 50
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        ([], "several budgets are each of another thing"),
+        ([MaxDrop(0.1), MaxDrop(0.2)], "several budgets are each of another thing"),
+        ([dr.Budget(params=0.1), dr.Budget(params=0.2)], "several budgets are each of another thing"),
+        ([dr.Budget(params=0.1), dr.Fixed(2)], "says two things of the ranks: give one rank policy"),
+        ([dr.Budget(params=0.1), 0.5], "0.5 is no budget"),
+    ],
+)
+def test_budgets_that_contradict_each_other(budget: Any, sentence: str) -> None:
+    with pytest.raises(PlanError, match=sentence):
+        compress(perceptron(), batches()[0], budget, batches(), metric=lambda net: 1.0)
+
+
+def test_what_is_done_is_told_as_it_is_done() -> None:
+    said: list[str] = []
+    compress(perceptron(), batches()[0], MaxDrop(1.0), batches(), metric=lambda net: 1.0, progress=said.append)
+    assert said[:4] == [
+        "capturing the model",
+        "scoring the dense model",
+        "the dense model's metric is 1.0000",
+        "calibrating on 4 batches",
+    ]
+    assert any(line.startswith("candidate 1: ") and "best so far" in line for line in said)
+    assert "50.0% of the parameters: metric 1.0000, within what is allowed" in said
+    said.clear()
+    compress(perceptron(), batches()[0], dr.Budget(flops=0.5), times=SaidTimes({}), progress=said.append)
+    assert "timing 0.weight, dense and factored" in said
+    assert said[-1] == "timing the whole model beside the dense one"
+
+
+def test_the_capture_can_be_chosen() -> None:
+    found = compress(perceptron(), batches()[0], dr.Budget(params=0.5), how=dr.Capture.MODULES)
+    assert "modules" in found.plan.capture.lower() or "layer" in found.plan.capture.lower(), found.plan.capture

@@ -90,7 +90,7 @@ def test_inputs_by_name_and_order_whatever_the_file_dropped(tmp_path: Path) -> N
         "b": 5,
     }
     verify_onnx(path, Mixed(), (args, {"b": b, "a": a}))
-    with pytest.raises(dr.ExportError, match=r"the ONNX input y_q is tensor\(float\) \['\w+', 3\], and no tensor"):
+    with pytest.raises(dr.ExportError, match=r"the ONNX input y_q is tensor\(float\) \['batch', 'sequence'\], and no"):
         onnx_inputs(session(path), (x, q), {"a": a, "b": b})
     with pytest.raises(dr.ExportError, match="the ONNX input x is "):
         onnx_inputs(session(path), (x.double(), p, q), {"a": a, "b": b})
@@ -108,7 +108,7 @@ class Counter(nn.Module):
 
 def test_a_model_that_counts_its_calls_is_compared_from_the_state_that_was_exported(tmp_path: Path) -> None:
     model = Counter()
-    assert len(export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx").agreements) == 3
+    assert len(export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx").agreements) == 4
     assert float(model.calls) == 0
 
 

@@ -22,7 +22,7 @@ def test_a_batch_that_the_model_fixes_is_said_to_be_fixed(tmp_path: Path) -> Non
     report = export_onnx(fixed, torch.randn(2, 4), tmp_path / "m.onnx")
     assert not report.dynamic_batch
     assert {a.batch for a in report.agreements} == {2}
-    assert "batch fixed at 2; agrees with PyTorch on batch 2 (" in str(report)
+    assert "batch fixed at 2 (args_0 is 2 x 4); agrees with PyTorch on batch 2 (" in str(report)
     shape = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape
     assert [dim.dim_value for dim in shape.dim] == [2, 4]
 

@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from exporting import graph_of
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.onnx.dynamic import arguments, name_dimensions_, named_shapes, sizes_of, with_sizes
+from dynrank_fx.onnx.dynamic import (
+    arguments,
+    movable_axes,
+    name_dimensions_,
+    name_free_,
+    named_shapes,
+    other_sizes,
+    sizes_in,
+    with_sizes,
+)
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -24,22 +34,18 @@ class Two(nn.Module):
 
 INPUTS: Any = ((torch.arange(6.0).reshape(2, 3),), {"y": torch.ones(2, 3), "scale": 2.0})
 DYNAMIC = {"x": {0: "batch", 1: "width"}, "y": {0: "batch", 1: "width"}}
+SHAPES = [("batch", "width"), ("batch", "width")]
 
 
 def test_a_dimension_that_the_model_fixes_is_named(perceptron: Any, tmp_path: Path) -> None:
-    with pytest.raises(dr.ExportError, match="the model fixes width at the size in the example: leave that dimension"):
+    with pytest.raises(dr.ExportError, match="the model fixes dimension 1 of input at 24: leave 'width' out"):
         dr.export_onnx(*perceptron, tmp_path / "m.onnx", dynamic={"input": {1: "width"}})
 
 
-def test_one_name_is_one_dimension_of_torch_export() -> None:
+def test_the_dimensions_that_are_named_are_free_for_torch_export() -> None:
     shapes = named_shapes(Two(), INPUTS, DYNAMIC)
-    assert {
-        key: None if each is None else {i: dim.__name__ for i, dim in each.items()} for key, each in shapes.items()
-    } == {
-        "x": {0: "batch", 1: "width"},
-        "y": {0: "batch", 1: "width"},
-        "scale": None,
-    }
+    free = dict.fromkeys((0, 1), torch.export.Dim.AUTO)
+    assert shapes == {"x": free, "y": free, "scale": None}
     program = torch.export.export(Two(), *INPUTS, dynamic_shapes=shapes)
     x, y = torch.randn(5, 7), torch.randn(5, 7)
     assert torch.equal(program.module()(x, y=y, scale=2.0), x * 2 + y)
@@ -61,24 +67,133 @@ def test_what_is_no_dimension_is_told(dynamic: dict[str, dict[int, str]], senten
 
 def test_other_sizes_repeat_the_example() -> None:
     """Positional arguments stay so, and what has no such dimension stays as it is."""
-    assert sizes_of(Two(), INPUTS, DYNAMIC) == {"batch": 2, "width": 3}
-    (x,), kwargs = with_sizes(Two(), INPUTS, DYNAMIC, {"batch": 3})
+    assert sizes_in(SHAPES, INPUTS) == {"batch": 2, "width": 3}
+    (x,), kwargs = with_sizes(SHAPES, INPUTS, {"batch": 3})
     assert x.tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
     assert list(kwargs) == ["y", "scale"]
     assert kwargs["y"].shape == (3, 3)
     assert kwargs["scale"] == 2.0
-    (x,), _ = with_sizes(Two(), INPUTS, DYNAMIC, {"width": 2, "batch": 1})
+    (x,), _ = with_sizes(SHAPES, INPUTS, {"width": 2, "batch": 1})
     assert x.tolist() == [[0, 1]]
     assert list(arguments(Two(), INPUTS)) == ["x", "y", "scale"]
 
 
 def test_the_file_has_the_names_wherever_the_size_occurs() -> None:
-    made = graph_of([], {"x": (FLOAT, ["s0", 4]), "z": (FLOAT, ["s1"])}, {"y": (FLOAT, ["s0", "s1"])}, {})
+    made = graph_of([], {"x": (FLOAT, ["s0", 4]), "z": (FLOAT, ["s1"])}, {"y": (FLOAT, ["s0", "s1 + s10"])}, {})
     name_dimensions_(made, {"x": {0: "batch"}, "z": {0: "length"}})
     dims = [
         [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*made.graph.input, *made.graph.output)
     ]
-    assert dims == [["batch", 4], ["length"], ["batch", "length"]]
+    assert dims == [["batch", 4], ["length"], ["batch", "length + s10"]]
     with pytest.raises(dr.ExportError, match="the model fixes dimension 1 of x at 4: leave 'width' out"):
         name_dimensions_(made, {"x": {1: "width"}})
+
+
+def names_of(inputs: dict[str, tuple[int, list[Any]]], *sizes: tuple[int, ...]) -> list[list[Any]]:
+    made = graph_of([], inputs, {}, {})
+    name_free_(made, (tuple(torch.zeros(size) for size in sizes), {}))
+    return [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in made.graph.input]
+
+
+def test_one_size_has_one_name_in_all_inputs_by_what_it_is() -> None:
+    ids, mask = (FLOAT, ["s0", "s1"]), (FLOAT, ["s0", "s1"])
+    text = ["batch", "sequence"]
+    assert names_of({"ids": ids, "mask": mask}, (2, 7), (2, 7)) == [text, text]
+    apart = names_of({"ids": ids, "target": (FLOAT, ["s5", "s6", 16])}, (2, 7), (2, 5, 16))
+    assert apart == [text, ["batch", "target_sequence", 16]]
+    assert names_of({"x": (FLOAT, ["s0", 3, "s1", "s2"])}, (2, 3, 8, 8)) == [["batch", 3, "height", "width"]]
+    assert names_of({"x": (FLOAT, ["s0", 3, "s1"])}, (2, 3, 8)) == [["batch", 3, "length"]]
+    assert names_of({"x": ids, "t": (FLOAT, ["s3", 4])}, (2, 7), (9, 4)) == [text, ["t_rows", 4]]
+    assert names_of({"x": (FLOAT, ["rows", "s1"])}, (2, 7)) == [["rows", "sequence"]]  # a name of the user's
+
+
+class FourfoldUpTo(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] <= 8
+        return x.reshape(len(x), -1, 4)
+
+
+def test_another_size_is_one_that_the_module_takes() -> None:
+    def other(size: int) -> dict[str, int | None]:
+        return other_sizes(FourfoldUpTo(), [("batch", "n")], ((torch.zeros(2, size),), {}))
+
+    assert other(4) == {"batch": 3, "n": 8}
+    assert other(8) == {"batch": 3, "n": 4}
+    assert other_sizes(nn.Linear(3, 2), [("batch", "n")], ((torch.zeros(2, 3),), {})) == {"batch": 3, "n": None}
+
+
+class Text(nn.Module):
+    """Attention over up to 9 tokens with positions of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids, self.kinds, self.places = nn.Embedding(20, 8), nn.Embedding(2, 8), nn.Embedding(9, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, ids: Tensor, kinds: Tensor, mask: Tensor) -> Tensor:
+        x = self.ids(ids) + self.kinds(kinds) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        return self.layer(x, src_key_padding_mask=mask == 0)
+
+
+def test_batch_and_sequence_are_free_under_one_name_and_the_report_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Text().eval(), torch.randint(20, (1, 6))
+    inputs = {"ids": ids, "kinds": torch.zeros_like(ids), "mask": torch.ones_like(ids)}
+    report = dr.export_onnx(model, inputs, tmp_path / "m.onnx")
+    assert set(report.shapes.values()) == {("batch", "sequence")}
+    assert "batch and sequence free (ids is batch x sequence; kinds is batch x sequence; mask is" in str(report)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    other = {"ids": torch.randint(20, (3, 9)), "kinds": torch.ones(3, 9).long(), "mask": torch.ones(3, 9).long()}
+    (got,) = session.run(None, {name: value.numpy() for name, value in other.items()})
+    torch.testing.assert_close(torch.from_numpy(got), model(**other), rtol=1e-4, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["dynrank_sizes"] == '{"batch": 1, "sequence": 6}'
+
+
+class Padded(nn.Module):
+    """Only the forward of the export is another one at other widths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return x * 2
+        return x * 2 if x.shape[1] == 6 else x * 3
+
+
+def test_what_does_not_agree_at_other_sizes_has_a_free_batch_alone(tmp_path: Path) -> None:
+    report = dr.export_onnx(Padded(), torch.randn(2, 6), tmp_path / "m.onnx")
+    assert report.shapes == {"x": ("batch", 6)}
+    assert "batch free (x is batch x 6)" in str(report)
+
+
+class Upscaled(nn.Module):
+    """Height and width have to be multiples of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.cat([x, self.up(nn.functional.max_pool2d(x, 4))], 1)
+
+
+def test_a_named_size_may_be_restricted_to_multiples(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dynamic = {"x": {0: "n", 2: "h", 3: "w"}}
+    report = dr.export_onnx(Upscaled(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", dynamic=dynamic)
+    assert report.shapes == {"x": ("n", 3, "h", "w")}
+    assert "n, h and w free (x is n x 3 x h x w)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "movable"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 2)), [(2, 3, 4, 4)], [set()]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), [(2, 3, 8, 9)], [{2, 3}]),
+        (nn.Sequential(nn.Linear(8, 8), nn.Tanh()), [(2, 8, 8)], [{1}]),
+        (Two(), [(2, 3), (2, 3)], [{1}, {1}]),
+    ],
+)
+def test_what_can_move_is_found_by_running_the_module(module: Any, sizes: Any, movable: list[set[int]]) -> None:
+    args = tuple(torch.randn(size) for size in sizes)
+    assert movable_axes(module, (args, {})) == movable

@@ -62,7 +62,7 @@ class TestAgreement:
         assert capfd.readouterr() == ("", "")
         assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
         assert report.dynamic_batch
-        assert [a.batch for a in report.agreements] == [1, 2, 5]
+        assert [a.batch for a in report.agreements] == [1, 2, 5, 4, 4]  # the last ones of other heights and widths
         for batch in (1, 3, 9):
             x = torch.randn(batch, 4, 6, 6)
             (got,) = run(tmp_path / "m.onnx", x=x)
@@ -135,7 +135,7 @@ class TestWhatIsStored:
         x, scale = torch.randn(3, 8), torch.rand(3, 8)
         for inputs in ({"scale": scale, "x": x}, {"x": x, "scale": scale}):
             report = export_onnx(torch.fx.symbolic_trace(Scaled()), inputs, tmp_path / "m.onnx")
-            assert len(report.agreements) == 3
+            assert len(report.agreements) == 4
 
     def test_metadata_opset_and_no_traces_of_this_machine(self, tmp_path):
         path = tmp_path / "m.onnx"
@@ -144,6 +144,7 @@ class TestWhatIsStored:
         assert report.opset == loaded.opset_import[0].version == 18
         assert report.file_size == path.stat().st_size
         said = {"dynrank_fx_version": dr.__version__, "torch_version": torch.__version__, "precision": "float32"}
+        said["dynrank_sizes"] = '{"batch": 2}'
         made = {"onnx_version": onnx.__version__, "onnxruntime_version": onnxruntime.__version__}
         assert {p.key: p.value for p in loaded.metadata_props} == {**said, **made, "key": "value"}
         assert loaded.producer_name == "dynrank-fx"
@@ -215,15 +216,15 @@ class TestRefusals:
 def test_the_report_is_one_line(exported):
     _, _, path, report = exported
     size, agreements = path.stat().st_size, report.agreements
-    assert report == ExportReport(path, CPU, 20, size, 164, True, agreements)
+    assert report == ExportReport(path, CPU, 20, size, 164, True, agreements, {"input": ("batch", 40)})
     worst = max(a.max_abs for a in agreements), max(a.max_rel for a in agreements)
     assert str(report) == (
-        f"{path}: {size / 1e3:.1f} kB, opset 20, batch free; agrees with PyTorch on batches 1, 3 "
+        f"{path}: {size / 1e3:.1f} kB, opset 20, batch free (input is batch x 40); agrees with PyTorch on batches 1, 3 "
         f"(largest error {worst[0]:.2g} absolute, {worst[1]:.2g} relative), run by {CPU}"
     )
     large = replace(report, path=Path("m.onnx"), file_size=1_234_567, agreements=(Agreement(4, "y", 2.1e-7, 3e-7),))
     assert str(large).startswith(
-        "m.onnx: 1.2 MB, opset 20, batch free; agrees with PyTorch on batch 4 (largest error 2.1e-07"
+        "m.onnx: 1.2 MB, opset 20, batch free (input is batch x 40); agrees with PyTorch on batch 4 (largest error"
     )
 
 

@@ -35,7 +35,7 @@ deep.weight    16x1x3x3   dense          144                                 dep
 head.weight    20x24      dense          480                                 excluded by name
 
 3 sites factored, 2 matrices left dense
-captured    by symbolic tracing
+captured    as one graph
 parameters  5,371 -> 2,086 (38.8% of dense)
 FLOPs       541,296 -> 193,244 (35.7% of dense) on the example inputs"""
 
@@ -45,7 +45,7 @@ weight                        shape  layout  rank  params
 first.weight = second.weight  10x10  linear     2  100 -> 40  2 uses
 
 1 site factored, 0 matrices left dense
-captured    by symbolic tracing
+captured    as one graph
 parameters  120 -> 60 (50.0% of dense)"""
 
 
@@ -239,3 +239,21 @@ def test_what_is_no_plan_and_what_was_not_captured_are_refused():
     with pytest.raises(dr.PlanError, match=r"^Linear was not captured: give what capture\(model, inputs\) makes of it"):
         dr.make_plan(example)
     assert vars(example).keys() == vars(torch.nn.Linear(8, 8)).keys(), "and it is as it was"
+
+
+@pytest.mark.parametrize(
+    ("capture", "said"),
+    [
+        ("by symbolic tracing", "as one graph"),
+        ("by torch.export, as asked", "as one graph, by torch.export"),
+        ("module by module (1 parts and 1 single layers): as asked", "module by module (1 parts and 1 single layers)"),
+        (
+            "by torch.export (off by rounding: 3e-07): a.b.Model.forward, line 3, has a loop",
+            "as one graph, by torch.export (off by rounding: 3e-07) (plan.json says why not otherwise)",
+        ),
+    ],
+)
+def test_the_line_of_the_capture_names_no_classes(capture: str, said: str) -> None:
+    plan = dr.Plan((), (), 10, capture=capture)
+    assert f"captured    {said}\n" in str(plan)
+    assert dr.Plan.from_json(plan.to_json()).capture == capture

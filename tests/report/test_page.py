@@ -16,7 +16,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 import dynrank_fx as dr
-from dynrank_fx.report import write_page
+from dynrank_fx.report import About, verdict, write_page
+from dynrank_fx.report.page import grouped, judged, score
 from dynrank_fx.training import Run, Settings, Task, fit
 
 
@@ -62,8 +63,8 @@ def trained(schedule: Any, epochs: int = 4, **settings: Any) -> Run:
     return run
 
 
-def page(run: Run, path: Path, title: str = "a run") -> Text:
-    write_page(run.history, dr.plan_of(run.net), path, title=title, metric="accuracy")
+def page(run: Run, path: Path, title: str = "a run", about: About | None = None) -> Text:
+    write_page(run.history, dr.plan_of(run.net), path, title=title, about=about or About(metric="accuracy"))
     text = Text()
     text.feed(path.read_text())
     assert text.open == []
@@ -81,7 +82,7 @@ def test_the_page_of_a_run_says_what_its_history_says(tmp_path):
         f"{last.eval_metric:.2%}",
         f"{last.eval_loss:.4f}",
         f"{last.effective_rank['2.weight']:.1f}",
-        *[reason for record in run.history for reason in record.reasons if record.switch_error],
+        *[r for each in run.history if each.switch_error for r in grouped(each.reasons, each.phases)],
     ):
         assert any(cell in each for each in text.cells), cell
     assert [alt for alt, _ in text.pictures] == [
@@ -151,3 +152,73 @@ def test_a_run_without_an_epoch_is_told(tmp_path):
     with pytest.raises(dr.StoreError, match="a run has no finished epoch yet"):
         write_page([], dr.plan_of(trained(dr.schedules.warm_up(1), epochs=1).net), tmp_path / "r.html", title="a run")
     assert not (tmp_path / "r.html").exists()
+
+
+# The verdict
+
+
+def test_the_page_opens_with_a_verdict_and_the_next_command(tmp_path):
+    run, dense = trained(dr.schedules.warm_up(2)), trained(dr.schedules.always(dr.Phase.FULL))
+    about = About(6, "accuracy", {"seed": "7"}, ("dense-run", dense.history), "dynrank-fx export r -o <m>.onnx")
+    text = page(run, tmp_path / "r.html", about=about)
+    cost, reached, beside = verdict(run.history, dr.plan_of(run.net), about)
+    last, plan = run.history[-1], dr.plan_of(run.net)
+    assert cost == f"4 of 6 epochs cost {last.spent / 4:.1%} of the compute of as many dense ones."
+    small = f"{plan.low_params / plan.total_params:.1%} of the dense model's parameters"
+    assert reached.startswith(f"The held-out accuracy is {last.eval_metric:.2%}")
+    assert reached.endswith(f"{small}.")
+    gap = last.eval_metric - dense.history[-1].eval_metric
+    assert beside.startswith(
+        f"The dense run dense-run reached {dense.history[-1].eval_metric:.2%} in 4 epochs: this one "
+    )
+    assert (f"{abs(gap):.2%} {'more' if gap > 0 else 'less'}" if round(gap, 4) else "as much") in beside
+    opening = (tmp_path / "r.html").read_text().partition("<h2>")[0]
+    for part in (cost, reached.replace("'", "&#x27;"), beside, "dynrank-fx export r -o &lt;m&gt;.onnx"):
+        assert part in opening
+    assert text.cells[-2:] == ["seed", "7"]
+
+
+def test_what_is_not_known_is_not_said_to_be(tmp_path):
+    run = trained(dr.schedules.warm_up(1), epochs=2)
+    plan = dr.plan_of(run.net)
+    assert verdict(run.history, plan, About())[-1].startswith("How dense training does is not known here")
+    history = [record.with_figures(eval_metric=None, truncated={}) for record in run.history]
+    about = About(dense=("d", history))
+    assert verdict(history, plan, about)[1].startswith("The held-out loss is ")
+    assert verdict(history, plan, about)[2] == "d has no held-out metric to compare with."
+    assert [score(value) for value in (0.5, 1.5, -2.0)] == ["50.00%", "1.5", "-2"]
+
+
+def test_sites_that_share_a_reason_are_told_together():
+    sites = ["a.weight", "b.weight", "b.weight.c", "d"]
+    reasons = [
+        "cut a.weight: beyond rank 8 is 0.5% of its energy",
+        "cut b.weight: beyond rank 16 is 0.9% of its energy",
+        "cut b.weight.c: beyond rank 8 is 0.7% of its energy",
+        "inflate d: its effective rank is 4 of 8",
+        "FULL for 2 of 4 sites: 1.25 dense epochs are left",
+    ]
+    assert grouped(reasons, sites) == [
+        "cut each of 3 sites: beyond rank 8 to 16 is 0.5% to 0.9% of its energy (a.weight, b.weight, b.weight.c)",
+        "inflate d: its effective rank is 4 of 8",
+        "FULL for 2 of 4 sites: 1.25 dense epochs are left",
+    ]
+    many = grouped([f"cut s{i}: rank {i}" for i in range(9)], [f"s{i}" for i in range(9)])
+    assert many == ["cut each of 9 sites: rank 0 to 8 (s0, s1, s2, s3 and 5 more)"]
+    assert grouped(["as planned"], []) == ["as planned"]
+
+
+def test_an_effective_rank_is_judged_by_the_rank_that_is_planned_and_the_full_one():
+    assert judged(45.7, dr.Phase.FULL, 32, 64) == "uses 71% of full rank: more than rank 32 holds"
+    assert judged(20.0, dr.Phase.FULL, 32, 64) == "fits into rank 32"
+    assert judged(10.0, dr.Phase.LOW, 32, 64) == "uses 31% of rank 32: less would do"
+    assert judged(20.0, dr.Phase.LOW, 32, 64) == "uses 62% of rank 32"
+    assert judged(31.0, dr.Phase.LOW, 32, 64) == "uses 97% of rank 32: more may do better"
+
+
+def test_the_axes_have_whole_epochs():
+    from dynrank_fx.report.run_plots import losses, rank_curves
+
+    run = trained(dr.schedules.warm_up(1), epochs=3)
+    for axes in (rank_curves(run.history).axes[0], losses(run.history, "accuracy").axes[0]):
+        assert all(mark == round(mark) for mark in axes.get_xticks())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -331,7 +332,7 @@ def test_bfloat16_autocast_covers_model_and_loss_and_keeps_the_weights() -> None
         return loss(output.float(), batch)
 
     run = a_run(made(), dr.schedules.interleave(low=1, full=1))
-    fit(run, replace(TASK, loss=seen, eval_data=[(X, Y)]), replace(EAGER, epochs=2, amp=True))
+    fit(run, replace(TASK, loss=seen, eval_data=[(X, Y)]), replace(EAGER, epochs=2, amp=torch.bfloat16))
     assert dtypes == [(torch.bfloat16, True)] * 7, "the truncated model's evaluation too"
     assert all(p.dtype == torch.float32 for p in run.net.parameters())
     assert not torch.is_autocast_enabled("cpu")
@@ -498,3 +499,68 @@ def test_a_net_whose_parts_alone_are_captured_trains_compiled_too(monkeypatch):
     run = a_run(net, dr.schedules.interleave(low=1, full=1))
     assert fit(run, TASK, replace(EAGER, epochs=4, compile=True))
     assert run.history[-1].loss < run.history[0].loss
+
+
+def whole(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def plain(model: nn.Module, sizes: Sequence[int], clip: float | None = None) -> list[Tensor]:
+    """One epoch by hand: a step for each of these numbers of batches of 4."""
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batches = iter(zip(X.split(4), Y.split(4), strict=True))
+    for size in sizes:
+        losses = [F.mse_loss(model(x), y) for x, y in itertools.islice(batches, size)]
+        torch.stack(losses).mean().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole(model)
+
+
+def no_dropout() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [({"accumulate": 2}, (2, 2, 1)), ({"accumulate": 9}, (5,)), ({"clip": 0.05}, (1,) * 5), ({}, (1,) * 5)],
+)
+def test_batches_add_up_to_the_mean_of_a_step_and_are_clipped(settings: dict[str, Any], sizes: Sequence[int]) -> None:
+    net = dr.transform(no_dropout(), (X[:2],), rank=dr.Fixed(2))
+    data = list(zip(X.split(4), Y.split(4), strict=True))
+    task = Task(data, lambda output, batch: F.mse_loss(output, batch[1]), lambda batch: ((batch[0],), {}))
+    run = Run(net, SGD(net.parameters(), lr=0.1), always(FULL))
+    assert fit(run, task, Settings(1, compile=False, **settings))
+    assert run.history[-1].steps == 5
+    for ours, theirs in zip(whole(net), plain(no_dropout(), sizes, settings.get("clip")), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_run_is_stopped_and_saved_between_two_steps_of_the_optimizer() -> None:
+    net = dr.transform(no_dropout(), (X[:2],), rank=dr.Fixed(2))
+    data = list(zip(X.split(4), Y.split(4), strict=True))
+    task = Task(data, lambda output, batch: F.mse_loss(output, batch[1]), lambda batch: ((batch[0],), {}))
+    run, saved = Run(net, SGD(net.parameters(), lr=0.1), always(FULL)), []
+    settings = Settings(1, compile=False, accumulate=2, checkpoint_steps=1)
+    assert fit(run, task, settings, save=lambda r: saved.append(r.step))
+    assert saved == [2, 4, 0]
+    again = Run(net, SGD(net.parameters(), lr=0.1), always(FULL))
+    assert not fit(again, task, settings, should_stop=lambda: again.step > 0)
+    assert again.step == 2
+
+
+def test_an_overflow_in_float16_takes_no_step_and_lowers_the_scale() -> None:
+    net = dr.transform(no_dropout(), (X[:2],), rank=dr.Fixed(2))
+    before = whole(net)
+    scale = 1e7  # over what float16 holds, once the loss is scaled
+    task = Task(
+        [(X, Y)], lambda output, batch: scale * F.mse_loss(output.float(), batch[1]), lambda batch: ((batch[0],), {})
+    )
+    run = Run(net, SGD(net.parameters(), lr=1e-9), always(FULL))
+    assert fit(run, task, Settings(1, compile=False, amp=torch.float16))
+    assert all(torch.equal(a, b) for a, b in zip(before, whole(net), strict=True))
+    assert run.scaler is not None
+    assert run.scaler.get_scale() == 2.0**15

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
+from typing import Any
 
 import pytest
+import torch
 
 import dynrank_fx as dr
 from dynrank_fx.cli.train import train
@@ -35,7 +37,7 @@ def test_a_choice_of_phases_can_be_made_everywhere(choice: str) -> None:
 
 
 def test_choices_are_those_of_phases_and_nothing_else() -> None:
-    settings = Settings(3, device="meta", amp=True, **OTHER)
+    settings = Settings(3, device="meta", amp=torch.bfloat16, **OTHER)
     assert settings.choices == OTHER
     assert PhaseSettings(**settings.choices) == PhaseSettings(**OTHER)
     assert list(practical().choices) == PHASE_CHOICES
@@ -46,3 +48,18 @@ def test_settings_are_frozen_and_comparable() -> None:
     assert Settings(3) != Settings(3, rewarm=2)
     with pytest.raises(FrozenInstanceError):
         Settings(3).rewarm = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        ({"amp": True}, "amp is True: give torch.bfloat16"),
+        ({"accumulate": 0}, "a step of 0 batches is none"),
+        ({"accumulate": 1.5}, "a step of 1.5 batches is none"),
+        ({"clip": 0}, "gradients cannot be clipped to a norm of 0"),
+        ({"clip": "1"}, "gradients cannot be clipped to a norm of '1'"),
+    ],
+)
+def test_what_cannot_be_is_refused(choice: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(dr.errors.DynrankError, match=sentence):
+        Settings(3, **choice)

@@ -65,10 +65,10 @@ def test_a_forward_is_the_models_own_on_positional_and_keyword_inputs() -> None:
 
 
 def test_autocast_is_where_it_is_asked_for_and_ends_with_its_block() -> None:
-    for amp in (False, True):
+    for amp in (None, torch.bfloat16, torch.float16):
         with autocast(replace(EAGER, amp=amp)):
-            assert torch.is_autocast_enabled("cpu") == amp
-            assert F.linear(X, torch.ones(4, 12)).dtype == (torch.bfloat16 if amp else torch.float32)
+            assert torch.is_autocast_enabled("cpu") == (amp is not None)
+            assert F.linear(X, torch.ones(4, 12)).dtype == (amp or torch.float32)
         assert not torch.is_autocast_enabled("cpu")
 
 

@@ -1,0 +1,107 @@
+"""What is suspicious about a model and its data, in sentences that are printed as warnings before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from dynrank_fx.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dynrank_fx.aliases import Batch
+
+    from .modelfile import ModelFile
+
+_BATCHES = 4  # of each data, which is enough to tell another scale
+_FAR = 10.0  # so many deviations, or so many times the deviation
+
+
+def suspicions(file: ModelFile, model: nn.Module, batches: Sequence[Batch]) -> list[str]:
+    """What is suspicious, before a model is cut on these calibration batches."""
+    some = list(batches[:_BATCHES])
+    said = [_other_scale(file, some), _no_lower_loss(file, model, some), _chance(file, model)]
+    return [sentence for sentence in said if sentence]
+
+
+def _chance(file: ModelFile, model: nn.Module) -> str:
+    """Where the model's metric on eval_data() is no better than with its outputs shuffled."""
+    from dynrank_fx.onnx import score_onnx
+
+    data = file.eval_data()
+    if data is None or file.metric is None:
+        return ""
+    return score_onnx((), model, islice(data, 4 * _BATCHES), file.inputs, file.metric).chance
+
+
+def _other_scale(file: ModelFile, batches: Sequence[Batch]) -> str:
+    """Where calibration batches are of another scale than the data of evaluation, or else of training."""
+    name = next((name for name in ("eval_data", "train_data") if file.has(name)), None)
+    if name is None or not batches:
+        return ""
+    data = file.train_data() if name == "train_data" else file.eval_data() or ()
+    figures = zip(_figures(file, batches), _figures(file, islice(data, _BATCHES)), strict=False)
+    for place, (mine, its) in enumerate(figures):
+        if _is_far(mine, its):
+            return (
+                f"the calibration data are unlike {name}(): input {place} has a mean of {mine[0]:.3g} and a deviation "
+                f"of {mine[1]:.3g}, and there {its[0]:.3g} and {its[1]:.3g}: scale them alike"
+            )
+    return ""
+
+
+def _no_lower_loss(file: ModelFile, model: nn.Module, batches: Sequence[Batch]) -> str:
+    """Where the weights of a file are no better on the calibration batches than none."""
+    if file.weights is None or not file.has("loss") or not batches:
+        return ""
+    with suppress(ModelFileError):  # calibration_data() may have no labels
+        trained, fresh = _loss(file, model, batches), _loss(file, replace(file, weights=None).model(), batches)
+        if trained >= fresh:
+            return (
+                f"on the calibration data the loss of the weights ({trained:.3g}) is no lower than that of model() "
+                f"without them ({fresh:.3g}): are they data that it was trained on?"
+            )
+    return ""
+
+
+def _figures(file: ModelFile, batches: Iterable[Batch]) -> list[tuple[float, float]]:
+    """Mean and deviation of each input of floats."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    by_place: list[list[Tensor]] = []
+    for batch in batches:
+        floats = [
+            leaf
+            for leaf in pytree.tree_leaves(file.inputs(batch))
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel() > 1
+        ]
+        by_place.extend([] for _ in range(len(floats) - len(by_place)))
+        for place, leaf in enumerate(floats):
+            by_place[place].append(leaf.detach().flatten().double().cpu())
+    joined = [torch.cat(leaves) for leaves in by_place]
+    return [(float(values.mean()), float(values.std())) for values in joined]
+
+
+def _is_far(mine: tuple[float, float], its: tuple[float, float]) -> bool:
+    (mean, deviation), (other, spread) = mine, its
+    if not spread > 0:
+        return False
+    return abs(mean - other) > _FAR * spread or deviation > _FAR * spread or deviation < spread / _FAR
+
+
+def _loss(file: ModelFile, model: nn.Module, batches: Sequence[Batch]) -> float:
+    import torch
+
+    from dynrank_fx.tracing import evaluating
+
+    losses = []
+    with torch.no_grad(), evaluating(model):
+        for batch in batches:
+            args, kwargs = file.inputs(batch)
+            losses.append(float(file.loss(model(*args, **kwargs), batch)))
+    return sum(losses) / max(len(losses), 1)
