@@ -55,7 +55,9 @@ class Settings(PhaseSettings):
     """How ``fit`` trains a run.
 
     Attributes:
-        epochs: How many epochs the run has.
+        epochs: How many epochs the run has; None where it is counted in steps.
+        steps: Optimizer steps of a run without epochs. It goes through the data as often as that takes, and notes a
+            record, with an evaluation, for every twentieth of them.
         device: The device, as torch names it.
         amp: Whether to autocast to bfloat16.
         compile: Whether to compile the net.
@@ -64,7 +66,8 @@ class Settings(PhaseSettings):
         checkpoint_steps: Save after every so many steps too, and not only after an epoch.
     """
 
-    epochs: int
+    epochs: int | None = None
+    steps: int | None = None
     device: str = "cpu"
     amp: bool = False
     compile: bool = True
