@@ -70,6 +70,7 @@ OPTIONS = {
         "--schedule",
         "--seed",
         "--share-inputs",
+        "--steps",
         "--tensorboard",
         "-h",
     ],
