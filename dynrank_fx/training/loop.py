@@ -119,7 +119,11 @@ def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
 
 
 def _steps(task: Task) -> int | None:
-    """Batches of an epoch, as far as the data says and there are any."""
+    """Optimizer steps of an epoch, as far as the data says and there are any."""
+    return _batches_of_a_pass(task)
+
+
+def _batches_of_a_pass(task: Task) -> int | None:
     try:
         return len(task.train_data) or None  # type: ignore[arg-type]
     except TypeError:
@@ -138,7 +142,7 @@ def _train_epoch(
 ) -> bool:
     assert run.phases is not None
     clock = run.phases.clock
-    pass_ends = None if clock.by_epochs else clock.per_epoch  # an epoch's own end is in _finish_epoch
+    pass_ends = None if clock.by_epochs else _batches_of_a_pass(task)  # an epoch's own end is in _finish_epoch
     run.net.train()
     seconds = []
     for batch in batches:
