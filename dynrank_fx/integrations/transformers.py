@@ -7,24 +7,32 @@ folder, as ``phases.pt``. To go on from one, bring the net into its phases befor
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Collection, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..aliases import StateDict
 from ..errors import TransitionError
-from ..training import Phases, resume_phases_
+from ..randomness import random_state, set_random_state
+from ..tracing import Net, meta_of
+from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
 from .callback import PhasesHolder, net_in
 
 FILE = "phases.pt"
+_CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
 
 class PhasesCallback(PhasesHolder, TrainerCallback):
-    """Enters the phases of a schedule at the start of every epoch, optimizer state along.
+    """Enters the phases of a schedule at every tick, optimizer state along.
+
+    A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps.
 
     The arguments are those of ``PhasesHolder``.
 
@@ -32,10 +40,35 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         resume_from: The checkpoint folder that the Trainer goes on from, where it is not in its own output folder.
 
     Raises:
-        TransitionError: When training begins, where the model holds no net of ``transform``.
+        TransitionError: When training begins, where the model holds no net of ``transform``, or several processes
+            train.
     """
 
     resume_from: str | Path | None = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # Any: the Trainer's own parts, each of a type of its own
+    ) -> None:
+        """Make the model one that the Trainer can save, and whose data keep their columns.
+
+        Args:
+            args: The TrainingArguments.
+            state: The TrainerState.
+            control: The TrainerControl.
+            **kwargs: What the Trainer tells besides: the model is used.
+        """
+        model = kwargs["model"]
+        if model is None:  # the Trainer has a model_init
+            return
+        model.register_state_dict_post_hook(_clone_tied)
+        _show_arguments(model)
+        if isinstance(model, Net) and not any(hasattr(model, name) for name in _CHECKPOINTING):
+            for name in _CHECKPOINTING:
+                setattr(model, name, _refuse_checkpointing)
 
     def on_train_begin(
         self,
@@ -53,38 +86,46 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             **kwargs: What the Trainer tells besides: the model, the optimizer and the scheduler are used.
 
         Raises:
-            TransitionError: Where the model holds no net of ``transform``, or a checkpoint lacks the state of the
-                phases.
+            TransitionError: Where the model holds no net of ``transform``, a checkpoint lacks the state of the phases,
+                or several processes train.
         """
+        refuse_processes(args.world_size)
+        _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        epochs = math.ceil(state.num_train_epochs)
+        clock = self._clock(args, state)
         self.phases = Phases(
             net_in(kwargs["model"]),
             getattr(optimizer, "optimizer", optimizer),  # Accelerate wraps torch's own, which has the hooks
             self.schedule,
-            epochs,
-            getattr(lr_scheduler, "scheduler", lr_scheduler),
-            steps=max(1, math.ceil(state.max_steps / epochs)),
+            lr_scheduler=getattr(lr_scheduler, "scheduler", lr_scheduler),
+            clock=clock,
             lr_every_step=True,
+            by_itself=not clock.by_epochs,
+            resume=self._saved(args, state) if state.global_step else None,
             settings=self.settings,
         )
-        if state.global_step:
-            self._restore(args, state)
 
-    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        folder = self.resume_from or _checkpoint(args, state)
-        file = Path(folder) / FILE
+    def _clock(self, args: TrainingArguments, state: TrainerState) -> Clock:
+        """In epochs where they are given and several, in optimizer steps otherwise: a stream has no epochs."""
+        if args.max_steps > 0:
+            return clock_of(None, state.max_steps, self.every)
+        epochs = math.ceil(state.num_train_epochs)
+        return clock_of(epochs, max(1, math.ceil(state.max_steps / epochs)), self.every)
+
+    def _saved(self, args: TrainingArguments, state: TrainerState) -> StateDict:
+        """The state of the phases in the checkpoint that the Trainer goes on from."""
+        file = Path(self.resume_from or _checkpoint(args, state)) / FILE
         if not file.exists():
             raise TransitionError(
                 f"{file} is missing: give the callback the checkpoint that the Trainer resumes from as its resume_from"
             )
-        assert self.phases is not None
-        self.phases.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        saved: StateDict = torch.load(file, map_location="cpu", weights_only=True)
+        return saved
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Enter the phases of the epoch.
+        """Enter the phases of the epoch, where they go by epochs.
 
         Args:
             args: The TrainingArguments.
@@ -97,9 +138,8 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         """
         assert self.phases is not None
         epoch = int(state.epoch or 0)
-        if epoch == len(self.phases.history) - 1:
-            return  # in the midst of an epoch that a checkpoint has begun
-        self.phases.begin(epoch)
+        if self.phases.clock.by_epochs and epoch >= len(self.phases.history):  # not one that a checkpoint has begun
+            self.phases.begin(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the state of the phases beside the Trainer's checkpoint.
@@ -113,6 +153,61 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         folder = _checkpoint(args, state)
         if self.phases is not None and folder.is_dir():
             torch.save(self.phases.state_dict(), folder / FILE)
+
+
+def _refuse_checkpointing(**settings: object) -> None:
+    """In the place of a method that a graph does not have. Raises TransitionError."""
+    raise TransitionError(
+        "gradient_checkpointing=True is for a method of the model that its graph does not have: transform with "
+        "form=Form.LAYERS, which keeps the methods; or call model.gradient_checkpointing_enable() and model.train() "
+        "before transform, which keeps the checkpoints, and leave it out of the TrainingArguments"
+    )
+
+
+def _clone_tied(model: nn.Module, state: StateDict, prefix: str, metadata: object) -> None:
+    """After ``state_dict()``: safetensors writes no two tensors of one memory, and the Trainer asks it to."""
+    seen = set()
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel():
+            memory = value.untyped_storage().data_ptr()
+            if memory in seen:
+                state[name] = value.clone()
+            seen.add(memory)
+
+
+def _show_arguments(model: nn.Module) -> None:
+    """Give the graph the signature of the model that it was made of: columns of the data that are none of its
+    arguments are dropped by the Trainer, without a word.
+    """
+    names = meta_of(model).get("arguments", ()) if isinstance(model, Net) else ()
+    if names:
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
+        type(model).forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+
+def _refuse_unknown_columns(model: nn.Module, loader: object) -> None:
+    """Raise TransitionError for data that the model takes and its graph does not."""
+    if not isinstance(model, Net):
+        return
+    vars(type(model).forward).pop("__signature__", None)
+    taken, columns = inspect.signature(model.forward).parameters, _columns(getattr(loader, "dataset", None))
+    lost = [name for name in meta_of(model).get("arguments", ()) if name in columns and name not in taken]
+    if lost:
+        raise TransitionError(
+            f"the data have {', '.join(lost)}, which the model takes and its graph does not, since the example inputs "
+            "were without: transform with them in example_inputs, or leave them out of the data"
+        )
+
+
+def _columns(data: object) -> Collection[str]:
+    """The names of what a row of the data has, as far as they can be read without going through it."""
+    named: Collection[str] | None = getattr(data, "column_names", None)
+    if named is not None or isinstance(data, torch.utils.data.IterableDataset) or not isinstance(data, Sized):
+        return named or ()
+    before = random_state()
+    first = data[0] if len(data) else ()  # type: ignore[index]
+    set_random_state(before)
+    return first if isinstance(first, Mapping) else ()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

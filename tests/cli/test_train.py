@@ -151,6 +151,8 @@ def test_options_become_settings(options: list[str], expected: Settings, seen: l
     ("options", "expected"),
     [
         (["--epochs", "20", "--lr-milestones", "10,15"], dr.schedules.aligned(20, (10, 15))),
+        (["--steps", "600", "--lr-milestones", "300,450"], dr.schedules.aligned(20, (10, 15))),
+        (["--steps", "12", "--schedule", "aligned"], dr.schedules.aligned(12, (9,))),  # three epochs of three batches
         (["--schedule", "aligned", "--epochs", "4"], dr.schedules.aligned(4, (3,))),
         (["--schedule", "interleave"], dr.schedules.interleave(low=2, full=1)),
         (["--schedule", "interleave", "--low", "3", "--full", "4"], dr.schedules.interleave(low=3, full=4)),
@@ -257,6 +259,58 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(
     run(*shlex.split(told)[1:])
     assert checkpoint("a run") == checkpoint(whole)
     assert len(history("a run")) == EPOCHS
+
+
+@pytest.mark.parametrize("interval", ['"epoch"', '"step"'])
+@pytest.mark.parametrize("step", [2, 4, 9, 11], ids=["within a tick", "a tick's last", "within a pass", "later"])
+def test_a_run_in_steps_that_is_stopped_ends_as_if_never_stopped(
+    write: Run, run: Run, monkeypatch: pytest.MonkeyPatch, step: int, interval: str
+) -> None:
+    """40 steps are 20 ticks of 2, and 13 passes over 3 batches and one more; the evaluation calls loss() too."""
+    write(f"""
+        def lr_scheduler(optimizer):
+            return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9), {interval}
+    """)
+    options = ["--no-compile", "--schedule", "interleave", "--leave", "none", "--steps", "40"]
+    told = run("train", "model.py", *options, "--out", "whole").stderr
+    assert "interleave" in told.lower()
+    assert "; 40 steps in 20 ticks" in told
+    assert "tick 20/20  LOW" in told
+    records = history("whole")
+    assert [record["step"] for record in records] == list(range(0, 40, 2))
+    assert [record["steps"] for record in records] == [2] * 20
+    assert [record["phase"] for record in records] == ["LOW", "LOW", "FULL"] * 6 + ["LOW", "LOW"]
+    before = [2 * tick if interval == '"step"' else 2 * tick // STEPS for tick in range(20)]
+    assert [record["lr"] for record in records] == pytest.approx([0.05 * 0.9 ** (count // 2) for count in before])
+
+    first = stopped(monkeypatch, step, "train", "model.py", *options, "--out", "r")
+    assert re.search(r"stopped in tick \d of 20 after \d steps, and saved", first.stderr)
+    run("train", "model.py", "--out", "r", "--resume")
+    assert checkpoint("r") == checkpoint("whole")
+
+
+def test_a_stream_is_trained_on_in_steps(write: Run, run: Run) -> None:
+    write("""
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                while True:
+                    yield torch.randn(3, 4, 4), 1
+
+        def train_data():
+            return DataLoader(Stream(), 8)
+
+        def lr_scheduler(optimizer):
+            return {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20), "interval": "step"}
+    """)
+    run("train", "model.py", "--no-compile", "--steps", "20", "--out", "r")
+    assert len(history("r")) == 20
+    assert history("r")[0]["phase"] == "FULL"
+    assert history("r")[-1]["phase"] == "LOW"
+
+
+def test_one_epoch_leaves_the_schedule_room(write: Run, run: Run) -> None:
+    run("train", write(), "--no-compile", "--epochs", "1", "--schedule", "interleave", "--low", "1", "--out", "r")
+    assert [record["phase"] for record in history("r")] == ["LOW", "FULL", "LOW"]
 
 
 def test_handlers_are_as_before_after_a_run(whole: str) -> None:
@@ -420,6 +474,11 @@ def test_a_model_file_that_has_become_another(
         (["--schedule", "low", "--cost", "0.5"], "--cost is the budget of auto, and says nothing to low"),
         (["--deflate", "adaptor"], "--deflate goes with aligned and paper-*, not with auto"),
         (["--schedule", "interleave", "--low", "0", "--full", "0"], "interleave(low=0, full=0) has no epochs "),
+        (["--steps", "9", "--epochs", "3"], "--steps is the length of a run in place of --epochs: give one of them"),
+        (
+            ["--steps", "9", "--schedule", "paper-cifar10"],
+            "paper-cifar10 names the epochs of its phases: give --epochs",
+        ),
         (["--lr-milestones", "soon"], "Invalid value for --lr-milestones: 'soon' is no list of epochs like 8,10"),
         (["--epochs", "100", "--lr-milestones", "3"], "aligned(epochs=100, lr_milestones=(3,)) leaves no FULL epoch: "),
         (["--from", "gone"], "there is no folder gone: give one that save or `dynrank-fx transform` wrote"),
