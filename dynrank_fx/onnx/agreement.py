@@ -91,7 +91,7 @@ def onnx_inputs(
             )
         if tensor.dtype is torch.bfloat16:
             raise ExportError(f"the ONNX input {name} is bfloat16, which NumPy has not: export in another type")
-        feeds[called.get(name, name)] = tensor.detach().cpu().numpy()
+        feeds[str(called.get(name, name))] = tensor.detach().cpu().numpy()
     return feeds
 
 
