@@ -30,7 +30,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 62rem; mar
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 td, th { padding: 0.25rem 0.8rem; border-bottom: 1px solid #ddd; }
-th { text-align: left; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { text-align: left; } td { min-width: 3.5rem; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } .wide { overflow-x: auto; }
 """
 
@@ -91,7 +91,9 @@ def verdict(history: Sequence[EpochRecord], plan: Plan, about: About) -> list[st
     ]
     small = f"{plan.low_params / max(plan.total_params, 1):.1%} of the dense model's parameters"
     reached, cut = _reached(history), last.truncated.get("eval_metric")
-    if reached is not None and cut is not None:
+    if reached is not None and reached == cut:  # all sites are in LOW
+        sentences.append(f"The held-out {about.metric} is {score(reached)}, with {small}.")
+    elif reached is not None and cut is not None:
         sentences.append(
             f"The held-out {about.metric} is {score(reached)}, and {score(cut)} once all sites are cut to {small}."
         )
@@ -114,7 +116,8 @@ def _beside_dense(reached: float | None, about: About) -> str:
     if dense is None or reached is None:
         return f"{name} has no held-out {about.metric} to compare with."
     gap = reached - dense
-    more = "as much" if score(reached) == score(dense) else f"{score(abs(gap))} {'more' if gap > 0 else 'less'}"
+    points = f"{100 * abs(gap):.2f} points" if 0 <= min(reached, dense) <= max(reached, dense) <= 1 else score(abs(gap))
+    more = "as much" if score(reached) == score(dense) else f"{points} {'more' if gap > 0 else 'less'}"
     epochs = f"{len(history)} epoch{'s' if len(history) > 1 else ''}"
     return f"The dense run {name} reached {score(dense)} in {epochs}: this one has {more}."
 
@@ -243,16 +246,12 @@ def _between(values: Sequence[str]) -> str:
     return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
-def judged(effective: float, phase: Phase, rank: int, full: int) -> str:
-    """What an effective rank says of a site: in LOW beside the rank of its factors, else beside what a cut leaves."""
+def judged(effective: float, phase: Phase, rank: int) -> str:
+    """What an effective rank says of a site: in LOW whether its rank is used, else whether a cut to it takes much."""
     if phase is Phase.LOW:
         share = effective / max(rank, 1)
-        if share < 0.5:
-            return f"uses {share:.0%} of rank {rank}: less would do"
-        return f"uses {share:.0%} of rank {rank}" + (": more may do better" if share > 0.9 else "")
-    if effective <= rank:
-        return f"fits into rank {rank}"
-    return f"uses {effective / max(full, 1):.0%} of full rank: more than rank {rank} holds"
+        return f"rank {rank} is {'used up' if share > 0.9 else 'used' if share >= 0.5 else 'more than enough'}"
+    return f"fits into rank {rank}" if effective <= rank else f"needs more than rank {rank}"
 
 
 def _sites(history: Sequence[EpochRecord], plan: Plan, limits: Mapping[str, int]) -> str:
@@ -267,7 +266,7 @@ def _sites(history: Sequence[EpochRecord], plan: Plan, limits: Mapping[str, int]
         full, phase = limits[name], last.phases[name]
         groups = max(1, full // max(row.layout.max_rank(row.site.shape), 1))
         rank = last.ranks.get(name, row.rank)
-        said = judged(last.effective_rank[name], phase, groups * rank, full) if last.effective_rank else ""
+        said = judged(last.effective_rank[name], phase, groups * rank) if last.effective_rank else ""
         stable = f"{last.stable_rank[name]:.1f}" if last.stable_rank else ""
         shape, error = "×".join(map(str, row.site.shape)), errors.get(name)
         lost = "" if error is None else f"{error:.1%}"
