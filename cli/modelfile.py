@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dynrank_fx.aliases import Batch, Output
 from dynrank_fx.errors import ModelFileError
@@ -51,7 +51,11 @@ FUNCTIONS = {
     "loss": Function("output, batch", Tensor, "a tensor"),
     "metric": Function("output, batch", (Tensor, Real), "a number or a tensor"),
     "optimizer": Function("parameters", Optimizer, "a torch.optim.Optimizer"),
-    "lr_scheduler": Function("optimizer", LRScheduler, "a torch.optim.lr_scheduler.LRScheduler"),
+    "lr_scheduler": Function(
+        "optimizer",
+        (LRScheduler, tuple, dict),
+        'a torch.optim.lr_scheduler.LRScheduler, or one with how often it is stepped: scheduler, "step" or "epoch"',
+    ),
 }
 
 
@@ -152,8 +156,26 @@ class ModelFile:
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return self._call("optimizer", parameters) if self.has("optimizer") else AdamW(parameters, lr=1e-3)
 
-    def lr_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
-        return self._call("lr_scheduler", optimizer) if self.has("lr_scheduler") else None
+    def lr_scheduler(self, optimizer: Optimizer) -> tuple[LRScheduler | None, bool]:
+        """The scheduler, and whether it is stepped after every optimizer step and not after every epoch: the file
+        returns the scheduler alone (every epoch), ``scheduler, "step"``, or ``{"scheduler": ..., "interval": "step"}``.
+        """
+        made = self._call("lr_scheduler", optimizer) if self.has("lr_scheduler") else None
+        if isinstance(made, dict):
+            made = made.get("scheduler"), made.get("interval", "epoch")
+        if not isinstance(made, tuple):
+            return made, False
+        scheduler, interval = made if len(made) == 2 else (None, None)
+        if not isinstance(scheduler, LRScheduler) or interval not in ("step", "epoch"):
+            raise ModelFileError(
+                f"{self.path.name}: lr_scheduler(optimizer) returned {made!r}: make it a scheduler, or a pair of one and "
+                '"step" or "epoch"'
+            )
+        if interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
+            raise ModelFileError(
+                f'{self.path.name}: ReduceLROnPlateau is told the loss after an epoch: return it without "step"'
+            )
+        return scheduler, interval == "step"
 
     @property
     def epochs(self) -> int | None:

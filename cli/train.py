@@ -22,7 +22,7 @@ from .training import how_to_train, known_decay, schedule_of, training_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from dynrank_fx.training import Bar, Run, Settings, Task, Watcher
+    from dynrank_fx.training import Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
 
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 @click.option("--from", "start", type=Path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
 @click.option("--out", type=Path, metavar="FOLDER", help="The run; by default <model>-run.")
 @click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Optimizer steps in place of --epochs, as for a stream: the schedule decides 20 times.",
+)
 @training_options
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--amp", type=click.Choice(["bf16", "float16"]), help="Autocast; float16 with scaled gradients.")
@@ -71,10 +76,12 @@ def train(
 
     from dynrank_fx.phases import how_in, phases_of, rebuilt
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.training import fit, plan_in, read_run, restore_run_, save_run
+    from dynrank_fx.training import Bar, clock_for, fit, plan_in, read_run, restore_run_, save_run
 
     from .modelfile import load_model_file
 
+    if options.get("steps") and options["epochs"]:
+        raise click.UsageError("--steps is the length of a run in place of --epochs: give one of them")
     _check_device(options["device"])
     seed_all(options["seed"])
     # On a resume the run's own weights count.
@@ -90,40 +97,44 @@ def train(
         run, task, settings = _set_up(file, options, _net(file, options))
         _make_folder(folder)
         save_run(run, folder)
-        facts = {"epochs": settings.epochs, "metric": file.metric_name, "versions": _versions()}
+        facts = {"epochs": clock_for(task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
         write_run_file(folder, model_file, _plain(options), **facts)
-    if run.epoch >= settings.epochs:
-        click.echo(f"{folder} has all its {settings.epochs} epochs already", err=as_json)
-        _print_result(run, settings, folder, as_json)
+    clock = clock_for(task, settings)
+    length = f"{clock.ticks} {clock.unit}s"
+    if run.epoch >= clock.ticks:
+        click.echo(f"{folder} has all its {length} already", err=as_json)
+        _print_result(run, clock, folder, as_json)
         return
-    click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {settings.epochs} epochs", err=True)
-    bar = _bar(task, settings)
+    if not clock.by_epochs:
+        length = f"{clock.steps} steps in {length}"
+    click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}", err=True)
+    bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, unit=clock.unit)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar
     with stop_signals() as stopped:
         finished = fit(
             run, task, settings, save=lambda r: save_run(r, folder), watcher=watcher, should_stop=lambda: bool(stopped)
         )
     bar.close()
-    _print_result(run, settings, folder, as_json)
+    _print_result(run, clock, folder, as_json)
     if finished:
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         click.echo(f"wrote {folder}/; next: {then}", err=True)
         return
     then = shlex.join(["dynrank-fx", "train", str(model_file), "--out", str(folder), "--resume"])
     click.echo(
-        f"stopped in epoch {run.epoch + 1} of {settings.epochs} after {run.step} steps, and saved; go on with: {then}",
+        f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; go on with: {then}",
         err=True,
     )
     sys.exit(128 + stopped[0])
 
 
-def _print_result(run: Run, settings: Settings, folder: Path, as_json: bool) -> None:
+def _print_result(run: Run, clock: Clock, folder: Path, as_json: bool) -> None:
     """Where the run stands, as JSON, for a program that asked for it."""
     if not as_json:
         return
     last = run.history[-1].to_json() if run.history else {}
     last.pop("switch_spectra", None)
-    data = {"run": str(folder), "epoch": run.epoch, "epochs": settings.epochs, "step": run.step, "last": last}
+    data = {"run": str(folder), "epoch": run.epoch, "epochs": clock.ticks, "step": run.step, "last": last}
     click.echo(json.dumps(data, indent=1))
 
 
@@ -167,14 +178,16 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
     import torch
 
     from dynrank_fx.randomness import generators_of
-    from dynrank_fx.training import Run, Settings, Task
+    from dynrank_fx.training import Run, Settings, Task, clock_for
 
     how = how_to_train(options)
     net = net.to(options["device"]).train()
     optimizer = file.optimizer(net.parameters())
-    lr_scheduler = file.lr_scheduler(optimizer)
+    lr_scheduler, every_step = file.lr_scheduler(optimizer)
+    steps = options.get("steps")
     settings = Settings(
-        epochs=options["epochs"] or file.epochs or 10,
+        epochs=None if steps else options["epochs"] or file.epochs or 10,
+        steps=steps,
         device=options["device"],
         amp={"bf16": torch.bfloat16, "float16": torch.float16, None: None}[options["amp"]],
         compile=not options["no_compile"],
@@ -190,9 +203,10 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
         eval_data=file.eval_data(),
         metric=file.metric,
     )
-    schedule = schedule_of(options, settings.epochs, lr_scheduler)
+    schedule = schedule_of(options, clock_for(task, settings), lr_scheduler, every_step)
     generators = generators_of(task.train_data, task.eval_data)
-    return Run(net, optimizer, schedule, lr_scheduler, generators=generators), task, settings
+    run = Run(net, optimizer, schedule, lr_scheduler, lr_every_step=every_step, generators=generators)
+    return run, task, settings
 
 
 def _train_data(file: ModelFile, workers: int | None) -> Iterable[Batch]:
@@ -232,16 +246,6 @@ def _check_device(device: str) -> None:
         raise ModelFileError(
             f"the device {device!r} cannot be used here ({first_line(error)}); give --device cpu"
         ) from error
-
-
-def _bar(task: Task, settings: Settings) -> Bar:
-    from dynrank_fx.training import Bar
-
-    try:
-        steps = len(task.train_data)  # type: ignore[arg-type]
-    except TypeError:
-        steps = None
-    return Bar(settings.epochs, steps)
 
 
 def _with_tensorboard(bar: Watcher, folder: Path) -> Watcher:

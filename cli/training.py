@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from dynrank_fx.schedules import NamedSchedule, Schedule
-    from dynrank_fx.training import Decay, Preset
+    from dynrank_fx.training import Clock, Decay, Preset
 
     from .options import Options
 
@@ -36,7 +36,9 @@ _OPTIONS = (
     click.option("--low", type=int, default=2, show_default=True, help="LOW epochs in a row, for interleave."),
     click.option("--full", type=int, default=1, show_default=True, help="FULL epochs in a row, for interleave."),
     click.option(
-        "--lr-milestones", metavar="E,E", help="Epochs of the decays, for aligned; by default the scheduler's."
+        "--lr-milestones",
+        metavar="E,E",
+        help="Epochs (steps, with --steps) of the decays, for aligned; else the scheduler's.",
     ),
     click.option(
         "--deflate",
@@ -102,22 +104,33 @@ def known_decay(decay: Decay, options: Options, optimizer: Optimizer) -> Decay:
     return Decay.EACH
 
 
-def schedule_of(options: Options, epochs: int, lr_scheduler: LRScheduler | None) -> Schedule:
-    """The schedule that the options ask for."""
+def schedule_of(options: Options, clock: Clock, lr_scheduler: LRScheduler | None, every_step: bool) -> Schedule:
+    """The schedule that the options ask for. Its epochs are the ticks of the clock."""
     named = _named(options)
+    if named.name.startswith("paper") and not clock.by_epochs:
+        raise click.UsageError(f"{named.name} names the epochs of its phases: give --epochs, more than one")
     last = {"svd": Phase.LOW, "adaptor": Phase.ADAPTOR, None: None}[options["deflate"]]
     if last is not None and "last" not in named.takes:
         raise click.UsageError(f"--deflate goes with aligned and paper-*, not with {named.name}")
-    given = {name: options[name] for name in ("cost", "low", "full")} | {"epochs": epochs, "last": last}
+    given = {name: options[name] for name in ("cost", "low", "full")} | {"epochs": clock.ticks, "last": last}
     if "lr_milestones" in named.takes:
-        given["lr_milestones"] = _decays(options["lr_milestones"], lr_scheduler)
+        given["lr_milestones"] = _decays(options["lr_milestones"], clock, lr_scheduler, every_step)
     return named(given)
 
 
-def _decays(given: str | None, lr_scheduler: LRScheduler | None) -> tuple[int, ...]:
+def _decays(given: str | None, clock: Clock, lr_scheduler: LRScheduler | None, every_step: bool) -> tuple[int, ...]:
+    """The ticks of the decays; those of a run that is counted in steps are given in steps."""
     if given is None:
-        return tuple(sorted(getattr(lr_scheduler, "milestones", ())))
-    try:
-        return tuple(int(part) for part in given.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{given!r} is no list of epochs like 8,10", param_hint="--lr-milestones") from error
+        milestones = sorted(getattr(lr_scheduler, "milestones", ()))
+        in_steps = every_step
+        if not every_step and not clock.by_epochs:
+            milestones, in_steps = [each * (clock.per_epoch or 0) for each in milestones], True
+    else:
+        try:
+            milestones = [int(part) for part in given.split(",")]
+        except ValueError as error:
+            raise click.BadParameter(
+                f"{given!r} is no list of epochs like 8,10", param_hint="--lr-milestones"
+            ) from error
+        in_steps = not clock.by_epochs
+    return tuple(each // clock.every for each in milestones) if in_steps and clock.every else tuple(milestones)

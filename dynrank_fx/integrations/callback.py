@@ -18,20 +18,28 @@ class PhasesHolder:
 
     Args:
         schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
+        every: Optimizer steps from one decision of the schedule to the next; by default an epoch or, in a run that is
+            given in steps or has one epoch, a twentieth of it.
         **choices: Fields of ``PhaseSettings``, by name; the others are those of the practical preset.
 
     Attributes:
         phases: The ``Phases`` at work once training has begun, None before.
     """
 
-    def __init__(self, schedule: Schedule, **choices: Any) -> None:  # Any: each is of its field's type
-        self.schedule = schedule
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        every: int | None = None,
+        **choices: Any,  # Any: each is of its field's type
+    ) -> None:
+        self.schedule, self.every = schedule, every
         self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None
 
     @property
     def history(self) -> list[EpochRecord]:
-        """A record of every epoch begun; empty before training has begun."""
+        """A record of every epoch (or tick) begun; empty before training has begun."""
         return self.phases.history if self.phases is not None else []
 
 

@@ -8,6 +8,7 @@ phases before: ``resume_from_(net, path)``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 
 from ..aliases import StateDict
-from ..errors import TransitionError
-from ..training import Phases, resume_phases_
+from ..errors import ScheduleError, TransitionError
+from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
 from .callback import PhasesHolder, net_in
 
 try:
@@ -29,16 +30,19 @@ Trainer: TypeAlias = Any
 
 
 class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
-    """Enters the phases of a schedule at the start of every epoch, optimizer state along.
+    """Enters the phases of a schedule, optimizer state along: at the start of every epoch or, where ``max_steps`` ends
+    the training or it has one epoch, at every twentieth of its optimizer steps.
 
     The arguments are those of ``PhasesHolder``.
 
     Raises:
         TransitionError: When training starts, where the module holds no net of ``transform``, has several optimizers,
-            or trains without an end.
+            or trains in several processes.
+        ScheduleError: When training starts, where it has no end.
     """
 
     _restored: StateDict | None = None
+    _logged = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Begin: the optimizer exists, and a checkpoint has been restored.
@@ -48,33 +52,44 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             pl_module: The LightningModule, which holds the net.
 
         Raises:
-            TransitionError: Where the module holds no net of ``transform``, has several optimizers, or trains without
-                an end.
+            TransitionError: Where the module holds no net of ``transform``, has several optimizers, or trains in
+                several processes.
+            ScheduleError: Where the training has no end.
         """
+        refuse_processes(trainer.world_size)
         if len(trainer.optimizers) != 1:
             raise TransitionError(
                 f"phases need one optimizer over the net, and this module has {len(trainer.optimizers)}"
             )
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
-            raise TransitionError("a schedule of phases needs an end: give the Trainer max_epochs")
-        configs = trainer.lr_scheduler_configs
-        every_step = bool(configs) and configs[0].interval == "step"
-        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+        configs, clock = trainer.lr_scheduler_configs, self._clock(trainer)
         self.phases = Phases(
             net_in(pl_module),
             trainer.optimizers[0],
             self.schedule,
-            trainer.max_epochs,
-            configs[0].scheduler if configs else None,
-            steps=math.ceil(steps) if math.isfinite(steps) else None,
-            lr_every_step=every_step,
+            lr_scheduler=configs[0].scheduler if configs else None,
+            clock=clock,
+            lr_every_step=bool(configs) and configs[0].interval == "step",
+            by_itself=not clock.by_epochs,
+            resume=self._restored,
             settings=self.settings,
         )
-        if self._restored is not None:
-            self.phases.load_state_dict(self._restored)
+        self._restored = None
+        self._logged = 0
+
+    def _clock(self, trainer: Trainer) -> Clock:
+        """In epochs where they end the training and are several, in optimizer steps otherwise."""
+        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+        per_epoch = math.ceil(batches) if math.isfinite(batches) else None
+        most = None if trainer.max_steps < 0 else trainer.max_steps
+        epochs = None if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+        if most is not None and (epochs is None or per_epoch is None or most < epochs * per_epoch):
+            return replace(clock_of(None, most, self.every), per_epoch=per_epoch)
+        if epochs is None:
+            raise ScheduleError("a schedule of phases needs an end: give the Trainer max_steps or max_epochs")
+        return clock_of(epochs, per_epoch, self.every)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
-        """Enter the phases of the epoch.
+        """Enter the phases of the epoch, where they go by epochs.
 
         Args:
             trainer: The Lightning Trainer.
@@ -84,9 +99,26 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             TransitionError: As ``enter_`` does.
         """
         assert self.phases is not None
-        self.phases.net.zero_grad()  # Lightning keeps the gradients of a step until the next one
-        record = self.phases.begin(trainer.current_epoch)
-        pl_module.log("dynrank/spent", record.spent)  # type: ignore[operator]
+        epoch = trainer.current_epoch
+        if self.phases.clock.by_epochs and epoch >= len(self.phases.history):  # not one that a checkpoint has begun
+            self.phases.net.zero_grad()  # Lightning keeps the gradients of a step until the next one
+            self.phases.begin(epoch)
+        self._log(pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
+        """Log what the last tick has brought, where phases go by steps.
+
+        Args:
+            trainer: The Lightning Trainer.
+            pl_module: The LightningModule; ``dynrank/spent`` is logged by it.
+            *args: What Lightning tells of the batch.
+        """
+        self._log(pl_module)
+
+    def _log(self, pl_module: nn.Module) -> None:
+        if len(self.history) > self._logged:
+            self._logged = len(self.history)
+            pl_module.log("dynrank/spent", self.history[-1].spent)  # type: ignore[operator]
 
     def state_dict(self) -> StateDict:
         """What Lightning's checkpoint keeps of the phases.

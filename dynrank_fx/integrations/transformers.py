@@ -16,15 +16,17 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..aliases import StateDict
 from ..errors import TransitionError
-from ..training import Phases, resume_phases_
+from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
 from .callback import PhasesHolder, net_in
 
 FILE = "phases.pt"
 
 
 class PhasesCallback(PhasesHolder, TrainerCallback):
-    """Enters the phases of a schedule at the start of every epoch, optimizer state along.
+    """Enters the phases of a schedule, optimizer state along: at the start of every epoch or, where ``max_steps`` is
+    given or there is one epoch, at every twentieth of the optimizer steps.
 
     The arguments are those of ``PhasesHolder``.
 
@@ -32,7 +34,8 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         resume_from: The checkpoint folder that the Trainer goes on from, where it is not in its own output folder.
 
     Raises:
-        TransitionError: When training begins, where the model holds no net of ``transform``.
+        TransitionError: When training begins, where the model holds no net of ``transform``, or several processes
+            train.
     """
 
     resume_from: str | Path | None = None
@@ -53,38 +56,45 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             **kwargs: What the Trainer tells besides: the model, the optimizer and the scheduler are used.
 
         Raises:
-            TransitionError: Where the model holds no net of ``transform``, or a checkpoint lacks the state of the
-                phases.
+            TransitionError: Where the model holds no net of ``transform``, a checkpoint lacks the state of the phases,
+                or several processes train.
         """
+        refuse_processes(args.world_size)
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        epochs = math.ceil(state.num_train_epochs)
+        clock = self._clock(args, state)
         self.phases = Phases(
             net_in(kwargs["model"]),
             getattr(optimizer, "optimizer", optimizer),  # Accelerate wraps torch's own, which has the hooks
             self.schedule,
-            epochs,
-            getattr(lr_scheduler, "scheduler", lr_scheduler),
-            steps=max(1, math.ceil(state.max_steps / epochs)),
+            lr_scheduler=getattr(lr_scheduler, "scheduler", lr_scheduler),
+            clock=clock,
             lr_every_step=True,
+            by_itself=not clock.by_epochs,
+            resume=self._saved(args, state) if state.global_step else None,
             settings=self.settings,
         )
-        if state.global_step:
-            self._restore(args, state)
 
-    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        folder = self.resume_from or _checkpoint(args, state)
-        file = Path(folder) / FILE
+    def _clock(self, args: TrainingArguments, state: TrainerState) -> Clock:
+        """In epochs where they are given and several, in optimizer steps otherwise: a stream has no epochs."""
+        if args.max_steps > 0:
+            return clock_of(None, state.max_steps, self.every)
+        epochs = math.ceil(state.num_train_epochs)
+        return clock_of(epochs, max(1, math.ceil(state.max_steps / epochs)), self.every)
+
+    def _saved(self, args: TrainingArguments, state: TrainerState) -> StateDict:
+        """The state of the phases in the checkpoint that the Trainer goes on from."""
+        file = Path(self.resume_from or _checkpoint(args, state)) / FILE
         if not file.exists():
             raise TransitionError(
                 f"{file} is missing: give the callback the checkpoint that the Trainer resumes from as its resume_from"
             )
-        assert self.phases is not None
-        self.phases.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        saved: StateDict = torch.load(file, map_location="cpu", weights_only=True)
+        return saved
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Enter the phases of the epoch.
+        """Enter the phases of the epoch, where they go by epochs.
 
         Args:
             args: The TrainingArguments.
@@ -97,9 +107,8 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         """
         assert self.phases is not None
         epoch = int(state.epoch or 0)
-        if epoch == len(self.phases.history) - 1:
-            return  # in the midst of an epoch that a checkpoint has begun
-        self.phases.begin(epoch)
+        if self.phases.clock.by_epochs and epoch >= len(self.phases.history):  # not one that a checkpoint has begun
+            self.phases.begin(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the state of the phases beside the Trainer's checkpoint.

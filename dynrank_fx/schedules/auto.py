@@ -105,7 +105,7 @@ class Auto:
             reasons.append(f"{verb}: its effective rank is {seen[name]}")
         if kept:
             reasons.append(
-                f"FULL for {len(kept)} of {len(sites)} sites: {free:.2f} dense epochs of compute are left above LOW, "
+                f"FULL for {len(kept)} of {len(sites)} sites: {free:.2f} dense {state.unit}s of compute are left above LOW, "
                 f"and {rates[0]:.0%} of the learning rate"
             )
         if cut := [name for name in others if name not in kept]:
@@ -114,7 +114,7 @@ class Auto:
             if spare < min(_price(sites[name]) for name in cut) - _ROUNDING:
                 reasons.append(f"cut {what}: the budget of {self.cost:g} of dense training is used up")
             else:
-                reasons.append(f"cut {what}: {spare:.2f} dense epochs are held back for sites that may collapse")
+                reasons.append(f"cut {what}: {spare:.2f} dense {state.unit}s are held back for sites that may collapse")
         return _decided(sites, kept, reasons or ["LOW: every site is cut"])
 
     def _collapsed(self, seen: Mapping[str, _Seen], full: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ Spectra: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch of a run. What is known at its start comes first; what comes of it is None or empty until then.
+    """One epoch of a run, or one tick of a run that is counted in steps (see ``TrainState``). What is known at its start comes first; what comes of it is None or empty until then.
 
     A field is read as an attribute, or by its name as a key: ``record.loss``, ``record["loss"]``. In a file a record is
     a JSON object, see ``to_json``.
@@ -43,6 +43,7 @@ class EpochRecord:
         effective_rank: By site, at the end of the epoch.
         stable_rank: By site, at the end of the epoch.
         truncated: ``eval_loss`` and ``eval_metric`` of the truncated model; of the last epoch.
+        step: Optimizer steps of the run before it, where they are counted.
         more: What else a training loop notes of it, by names of its own.
     """
 
@@ -68,6 +69,7 @@ class EpochRecord:
     effective_rank: Mapping[str, float] = field(default_factory=dict)
     stable_rank: Mapping[str, float] = field(default_factory=dict)
     truncated: Mapping[str, float | None] = field(default_factory=dict)
+    step: int | None = None
     more: Mapping[str, object] = field(default_factory=dict)
 
     @property

@@ -36,7 +36,10 @@ class SiteState:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a schedule may look at: all that is known at the start of an epoch.
+    """What a schedule may look at: all that is known at the start of a tick.
+
+    A tick is an epoch. In a run that is counted in optimizer steps, or has one epoch only, it is a number of steps, by
+    default a twentieth of the run; what is said of epochs is then said of ticks.
 
     Attributes:
         epoch: The epoch that begins, counted from 0.
@@ -46,6 +49,7 @@ class TrainState:
         spent: Training compute so far, in epochs of the dense model.
         lrs: The learning rate of every epoch of the run, as the scheduler will set it; empty where that is not known.
         sites: What is known of each site, by name.
+        unit: What a tick is called in sentences: ``epoch`` or ``tick``.
 
     Raises:
         ScheduleError: For an epoch that cannot be, or a number of epochs.
@@ -58,6 +62,7 @@ class TrainState:
     spent: float = 0.0
     lrs: tuple[float, ...] = ()
     sites: Mapping[str, SiteState] = field(default_factory=dict)
+    unit: str = "epoch"
 
     def __post_init__(self) -> None:
         if not is_whole(self.epoch):

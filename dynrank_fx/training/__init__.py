@@ -1,8 +1,9 @@
 """Train in phases: in a loop of one's own by ``Phases``, or by the loop of the command line, with runs that resume."""
 
+from .clock import Clock, clock_of, refuse_processes
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
 from .facts import cost_of, train_state
-from .loop import fit
+from .loop import clock_for, fit
 from .phases import Phases, resume_phases_
 from .presets import Preset, paper_cifar10, paper_cifar100, practical
 from .rewarm import rewarm_
@@ -14,6 +15,7 @@ from .watch import Bar, Watcher, Watchers
 __all__ = [
     "CHECKPOINT",
     "Bar",
+    "Clock",
     "Decay",
     "PhaseSettings",
     "Phases",
@@ -24,6 +26,8 @@ __all__ = [
     "Watcher",
     "Watchers",
     "autocast",
+    "clock_for",
+    "clock_of",
     "cost_of",
     "decays_in_a_known_way",
     "evaluate",
@@ -35,6 +39,7 @@ __all__ = [
     "plan_in",
     "practical",
     "read_run",
+    "refuse_processes",
     "restore_run_",
     "resume_phases_",
     "rewarm_",

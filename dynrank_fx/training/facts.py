@@ -13,13 +13,14 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..checks import check_epochs, is_whole
-from ..errors import ScheduleError
+from ..errors import DynrankWarning, ScheduleError
 from ..phase import Phase
 from ..phases import phases_of
 from ..plan import PlannedSite
 from ..rewrite import plan_of, switched_modules
 from ..schedules import SiteState, TrainState
 from ..tracing import unwrap
+from .clock import Clock
 
 
 def train_state(
@@ -57,16 +58,31 @@ def train_state(
     check_epoch(epoch, epochs)
     if not is_whole(steps_per_epoch, 1):
         raise ScheduleError(f"an epoch cannot have {steps_per_epoch!r} steps of the scheduler: give 1 or more")
+    planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
+    return state_at(net, optimizer, epoch, epochs, planned, rates=rates, spent=spent)
+
+
+def state_at(
+    net: nn.Module,
+    optimizer: Optimizer,
+    tick: int,
+    ticks: int,
+    planned: Sequence[float],
+    *,
+    rates: Sequence[float],
+    spent: float,
+    unit: str = "epoch",
+) -> TrainState:
+    """As ``train_state``, at any tick. planned: the learning rates from this tick on, empty where they are unknown."""
     plan, phases = plan_of(net), phases_of(net)
     sites = {}
     for row in plan.sites:
         dense, low = _costs(row, plan.total_flops, plan.total_params)
         groups = row.site.params // math.prod(row.layout.matrix_shape(row.site.shape))
         sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low, groups, row.sharing)
-    planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
-    known = (*rates, *planned) if planned and len(rates) == epoch else ()
-    lr = float(optimizer.param_groups[0]["lr"])
-    return TrainState(epoch, epochs, lr, _Spectra(net), spent, known, sites)
+    known = (*rates, *planned) if planned and len(rates) == tick else ()
+    lr = planned[0] if planned else float(optimizer.param_groups[0]["lr"])
+    return TrainState(tick, ticks, lr, _Spectra(net), spent, known, sites, unit)
 
 
 def check_epoch(epoch: int, epochs: int) -> None:
@@ -136,24 +152,46 @@ def planned_rates(
     lr_scheduler: one that is stepped so many times an epoch, or None for a constant rate. Empty where the rates depend
     on what is not known yet (ReduceLROnPlateau) or the scheduler is none of torch's kind. Nothing is changed.
     """
-    now = float(optimizer.param_groups[0]["lr"])
+    return rates_after(optimizer, lr_scheduler, [i * steps for i in range(epochs)])
+
+
+def rates_after(optimizer: Optimizer, lr_scheduler: LRScheduler | None, counts: Sequence[int]) -> tuple[float, ...]:
+    """As ``planned_rates``, after these numbers of steps of the scheduler from now on, which rise."""
     if lr_scheduler is None:
-        return (now,) * epochs
+        return (float(optimizer.param_groups[0]["lr"]),) * len(counts)
     if isinstance(lr_scheduler, ReduceLROnPlateau) or not isinstance(lr_scheduler, LRScheduler):
         return ()
     dummy = _stand_in(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of steps without an optimizer's, and beyond a schedule's end
         twin = copy.deepcopy(lr_scheduler, {id(optimizer): dummy, id(lr_scheduler.optimizer): dummy})
-        rates = []
-        for _ in range(epochs):
-            rates.append(float(dummy.param_groups[0]["lr"]))
+        rates, done = [], 0
+        for count in counts:
             try:
-                for _ in range(steps):
+                for _ in range(count - done):
                     twin.step()
             except ValueError:  # OneCycleLR has an end
                 break
+            done = count
+            rates.append(float(dummy.param_groups[0]["lr"]))
     return tuple(rates)
+
+
+def warn_of_rates(lr_scheduler: LRScheduler | None, clock: Clock, every_step: bool) -> None:
+    """Warn where the scheduler plans a number of steps of its own (OneCycleLR) that is not the one it will make."""
+    planned, coming = getattr(lr_scheduler, "total_steps", None), clock.scheduler_steps(clock.ticks, every_step)
+    if not isinstance(planned, int) or coming is None:
+        return
+    if every_step and planned < coming:
+        what = f"is stepped {coming} times, after every optimizer step: give it total_steps={coming}"
+    elif not every_step and planned > coming + 1:
+        what = (
+            f"is stepped {coming} times, once an epoch, so that the learning rate stays near its start: step it after "
+            'every optimizer step and say so (lr_every_step=True; in a model file, return scheduler, "step")'
+        )
+    else:
+        return
+    warnings.warn(f"{type(lr_scheduler).__name__} plans {planned} steps and {what}", DynrankWarning, stacklevel=4)
 
 
 def _stand_in(optimizer: Optimizer) -> Optimizer:

@@ -1,4 +1,4 @@
-"""The training loop: epochs of a schedule's phases, each step of which can be saved and taken up again."""
+"""The training loop: ticks of a schedule's phases, each step of which can be saved and taken up again."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import itertools
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..aliases import Batch
-from ..errors import DynrankError
+from ..errors import DynrankError, DynrankWarning
 from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
 from ..phases import enter_
 from ..randomness import random_state, set_random_state
 from ..rewrite import a_twin, inline_, switched_modules
 from ..tracing import Net
+from .clock import Clock, clock_of
 from .phases import Phases
 from .run import Run
 from .settings import Settings
@@ -35,9 +39,10 @@ def fit(
     watcher: Watcher | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train to the end of ``settings.epochs``; True when there, False where ``should_stop`` ended it between two steps.
+    """Train to the end of ``settings.epochs`` or ``settings.steps``; True when there, False where ``should_stop`` ended
+    it between two steps.
 
-    ``save`` is called after every epoch, every ``checkpoint_steps`` steps, and on a stop, never with values that are
+    ``save`` is called after every epoch (or tick), every ``checkpoint_steps`` steps, and on a stop, never with values that are
     not finite. Raises DynrankError for those, a batch that is no input of the model, and a loss that is no number;
     and what enter_ raises.
     """
@@ -51,19 +56,21 @@ def fit(
     if settings.amp is torch.float16 and run.scaler is None:
         run.scaler = torch.amp.GradScaler(torch.device(settings.device).type)
     run.phases = phases = _phases(run, task, settings)
+    endless = _passes(run, task)
     try:
-        while run.epoch < settings.epochs:
+        while run.epoch < phases.clock.ticks:
             if run.step == 0:
                 _begin_epoch(run, settings, phases)
                 watcher.epoch_started(run, phases.transition)
             started = time.perf_counter()
-            finished = _train_epoch(run, task, settings, forward, save, watcher, should_stop)
+            batches = _one_pass(run, task) if phases.clock.by_epochs else _of_tick(run, phases.clock, settings, endless)
+            finished = _train_epoch(run, task, settings, forward, batches, save, watcher, should_stop)
             run.note(seconds=(run.current.seconds or 0.0) + time.perf_counter() - started)
             _refuse_diverged(run)
             if not finished:
                 save(run)
                 return False
-            _finish_epoch(run, task, settings)
+            _finish_epoch(run, task, settings, phases.clock)
             watcher.epoch_done(run, run.history[-1])
             save(run)
         return True
@@ -72,25 +79,41 @@ def fit(
         phases.remove()
 
 
+def clock_for(task: Task, settings: Settings) -> Clock:
+    """The clock of a run on these data."""
+    if settings.epochs is None:
+        return replace(clock_of(None, settings.steps), per_epoch=_steps(task, settings))
+    return clock_of(settings.epochs, _steps(task, settings))
+
+
 def _phases(run: Run, task: Task, settings: Settings) -> Phases:
     """The schedule at work from where the run stands."""
+    clock = clock_for(task, settings)
     phases = Phases(
         run.net,
         run.optimizer,
         run.schedule,
-        settings.epochs,
-        run.lr_scheduler,
-        steps=_steps(task, settings),
+        lr_scheduler=run.lr_scheduler,
+        clock=clock,
+        lr_every_step=run.lr_every_step,
+        by_itself=False,
         settings=settings,
     )
     phases.history = [*run.history, *([run.record] if run.record is not None else [])]
     phases.load_hooks_state(run.hooks)
+    if run.lr_scheduler is not None and clock.scheduler_steps(clock.ticks, run.lr_every_step) is None:
+        warnings.warn(
+            f"train_data() does not say how many batches it has, so that no epoch ends after which "
+            f'{type(run.lr_scheduler).__name__} is stepped: return it with "step" from lr_scheduler()',
+            DynrankWarning,
+            stacklevel=3,
+        )
     return phases
 
 
 def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
-    if run.history:
-        phases.steps = _optimizer_steps(run.history[-1].steps, settings)
+    if run.history and phases.clock.by_epochs:
+        phases.clock = replace(phases.clock, every=_optimizer_steps(run.history[-1].steps, settings))
     phases.begin(run.epoch)
     run.record = phases.note(seconds=0.0)
     run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
@@ -99,8 +122,12 @@ def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
 
 def _steps(task: Task, settings: Settings) -> int | None:
     """Optimizer steps of an epoch, as far as the data says and there are any."""
+    return _optimizer_steps(_batches_of_a_pass(task), settings)
+
+
+def _batches_of_a_pass(task: Task) -> int | None:
     try:
-        return _optimizer_steps(len(task.train_data) or None, settings)  # type: ignore[arg-type]
+        return len(task.train_data) or None  # type: ignore[arg-type]
     except TypeError:
         return None
 
@@ -114,6 +141,7 @@ def _train_epoch(
     task: Task,
     settings: Settings,
     forward: nn.Module,
+    batches: Iterator[Batch],
     save: Callable[[Run], None],
     watcher: Watcher,
     should_stop: Callable[[], bool],
@@ -121,16 +149,21 @@ def _train_epoch(
     """To the end of the epoch, True, or to a stop. Between two optimizer steps nothing else is pending, so that a run
     is saved and left only there.
     """
+    assert run.phases is not None
+    # An epoch's own end is in _finish_epoch.
+    pass_ends = None if run.phases.clock.by_epochs else _batches_of_a_pass(task)
     run.net.train()
     seconds = []
     pending = 0
-    for batch in _batches(run, task):
+    for batch in batches:
         started = time.perf_counter()
         loss, metric = _gradients(run, task, settings, forward, batch)
         run.step += 1
         pending = run.step % settings.accumulate
         if not pending:
             _update(run, settings, settings.accumulate)
+        if run.drawn == pass_ends and not isinstance(run.lr_scheduler, ReduceLROnPlateau):
+            _step_scheduler(run)
         seconds.append(time.perf_counter() - started)
         watcher.step_done(run, loss, metric)
         if pending:
@@ -155,22 +188,45 @@ def _refuse_diverged(run: Run) -> None:
         )
 
 
-def _batches(run: Run, task: Task) -> Iterator[Batch]:
-    """The epoch's batches; of an epoch that was left midway, those that are still to come, drawn as if never
+def _of_tick(run: Run, clock: Clock, settings: Settings, endless: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches to the end of a tick, which does not wait for the end of a pass."""
+    count = settings.accumulate * (clock.start(run.epoch + 1) - clock.start(run.epoch))
+    while run.step < count:
+        yield next(endless)
+
+
+def _passes(run: Run, task: Task) -> Iterator[Batch]:
+    """The batches of one pass over the data after the other."""
+    while True:
+        yield from _one_pass(run, task)
+
+
+def _one_pass(run: Run, task: Task) -> Iterator[Batch]:
+    """The batches of a pass over the data; of one that was left midway, those that are still to come, drawn as if never
     interrupted.
     """
-    if run.step == 0:
+    if run.drawn == 0:
         run.epoch_start = random_state(run.generators)
-        yield from task.train_data
-        return
-    now = random_state(run.generators)
-    assert run.epoch_start is not None
-    set_random_state(run.epoch_start, run.generators)
-    batches = iter(task.train_data)
-    if sum(1 for _ in itertools.islice(batches, run.step)) < run.step:
-        raise DynrankError(f"train_data() gives fewer than the {run.step} batches of the epoch that were trained on")
-    set_random_state(now, run.generators)
-    yield from batches
+        batches = iter(task.train_data)
+    else:
+        now = random_state(run.generators)
+        assert run.epoch_start is not None
+        set_random_state(run.epoch_start, run.generators)
+        batches = iter(task.train_data)
+        if sum(1 for _ in itertools.islice(batches, run.drawn)) < run.drawn:
+            raise DynrankError(
+                f"train_data() gives fewer than the {run.drawn} batches of the epoch that were trained on"
+            )
+        set_random_state(now, run.generators)
+    for batch in batches:
+        run.drawn += 1
+        yield batch
+    if run.drawn == 0:
+        raise DynrankError(
+            f"train_data() gave no batch in epoch {run.epoch + 1}: is drop_last set on a data set smaller than one "
+            "batch, or is it a generator, which gives its batches once?"
+        )
+    run.drawn = 0
 
 
 def _gradients(
@@ -204,37 +260,37 @@ def _update(run: Run, settings: Settings, batches: int) -> None:
     else:
         run.scaler.step(run.optimizer)
         run.scaler.update()
+    if run.lr_scheduler is not None and run.lr_every_step:
+        run.lr_scheduler.step()
     run.optimizer.zero_grad()
     run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
 
 
-def _finish_epoch(run: Run, task: Task, settings: Settings) -> None:
+def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> None:
     loss, metric, batches = run.totals.tolist()
-    if batches == 0:
-        raise DynrankError(
-            f"train_data() gave no batch in epoch {run.epoch + 1}: is drop_last set on a data set smaller than one "
-            "batch, or is it a generator, which gives its batches once?"
-        )
     run.note(steps=round(batches), loss=loss / batches, metric=metric / batches if task.metric else None)
     run.note(**evaluate(run.net, task, settings), memory=_memory(run, settings))
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
         run.note(effective_rank={name: effective_rank(s) for name, s in spectra.items()})
         run.note(stable_rank={name: stable_rank(s) for name, s in spectra.items()})
-    _step_scheduler(run)
-    if run.epoch + 1 == settings.epochs and task.eval_data is not None:
+    if clock.by_epochs or isinstance(run.lr_scheduler, ReduceLROnPlateau):
+        _step_scheduler(run)
+    if run.epoch + 1 == clock.ticks and task.eval_data is not None:
         run.note(truncated=_truncated(run, task, settings))
     run.history.append(run.current)
-    run.record, run.step, run.epoch, run.epoch_start = None, 0, run.epoch + 1, None
+    run.record, run.step, run.epoch = None, 0, run.epoch + 1
 
 
 def _step_scheduler(run: Run) -> None:
-    """A step at the end of an epoch; one that waits for a plateau is told the held-out loss, where there is one."""
-    if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """At the end of an epoch, or of a tick for one that waits for a plateau: it is told the held-out loss, where there
+    is one.
+    """
+    if isinstance(run.lr_scheduler, ReduceLROnPlateau):
         loss = run.current.loss if run.current.eval_loss is None else run.current.eval_loss
         assert loss is not None
         run.lr_scheduler.step(loss)
-    elif run.lr_scheduler is not None:
+    elif run.lr_scheduler is not None and not run.lr_every_step:
         run.lr_scheduler.step()
 
 

@@ -1,4 +1,4 @@
-"""A schedule at work: what begins every epoch, in our own loop and in any other."""
+"""A schedule at work: what begins every tick of a run, in our own loop and in any other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..aliases import StateDict
-from ..checks import check_epochs, check_schedule, is_whole
+from ..checks import check_schedule
 from ..errors import ScheduleError, StoreError, TransitionError
 from ..phase import Phase, summary
 from ..phases import (
@@ -31,41 +31,59 @@ from ..phases import (
 )
 from ..rewrite import plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
-from ..tracing import unwrap
+from ..tracing import meta_of, unwrap
+from .clock import Clock, StepHook, clock_of, refuse_processes
 from .factor_decay import factor_decay_
-from .facts import check_epoch, cost_of, train_state
+from .facts import check_epoch, cost_of, rates_after, state_at, warn_of_rates
 from .landing import Landing, epochs_to_cut
-from .rewarm import Rewarm, rewarm_
+from .rewarm import Rewarm
 from .settings import PhaseSettings
 
 _POINTS = 64  # of a spectrum in a record
+_RESUMED = "dynrank_resumed"  # in the meta of a net that is in the phases of a checkpoint
 
 
 class Phases:
-    """A schedule for a training loop of your own: ``begin(epoch)`` at the start of every epoch does the rest.
+    """A schedule for a training loop of your own, which goes by the optimizer's steps.
+
+    With ``steps`` the loop needs no other line: the schedule decides when the ``Phases`` is made, and again at every
+    tick, right after the optimizer step before it. A tick is an epoch; in a run that is given in steps alone, or has
+    one epoch, it is a twentieth of the run. A loop that has work to do between the last step of an epoch and the switch
+    (evaluation, a scheduler by epochs) calls ``begin(epoch)`` at the start of every epoch, and then decides the time.
 
     Args:
         net: What ``transform`` made.
         optimizer: The optimizer over its parameters, or all of them; the schedule is told the learning rate of the
             first.
-        schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
-        epochs: How many epochs the run has.
+        schedule: Which phase each site is in, tick by tick; see ``dynrank_fx.schedules``.
+        epochs: How many epochs the run has; left out where it is counted in steps.
         lr_scheduler: The learning-rate scheduler; with it a schedule like ``auto`` knows the learning rates to come.
-        steps: Optimizer steps of an epoch; ``landing`` needs them.
-        lr_every_step: Whether the scheduler is stepped after every optimizer step, and not after every epoch.
+        steps: Optimizer steps of each epoch or, without ``epochs``, of the run. Of gradients that are accumulated, a
+            step is one, whatever the number of batches.
+        every: Optimizer steps of a tick, where it shall be neither an epoch nor a twentieth of the run.
+        lr_every_step: Whether the scheduler is stepped after every optimizer step, and not after every epoch; by
+            default so where there are no epochs.
         averages: What averages the net's weights (``AveragedModel``, ``ModelEmaV3``, a copy), to be brought along.
+        by_itself: Whether ticks begin by themselves; with False, ``begin`` begins each.
+        clock: The ticks of the run, in place of ``epochs``, ``steps`` and ``every``: for hooks into other trainers.
+        resume: What ``state_dict`` gave, to go on from; the net was brought into its phases by ``resume_phases_``.
         settings: How phases are entered and left, see ``PhaseSettings``; by default its defaults.
         **choices: Fields of ``PhaseSettings`` that are chosen otherwise: ``carry``, ``rewarm``, ``decay``,
             ``random_init``, ``landing``, ``spectra``.
 
     Attributes:
-        history: The record of every epoch begun, to which ``note`` adds.
-        transition: What the last epoch began with.
+        clock: The ticks of the run.
+        step: Optimizer steps made so far.
+        history: The record of every tick begun, to which ``note`` adds.
+        transition: What the last tick began with.
 
     Raises:
         TransitionError: Without an optimizer; for one of which it is not known how it decays weights, where ``decay``
-            asks for that; for a net that ``transform`` did not make, and for a choice that is none.
-        ScheduleError: For what is no schedule, and for numbers of epochs or steps that cannot be.
+            asks for that; for a net that ``transform`` did not make, for a choice that is none, and where several
+            processes train.
+        ScheduleError: For what is no schedule, for numbers of epochs or steps that cannot be, and where neither is
+            given.
+        StoreError: For a state to resume from that is of something else.
     """
 
     def __init__(
@@ -73,41 +91,52 @@ class Phases:
         net: nn.Module,
         optimizer: Optimizers,
         schedule: Schedule,
-        epochs: int,
+        epochs: int | None = None,
         lr_scheduler: LRScheduler | None = None,
         *,
         steps: int | None = None,
-        lr_every_step: bool = False,
+        every: int | None = None,
+        lr_every_step: bool | None = None,
         averages: Sequence[object] = (),
+        by_itself: bool = True,
+        clock: Clock | None = None,
+        resume: StateDict | None = None,
         settings: PhaseSettings | None = None,
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
-        check_epochs(epochs)
-        if steps is not None and not is_whole(steps, 1):
-            raise ScheduleError(
-                f"an epoch cannot have {steps!r} steps: give a whole number of 1 or more, or leave it out"
-            )
+        refuse_processes()
+        self.clock = clock = clock or clock_of(epochs, steps, every)
         check_schedule(schedule)
         self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
         if not self.optimizers:
             raise TransitionError("phases go with an optimizer: give the one over the net's parameters, or all of them")
-        self.net, self.optimizer, self.schedule, self.epochs = net, self.optimizers[0], schedule, epochs
+        self.net, self.optimizer, self.schedule, self.lr_scheduler = net, self.optimizers[0], schedule, lr_scheduler
         self.averages = tuple(averages)
-        self.lr_scheduler, self.steps, self.lr_every_step = lr_scheduler, steps, lr_every_step
+        self.lr_every_step = clock.per_epoch is None and not clock.by_epochs if lr_every_step is None else lr_every_step
         self.settings = replace(settings or PhaseSettings(), **choices)
+        warn_of_rates(lr_scheduler, clock, self.lr_every_step)
         self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
         self.landing = Landing(net, self.optimizers) if self.settings.landing else None
+        # These hooks are there from the start, since torch walks through them when a tick begins; the step's own is last.
+        self._rewarms = [Rewarm(each, 0) for each in self.optimizers] if self.settings.rewarm else []
         for each in self.optimizers:
             note_steps(each)
+        self._hook = StepHook(self.optimizers, self._stepped)
+        self.step = 0
         self.history: list[EpochRecord] = []
         self.transition = Transition(())
-        self._rewarms: list[Rewarm] = []
+        self._by_itself = by_itself and clock.every is not None
+        if resume is not None:
+            self.load_state_dict(resume)
+        elif self._by_itself and _RESUMED not in meta_of(unwrap(net)):
+            self._begin(0)
 
     def begin(self, epoch: int) -> EpochRecord:
         """Bring the net into the phases of this epoch, and the optimizer along.
 
         Args:
-            epoch: The epoch that begins, counted from 0.
+            epoch: The epoch (or tick) that begins, counted from 0. Where ticks are epochs, those to come wait for this
+                call too.
 
         Returns:
             The record of the epoch.
@@ -116,62 +145,99 @@ class Phases:
             ScheduleError: For an epoch that is not of the run.
             TransitionError: As ``enter_`` does.
         """
-        check_epoch(epoch, self.epochs)
-        del self.history[epoch:]  # one that is begun again after a stop
+        check_epoch(epoch, self.clock.ticks)
+        begun = self._by_itself and len(self.history) == epoch + 1 == 1 and self.step == 0
+        self._by_itself = self._by_itself and not self.clock.by_epochs
+        return self.history[0] if begun else self._begin(epoch)
+
+    def _stepped(self) -> None:
+        """After every optimizer step: the next tick, where it is time."""
+        self.step += 1
+        if not self._by_itself:
+            return
+        if not self.history:
+            raise ScheduleError(
+                "the net is in the phases of a checkpoint, but where the run stood is not known: give Phases the state "
+                "by load_state_dict, or as resume="
+            )
+        tick = len(self.history)
+        if tick < self.clock.ticks and self.step >= self.clock.start(tick):
+            self._begin(tick, stepped=True)
+
+    def _begin(self, tick: int, stepped: bool = False) -> EpochRecord:
+        """stepped: right after an optimizer step, before the scheduler's."""
+        meta_of(unwrap(self.net)).pop(_RESUMED, None)
+        del self.history[tick:]  # one that is begun again after a stop
         started = time.perf_counter()
-        state = self._state(epoch)
+        clock = self.clock
+        if clock.every is not None:
+            self.step = clock.start(tick)
+        state = self._state(tick, stepped)
         setting, before = self.schedule(state), phases_of(self.net)
         asked = phases_in(setting, before) if before else {}
         changing = [name for name, phase in asked.items() if phase is not before[name]]
-        watched = changing if self.settings.spectra and epoch > 0 else []
+        watched = changing if self.settings.spectra and tick > 0 else []
         old = self._spectra(watched)
-        self._enter(setting, epoch)
+        self._enter(setting, tick)
         phases = phases_of(self.net)
         cuts: dict[str, int] = {}
-        if self.landing is not None and self.steps:
+        if self.landing is not None and clock.every is not None:
             cuts = epochs_to_cut(self.schedule, state, phases)
-            self.landing.begin({name: count * self.steps for name, count in cuts.items()})
+            self.landing.begin({name: clock.start(tick + count) - self.step for name, count in cuts.items()})
         record = EpochRecord(
-            epoch=epoch,
+            epoch=tick,
             phases=phases,
             ranks={name: modules[0].rank for name, modules in switched_modules(unwrap(self.net)).items()},
-            lr=float(self.optimizer.param_groups[0]["lr"]),
+            lr=float(self.optimizer.param_groups[0]["lr"]) if state.lr is None else state.lr,
             reasons=tuple(setting.reasons) if isinstance(setting, Decision) else (),
             epochs_to_cut=cuts,
             switch_error={change.site: change.error for change in self.transition.changes},
             switch_spectra=_thinned(old, self._spectra(watched)),
             switch_seconds=time.perf_counter() - started,
             spent=state.spent + cost_of(self.net),
+            step=None if clock.by_epochs else self.step,
         )
         self.history.append(record)
         return record
 
-    def _state(self, epoch: int) -> TrainState:
+    def _state(self, tick: int, stepped: bool) -> TrainState:
         """What the schedule is told."""
-        return train_state(
+        return state_at(
             self.net,
             self.optimizer,
-            epoch,
-            self.epochs,
-            self.lr_scheduler,
-            steps_per_epoch=(self.steps or 1) if self.lr_every_step else 1,
+            tick,
+            self.clock.ticks,
+            self._rates(tick, stepped),
             rates=[record.lr for record in self.history],
             spent=self.history[-1].spent if self.history else 0.0,
+            unit=self.clock.unit,
         )
 
-    def _enter(self, setting: Setting, epoch: int) -> None:
+    def _rates(self, tick: int, stepped: bool) -> tuple[float, ...]:
+        """The learning rate of this tick and of all that follow; empty where it is not known."""
+        clock, every_step = self.clock, self.lr_every_step
+        at = [clock.scheduler_steps(i, every_step) for i in range(tick, clock.ticks)]
+        counts = [count for count in at if count is not None]
+        if self.lr_scheduler is not None and len(counts) < len(at):
+            return ()
+        # Where an epoch ends with the step that was just made, the scheduler's step is still to come.
+        epoch_ends = clock.by_epochs or (clock.per_epoch is not None and self.step % clock.per_epoch == 0)
+        due = int(stepped and (every_step or epoch_ends))
+        counts = [count - counts[0] + due for count in counts] or [0] * len(at)
+        return rates_after(self.optimizer, self.lr_scheduler, counts)
+
+    def _enter(self, setting: Setting, tick: int) -> None:
         """The switch itself, and what goes with it."""
         split = self.landing.split if self.landing is not None else None
         self.transition = enter_(
             self.net, setting, self.optimizers, averages=self.averages, carry=self.settings.carry, split=split
         )
-        if self.settings.random_init and epoch == 0 and Phase.LOW in phases_of(self.net).values():
+        if self.settings.random_init and tick == 0 and Phase.LOW in phases_of(self.net).values():
             randomize_(self.net)
             copy_factors_(unwrap(self.net), self.averages)
-        if self.transition and self.settings.rewarm and epoch > 0:
+        if self.transition and tick > 0:
             for rewarm in self._rewarms:
-                rewarm.stop()
-            self._rewarms = [rewarm_(each, self.settings.rewarm) for each in self.optimizers]
+                rewarm.restart(self.settings.rewarm)
 
     def note(self, **figures: object) -> EpochRecord:
         """Add figures to the record of the epoch that was begun last.
@@ -196,29 +262,35 @@ class Phases:
         return {name: sites[name][0].spectrum().flatten().sort(descending=True).values for name in names}
 
     def hooks_state(self) -> StateDict:
-        """Where a re-warm-up and a landing stand.
+        """Where the steps, a re-warm-up and a landing stand.
 
         Returns:
             Plain values and tensors, for ``load_hooks_state``.
         """
         lefts = [rewarm.left for rewarm in self._rewarms]
-        rewarm = [self._rewarms[0].steps, *lefts] if any(lefts) else None
-        return {"rewarm": rewarm, "landing": self.landing.state() if self.landing is not None else None}
+        return {
+            "step": self.step,
+            "rewarm": [self._rewarms[0].steps, *lefts] if any(lefts) else None,
+            "landing": self.landing.state() if self.landing is not None else None,
+        }
 
     def load_hooks_state(self, state: StateDict) -> None:
-        """Go on with a re-warm-up and a landing from where they stood.
+        """Go on with the steps, a re-warm-up and a landing from where they stood.
 
         Args:
             state: What ``hooks_state`` gave.
         """
-        if state.get("rewarm"):
+        # Before steps were counted, a state was that of the end of an epoch.
+        self.step = state.get("step", self.clock.start(len(self.history)))
+        if self._rewarms and state.get("rewarm"):
             steps, *lefts = state["rewarm"]
-            self._rewarms = [Rewarm(each, steps, left) for each, left in zip(self.optimizers, lefts, strict=True)]
+            for rewarm, left in zip(self._rewarms, lefts, strict=True):
+                rewarm.restart(steps, left)
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 
     def state_dict(self) -> StateDict:
-        """What a checkpoint needs beside the net's and the optimizer's state.
+        """What a checkpoint needs beside the net's and the optimizer's state, between any two steps.
 
         Returns:
             Plain values and tensors, for ``load_state_dict``.
@@ -234,14 +306,23 @@ class Phases:
             state: What ``state_dict`` gave.
 
         Raises:
-            StoreError: For a state that is of something else.
+            StoreError: For a state that is of something else, or of other phases than the net is in.
         """
-        self.history = _history_in(state)
+        history = _history_in(state)
+        if history and history[-1].phases != phases_of(self.net):
+            raise StoreError(
+                "the net is in other phases than the state is of: call resume_phases_(net, state) before its weights are "
+                "loaded and Phases is made"
+            )
+        if history:
+            self.history = history
+        meta_of(unwrap(self.net)).pop(_RESUMED, None)
         self.load_hooks_state(state)
 
     def remove(self) -> None:
         """Take all hooks off the optimizer."""
         self.decay.remove()
+        self._hook.remove()
         if self.landing is not None:
             self.landing.remove()
         for rewarm in self._rewarms:
@@ -305,3 +386,4 @@ def resume_phases_(net: nn.Module, state: StateDict) -> None:
     if ranks:
         replan_(net, plan_of(net).with_ranks(ranks))
     enter_(net, last.phases)
+    meta_of(unwrap(net))[_RESUMED] = True

@@ -11,14 +11,14 @@ from ..errors import TransitionError
 
 
 class Rewarm:
-    """Scales the learning rate from ``1/steps`` to 1 over the next ``steps`` optimizer steps, then takes itself off.
+    """Scales the learning rate from ``1/steps`` to 1 over the next ``steps`` optimizer steps, then leaves it alone.
 
     The scaling exists only inside ``optimizer.step()``: learning-rate schedulers and logs see the rate they set.
     ``left`` is how many steps remain, for a checkpoint; ``Rewarm(optimizer, steps, left=left)`` goes on from there.
 
     Args:
         optimizer: The optimizer.
-        steps: Over how many steps.
+        steps: Over how many steps; 0 to wait for ``restart``.
         left: How many of them remain; by default all.
 
     Raises:
@@ -28,15 +28,24 @@ class Rewarm:
     def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
         if not is_whole(steps):
             raise TransitionError(f"a learning rate cannot re-warm over {steps!r} steps; give 0 or more")
-        self.steps, self.left = steps, steps if left is None else left
+        self._optimizer = optimizer
         self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
         self._rates: list[float | Tensor] = []
-        self._handles: list[RemovableHandle] = []
-        if self.left > 0:
-            self._handles = [
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            ]
+        self._pre: RemovableHandle | None = None
+        # This one stays until stop(): torch is walking through those that come after a step when it ends, or restarts.
+        self._post = optimizer.register_step_post_hook(self._after)
+        self.restart(steps, left)
+
+    def restart(self, steps: int, left: int | None = None) -> None:
+        """Begin anew, or go on from where it stood.
+
+        Args:
+            steps: Over how many steps.
+            left: How many of them remain; by default all.
+        """
+        self.steps, self.left = steps, steps if left is None else left
+        if self.left > 0 and self._pre is None:
+            self._pre = self._optimizer.register_step_pre_hook(self._before)
 
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._depth += 1
@@ -48,20 +57,26 @@ class Rewarm:
             group["lr"] = group["lr"] * factor
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if not self._depth:
+            return
         self._depth -= 1
-        if self._depth or self.left <= 0:
+        if self._depth:
             return
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.left -= 1
         if self.left <= 0:
-            self._handles[0].remove()  # not this hook itself: torch is walking through those that come after a step
+            self._end()
+
+    def _end(self) -> None:
+        if self._pre is not None:
+            self._pre.remove()
+        self._pre, self.left = None, 0
 
     def stop(self) -> None:
         """Take the scaling off now."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self.left = [], 0
+        self._end()
+        self._post.remove()
 
 
 def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
@@ -74,7 +89,7 @@ def rewarm_(optimizer: Optimizer, steps: int) -> Rewarm:
         steps: Over how many of its next steps.
 
     Returns:
-        The hooks, which take themselves off at the end; ``stop()`` does so at once.
+        The hooks, which leave the rate alone at the end; ``stop()`` takes them off at once.
 
     Raises:
         TransitionError: For what is no number of steps.

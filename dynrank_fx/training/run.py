@@ -25,14 +25,20 @@ from .state_tree import flatten, unflatten
 
 @dataclass
 class Run:
-    """A training run and where it stands: ``step`` batches into ``epoch``. All of it goes into a checkpoint."""
+    """A training run and where it stands: ``step`` batches into ``epoch``. All of it goes into a checkpoint. In a run
+    that is counted in steps an epoch is a tick, see ``TrainState``.
+    """
 
     net: nn.Module
     optimizer: Optimizer
     schedule: Schedule
     lr_scheduler: LRScheduler | None = None
+    lr_every_step: bool = False
+    """Whether the scheduler is stepped after every optimizer step, and not after every epoch."""
     epoch: int = 0
     step: int = 0
+    drawn: int = 0
+    """Batches of the pass over the data that is under way."""
     history: list[EpochRecord] = field(default_factory=list)
     """Of the epochs that are finished."""
     record: EpochRecord | None = None
@@ -40,7 +46,7 @@ class Run:
     totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     """Sums over the epoch so far: loss, metric, batches."""
     epoch_start: StateDict | None = None
-    """The random generators at the start of an epoch that was left midway."""
+    """The random generators at the start of that pass."""
     phases: Phases | None = None
     """At work while the run is fitted."""
     hooks: StateDict = field(default_factory=dict)
@@ -73,7 +79,7 @@ def save_run(run: Run, folder: Path) -> None:
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler is not None else None,
         "random": random_state(run.generators),
-        "epoch_start": run.epoch_start if run.step else None,
+        "epoch_start": run.epoch_start if run.drawn else None,
         "totals": run.totals,
         "scaler": run.scaler.state_dict() if run.scaler is not None else None,
         "hooks": run.hooks if run.phases is None else run.phases.hooks_state(),
@@ -84,6 +90,7 @@ def save_run(run: Run, folder: Path) -> None:
         "made_of": _made_of(run),
         "epoch": run.epoch,
         "step": run.step,
+        "drawn": run.drawn,
         "record": run.record.to_json() if run.record is not None else {},
         "history": [record.to_json() for record in run.history],
         "state": tree,
@@ -143,8 +150,9 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
     if run.lr_scheduler is not None:
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     run.epoch, run.step, run.history = info["epoch"], info["step"], history_in(info)
+    run.drawn = info.get("drawn", run.step)  # earlier versions had one pass in each epoch
     run.record = EpochRecord.from_json(info["record"]) if info["record"] else None
-    if run.step:
+    if run.step or run.history:
         run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
     run.totals = state["totals"].to(next(run.net.parameters()).device)
     run.epoch_start = state["epoch_start"]
@@ -157,10 +165,11 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
 
 def _made_of(run: Run) -> dict[str, str]:
     """What must be the same on a resume."""
+    rates = "none" if run.lr_scheduler is None else type(run.lr_scheduler).__name__
     return {
         "schedule": said(run.schedule),
         "optimizer": type(run.optimizer).__name__,
-        "learning-rate scheduler": type(run.lr_scheduler).__name__ if run.lr_scheduler is not None else "none",
+        "learning-rate scheduler": rates + (" of every step" if run.lr_every_step else ""),
         "number of random generators in its data": str(len(run.generators)),
     }
 

@@ -57,7 +57,9 @@ class Settings(PhaseSettings):
     """How ``fit`` trains a run.
 
     Attributes:
-        epochs: How many epochs the run has.
+        epochs: How many epochs the run has; None where it is counted in steps.
+        steps: Optimizer steps of a run without epochs. It goes through the data as often as that takes, and notes a
+            record, with an evaluation, for every twentieth of them.
         device: The device, as torch names it.
         amp: The type to autocast to: ``torch.bfloat16``, ``torch.float16`` (gradients are scaled) or None.
         compile: Whether to compile the net.
@@ -71,7 +73,8 @@ class Settings(PhaseSettings):
         DynrankError: For a value that is none of these.
     """
 
-    epochs: int
+    epochs: int | None = None
+    steps: int | None = None
     device: str = "cpu"
     amp: torch.dtype | None = None
     compile: bool = True

@@ -68,11 +68,20 @@ class Watchers(Watcher):
 class Bar(Watcher):
     """A tqdm bar that names epoch, phase, loss, metric and learning rate; on a terminal only, the lines everywhere.
 
-    steps: batches per epoch, None where unknown. metric: what the metric is called.
+    steps: batches per epoch, None where unknown. metric: what the metric is called. unit: what an epoch is called.
     """
 
-    def __init__(self, epochs: int, steps: int | None, metric: str = "accuracy", file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        steps: int | None,
+        metric: str = "accuracy",
+        file: TextIO | None = None,
+        *,
+        unit: str = "epoch",
+    ) -> None:
         self.epochs, self.steps, self.metric, self.file = epochs, steps, metric, file or sys.stderr
+        self.unit = unit
         self.bar: Any = None  # Any: a tqdm, which has no types
 
     def epoch_started(self, run: Run, transition: Transition) -> None:
@@ -88,7 +97,7 @@ class Bar(Watcher):
     def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None:
         if self.bar is None:
             self.bar = tqdm(
-                desc=f"epoch {run.epoch + 1}/{self.epochs} {phase_label(run.net)}",
+                desc=f"{self.unit} {run.epoch + 1}/{self.epochs} {phase_label(run.net)}",
                 total=self.steps,
                 initial=run.step - 1,
                 leave=False,
@@ -107,7 +116,7 @@ class Bar(Watcher):
 
     def epoch_done(self, run: Run, record: EpochRecord) -> None:
         self.close()
-        parts = [f"epoch {record.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}", f"{record.phase:<4}"]
+        parts = [f"{self.unit} {record.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}", f"{record.phase:<4}"]
         parts.append(f"loss {record.loss:.4f}")
         if record.metric is not None:
             parts.append(f"{self.metric} {record.metric:.2%}")

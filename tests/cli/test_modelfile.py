@@ -88,7 +88,9 @@ def test_a_full_file_gives_all_it_has(write: Write) -> None:
     assert len(list(file.eval_data() or ())) == 1
     optimizer = file.optimizer(model.parameters())
     assert isinstance(optimizer, torch.optim.SGD)
-    assert isinstance(file.lr_scheduler(optimizer), torch.optim.lr_scheduler.StepLR)
+    scheduler, every_step = file.lr_scheduler(optimizer)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
+    assert not every_step
     assert file.epochs == 3
 
 
@@ -97,7 +99,7 @@ def test_defaults_of_a_file_with_only_a_model(write: Write) -> None:
     optimizer = file.optimizer(file.model().parameters())
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["lr"] == 1e-3
-    assert file.eval_data() is file.metric is file.lr_scheduler(optimizer) is file.epochs is None
+    assert file.eval_data() is file.metric is file.lr_scheduler(optimizer)[0] is file.epochs is None
 
 
 def test_default_inputs_are_all_but_the_last_element(write: Write) -> None:

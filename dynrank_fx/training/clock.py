@@ -1,0 +1,124 @@
+"""The clock of a run: optimizer steps, divided into ticks, at each of which the schedule decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..checks import check_epochs, is_whole
+from ..errors import ScheduleError, TransitionError
+
+TICKS = 20
+"""Of a run that is counted in steps, or has one epoch only: in so many a schedule has room to act."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How a run is divided into ticks.
+
+    Attributes:
+        ticks: How many ticks the run has.
+        every: Optimizer steps from one tick to the next, the last tick being shorter where they do not divide the run;
+            None where nobody said.
+        by_epochs: Whether a tick is an epoch.
+        per_epoch: Optimizer steps of an epoch; None where the run has none, or nobody said.
+        steps: Optimizer steps of the run; None where nobody said.
+    """
+
+    ticks: int
+    every: int | None
+    by_epochs: bool
+    per_epoch: int | None = None
+    steps: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """What a tick is called: ``epoch`` or ``tick``."""
+        return "epoch" if self.by_epochs else "tick"
+
+    def start(self, tick: int) -> int:
+        """The optimizer steps that are done when a tick begins; 0 where nobody said."""
+        steps = tick * (self.every or 0)
+        return steps if self.steps is None else min(steps, self.steps)
+
+    def scheduler_steps(self, tick: int, every_step: bool) -> int | None:
+        """How often a learning-rate scheduler has been stepped when a tick begins; None where that is not known."""
+        if every_step:
+            return tick if self.every is None else self.start(tick)
+        if self.by_epochs:
+            return tick
+        return None if self.per_epoch is None else self.start(tick) // self.per_epoch
+
+
+def clock_of(epochs: int | None = None, steps: int | None = None, every: int | None = None) -> Clock:
+    """The clock of a run.
+
+    epochs: of the run. steps: of each epoch, or of the run where no epochs are given. every: steps of a tick; by
+    default a tick is an epoch, and a twentieth of a run that has one epoch or none. Raises ScheduleError for numbers
+    that cannot be, and where nothing says how long the run is.
+    """
+    if epochs is not None:
+        check_epochs(epochs)
+    if steps is not None and not is_whole(steps, 1):
+        what = "a run" if epochs is None else "an epoch"
+        raise ScheduleError(f"{what} cannot have {steps!r} steps: give a whole number of 1 or more, or leave it out")
+    if every is not None and not is_whole(every, 1):
+        raise ScheduleError(f"a tick cannot have {every!r} steps: give a whole number of 1 or more, or leave it out")
+    if epochs is not None and every is None and (epochs > 1 or steps is None):
+        return Clock(epochs, steps, True, steps, steps and epochs * steps)
+    if steps is None:
+        raise ScheduleError("a schedule of phases needs an end: give the steps of the run, or its epochs")
+    total = steps if epochs is None else epochs * steps
+    every = every or math.ceil(total / TICKS)
+    return Clock(math.ceil(total / every), every, False, None if epochs is None else steps, total)
+
+
+class StepHook:
+    """Calls a function after every step of the optimizers; of several, when the last of them has made it.
+
+    Made after whatever else hooks into them, so that it is called when a step is done with.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], then: Callable[[], None]) -> None:
+        self._then = then
+        self._done = {id(optimizer): 0 for optimizer in optimizers}
+        self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
+        self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self._depth += 1
+
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        before = min(self._done.values())
+        self._done[id(optimizer)] += 1
+        if min(self._done.values()) > before:
+            self._then()
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def refuse_processes(count: int | None = None) -> None:
+    """Raise TransitionError where several processes train together. count: of them, by default as torch knows it."""
+    if count is None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        count = torch.distributed.get_world_size() if distributed else 1
+    if count > 1:
+        raise TransitionError(
+            f"{count} processes train this model together, and after a switch of phases each would train a model of its "
+            "own, since their gradients are no longer averaged: train in one process (start it without torchrun or "
+            "accelerate launch, on one device)"
+        )

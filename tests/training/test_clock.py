@@ -1,0 +1,296 @@
+"""The clock of a run: ticks of optimizer steps, at which phases begin by themselves, and from between which it goes on."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
+
+import dynrank_fx as dr
+from dynrank_fx.training import clock_of
+from dynrank_fx.training.clock import StepHook
+
+FULL, LOW = dr.Phase.FULL, dr.Phase.LOW
+X = torch.randn(24, 12, generator=torch.Generator().manual_seed(1))
+Y = X.roll(3, 1)[:, :8].contiguous()
+
+
+def made(rank: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return dr.transform(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)), (X[:2],), rank=dr.Fixed(rank))
+
+
+def train(net: nn.Module, optimizer: Optimizer, steps: int, start: int = 0, scheduler: Any = None) -> None:
+    """The order of most tutorials: the gradients of a step stay until the next one."""
+    batches: Iterator[tuple[Tensor, Tensor]] = itertools.cycle(zip(X.split(8), Y.split(8), strict=True))
+    for x, y in itertools.islice(batches, start, start + steps):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def alternating(state: dr.TrainState) -> dr.Phase:
+    return FULL if state.epoch % 2 else LOW
+
+
+# Ticks
+
+
+@pytest.mark.parametrize(
+    ("given", "ticks", "every", "unit"),
+    [
+        ((10, None, None), 10, None, "epoch"),
+        ((10, 7, None), 10, 7, "epoch"),
+        ((1, None, None), 1, None, "epoch"),
+        ((1, 100, None), 20, 5, "tick"),
+        ((None, 100, None), 20, 5, "tick"),
+        ((None, 101, None), 17, 6, "tick"),
+        ((None, 3, None), 3, 1, "tick"),
+        ((None, 100, 30), 4, 30, "tick"),
+        ((3, 100, 30), 10, 30, "tick"),
+    ],
+)
+def test_a_tick_is_an_epoch_or_a_twentieth_of_the_run(given: Any, ticks: int, every: int | None, unit: str) -> None:
+    clock = clock_of(*given)
+    assert (clock.ticks, clock.every, clock.unit) == (ticks, every, unit)
+    if every is not None:
+        assert clock.start(0) == 0
+        assert clock.start(clock.ticks - 1) < clock.start(clock.ticks) == (given[0] or 1) * given[1]
+
+
+def test_ticks_begin_by_themselves_after_the_step_before_them() -> None:
+    net = made()
+    optimizer = AdamW(net.parameters(), lr=0.01)
+    phases = dr.Phases(net, optimizer, alternating, steps=50, every=20)
+    seen = []
+    for step in range(60):
+        seen.append(dr.phases_of(net)["0.weight"])
+        train(net, optimizer, 1, step)
+    assert seen == [LOW] * 20 + [FULL] * 20 + [LOW] * 20, "a run that is longer than was said stays as it is"
+    assert [(record.epoch, record.step) for record in phases.history] == [(0, 0), (1, 20), (2, 40)]
+    assert phases.step == 60
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in net.parameters()}
+
+
+def test_a_run_by_itself_is_that_of_a_loop_that_begins_its_epochs() -> None:
+    def run(by_itself: bool) -> tuple[nn.Module, list[Any]]:
+        net = made()
+        optimizer = AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+        scheduler = StepLR(optimizer, 5, 0.5)
+        choices: Any = {"decay": dr.Decay.PRODUCT, "landing": True, "rewarm": 4, "lr_every_step": True}
+        schedule = dr.schedules.join([dr.schedules.interleave(low=1, full=2), dr.schedules.always(LOW)], [6])
+        phases = dr.Phases(net, optimizer, schedule, 8, scheduler, steps=6, **choices)
+        for epoch in range(8):
+            if not by_itself:
+                optimizer.zero_grad()
+                phases.begin(epoch)
+            train(net, optimizer, 6, 6 * epoch, scheduler)
+        return net, [record.with_figures(switch_seconds=0.0) for record in phases.history]
+
+    net, history = run(by_itself=True)
+    expected, told = run(by_itself=False)
+    assert history == told
+    assert [record.phase for record in history] == ["LOW", "FULL", "FULL"] * 2 + ["LOW"] * 2
+    assert max(history[3].switch_error.values()) < 1e-5, "it landed"
+    assert all(map(torch.equal, net.state_dict().values(), expected.state_dict().values()))
+
+
+def test_one_epoch_gives_auto_as_much_room_as_twenty() -> None:
+    def share_full(**length: Any) -> float:
+        net = made(1)
+        optimizer = AdamW(net.parameters(), lr=0.01)
+        scheduler = CosineAnnealingLR(optimizer, 100)
+        phases = dr.Phases(
+            net, optimizer, dr.schedules.auto(0.75, tail=0.0), lr_scheduler=scheduler, lr_every_step=True, **length
+        )
+        full = 0
+        for step in range(100):
+            full += sum(phase is FULL for phase in dr.phases_of(net).values())
+            train(net, optimizer, 1, step, scheduler)
+        assert len(phases.history) == 20
+        assert phases.history[0].phase == "FULL"
+        assert phases.history[-1].phase == "LOW"
+        assert phases.history[-1].spent <= 0.75 * 20 + 1e-6
+        return full / 200
+
+    assert 0.2 < share_full(epochs=20, steps=5) == share_full(epochs=1, steps=100) == share_full(steps=100)
+
+
+def test_a_loop_that_begins_its_one_epoch_ticks_within_it() -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    phases = dr.Phases(net, optimizer, alternating, 1, steps=4)
+    assert phases.begin(0) is phases.history[0]
+    train(net, optimizer, 4)
+    assert [record.phase for record in phases.history] == ["LOW", "FULL", "LOW", "FULL"]
+
+
+def test_an_accumulated_step_is_one() -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    phases = dr.Phases(net, optimizer, alternating, steps=4, every=2)
+    for batch, (x, y) in enumerate(zip(X.split(3), Y.split(3), strict=True), 1):
+        nn.functional.mse_loss(net(x), y).backward()
+        if batch % 2 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert phases.step == 4
+    assert [record.step for record in phases.history] == [0, 2]
+
+
+def test_steps_of_several_optimizers_and_of_subclasses_count_once() -> None:
+    class Sub(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    one, other = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    one.grad, other.grad = torch.ones(1), torch.ones(1)
+    SGD([one], lr=0.1).step()  # torch wraps the base's step when it is first used
+    first, second, steps = Sub([one], lr=0.1), SGD([other], lr=0.1), []
+    hook = StepHook((first, second), lambda: steps.append(1))
+    for _ in range(3):
+        first.step()
+        second.step()
+    assert len(steps) == 3
+    hook.remove()
+    second.step()
+    first.step()
+    assert len(steps) == 3
+
+
+# Learning rates
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+def test_the_rates_that_a_schedule_is_told_are_those_that_come(every_step: bool) -> None:
+    net, told = made(), []
+
+    def schedule(state: dr.TrainState) -> dr.Phase:
+        if len(told) == state.epoch:
+            told.append((state.lr, state.lrs))
+        return alternating(state)
+
+    optimizer = SGD(net.parameters(), lr=0.1)
+    scheduler = CosineAnnealingLR(optimizer, 60 if every_step else 3)
+    dr.Phases(net, optimizer, schedule, 3, scheduler, steps=20, every=5, lr_every_step=every_step)
+    came = []
+    for step in range(60):
+        if step % 5 == 0:
+            came.append(optimizer.param_groups[0]["lr"])
+        train(net, optimizer, 1, step, scheduler if every_step else None)
+        if not every_step and step % 20 == 19:
+            scheduler.step()
+    assert [lr for lr, _ in told] == pytest.approx(came)
+    assert all(lrs == pytest.approx(came) for _, lrs in told)
+
+
+def test_a_cycle_that_is_stepped_too_seldom_or_too_often_is_a_warning() -> None:
+    def phases(total: int, **given: Any) -> None:
+        net = made()
+        optimizer = SGD(net.parameters(), lr=0.1)
+        scheduler = OneCycleLR(optimizer, 0.1, total_steps=total)
+        dr.Phases(net, optimizer, dr.schedules.always(FULL), lr_scheduler=scheduler, **given)
+
+    with pytest.warns(dr.DynrankWarning, match="OneCycleLR plans 40 steps and is stepped 4 times, once an epoch"):
+        phases(40, epochs=4, steps=10)
+    with pytest.warns(dr.DynrankWarning, match="plans 30 steps and is stepped 40 times, .* give it total_steps=40"):
+        phases(30, steps=40)
+    phases(40, epochs=4, steps=10, lr_every_step=True)
+    phases(40, steps=40)
+    phases(5, epochs=4)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("stop", [3, 7, 8, 13, 19, 20])
+def test_a_run_goes_on_from_between_any_two_steps_bit_by_bit(stop: int) -> None:
+    """Seven steps are the first tick, and the landing before the cut at 21, and a re-warm-up, are under way."""
+
+    def begin(net: nn.Module, resume: Any = None) -> tuple[dr.Phases, Optimizer, Any]:
+        optimizer = AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+        scheduler = CosineAnnealingLR(optimizer, 28)
+        choices: Any = {"landing": True, "rewarm": 4, "decay": dr.Decay.PRODUCT, "resume": resume}
+        schedule = dr.schedules.FullBetween(1, 3)
+        return (
+            dr.Phases(net, optimizer, schedule, lr_scheduler=scheduler, steps=28, every=7, **choices),
+            optimizer,
+            scheduler,
+        )
+
+    whole = made()
+    expected, optimizer, scheduler = begin(whole)
+    train(whole, optimizer, 28, 0, scheduler)
+
+    net = made()
+    phases, optimizer, scheduler = begin(net)
+    train(net, optimizer, stop, 0, scheduler)
+    parts = (phases, net, optimizer, scheduler)
+    states = [part.state_dict() for part in parts]
+    for way in ("resume", "load_state_dict"):
+        state, weights, moments, rates = copy.deepcopy(states)
+        again = made()
+        dr.resume_phases_(again, state)
+        again.load_state_dict(weights)
+        phases, optimizer, scheduler = begin(again, state if way == "resume" else None)
+        optimizer.load_state_dict(moments)
+        scheduler.load_state_dict(rates)
+        if way == "load_state_dict":
+            phases.load_state_dict(state)
+        train(again, optimizer, 28 - stop, stop, scheduler)
+        assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values()))
+        assert [record.phases for record in phases.history] == [record.phases for record in expected.history]
+        assert phases.step == 28
+
+
+def test_a_state_of_other_phases_and_one_that_was_forgotten_are_refused() -> None:
+    def phases(net: nn.Module, schedule: Any) -> tuple[dr.Phases, Optimizer]:
+        optimizer = SGD(net.parameters(), lr=0.1)
+        return dr.Phases(net, optimizer, schedule, steps=20), optimizer
+
+    state = phases(made(), dr.schedules.always(LOW))[0].state_dict()
+    with pytest.raises(dr.StoreError, match="the net is in other phases than the state is of: call resume_phases_"):
+        phases(made(), dr.schedules.always(FULL))[0].load_state_dict(state)
+    net = made()
+    dr.resume_phases_(net, state)
+    _, optimizer = phases(net, dr.schedules.always(FULL))
+    assert set(dr.phases_of(net).values()) == {LOW}, "it waits for the state"
+    with pytest.raises(dr.ScheduleError, match="where the run stood is not known: give Phases the state"):
+        train(net, optimizer, 1)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({}, "needs an end: give the steps of the run, or its epochs"),
+        ({"steps": 0}, "a run cannot have 0 steps: give a whole number of 1 or more"),
+        ({"steps": 1.5}, r"a run cannot have 1\.5 steps"),
+        ({"steps": 10, "every": 0}, "a tick cannot have 0 steps"),
+        ({"epochs": 10, "every": 3}, "needs an end: give the steps of the run"),
+    ],
+)
+def test_lengths_that_cannot_be(given: dict[str, Any], sentence: str) -> None:
+    net = made()
+    with pytest.raises(dr.ScheduleError, match=sentence):
+        dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), **given)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    net = made()
+    with pytest.raises(dr.TransitionError, match="2 processes train this model together, .* train in one process"):
+        dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2)
