@@ -168,8 +168,8 @@ class ModelFile:
         scheduler, interval = made if len(made) == 2 else (None, None)
         if not isinstance(scheduler, LRScheduler) or interval not in ("step", "epoch"):
             raise ModelFileError(
-                f"{self.path.name}: lr_scheduler(optimizer) returned {made!r}: make it a scheduler, or a pair of one and "
-                '"step" or "epoch"'
+                f"{self.path.name}: lr_scheduler(optimizer) returned {made!r}: make it a scheduler, or a pair of one "
+                'and "step" or "epoch"'
             )
         if interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
             raise ModelFileError(

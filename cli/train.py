@@ -122,7 +122,8 @@ def train(
         return
     then = shlex.join(["dynrank-fx", "train", str(model_file), "--out", str(folder), "--resume"])
     click.echo(
-        f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; go on with: {then}",
+        f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; "
+        f"go on with: {then}",
         err=True,
     )
     sys.exit(128 + stopped[0])

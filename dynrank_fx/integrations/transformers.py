@@ -7,21 +7,26 @@ folder, as ``phases.pt``. To go on from one, bring the net into its phases befor
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Collection, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..aliases import StateDict
 from ..errors import TransitionError
+from ..randomness import random_state, set_random_state
+from ..tracing import Net, meta_of
 from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
 from .callback import PhasesHolder, net_in
 
 FILE = "phases.pt"
+_CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
 
 class PhasesCallback(PhasesHolder, TrainerCallback):
@@ -39,6 +44,30 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
     """
 
     resume_from: str | Path | None = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # Any: the Trainer's own parts, each of a type of its own
+    ) -> None:
+        """Make the model one that the Trainer can save, and whose data keep their columns.
+
+        Args:
+            args: The TrainingArguments.
+            state: The TrainerState.
+            control: The TrainerControl.
+            **kwargs: What the Trainer tells besides: the model is used.
+        """
+        model = kwargs["model"]
+        if model is None:  # the Trainer has a model_init
+            return
+        model.register_state_dict_post_hook(_clone_tied)
+        _show_arguments(model)
+        if isinstance(model, Net) and not any(hasattr(model, name) for name in _CHECKPOINTING):
+            for name in _CHECKPOINTING:
+                setattr(model, name, _refuse_checkpointing)
 
     def on_train_begin(
         self,
@@ -60,6 +89,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
                 or several processes train.
         """
         refuse_processes(args.world_size)
+        _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
         clock = self._clock(args, state)
         self.phases = Phases(
@@ -122,6 +152,61 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         folder = _checkpoint(args, state)
         if self.phases is not None and folder.is_dir():
             torch.save(self.phases.state_dict(), folder / FILE)
+
+
+def _refuse_checkpointing(**settings: object) -> None:
+    """In the place of a method that a graph does not have. Raises TransitionError."""
+    raise TransitionError(
+        "gradient_checkpointing=True is for a method of the model that its graph does not have: transform with "
+        "form=Form.LAYERS, which keeps the methods; or call model.gradient_checkpointing_enable() and model.train() "
+        "before transform, which keeps the checkpoints, and leave it out of the TrainingArguments"
+    )
+
+
+def _clone_tied(model: nn.Module, state: StateDict, prefix: str, metadata: object) -> None:
+    """After ``state_dict()``: safetensors writes no two tensors of one memory, and the Trainer asks it to."""
+    seen = set()
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel():
+            memory = value.untyped_storage().data_ptr()
+            if memory in seen:
+                state[name] = value.clone()
+            seen.add(memory)
+
+
+def _show_arguments(model: nn.Module) -> None:
+    """Give the graph the signature of the model that it was made of: columns of the data that are none of its
+    arguments are dropped by the Trainer, without a word.
+    """
+    names = meta_of(model).get("arguments", ()) if isinstance(model, Net) else ()
+    if names:
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
+        type(model).forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+
+def _refuse_unknown_columns(model: nn.Module, loader: Any) -> None:
+    """Raise TransitionError for data that the model takes and its graph does not."""
+    if not isinstance(model, Net):
+        return
+    vars(type(model).forward).pop("__signature__", None)
+    taken, columns = inspect.signature(model.forward).parameters, _columns(getattr(loader, "dataset", None))
+    lost = [name for name in meta_of(model).get("arguments", ()) if name in columns and name not in taken]
+    if lost:
+        raise TransitionError(
+            f"the data have {', '.join(lost)}, which the model takes and its graph does not, since the example inputs "
+            "were without: transform with them in example_inputs, or leave them out of the data"
+        )
+
+
+def _columns(data: Any) -> Collection[str]:
+    """The names of what a row of the data has, as far as they can be read without going through it."""
+    named: Collection[str] | None = getattr(data, "column_names", None)
+    if named is not None or isinstance(data, torch.utils.data.IterableDataset) or not isinstance(data, Sized):
+        return named or ()
+    before = random_state()
+    first = data[0] if len(data) else ()  # type: ignore[index]
+    set_random_state(before)
+    return first if isinstance(first, Mapping) else ()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

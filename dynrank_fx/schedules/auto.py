@@ -105,8 +105,8 @@ class Auto:
             reasons.append(f"{verb}: its effective rank is {seen[name]}")
         if kept:
             reasons.append(
-                f"FULL for {len(kept)} of {len(sites)} sites: {free:.2f} dense {state.unit}s of compute are left above LOW, "
-                f"and {rates[0]:.0%} of the learning rate"
+                f"FULL for {len(kept)} of {len(sites)} sites: {free:.2f} dense {state.unit}s of compute are left above "
+                f"LOW, and {rates[0]:.0%} of the learning rate"
             )
         if cut := [name for name in others if name not in kept]:
             what = "the others" if kept or fitting else "every site"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy as copying
 import enum
+import inspect
 
 import torch
 from torch import Tensor, fx, nn
@@ -104,6 +106,8 @@ def capture(
     else:
         _refuse(model)
         net = _captured(model, Original(model, example_inputs), dynamic_shapes, how)
+        with contextlib.suppress(ValueError):  # a forward that Python cannot look into
+            meta_of(net)["arguments"] = tuple(inspect.signature(model.forward).parameters)
     return own_(net, model) if copy else sharing(net, model)
 
 

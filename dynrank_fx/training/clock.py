@@ -118,7 +118,7 @@ def refuse_processes(count: int | None = None) -> None:
         count = torch.distributed.get_world_size() if distributed else 1
     if count > 1:
         raise TransitionError(
-            f"{count} processes train this model together, and after a switch of phases each would train a model of its "
-            "own, since their gradients are no longer averaged: train in one process (start it without torchrun or "
-            "accelerate launch, on one device)"
+            f"{count} processes train this model together, and after a switch of phases each would train a model of "
+            "its own, since their gradients are no longer averaged: train in one process (start it without torchrun "
+            "or accelerate launch, on one device)"
         )

@@ -42,9 +42,9 @@ def fit(
     """Train to the end of ``settings.epochs`` or ``settings.steps``; True when there, False where ``should_stop`` ended
     it between two steps.
 
-    ``save`` is called after every epoch (or tick), every ``checkpoint_steps`` steps, and on a stop, never with values that are
-    not finite. Raises DynrankError for those, a batch that is no input of the model, and a loss that is no number;
-    and what enter_ raises.
+    ``save`` is called after every epoch (or tick), every ``checkpoint_steps`` steps, and on a stop, never with values
+    that are not finite. Raises DynrankError for those, a batch that is no input of the model, and a loss that is no
+    number; and what enter_ raises.
     """
     watcher = watcher or Watcher()
     if isinstance(run.optimizer, torch.optim.LBFGS):

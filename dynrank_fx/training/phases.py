@@ -117,7 +117,7 @@ class Phases:
         warn_of_rates(lr_scheduler, clock, self.lr_every_step)
         self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
         self.landing = Landing(net, self.optimizers) if self.settings.landing else None
-        # These hooks are there from the start, since torch walks through them when a tick begins; the step's own is last.
+        # All hooks are there from the start, since torch is walking through them when a tick begins, which comes last.
         self._rewarms = [Rewarm(each, 0) for each in self.optimizers] if self.settings.rewarm else []
         for each in self.optimizers:
             note_steps(each)
@@ -311,8 +311,8 @@ class Phases:
         history = _history_in(state)
         if history and history[-1].phases != phases_of(self.net):
             raise StoreError(
-                "the net is in other phases than the state is of: call resume_phases_(net, state) before its weights are "
-                "loaded and Phases is made"
+                "the net is in other phases than the state is of: call resume_phases_(net, state) before its weights "
+                "are loaded and Phases is made"
             )
         if history:
             self.history = history

@@ -259,6 +259,58 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(
     assert len(history("a run")) == EPOCHS
 
 
+@pytest.mark.parametrize("interval", ['"epoch"', '"step"'])
+@pytest.mark.parametrize("step", [2, 4, 9, 11], ids=["within a tick", "a tick's last", "within a pass", "later"])
+def test_a_run_in_steps_that_is_stopped_ends_as_if_never_stopped(
+    write: Run, run: Run, monkeypatch: pytest.MonkeyPatch, step: int, interval: str
+) -> None:
+    """40 steps are 20 ticks of 2, and 13 passes over 3 batches and one more; the evaluation calls loss() too."""
+    write(f"""
+        def lr_scheduler(optimizer):
+            return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9), {interval}
+    """)
+    options = ["--no-compile", "--schedule", "interleave", "--leave", "none", "--steps", "40"]
+    told = run("train", "model.py", *options, "--out", "whole").stderr
+    assert "interleave" in told.lower()
+    assert "; 40 steps in 20 ticks" in told
+    assert "tick 20/20  LOW" in told
+    records = history("whole")
+    assert [record["step"] for record in records] == list(range(0, 40, 2))
+    assert [record["steps"] for record in records] == [2] * 20
+    assert [record["phase"] for record in records] == ["LOW", "LOW", "FULL"] * 6 + ["LOW", "LOW"]
+    before = [2 * tick if interval == '"step"' else 2 * tick // STEPS for tick in range(20)]
+    assert [record["lr"] for record in records] == pytest.approx([0.05 * 0.9 ** (count // 2) for count in before])
+
+    first = stopped(monkeypatch, step, "train", "model.py", *options, "--out", "r")
+    assert re.search(r"stopped in tick \d of 20 after \d steps, and saved", first.stderr)
+    run("train", "model.py", "--out", "r", "--resume")
+    assert checkpoint("r") == checkpoint("whole")
+
+
+def test_a_stream_is_trained_on_in_steps(write: Run, run: Run) -> None:
+    write("""
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                while True:
+                    yield torch.randn(3, 4, 4), 1
+
+        def train_data():
+            return DataLoader(Stream(), 8)
+
+        def lr_scheduler(optimizer):
+            return {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20), "interval": "step"}
+    """)
+    run("train", "model.py", "--no-compile", "--steps", "20", "--out", "r")
+    assert len(history("r")) == 20
+    assert history("r")[0]["phase"] == "FULL"
+    assert history("r")[-1]["phase"] == "LOW"
+
+
+def test_one_epoch_leaves_the_schedule_room(write: Run, run: Run) -> None:
+    run("train", write(), "--no-compile", "--epochs", "1", "--schedule", "interleave", "--low", "1", "--out", "r")
+    assert [record["phase"] for record in history("r")] == ["LOW", "FULL", "LOW"]
+
+
 def test_handlers_are_as_before_after_a_run(whole: str) -> None:
     assert {each: signal.getsignal(each) for each in HANDLERS} == HANDLERS
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,8 +40,9 @@ def hugging_face(folder: Path, net: nn.Module, schedule: Schedule = SCHEDULE, **
 
     from dynrank_fx.integrations.transformers import PhasesCallback
 
-    callback = PhasesCallback(schedule)
+    callback = PhasesCallback(schedule, every=more.pop("every", None))
     choices = {"num_train_epochs": 5, "per_device_train_batch_size": 8, "save_strategy": "epoch"} | more
+    rows = choices.pop("rows", None) or [{"x": x, "labels": y} for x, y in data()]
     arguments = TrainingArguments(
         output_dir=str(folder),
         learning_rate=1e-2,
@@ -50,7 +53,6 @@ def hugging_face(folder: Path, net: nn.Module, schedule: Schedule = SCHEDULE, **
         logging_strategy="no",
         **choices,
     )
-    rows = [{"x": x, "labels": y} for x, y in data()]
     return Trainer(net, arguments, train_dataset=rows, callbacks=[callback]), callback
 
 
@@ -130,6 +132,159 @@ def test_a_checkpoint_of_another_folder_is_found_where_the_callback_is_told(tmp_
     trainer, callback = hugging_face(tmp_path / "second", net)
     callback.resume_from = folder
     trainer.train(resume_from_checkpoint=str(folder))
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """The data, over and over."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from ({"x": x, "labels": y} for x, y in data())
+
+
+def in_steps(net: nn.Module, steps: int, every: int, accumulated: int = 1) -> nn.Module:
+    """The training of a Trainer with a linear decay, in a plain loop."""
+    groups = [[p for p in net.parameters() if p.ndim > 1], [p for p in net.parameters() if p.ndim == 1]]
+    decays = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.1, 0.0), strict=True)]
+    optimizer = torch.optim.AdamW(decays, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    choices: Any = {"landing": True, "decay": dr.Decay.PRODUCT}
+    dr.Phases(net, optimizer, SCHEDULE, lr_scheduler=scheduler, steps=steps, every=every, **choices)
+    batches = itertools.cycle(torch.utils.data.DataLoader(data(), 8))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(accumulated):
+            x, labels = next(batches)
+            (net(x=x, labels=labels)["loss"] / accumulated).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    return net
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("stop", [3, 8, 14])
+def test_a_stream_is_trained_on_in_steps_and_gone_on_with_between_two_of_them(stop, accumulated, tmp_path):
+    """20 steps in 5 ticks, of which the schedule has the second and third FULL; 8 is where one begins."""
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    given = {"max_steps": 20, "gradient_accumulation_steps": accumulated, "save_strategy": "steps", "save_steps": stop}
+    whole, expected = hugging_face(tmp_path, classifier(), every=4, rows=Stream(), **given)
+    whole.train()
+    assert [(record.phase, record.step) for record in expected.history] == [
+        ("LOW", 0),
+        ("FULL", 4),
+        ("FULL", 8),
+        ("LOW", 12),
+        ("LOW", 16),
+    ]
+    assert max(expected.history[3].switch_error.values()) < 1e-5, "it landed before"
+    assert_same(whole.model, in_steps(classifier(), 20, 4, accumulated))
+
+    net, folder = classifier(), tmp_path / f"checkpoint-{stop}"
+    resume_from_(net, folder)
+    trainer, callback = hugging_face(tmp_path, net, every=4, rows=Stream(), **given)
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert len(callback.history) == 5
+    assert all(map(torch.equal, trainer.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def test_one_epoch_is_divided_into_ticks(tmp_path):
+    trainer, callback = hugging_face(
+        tmp_path, classifier(), dr.schedules.auto(0.75, tail=0), num_train_epochs=1, per_device_train_batch_size=1
+    )
+    trainer.train()
+    assert [record.step for record in callback.history] == list(range(0, 24, 2))
+    assert callback.history[0].phase == "FULL"
+    assert callback.history[-1].phase == "LOW"
+
+
+def test_a_resumed_training_whose_net_is_in_other_phases_is_refused(tmp_path):
+    given = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    hugging_face(tmp_path, classifier(), dr.schedules.always(dr.Phase.LOW), **given)[0].train()
+    net = classifier()
+    trainer, callback = hugging_face(tmp_path, net, dr.schedules.always(dr.Phase.LOW), **given)
+    trainer.state.global_step, trainer.state.max_steps = 3, 6
+    with pytest.raises(dr.StoreError, match="the net is in other phases than the state is of"):
+        callback.on_train_begin(trainer.args, trainer.state, None, **made_parts(trainer))
+
+
+def made_parts(trainer: Any) -> dict[str, Any]:
+    trainer.create_optimizer_and_scheduler(6)
+    return {"model": trainer.model, "optimizer": trainer.optimizer, "lr_scheduler": trainer.lr_scheduler}
+
+
+# Flags
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    trainer, callback = hugging_face(tmp_path, classifier())
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(dr.TransitionError, match="2 processes train this model together"):
+        callback.on_train_begin(trainer.args, trainer.state, None, **made_parts(trainer))
+
+
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor, labels: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = torch.tanh(self.middle(torch.tanh(self.first(x))))
+        hidden = hidden if mask is None else hidden * mask
+        scores = self.last(hidden)
+        return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    return dr.transform(Tied(), {"x": torch.randn(4, 16), "labels": torch.randint(8, (4,))})
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_tied_model_is_saved_and_gone_on_with(stop, tmp_path):
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    whole, _ = hugging_face(tmp_path, tied())
+    whole.train()
+    whole.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    net = tied()
+    resume_from_(net, tmp_path / f"checkpoint-{stop}")
+    trainer, _ = hugging_face(tmp_path, net)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert all(map(torch.equal, trainer.model.state_dict().values(), whole.model.state_dict().values()))
+    sites = [part for name, part in net.named_modules(remove_duplicate=False) if name in ("first", "last")]
+    assert sites[0].left is sites[1].left
+
+
+def test_columns_that_the_model_takes_and_its_graph_does_not_are_not_dropped_without_a_word(tmp_path):
+    rows = [{"x": x, "labels": y, "mask": torch.ones(16), "unknown": 3} for x, y in data()]
+    trainer, _ = hugging_face(tmp_path, tied(), rows=rows)
+    with pytest.raises(dr.TransitionError, match="the data have mask, which the model takes and its graph does not"):
+        trainer.train()
+    torch.manual_seed(0)
+    example = {"x": torch.randn(4, 16), "labels": torch.randint(8, (4,)), "mask": torch.ones(4, 16)}
+    trainer, callback = hugging_face(tmp_path, dr.transform(Tied(), example), rows=rows)
+    trainer.train()
+    assert len(callback.history) == 5
+
+
+def test_activation_checkpoints_are_refused_in_words(tmp_path):
+    trainer, _ = hugging_face(tmp_path, classifier(), gradient_checkpointing=True)
+    with pytest.raises(dr.TransitionError, match=r"transform with form=Form\.LAYERS, which keeps the methods; or call"):
+        trainer.train()
+
+
+def test_bfloat16_goes_through_the_phases(tmp_path):
+    trainer, callback = hugging_face(tmp_path, classifier(), bf16=True)
+    trainer.train()
     assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
 
 

@@ -1,4 +1,4 @@
-"""The clock of a run: ticks of optimizer steps, at which phases begin by themselves, and from between which it goes on."""
+"""The clock of a run: ticks of optimizer steps, which begin by themselves, and between which a run is taken up again."""
 
 from __future__ import annotations
 
@@ -292,5 +292,5 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     net = made()
-    with pytest.raises(dr.TransitionError, match="2 processes train this model together, .* train in one process"):
+    with pytest.raises(dr.TransitionError, match=r"2 processes train this model together, .* train in one process"):
         dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2)
