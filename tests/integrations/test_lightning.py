@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +45,7 @@ def lightning(epochs: int, folder: Path, **more: Any) -> tuple[Any, Any]:
 
     from dynrank_fx.integrations.lightning import PhasesCallback
 
-    callback = PhasesCallback(SCHEDULE)
+    callback = PhasesCallback(SCHEDULE, every=more.pop("every", None))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return Trainer(max_epochs=epochs, callbacks=[callback], default_root_dir=folder, **quiet, **more), callback
 
@@ -111,8 +113,29 @@ def test_one_optimizer_over_the_net_is_needed(tmp_path):
         trainer.fit(module, DataLoader(data(), 8))
 
 
-def test_a_scheduler_of_every_step_is_followed_and_the_compute_that_is_spent_is_logged(tmp_path):
-    module = lightning_module()
+class Stream:
+    """Batches without an end, and where they stand: what Lightning asks of a loader to go on within an epoch."""
+
+    ahead = 1  # what has no length is fetched one batch ahead
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        batches = list(DataLoader(data(), 8))
+        while True:
+            self.given += 1
+            yield batches[(self.given - 1) % len(batches)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given - self.ahead}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+def decaying(module: Any) -> Any:
+    """The module with a scheduler of every step."""
 
     def configured() -> Any:
         optimizer = torch.optim.AdamW(module.net.parameters(), lr=1e-2, weight_decay=0.1)
@@ -120,6 +143,98 @@ def test_a_scheduler_of_every_step_is_followed_and_the_compute_that_is_spent_is_
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     module.configure_optimizers = configured
+    return module
+
+
+def in_steps(steps: int, every: int, accumulated: int) -> nn.Module:
+    """That training of a stream in a plain loop."""
+    net = a_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5)
+    choices: Any = {"landing": True, "decay": dr.Decay.PRODUCT}
+    dr.Phases(net, optimizer, SCHEDULE, lr_scheduler=scheduler, steps=steps, every=every, **choices)
+    batches = iter(Stream())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(accumulated):
+            x, y = next(batches)
+            (nn.functional.cross_entropy(net(x), y) / accumulated).backward()
+        optimizer.step()
+        scheduler.step()
+    return net
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("stop", [3, 8, 14])
+def test_a_stream_is_trained_on_in_steps_and_gone_on_with_between_two_of_them(stop, accumulated, tmp_path):
+    """20 steps in 5 ticks, of which the schedule has the second and third FULL; 8 is where one begins."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from dynrank_fx.integrations.lightning import resume_from_
+
+    given = {"max_steps": 20, "every": 4, "accumulate_grad_batches": accumulated}
+    trainer, expected = lightning(-1, tmp_path, **given)
+    trainer.callbacks.append(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop, save_top_k=-1))
+    whole = decaying(lightning_module())
+    trainer.fit(whole, Stream())
+    assert [(record.phase, record.step) for record in expected.history] == [
+        ("LOW", 0),
+        ("FULL", 4),
+        ("FULL", 8),
+        ("LOW", 12),
+        ("LOW", 16),
+    ]
+    assert max(expected.history[3].switch_error.values()) < 1e-5, "it landed before"
+    assert_same(whole.net, in_steps(20, 4, accumulated))
+
+    again, file = decaying(lightning_module()), tmp_path / f"step={stop}.ckpt"
+    resume_from_(again.net, file)
+    trainer, callback = lightning(-1, tmp_path, enable_checkpointing=False, **given)
+    trainer.fit(again, Stream(), ckpt_path=file, weights_only=False)
+    assert len(callback.history) == 5
+    assert all(map(torch.equal, again.net.state_dict().values(), whole.net.state_dict().values()))
+
+
+@pytest.mark.parametrize("length", [{}, {"max_steps": 6}])
+def test_one_epoch_and_a_training_that_its_steps_end_are_divided_into_ticks(length, tmp_path):
+    trainer, callback = lightning(1 if not length else 9, tmp_path, enable_checkpointing=False, **length)
+    trainer.fit(lightning_module(), DataLoader(data(), 4))
+    assert [record.step for record in callback.history] == [0, 1, 2, 3, 4, 5]
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW", "LOW"]
+
+
+def test_an_epoch_that_a_checkpoint_has_begun_goes_on(tmp_path):
+    """After 7 of 15 steps, within the third epoch, with the landing before the cut under way."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from dynrank_fx.integrations.lightning import resume_from_
+
+    class Loader(Stream):
+        ahead = 0
+
+        def __len__(self) -> int:
+            return 3
+
+    trainer, _ = lightning(5, tmp_path)
+    trainer.callbacks.append(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1))
+    whole = lightning_module()
+    trainer.fit(whole, Loader())
+    again = lightning_module()
+    resume_from_(again.net, tmp_path / "step=7.ckpt")
+    trainer, callback = lightning(5, tmp_path, enable_checkpointing=False)
+    trainer.fit(again, Loader(), ckpt_path=tmp_path / "step=7.ckpt", weights_only=False)
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    assert all(map(torch.equal, again.net.state_dict().values(), whole.net.state_dict().values()))
+
+
+def test_several_processes_are_refused(tmp_path):
+    trainer, callback = lightning(2, tmp_path, enable_checkpointing=False)
+    with pytest.raises(dr.TransitionError, match="2 processes train this model together"):
+        callback.on_train_start(SimpleNamespace(world_size=2), lightning_module())
+
+
+def test_a_scheduler_of_every_step_is_followed_and_the_compute_that_is_spent_is_logged(tmp_path):
+    module = decaying(lightning_module())
     trainer, callback = lightning(5, tmp_path, enable_checkpointing=False)
     trainer.fit(module, DataLoader(data(), 8))
     assert float(trainer.callback_metrics["dynrank/spent"]) == pytest.approx(callback.history[-1].spent)
