@@ -47,6 +47,8 @@ SMALL = {
 def small(words: list[str]) -> list[str]:
     """A command with what keeps it small. Layers are timed only where the budget needs it."""
     more = SMALL.get(words[0], [])
+    if "--steps" in words:
+        more = ["--steps", "2", "--no-compile"]
     if "--recover-steps" in words:
         more = [*more, "--recover-steps", "3"]
     if words[0] == "compress" and not any(word.startswith("latency") for word in words):

@@ -30,8 +30,10 @@ Trainer: TypeAlias = Any
 
 
 class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
-    """Enters the phases of a schedule, optimizer state along: at the start of every epoch or, where ``max_steps`` ends
-    the training or it has one epoch, at every twentieth of its optimizer steps.
+    """Enters the phases of a schedule at every tick, optimizer state along.
+
+    A tick is an epoch; where ``max_steps`` ends the training, or it has one epoch, it is a twentieth of the optimizer
+    steps.
 
     The arguments are those of ``PhasesHolder``.
 

@@ -30,8 +30,9 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 
 
 class PhasesCallback(PhasesHolder, TrainerCallback):
-    """Enters the phases of a schedule, optimizer state along: at the start of every epoch or, where ``max_steps`` is
-    given or there is one epoch, at every twentieth of the optimizer steps.
+    """Enters the phases of a schedule at every tick, optimizer state along.
+
+    A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps.
 
     The arguments are those of ``PhasesHolder``.
 
@@ -184,7 +185,7 @@ def _show_arguments(model: nn.Module) -> None:
         type(model).forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
 
-def _refuse_unknown_columns(model: nn.Module, loader: Any) -> None:
+def _refuse_unknown_columns(model: nn.Module, loader: object) -> None:
     """Raise TransitionError for data that the model takes and its graph does not."""
     if not isinstance(model, Net):
         return
@@ -198,7 +199,7 @@ def _refuse_unknown_columns(model: nn.Module, loader: Any) -> None:
         )
 
 
-def _columns(data: Any) -> Collection[str]:
+def _columns(data: object) -> Collection[str]:
     """The names of what a row of the data has, as far as they can be read without going through it."""
     named: Collection[str] | None = getattr(data, "column_names", None)
     if named is not None or isinstance(data, torch.utils.data.IterableDataset) or not isinstance(data, Sized):

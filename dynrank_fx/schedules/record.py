@@ -15,9 +15,9 @@ Spectra: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch of a run, or one tick of a run that is counted in steps (see ``TrainState``). What is known at its start
-    comes first; what comes of it is None or empty until then.
+    """One epoch of a run, or one tick of a run that is counted in steps (see ``TrainState``).
 
+    What is known at its start comes first; what comes of it is None or empty until then.
     A field is read as an attribute, or by its name as a key: ``record.loss``, ``record["loss"]``. In a file a record is
     a JSON object, see ``to_json``.
 

@@ -228,7 +228,7 @@ def test_an_epoch_that_a_checkpoint_has_begun_goes_on(tmp_path):
 
 
 def test_several_processes_are_refused(tmp_path):
-    trainer, callback = lightning(2, tmp_path, enable_checkpointing=False)
+    _, callback = lightning(2, tmp_path, enable_checkpointing=False)
     with pytest.raises(dr.TransitionError, match="2 processes train this model together"):
         callback.on_train_start(SimpleNamespace(world_size=2), lightning_module())
 

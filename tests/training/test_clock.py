@@ -1,4 +1,4 @@
-"""The clock of a run: ticks of optimizer steps, which begin by themselves, and between which a run is taken up again."""
+"""The clock of a run: ticks of steps, which begin by themselves, and between which it can be taken up again."""
 
 from __future__ import annotations
 
