@@ -18,6 +18,7 @@ class EpochRecord:
     """One epoch of a run, or one tick of a run that is counted in steps (see ``TrainState``).
 
     What is known at its start comes first; what comes of it is None or empty until then.
+
     A field is read as an attribute, or by its name as a key: ``record.loss``, ``record["loss"]``. In a file a record is
     a JSON object, see ``to_json``.
 

@@ -94,6 +94,47 @@ def test_a_full_file_gives_all_it_has(write: Write) -> None:
     assert file.epochs == 3
 
 
+PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)"
+DECAY = "torch.optim.lr_scheduler.StepLR(optimizer, 2)"
+
+
+def scheduled(returned: str) -> str:
+    return f"{MODEL}\nimport torch\ndef lr_scheduler(optimizer):\n    return {returned}\n"
+
+
+@pytest.mark.parametrize(
+    ("returned", "every_step"),
+    [
+        (DECAY, False),
+        (f"{DECAY}, 'epoch'", False),
+        (f"{DECAY}, 'step'", True),
+        (f"{{'scheduler': {DECAY}}}", False),
+        (f"{{'scheduler': {DECAY}, 'interval': 'step'}}", True),
+        (f"{PLATEAU}, 'epoch'", False),
+    ],
+)
+def test_a_file_says_how_often_its_scheduler_is_stepped(write: Write, returned: str, every_step: bool) -> None:
+    file = load_model_file(write(scheduled(returned)))
+    scheduler, found = file.lr_scheduler(file.optimizer(file.model().parameters()))
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    assert found is every_step
+
+
+@pytest.mark.parametrize(
+    ("returned", "sentence"),
+    [
+        (f"{DECAY}, 'batch'", 'make it a scheduler, or a pair of one and "step" or "epoch"'),
+        ("optimizer, 'step'", 'make it a scheduler, or a pair of one and "step" or "epoch"'),
+        (f"({DECAY},)", 'make it a scheduler, or a pair of one and "step" or "epoch"'),
+        ("{'interval': 'step'}", 'make it a scheduler, or a pair of one and "step" or "epoch"'),
+        (f"{PLATEAU}, 'step'", 'ReduceLROnPlateau is told the loss after an epoch: return it without "step"'),
+    ],
+)
+def test_a_scheduler_that_is_none_is_refused(write: Write, returned: str, sentence: str) -> None:
+    file = load_model_file(write(scheduled(returned)))
+    assert sentence in message(lambda: file.lr_scheduler(file.optimizer(file.model().parameters())))
+
+
 def test_defaults_of_a_file_with_only_a_model(write: Write) -> None:
     file = load_model_file(write(MODEL))
     optimizer = file.optimizer(file.model().parameters())

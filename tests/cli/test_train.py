@@ -151,6 +151,8 @@ def test_options_become_settings(options: list[str], expected: Settings, seen: l
     ("options", "expected"),
     [
         (["--epochs", "20", "--lr-milestones", "10,15"], dr.schedules.aligned(20, (10, 15))),
+        (["--steps", "600", "--lr-milestones", "300,450"], dr.schedules.aligned(20, (10, 15))),
+        (["--steps", "12", "--schedule", "aligned"], dr.schedules.aligned(12, (9,))),  # three epochs of three batches
         (["--schedule", "aligned", "--epochs", "4"], dr.schedules.aligned(4, (3,))),
         (["--schedule", "interleave"], dr.schedules.interleave(low=2, full=1)),
         (["--schedule", "interleave", "--low", "3", "--full", "4"], dr.schedules.interleave(low=3, full=4)),
@@ -472,6 +474,11 @@ def test_a_model_file_that_has_become_another(
         (["--schedule", "low", "--cost", "0.5"], "--cost is the budget of auto, and says nothing to low"),
         (["--deflate", "adaptor"], "--deflate goes with aligned and paper-*, not with auto"),
         (["--schedule", "interleave", "--low", "0", "--full", "0"], "interleave(low=0, full=0) has no epochs "),
+        (["--steps", "9", "--epochs", "3"], "--steps is the length of a run in place of --epochs: give one of them"),
+        (
+            ["--steps", "9", "--schedule", "paper-cifar10"],
+            "paper-cifar10 names the epochs of its phases: give --epochs",
+        ),
         (["--lr-milestones", "soon"], "Invalid value for --lr-milestones: 'soon' is no list of epochs like 8,10"),
         (["--epochs", "100", "--lr-milestones", "3"], "aligned(epochs=100, lr_milestones=(3,)) leaves no FULL epoch: "),
         (["--from", "gone"], "there is no folder gone: give one that save or `dynrank-fx transform` wrote"),

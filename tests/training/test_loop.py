@@ -564,3 +564,51 @@ def test_an_overflow_in_float16_takes_no_step_and_lowers_the_scale() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, whole(net), strict=True))
     assert run.scaler is not None
     assert run.scaler.get_scale() == 2.0**15
+
+
+# In steps
+
+
+class Endless:
+    """Batches without an end, and without a length."""
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        while True:
+            yield from TASK.train_data
+
+
+def test_steps_in_place_of_epochs_are_those_of_a_plain_loop() -> None:
+    """27 steps are 14 ticks: a tick may end within a pass over the data, and the last one is shorter."""
+    run = a_run(made(), dr.schedules.interleave(low=3, full=2))
+    torch.manual_seed(5)
+    assert fit(run, replace(TASK, train_data=Endless()), replace(EAGER, epochs=None, steps=27, landing=True))
+    assert [record.step for record in run.history] == list(range(0, 27, 2))
+    assert run.history[-1].steps == 1
+
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.05, momentum=0.9)
+    phases = dr.Phases(net, optimizer, run.schedule, steps=27, landing=True)
+    torch.manual_seed(5)
+    for x, y in itertools.islice(Endless(), 27):
+        optimizer.zero_grad()
+        loss(net(x), (x, y)).backward()
+        optimizer.step()
+    assert [record.phases for record in phases.history] == [record.phases for record in run.history]
+    assert all(map(torch.equal, net.state_dict().values(), run.net.state_dict().values()))
+
+
+def test_epochs_of_a_scheduler_need_data_with_a_length() -> None:
+    run = a_run(made())
+    run.lr_scheduler = MultiStepLR(run.optimizer, [1], 0.5)
+    with pytest.warns(dr.DynrankWarning, match='so that no epoch ends after which MultiStepLR is stepped: .* "step"'):
+        fit(run, replace(TASK, train_data=Endless()), replace(EAGER, epochs=None, steps=4))
+    assert run.optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_data_without_a_batch_and_a_run_without_a_length_are_refused() -> None:
+    nothing: list[Any] = []
+    settings = replace(EAGER, epochs=None, steps=4)
+    assert "train_data() gave no batch" in refusal(
+        lambda: fit(a_run(made()), replace(TASK, train_data=nothing), settings)
+    )
+    assert "needs an end" in refusal(lambda: fit(a_run(made()), TASK, replace(EAGER, epochs=None)))

@@ -95,3 +95,23 @@ def test_it_takes_itself_off_and_can_be_stopped_before() -> None:
 def test_what_is_no_number_of_steps(steps: Any) -> None:
     with pytest.raises(dr.TransitionError, match=r"a learning rate cannot re-warm over .* steps; give 0 or more"):
         dr.rewarm_(SGD([Parameter(torch.zeros(()))], lr=1.0), steps)
+
+
+def test_hooks_of_others_that_come_later_are_not_disturbed_when_it_ends() -> None:
+    parameter, called = Parameter(torch.zeros(())), []
+    optimizer = SGD([parameter], lr=1.0)
+    dr.rewarm_(optimizer, 2)
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    assert moved(3, None, parameter, optimizer) == pytest.approx([0.5, 1.0, 1.0])
+    assert len(called) == 3
+
+
+def test_it_begins_anew_in_the_midst_of_itself() -> None:
+    parameter = Parameter(torch.zeros(()))
+    optimizer = SGD([parameter], lr=1.0)
+    rewarm = Rewarm(optimizer, 0)
+    assert moved(1, rewarm, parameter, optimizer) == pytest.approx([1.0])
+    rewarm.restart(4)
+    assert moved(2, rewarm, parameter, optimizer) == pytest.approx([0.25, 0.5])
+    rewarm.restart(2)
+    assert moved(3, rewarm, parameter, optimizer) == pytest.approx([0.5, 1.0, 1.0])
