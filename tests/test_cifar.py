@@ -128,7 +128,7 @@ def test_the_papers_training_runs_through_all_three_phases(cifar10):
     optimizer = file.optimizer(net.parameters())
     schedule = dr.schedules.FullBetween(1, 2, dr.Phase.ADAPTOR)
     task = Task(file.train_data(), file.loss, file.inputs, file.eval_data(), file.metric)
-    run = Run(net, optimizer, schedule, file.lr_scheduler(optimizer))
+    run = Run(net, optimizer, schedule, file.lr_scheduler(optimizer)[0])
     settings = Settings(epochs=3, compile=False, carry=preset.carry, random_init=preset.random_init)
     assert fit(run, task, settings)
     assert [record.phase for record in run.history] == ["LOW", "FULL", "ADAPTOR"]

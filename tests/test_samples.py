@@ -85,7 +85,8 @@ def test_the_model_opens_to_symbolic_tracing(sample: ModelFile) -> None:
 
 def test_the_learning_rate_falls_over_the_epochs(sample: ModelFile) -> None:
     optimizer = sample.optimizer(sample.model().parameters())
-    scheduler = sample.lr_scheduler(optimizer)
+    scheduler, every_step = sample.lr_scheduler(optimizer)
+    assert not every_step
     assert scheduler is not None
     rates = []
     for _ in range(sample.epochs or 0):

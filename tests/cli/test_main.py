@@ -74,6 +74,7 @@ OPTIONS = {
         "--schedule",
         "--seed",
         "--share-inputs",
+        "--steps",
         "--tensorboard",
         "--weights",
         "--workers",
