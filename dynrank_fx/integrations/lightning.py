@@ -1,6 +1,6 @@
 """A schedule of phases in a Lightning trainer: ``Trainer(callbacks=[PhasesCallback(schedule)])``.
 
-The LightningModule holds the net that ``transform`` made, and optimizes it with one optimizer. Precision and
+The LightningModule holds the net that ``transform`` made, and optimizes it with one optimizer or several. Precision and
 checkpoints are Lightning's; the state of the phases is in its checkpoints. To go on from one, bring the net into its
 phases before: ``resume_from_(net, path)``.
 """
@@ -33,13 +33,13 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
     """Enters the phases of a schedule at every tick, optimizer state along.
 
     A tick is an epoch; where ``max_steps`` ends the training, or it has one epoch, it is a twentieth of the optimizer
-    steps.
+    steps. Of several optimizers each is taken to make a step for a batch, and Lightning counts all of them.
 
     The arguments are those of ``PhasesHolder``.
 
     Raises:
-        TransitionError: When training starts, where the module holds no net of ``transform``, has several optimizers,
-            or trains in several processes.
+        TransitionError: When training starts, where the module holds no net of ``transform``, or several processes
+            train.
         ScheduleError: When training starts, where it has no end.
     """
 
@@ -54,19 +54,16 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             pl_module: The LightningModule, which holds the net.
 
         Raises:
-            TransitionError: Where the module holds no net of ``transform``, has several optimizers, or trains in
-                several processes.
+            TransitionError: Where the module holds no net of ``transform``, or several processes train.
             ScheduleError: Where the training has no end.
         """
         refuse_processes(trainer.world_size)
-        if len(trainer.optimizers) != 1:
-            raise TransitionError(
-                f"phases need one optimizer over the net, and this module has {len(trainer.optimizers)}"
-            )
+        if not trainer.optimizers:
+            raise TransitionError("phases need an optimizer over the net: return it from configure_optimizers")
         configs, clock = trainer.lr_scheduler_configs, self._clock(trainer)
         self.phases = Phases(
             net_in(pl_module),
-            trainer.optimizers[0],
+            trainer.optimizers,
             self.schedule,
             lr_scheduler=configs[0].scheduler if configs else None,
             clock=clock,
@@ -82,7 +79,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         """In epochs where they end the training and are several, in optimizer steps otherwise."""
         batches = trainer.num_training_batches / trainer.accumulate_grad_batches
         per_epoch = math.ceil(batches) if math.isfinite(batches) else None
-        most = None if trainer.max_steps < 0 else trainer.max_steps
+        most = None if trainer.max_steps < 0 else math.ceil(trainer.max_steps / len(trainer.optimizers))
         epochs = None if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
         if most is not None and (epochs is None or per_epoch is None or most < epochs * per_epoch):
             return replace(clock_of(None, most, self.every), per_epoch=per_epoch)

@@ -104,13 +104,30 @@ def test_it_is_told_what_is_missing(tmp_path):
         resume_from_(a_net(), tmp_path / "other.ckpt")
 
 
-def test_one_optimizer_over_the_net_is_needed(tmp_path):
+@pytest.mark.parametrize("length", [{"max_steps": 40}, {}], ids=["in steps", "in epochs"])
+def test_several_optimizers_step_together(length, tmp_path):
+    """Matrices and biases apart; Lightning counts the steps of both."""
     module = lightning_module()
-    module.automatic_optimization = False
-    module.configure_optimizers = lambda: [torch.optim.SGD([p], lr=0.1) for p in list(module.net.parameters())[:2]]
-    trainer, _ = lightning(2, tmp_path, enable_checkpointing=False)
-    with pytest.raises(dr.TransitionError, match="one optimizer over the net, and this module has 2"):
-        trainer.fit(module, DataLoader(data(), 8))
+
+    def step(batch: list[Tensor], index: int = 0) -> None:
+        both = module.optimizers()
+        for each in both:
+            each.zero_grad()
+        module.manual_backward(nn.functional.cross_entropy(module.net(batch[0]), batch[1]))
+        for each in both:
+            each.step()
+
+    def configured() -> list[torch.optim.Optimizer]:
+        split = [[p for p in module.net.parameters() if (p.ndim > 1) is matrices] for matrices in (True, False)]
+        return [torch.optim.AdamW(split[0], lr=1e-2), torch.optim.SGD(split[1], lr=1e-1)]
+
+    module.automatic_optimization, module.training_step, module.configure_optimizers = False, step, configured
+    trainer, callback = lightning(-1 if length else 5, tmp_path, enable_checkpointing=False, **length)
+    if length:
+        callback.every = 4
+    trainer.fit(module, Stream() if length else DataLoader(data(), 8))
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    assert max(callback.history[3].switch_error.values()) < 1e-5, "it landed before"
 
 
 class Stream:
