@@ -22,7 +22,7 @@ from .training import how_to_train, known_decay, schedule_of, training_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from dynrank_fx.training import Run, Settings, Task, Watcher
+    from dynrank_fx.training import Clock, Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
 

@@ -63,7 +63,7 @@ def fit(
                 _begin_epoch(run, settings, phases)
                 watcher.epoch_started(run, phases.transition)
             started = time.perf_counter()
-            batches = _one_pass(run, task) if phases.clock.by_epochs else _of_tick(run, phases.clock, settings, endless)
+            batches = _one_pass(run, task) if phases.clock.by_epochs else _of_tick(run, phases, endless)
             finished = _train_epoch(run, task, settings, forward, batches, save, watcher, should_stop)
             run.note(seconds=(run.current.seconds or 0.0) + time.perf_counter() - started)
             _refuse_diverged(run)
@@ -150,8 +150,7 @@ def _train_epoch(
     is saved and left only there.
     """
     assert run.phases is not None
-    # An epoch's own end is in _finish_epoch.
-    pass_ends = None if run.phases.clock.by_epochs else _batches_of_a_pass(task)
+    in_steps, length = not run.phases.clock.by_epochs, _batches_of_a_pass(task)
     run.net.train()
     seconds = []
     pending = 0
@@ -159,10 +158,12 @@ def _train_epoch(
         started = time.perf_counter()
         loss, metric = _gradients(run, task, settings, forward, batch)
         run.step += 1
-        pending = run.step % settings.accumulate
-        if not pending:
-            _update(run, settings, settings.accumulate)
-        if run.drawn == pass_ends and not isinstance(run.lr_scheduler, ReduceLROnPlateau):
+        pending += 1
+        if pending == settings.accumulate or run.drawn == length:
+            _update(run, run.phases, settings, pending)
+            pending = 0
+        # Where epochs of the data end within ticks; the end of a tick that is an epoch is in _finish_epoch.
+        if in_steps and run.drawn == length and not isinstance(run.lr_scheduler, ReduceLROnPlateau):
             _step_scheduler(run)
         seconds.append(time.perf_counter() - started)
         watcher.step_done(run, loss, metric)
@@ -173,8 +174,8 @@ def _train_epoch(
         if settings.checkpoint_steps and run.step // settings.accumulate % settings.checkpoint_steps == 0:
             _refuse_diverged(run)
             save(run)
-    if pending:  # the last step of an epoch may have fewer batches
-        _update(run, settings, pending)
+    if pending:  # the last step of an epoch may have fewer batches, and the data may not say how many it has
+        _update(run, run.phases, settings, pending)
     run.note(step_seconds=statistics.median(seconds) if seconds else None)
     return True
 
@@ -188,10 +189,9 @@ def _refuse_diverged(run: Run) -> None:
         )
 
 
-def _of_tick(run: Run, clock: Clock, settings: Settings, endless: Iterator[Batch]) -> Iterator[Batch]:
+def _of_tick(run: Run, phases: Phases, endless: Iterator[Batch]) -> Iterator[Batch]:
     """Batches to the end of a tick, which does not wait for the end of a pass."""
-    count = settings.accumulate * (clock.start(run.epoch + 1) - clock.start(run.epoch))
-    while run.step < count:
+    while phases.step < phases.clock.start(run.epoch + 1):
         yield next(endless)
 
 
@@ -246,8 +246,11 @@ def _gradients(
     return loss.detach(), metric
 
 
-def _update(run: Run, settings: Settings, batches: int) -> None:
-    """A step of the optimizer with the mean of the gradients of so many batches; none where float16 overflowed."""
+def _update(run: Run, phases: Phases, settings: Settings, batches: int) -> None:
+    """A step of the optimizer with the mean of the gradients of so many batches; none where float16 overflowed, which
+    counts all the same.
+    """
+    step = phases.step + 1
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -262,6 +265,7 @@ def _update(run: Run, settings: Settings, batches: int) -> None:
         run.scaler.update()
     if run.lr_scheduler is not None and run.lr_every_step:
         run.lr_scheduler.step()
+    phases.step = step
     run.optimizer.zero_grad()
     run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
 

@@ -534,7 +534,7 @@ def test_batches_add_up_to_the_mean_of_a_step_and_are_clipped(settings: dict[str
     task = Task(data, lambda output, batch: F.mse_loss(output, batch[1]), lambda batch: ((batch[0],), {}))
     run = Run(net, SGD(net.parameters(), lr=0.1), always(FULL))
     assert fit(run, task, Settings(1, compile=False, **settings))
-    assert run.history[-1].steps == 5
+    assert sum(record.steps or 0 for record in run.history) == 5
     for ours, theirs in zip(whole(net), plain(no_dropout(), sizes, settings.get("clip")), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -544,9 +544,9 @@ def test_a_run_is_stopped_and_saved_between_two_steps_of_the_optimizer() -> None
     data = list(zip(X.split(4), Y.split(4), strict=True))
     task = Task(data, lambda output, batch: F.mse_loss(output, batch[1]), lambda batch: ((batch[0],), {}))
     run, saved = Run(net, SGD(net.parameters(), lr=0.1), always(FULL)), []
-    settings = Settings(1, compile=False, accumulate=2, checkpoint_steps=1)
+    settings = Settings(2, compile=False, accumulate=2, checkpoint_steps=1)
     assert fit(run, task, settings, save=lambda r: saved.append(r.step))
-    assert saved == [2, 4, 0]
+    assert saved == [2, 4, 5, 0] * 2
     again = Run(net, SGD(net.parameters(), lr=0.1), always(FULL))
     assert not fit(again, task, settings, should_stop=lambda: again.step > 0)
     assert again.step == 2
