@@ -22,7 +22,7 @@ from .training import how_to_train, known_decay, schedule_of, training_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from dynrank_fx.training import Run, Settings, Task, Watcher
+    from dynrank_fx.training import Clock, Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
 
@@ -97,25 +97,25 @@ def train(
         run, task, settings = _set_up(file, options, _net(file, options))
         _make_folder(folder)
         save_run(run, folder)
-        facts = {"epochs": settings.epochs, "metric": file.metric_name, "versions": _versions()}
+        facts = {"epochs": clock_for(task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
         write_run_file(folder, model_file, _plain(options), **facts)
     clock = clock_for(task, settings)
     length = f"{clock.ticks} {clock.unit}s"
     if run.epoch >= clock.ticks:
         click.echo(f"{folder} has all its {length} already", err=as_json)
-        _print_result(run, settings, folder, as_json)
+        _print_result(run, clock, folder, as_json)
         return
     if not clock.by_epochs:
         length = f"{clock.steps} steps in {length}"
     click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}", err=True)
-    bar = Bar(clock.ticks, clock.every, unit=clock.unit)
+    bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, unit=clock.unit)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar
     with stop_signals() as stopped:
         finished = fit(
             run, task, settings, save=lambda r: save_run(r, folder), watcher=watcher, should_stop=lambda: bool(stopped)
         )
     bar.close()
-    _print_result(run, settings, folder, as_json)
+    _print_result(run, clock, folder, as_json)
     if finished:
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         click.echo(f"wrote {folder}/; next: {then}", err=True)
@@ -129,13 +129,13 @@ def train(
     sys.exit(128 + stopped[0])
 
 
-def _print_result(run: Run, settings: Settings, folder: Path, as_json: bool) -> None:
+def _print_result(run: Run, clock: Clock, folder: Path, as_json: bool) -> None:
     """Where the run stands, as JSON, for a program that asked for it."""
     if not as_json:
         return
     last = run.history[-1].to_json() if run.history else {}
     last.pop("switch_spectra", None)
-    data = {"run": str(folder), "epoch": run.epoch, "epochs": settings.epochs, "step": run.step, "last": last}
+    data = {"run": str(folder), "epoch": run.epoch, "epochs": clock.ticks, "step": run.step, "last": last}
     click.echo(json.dumps(data, indent=1))
 
 

@@ -58,8 +58,6 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             ScheduleError: Where the training has no end.
         """
         refuse_processes(trainer.world_size)
-        if not trainer.optimizers:
-            raise TransitionError("phases need an optimizer over the net: return it from configure_optimizers")
         configs, clock = trainer.lr_scheduler_configs, self._clock(trainer)
         self.phases = Phases(
             net_in(pl_module),
@@ -79,7 +77,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         """In epochs where they end the training and are several, in optimizer steps otherwise."""
         batches = trainer.num_training_batches / trainer.accumulate_grad_batches
         per_epoch = math.ceil(batches) if math.isfinite(batches) else None
-        most = None if trainer.max_steps < 0 else math.ceil(trainer.max_steps / len(trainer.optimizers))
+        most = None if trainer.max_steps < 0 else math.ceil(trainer.max_steps / max(1, len(trainer.optimizers)))
         epochs = None if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
         if most is not None and (epochs is None or per_epoch is None or most < epochs * per_epoch):
             return replace(clock_of(None, most, self.every), per_epoch=per_epoch)

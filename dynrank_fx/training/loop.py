@@ -146,13 +146,11 @@ def _train_epoch(
     watcher: Watcher,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """To the end of the tick, True, or to a stop. Between two optimizer steps nothing else is pending, so that a run is
-    saved and left only there.
+    """To the end of the epoch, True, or to a stop. Between two optimizer steps nothing else is pending, so that a run
+    is saved and left only there.
     """
     assert run.phases is not None
-    clock = run.phases.clock
-    batches_of_a_pass = _batches_of_a_pass(task)
-    pass_ends = None if clock.by_epochs else batches_of_a_pass  # an epoch's own end is in _finish_epoch
+    in_steps, length = not run.phases.clock.by_epochs, _batches_of_a_pass(task)
     run.net.train()
     seconds = []
     pending = 0
@@ -161,10 +159,11 @@ def _train_epoch(
         loss, metric = _gradients(run, task, settings, forward, batch)
         run.step += 1
         pending += 1
-        if pending == settings.accumulate or run.drawn == batches_of_a_pass:  # the last step of a pass may have fewer
-            _update(run, settings, pending)
+        if pending == settings.accumulate or run.drawn == length:
+            _update(run, run.phases, settings, pending)
             pending = 0
-        if run.drawn == pass_ends and not isinstance(run.lr_scheduler, ReduceLROnPlateau):
+        # Where epochs of the data end within ticks; the end of a tick that is an epoch is in _finish_epoch.
+        if in_steps and run.drawn == length and not isinstance(run.lr_scheduler, ReduceLROnPlateau):
             _step_scheduler(run)
         seconds.append(time.perf_counter() - started)
         watcher.step_done(run, loss, metric)
@@ -175,8 +174,8 @@ def _train_epoch(
         if settings.checkpoint_steps and run.step // settings.accumulate % settings.checkpoint_steps == 0:
             _refuse_diverged(run)
             save(run)
-    if pending:
-        _update(run, settings, pending)
+    if pending:  # the last step of an epoch may have fewer batches, and the data may not say how many it has
+        _update(run, run.phases, settings, pending)
     run.note(step_seconds=statistics.median(seconds) if seconds else None)
     return True
 
@@ -247,8 +246,11 @@ def _gradients(
     return loss.detach(), metric
 
 
-def _update(run: Run, settings: Settings, batches: int) -> None:
-    """A step of the optimizer with the mean of the gradients of so many batches; none where float16 overflowed."""
+def _update(run: Run, phases: Phases, settings: Settings, batches: int) -> None:
+    """A step of the optimizer with the mean of the gradients of so many batches; none where float16 overflowed, which
+    counts all the same.
+    """
+    step = phases.step + 1
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -259,13 +261,11 @@ def _update(run: Run, settings: Settings, batches: int) -> None:
     if run.scaler is None:
         run.optimizer.step()
     else:
-        assert run.phases is not None
-        made = run.phases.step
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        run.phases.step = made + 1  # one that was skipped counts too: time goes on
     if run.lr_scheduler is not None and run.lr_every_step:
         run.lr_scheduler.step()
+    phases.step = step
     run.optimizer.zero_grad()
     run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
 

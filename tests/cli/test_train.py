@@ -289,6 +289,18 @@ def test_a_run_in_steps_that_is_stopped_ends_as_if_never_stopped(
     assert checkpoint("r") == checkpoint("whole")
 
 
+def test_accumulated_batches_are_one_of_the_steps(write: Run, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over 3 batches is two steps, of two and of one."""
+    write('def lr_scheduler(optimizer): return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9), "step"')
+    options = ["--no-compile", "--schedule", "interleave", "--leave", "none", "--steps", "10", "--accumulate", "2"]
+    run("train", "model.py", *options, "--out", "whole")
+    assert [record["steps"] for record in history("whole")] == [2, 1] * 5
+    assert [record["lr"] for record in history("whole")] == pytest.approx([0.05 * 0.9**step for step in range(10)])
+    stopped(monkeypatch, 8, "train", "model.py", *options, "--out", "r")
+    run("train", "model.py", "--out", "r", "--resume")
+    assert checkpoint("r") == checkpoint("whole")
+
+
 def test_a_stream_is_trained_on_in_steps(write: Run, run: Run) -> None:
     write("""
         class Stream(torch.utils.data.IterableDataset):
