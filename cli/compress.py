@@ -26,6 +26,8 @@ from .options import (
     check_model,
     export_arguments,
     export_options,
+    form_of,
+    form_option,
     json_option,
     refuse_beside,
     refuse_export_options,
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     help="Weights that stay dense by what they are for; may be repeated.",
 )
 @capture_option
+@form_option
 @export_options
 @json_option
 def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, **options: Option) -> None:
@@ -144,6 +147,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
         exclude=options["exclude"],
         leave=leave,
         sequential=options["sequential"],
+        form=form_of(options["form"]),
         how=capture_of(options["how"]),
         progress=tell,
     )

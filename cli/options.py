@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dynrank_fx.layouts import ConvLayout
     from dynrank_fx.plan import Override, PlanOptions, RankPolicy, Role
-    from dynrank_fx.tracing import Capture
+    from dynrank_fx.tracing import Capture, Form
 
     from .modelfile import ModelFile
 
@@ -33,6 +33,13 @@ capture_option = click.option(
     "how",
     type=click.Choice(["symbolic", "export", "modules"]),
     help="How the model becomes a graph; by default the first of these that is faithful and opens every layer.",
+)
+
+form_option = click.option(
+    "--form",
+    type=click.Choice(["graph", "layers"]),
+    default="graph",
+    help="layers: a copy of the model, with its own class, methods and code, in which single layers are replaced.",
 )
 
 _PLAN_OPTIONS = (
@@ -68,6 +75,7 @@ _PLAN_OPTIONS = (
         "--share-inputs", is_flag=True, help="Linears that read the same input (query, key, value) share a factor."
     ),
     capture_option,
+    form_option,
     click.option("--plan", "plan_file", type=Path, metavar="FILE", help="Instead: an edited plan.json."),
 )
 
@@ -283,12 +291,19 @@ def transformed(
 
     plan: Kwargs
     if options["plan_file"] is not None:
-        refuse_beside("--plan", "plan_file", "how")
+        refuse_beside("--plan", "plan_file", "how", "form")
         plan = {"plan": read_plan(options["plan_file"])}
     else:
         plan = {"options": plan_options_of(options, policy)}
-    how = capture_of(options["how"])
-    return transform(file.model(), file.example_inputs(), how=how, allow_empty=allow_empty, **plan)
+    form, how = form_of(options["form"]), capture_of(options["how"])
+    return transform(file.model(), file.example_inputs(), form=form, how=how, allow_empty=allow_empty, **plan)
+
+
+def form_of(name: str) -> Form:
+    """The form that ``--form`` names."""
+    from dynrank_fx.tracing import Form
+
+    return Form[name.upper()]
 
 
 def capture_of(name: str | None) -> Capture | None:

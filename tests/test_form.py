@@ -210,7 +210,10 @@ def test_a_default_config_generates_and_computes_as_the_model_does(name: str, tm
     model, example = transformer(name), {"input_ids": IDS, "labels": IDS.clone()}
     net = dr.transform(model, example, form=LAYERS, rank=dr.Ratio(0.25)).eval()
     assert type(net) is type(model)
-    assert not dr.plan_of(net).skipped
+    plan = dr.plan_of(net)
+    assert not plan.skipped
+    assert sum(row.site.flops or 0 for row in plan.sites) > 0.5 * (plan.total_flops or 0)
+    assert all(row.site.flops for row in plan.sites if row.site.uses[0].op.kind != "embedding")
     ours, theirs = net(**example), model(**example)
     assert type(ours) is type(theirs)
     assert torch.equal(ours.logits, theirs.logits)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Kwargs, Output
 from ..errors import CaptureError
-from ..ops import OP_MODULES, Shape
+from ..ops import Shape, module_op
 from .inputs import ExampleInputs, fresh, split_inputs
 from .isolation import same_buffers, same_randomness, same_values, slow_attention
 from .net import Net, same_modes, untraced
@@ -149,7 +149,7 @@ def _watched(root: nn.Module, measured: Measured) -> Iterator[None]:
         for net in parts:
             vars(net)["forward"] = recorded(net)
         for _, module in untraced(root):
-            if isinstance(module, OP_MODULES):
+            if module_op(module) is not None:
                 handles.append(module.register_forward_pre_hook(note))
         yield
     finally:
