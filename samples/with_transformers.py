@@ -28,13 +28,19 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def net() -> torch.nn.Module:
-    """GPT-2 of two layers with every large matrix a site: its weights are in transformers' own Conv1D."""
+    """GPT-2 of two layers, of its own class; every large matrix is a site."""
     config = GPT2Config(
-        vocab_size=chars.CHARACTERS, n_positions=chars.CONTEXT, n_embd=64, n_layer=2, n_head=4, use_cache=False
+        vocab_size=chars.CHARACTERS,
+        n_positions=chars.CONTEXT,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     tokens = torch.randint(chars.CHARACTERS, (2, chars.CONTEXT))
     example = {"input_ids": tokens, "labels": tokens.clone()}
-    return dr.transform(GPT2LMHeadModel(config), example, leave=tuple(dr.Role), exclude=["*wpe*"])
+    return dr.transform(GPT2LMHeadModel(config), example, form=dr.Form.LAYERS, leave=tuple(dr.Role), exclude=["*wpe*"])
 
 
 def main(epochs: int = 4, count: int = 2000) -> None:
@@ -58,8 +64,14 @@ def main(epochs: int = 4, count: int = 2000) -> None:
     for record in callback.history:
         print(f"epoch {record.epoch + 1:>2}  {record.phase:<12} compute so far {record.spent:.2f} dense epochs")
     print(f"mean training loss {loss:.3f}")
-    small = dr.truncate(trainer.model)
+    pieces = Windows(64)
+    small = dr.truncate(trainer.model, [{name: ids[None] for name, ids in pieces[i].items()} for i in range(64)])
     print(f"{sum(p.numel() for p in small.parameters()):,} parameters after truncation")
+    start = chars.text()[None, :16]
+    line = small.eval().generate(
+        start, max_length=chars.CONTEXT, do_sample=False, attention_mask=torch.ones_like(start)
+    )
+    print("it writes:", "".join(chr(code + 31) if code else "\n" for code in line[0].tolist()))
 
 
 if __name__ == "__main__":
