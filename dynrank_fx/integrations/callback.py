@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,8 @@ class PhasesHolder:
         schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
         every: Optimizer steps from one decision of the schedule to the next; by default an epoch or, in a run that is
             given in steps or has one epoch, a twentieth of it.
+        averages: Averages of the net's weights that come along at every switch, as in ``enter_``. Lightning's own
+            callbacks for averages are found by themselves.
         **choices: Fields of ``PhaseSettings``, by name; the others are those of the practical preset.
 
     Attributes:
@@ -31,9 +34,10 @@ class PhasesHolder:
         schedule: Schedule,
         *,
         every: int | None = None,
+        averages: Sequence[object] = (),
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
-        self.schedule, self.every = schedule, every
+        self.schedule, self.every, self.averages = schedule, every, tuple(averages)
         self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None
 

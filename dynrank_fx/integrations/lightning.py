@@ -29,6 +29,12 @@ Trainer: TypeAlias = Any
 """Lightning's: a type checker cannot know under which of its two names it is installed."""
 
 
+def _averages_of(trainer: Trainer) -> list[nn.Module]:
+    """The averages that other callbacks keep: WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging."""
+    kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [average for average in kept if isinstance(average, nn.Module)]
+
+
 class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
     """Enters the phases of a schedule at every tick, optimizer state along.
 
@@ -68,6 +74,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             lr_every_step=bool(configs) and configs[0].interval == "step",
             by_itself=not clock.by_epochs,
             resume=self._restored,
+            averages=[*self.averages, *_averages_of(trainer)],
             settings=self.settings,
         )
         self._restored = None

@@ -102,6 +102,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             lr_every_step=True,
             by_itself=not clock.by_epochs,
             resume=self._saved(args, state) if state.global_step else None,
+            averages=self.averages,
             settings=self.settings,
         )
 

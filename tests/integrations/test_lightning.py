@@ -58,6 +58,33 @@ def test_it_trains_as_a_plain_loop_does(tmp_path):
     assert_same(module.net, reference(5))
 
 
+@pytest.mark.parametrize("kind", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averages_that_lightning_keeps_come_along(kind, tmp_path):
+    """The average of a training that goes through the phases is near the net, and is of its phases and ranks."""
+    from pytorch_lightning import callbacks
+
+    given = {"swa_lrs": 1e-2, "swa_epoch_start": 1} if kind == "StochasticWeightAveraging" else {}
+    averaging = getattr(callbacks, kind)(**given)
+    trainer, _ = lightning(5, tmp_path, enable_checkpointing=False)
+    trainer.callbacks.append(averaging)
+    module = lightning_module()
+    averages = []
+
+    class Watch(callbacks.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            held = averaging._average_model
+            averages.append(held.module.net if hasattr(held, "module") else held.net)
+
+    trainer.callbacks.append(Watch())
+    trainer.fit(module, DataLoader(data(), 8))
+    x = torch.stack([x for x, _ in data()])
+    average = averages[-1].eval()
+    assert dr.phases_of(average) == dr.phases_of(module.net)
+    with torch.no_grad():
+        gap = (average(x) - module.net.eval()(x)).norm() / module.net(x).norm()
+    assert float(gap) < 0.5
+
+
 def test_it_lands_by_optimizer_steps_where_batches_are_accumulated(tmp_path):
     trainer, callback = lightning(5, tmp_path, enable_checkpointing=False, accumulate_grad_batches=2)
     trainer.fit(lightning_module(), DataLoader(data(), 8))
