@@ -320,10 +320,10 @@ def hold(name: str, profile: settings, how: Sequence[dr.Capture | None]) -> None
 
 @every_contract
 def test_symbolic_nets(name):
-    hold(name, settings(EVERYDAY, max_examples=25), [SYMBOLIC])
+    hold(name, settings(EVERYDAY, max_examples=10), [SYMBOLIC])
 
 
-@settings(EVERYDAY, max_examples=6)
+@settings(EVERYDAY, max_examples=4)
 @given(models(symbolic=False), st.sampled_from(list(CONTRACTS)), st.sampled_from([EXPORT, None]))
 def test_exported_nets(recipe, name, how):
     CONTRACTS[name](recipe, how)

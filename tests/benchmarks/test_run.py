@@ -29,6 +29,7 @@ NAMES = [
     "cutting",
     "rivals",
 ]
+LONG = ("peak", "sites")  # for make fuzz
 CHEAP = ("held", "peak", "truncation", "startup", "scale", "sites", "phases")
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
@@ -40,7 +41,9 @@ def test_every_benchmark_is_listed_with_one_sentence(capsys: pytest.CaptureFixtu
     assert all(re.fullmatch(r"[A-Z][^.]+(\.[a-z][^.]+)*\.", benchmark.description) for benchmark in BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize(
+    "name", [name if name not in LONG else pytest.param(name, marks=pytest.mark.fuzz) for name in CHEAP]
+)
 def test_a_benchmark_measures(name: str) -> None:
     result = run(BY_NAME[name], quick=True)
     assert result.command == f"python benchmarks/run.py {name} --quick"
