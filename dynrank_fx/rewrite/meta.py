@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import PlanError
 from ..plan import Plan
-from ..tracing import is_captured, meta_of, regions, shell, unwrap
+from ..tracing import is_captured, meta_of, note, regions, shell, unwrap
 from .switched import switched_modules
 
 
@@ -31,7 +31,7 @@ def plan_of(net: nn.Module) -> Plan:
 
 def set_plan(net: nn.Module, plan: Plan) -> None:
     """Note the plan in the net's ``meta``, which survives ``deepcopy``."""
-    meta_of(net)["dynrank"] = plan
+    note(net, dynrank=plan)
 
 
 def specialize_(root: nn.Module) -> None:

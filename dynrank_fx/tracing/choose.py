@@ -18,7 +18,7 @@ from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
 from .inputs import DynamicShapes, ExampleInputs, split_inputs
 from .modules import capture_layers, capture_parts, modules_read
-from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, untraced, unwrap
+from .net import Net, copy_graph, copy_tree, finished, is_captured, note, untraced, unwrap
 from .shell import own_, same_parameters, sharing, shell
 from .symbolic import closed_functions, closed_layers, trace_symbolically
 
@@ -107,7 +107,7 @@ def capture(
         _refuse(model)
         net = _captured(model, Original(model, example_inputs), dynamic_shapes, how)
         with contextlib.suppress(ValueError):  # a forward that Python cannot look into
-            meta_of(net)["arguments"] = tuple(inspect.signature(model.forward).parameters)
+            note(net, arguments=tuple(inspect.signature(model.forward).parameters))
     return own_(net, model) if copy else sharing(net, model)
 
 
@@ -131,7 +131,7 @@ def _captured(
         net = _parts(model, original, "as asked")
     else:
         net = _layers(model, original)
-    meta_of(net)["how"] = how.name
+    note(net, how=how.name)
     return net
 
 
@@ -211,7 +211,8 @@ def _parts(model: nn.Module, original: Original, why: str) -> nn.Module:
     deviation = difference(twin, original)
     if deviation.size > ROUNDING:
         raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {deviation.words}")
-    meta_of(twin)["read"], meta_of(twin)["asked"] = modules_read(twin, example_inputs)
+    read, asked = modules_read(twin, example_inputs)
+    note(twin, read=read, asked=asked)
     return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
 
 
@@ -228,14 +229,15 @@ def _layers(model: nn.Module, original: Original) -> nn.Module:
         raise CaptureError(
             f"{type(model).__name__} has no layer that holds a weight by itself: leave form=Form.LAYERS out"
         )
-    meta_of(twin)["read"], meta_of(twin)["asked"] = modules_read(twin, example_inputs)
+    read, asked = modules_read(twin, example_inputs)
+    note(twin, read=read, asked=asked)
     words = f", {len(own)} of them of the model's own making" if own else ""
     return _noted(twin, f"layer by layer: {len(own) + len(layers)} layers{words}, in a copy of the model itself")
 
 
 def _noted(net: nn.Module, words: str) -> nn.Module:
     """The net, with how it was captured in its meta."""
-    meta_of(net)["capture"] = words
+    note(net, capture=words)
     return net
 
 

@@ -288,8 +288,14 @@ def is_captured(module: nn.Module) -> bool:
 
 def meta_of(root: nn.Module) -> Meta:
     """What is known of a captured model (its plan, how it was captured); it survives ``deepcopy``."""
-    meta: Meta = root.meta if isinstance(root, Net) else vars(root).setdefault(_META, {})
+    meta: Meta = root.meta if isinstance(root, Net) else vars(root).get(_META, {})
     return meta
+
+
+def note(root: nn.Module, **facts: object) -> None:
+    """Add to what is known of a model, which makes it a captured one."""
+    meta: Meta = root.meta if isinstance(root, Net) else vars(root).setdefault(_META, {})
+    meta.update(facts)
 
 
 def forget_meta(root: nn.Module) -> None:

@@ -31,7 +31,7 @@ from ..phases import (
 )
 from ..rewrite import plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
-from ..tracing import meta_of, unwrap
+from ..tracing import meta_of, note, unwrap
 from .clock import Clock, StepHook, clock_of, refuse_processes
 from .factor_decay import factor_decay_
 from .facts import check_epoch, cost_of, rates_after, state_at, warn_of_rates
@@ -386,4 +386,4 @@ def resume_phases_(net: nn.Module, state: StateDict) -> None:
     if ranks:
         replan_(net, plan_of(net).with_ranks(ranks))
     enter_(net, last.phases)
-    meta_of(unwrap(net))[_RESUMED] = True
+    note(unwrap(net), **{_RESUMED: True})
