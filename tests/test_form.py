@@ -258,6 +258,58 @@ def test_activation_checkpoints_and_other_attention_work_in_every_phase() -> Non
         net.train()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_what_was_trained_with_checkpoints_is_cut_saved_loaded_and_exported(name: str, tmp_path: Path) -> None:
+    """Hugging Face puts a hook on the embeddings then, which stays; and a file gives no cache of keys and values."""
+    example = {"input_ids": IDS, "labels": IDS.clone()}
+    net = dr.transform(transformer(name), example, form=LAYERS, rank=dr.Ratio(0.25)).train()
+    net.gradient_checkpointing_enable()  # type: ignore[operator]
+    net(**example).loss.backward()
+    net.zero_grad()
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net)
+    expected = small(**example).logits
+    assert torch.equal(copy.deepcopy(small)(**example).logits, expected)
+    small.disable_input_require_grads()  # type: ignore[operator] # its hook is no function that pickle knows
+    torch.save(small, tmp_path / "small.pt")
+    for each in (copy.deepcopy(small), torch.load(tmp_path / "small.pt", weights_only=False)):
+        assert torch.equal(each(**example).logits, expected)
+    if name != "t5":
+        assert dr.export_onnx(small, {"input_ids": IDS}, tmp_path / "small.onnx").params > 0
+        assert small.config.use_cache
+
+
+def test_a_hook_on_a_layer_stays_and_is_refused_by_a_graph() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), torch.randn(2, 16)
+    calls: list[int] = []
+    for form in dr.Form:
+        net = dr.transform(model, (x,), form=form, rank=dr.Fixed(2))
+        net.get_submodule("0").register_forward_hook(lambda *_: calls.append(1))
+        if form is LAYERS:
+            dr.truncate(net, [x])(x)
+            assert calls[-1:] == [1]
+        else:
+            with pytest.raises(dr.PlanError, match=r"^0\.weight has a hook, which a graph without its sites"):
+                dr.truncate(net, [x])
+
+
+@pytest.mark.parametrize("wrong", ["layers", "layer", True, None])
+def test_what_is_no_form_is_refused(wrong: object) -> None:
+    with pytest.raises(dr.PlanError, match=r"is no form: give one of Form\.GRAPH, Form\.LAYERS"):
+        dr.transform(nn.Linear(8, 8), (torch.randn(2, 8),), form=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_language_model_of_keyword_arguments_has_roles() -> None:
+    example = {"input_ids": IDS, "labels": IDS.clone()}
+    model = transformer("llama").train()
+    model.get_submodule("model.norm").eval()
+    net = dr.transform(model, example, form=LAYERS, rank=dr.Ratio(0.25), leave=tuple(dr.Role))
+    assert (model.training, model.get_submodule("model.norm").training) == (True, False)
+    reasons = {each.name: each.reason for each in dr.plan_of(net).skipped}
+    assert reasons["model.embed_tokens.weight"] == dr.Role.STEM.value
+
+
 def test_a_timm_model_keeps_its_methods() -> None:
     import schemas  # noqa: F401
     import timm

@@ -348,6 +348,10 @@ def _in_evaluation(module: nn.Module) -> nn.Module:
             twin = shell(unwrap(module))
     except CaptureError as error:
         raise ExportError(f"{kind} cannot be copied ({reason(error)}): make it support copy.deepcopy") from error
+    for part in twin.modules():  # Hugging Face's: a file gives no cache of keys and values
+        config: object = getattr(part, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            vars(config)["use_cache"] = False
     try:
         twin.eval()
     except CaptureError as error:

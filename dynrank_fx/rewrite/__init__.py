@@ -3,12 +3,14 @@
 from .factorize import factorize, factorize_
 from .groups import SiteGroup, site_groups
 from .inline import holds_captured, inline, inline_
+from .loading import LOADED
 from .memory_format import in_format_of
 from .meta import a_twin, plan_of, set_plan, specialize_
 from .switched import STEM, Switched, switched_modules
 from .transform import transform
 
 __all__ = [
+    "LOADED",
     "STEM",
     "SiteGroup",
     "Switched",

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import PlanError
+from ..ops import has_hooks
 from ..phase import Phase
 from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, meta_of, set_submodule, unwrap
 from .layers import as_layers_, as_sequence
@@ -103,6 +104,7 @@ def _inlined(net: Net, holders: Counter[int] | None) -> fx.GraphModule:
     plain.graph.lint()
     plain.training = net.training
     if holders is not None:
+        _refuse_hooks(net)
         sites = {path for path, module in net.named_modules(remove_duplicate=False) if isinstance(module, Switched)}
         as_layers_(plain, sites, holders)
     return plain
@@ -201,6 +203,19 @@ def _replace(graph: fx.Graph, node: fx.Node, result: fx.Node, before: fx.Node) -
     graph.erase_node(node)
 
 
+_HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_"))]
+
+
+def _refuse_hooks(net: Net) -> None:
+    """What graphs call in a site's place has no hooks."""
+    hooked = [module.site for module in net.modules() if isinstance(module, Switched) and has_hooks(module)]
+    if hooked:
+        raise PlanError(
+            f"{hooked[0]} has a hook, which a graph without its sites would not run: remove the hook first, or "
+            "transform with form=Form.LAYERS, where it stays"
+        )
+
+
 def _open_untraced_sites(root: nn.Module, holders: Counter[int] | None) -> None:
     """Sites that untraced code calls become graphs of their own, of the one op; of layers, a sequence or one layer."""
     for name, module in list(root.named_modules()):
@@ -215,4 +230,7 @@ def _open_untraced_sites(root: nn.Module, holders: Counter[int] | None) -> None:
                 holder.register_buffer("base", module._buffers["base"])
             plain = fx.GraphModule(holder, graph)
             plain.training = module.training
-            set_submodule(root, name, plain if holders is None else as_sequence(plain, holders))
+            opened = plain if holders is None else as_sequence(plain, holders)
+            for hooks in _HOOKS:  # the very dictionaries: whoever put a hook there holds on to them
+                vars(opened)[hooks] = vars(module)[hooks]
+            set_submodule(root, name, opened)

@@ -16,11 +16,13 @@ from ..aliases import StateDict
 from ..errors import StoreError
 from ..ops import Shape
 from ..phase import Phase
-from ..tracing import is_captured, meta_of
+from ..tracing import is_captured, meta_of, note
 from .groups import site_groups
 from .memory_format import in_format_of
 from .meta import specialize_
 from .switched import Switched
+
+LOADED = "dynrank_loaded"  # in the meta of a net that weights of other phases were loaded into
 
 
 def follows_states_(root: nn.Module) -> None:
@@ -65,6 +67,8 @@ def follow_state(root: nn.Module, state: StateDict, prefix: str, *_: object) -> 
             _enter(modules[site], phase, rank)
             changed = True
     if changed:
+        if is_captured(root):
+            note(root, **{LOADED: True})
         _note_ranks(root, {site: rank for site, (_, rank) in settings.items()})
         specialize_(root)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Unpack
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..aliases import Output
+from ..checks import names_of
 from ..errors import CaptureError, DynrankWarning, PlanError
 from ..plan import Located, Plan, PlanChoices, PlanOptions, chosen, fit_plan, locate, plan_by
 from ..tracing import Capture, DynamicShapes, ExampleInputs, Form, capture, tensors_in
@@ -67,6 +69,8 @@ def transform(
     if plan is not None and (options is not None or choices):
         raise PlanError("a given plan says what is factored: leave out the options of planning beside it")
     settled = chosen(options, choices)
+    if not isinstance(form, Form):
+        raise PlanError(f"{form!r} is no form: give one of {names_of(Form)}")
     layers = form is Form.LAYERS or how is Capture.LAYERS
     if layers and settled.share_inputs:
         raise PlanError(
@@ -105,11 +109,12 @@ def _graph_of(
         return locate(capture(model, example_inputs, copy=False))
     way = Capture.EXPORT if how in (None, Capture.LAYERS) else how
     try:
-        graph = capture(_TensorsOnly(model), example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=False)
+        graph = capture(_tensors_only(model), example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=False)
     except CaptureError as error:
         if needed:
             warnings.warn(
-                f"the roles of the weights are not known, and none is left dense by its role: {error}",
+                "the roles of the weights are not known, and none is left dense by its role (name those by exclude): "
+                f"{error}",
                 DynrankWarning,
                 stacklevel=3,
             )
@@ -117,16 +122,23 @@ def _graph_of(
     return {name.removeprefix("model."): matrix for name, matrix in locate(graph).items()}
 
 
-class _TensorsOnly(nn.Module):
-    """A model that gives the tensors of what it gives: torch.export takes no cache of keys and values for an output."""
+def _tensors_only(model: nn.Module) -> nn.Module:
+    """A model that gives the tensors of what it gives: torch.export takes no cache of keys and values for an output. It
+    is called as the model is, and has the arguments of its forward, which torch.export goes by.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.train(model.training)
+    def forward(self: nn.Module, *args: Output, **kwargs: Output) -> list[Tensor]:
+        return list(tensors_in(self.get_submodule("model")(*args, **kwargs)))
 
-    def forward(self, *args: Output, **kwargs: Output) -> list[Tensor]:
-        return list(tensors_in(self.model(*args, **kwargs)))
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = inspect.signature(model.forward).parameters.values()
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    forward.__signature__ = inspect.Signature([first, *plain])  # type: ignore[attr-defined]
+    kind: type[nn.Module] = type(type(model).__name__, (nn.Module,), {"forward": forward})
+    wrapper = kind()
+    wrapper.add_module("model", model)
+    wrapper.training = model.training
+    return wrapper
 
 
 def _reasons(plan: Plan) -> str:

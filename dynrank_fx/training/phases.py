@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..aliases import StateDict
 from ..checks import check_schedule
-from ..errors import ScheduleError, StoreError, TransitionError
+from ..errors import DynrankWarning, ScheduleError, StoreError, TransitionError
 from ..phase import Phase, summary
 from ..phases import (
     Optimizers,
@@ -29,7 +30,7 @@ from ..phases import (
     randomize_,
     replan_,
 )
-from ..rewrite import plan_of, switched_modules
+from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import meta_of, note, unwrap
 from .clock import Clock, StepHook, clock_of, refuse_processes
@@ -122,7 +123,8 @@ class Phases:
         for each in self.optimizers:
             note_steps(each)
         self._hook = StepHook(self.optimizers, self._stepped)
-        self.step = 0
+        self.step, self._told = 0, False
+        meta_of(unwrap(net)).pop(LOADED, None)
         self.history: list[EpochRecord] = []
         self.transition = Transition(())
         self._by_itself = by_itself and clock.every is not None
@@ -153,7 +155,13 @@ class Phases:
     def _stepped(self) -> None:
         """After every optimizer step: the next tick, where it is time."""
         self.step += 1
+        if meta_of(unwrap(self.net)).pop(LOADED, False):
+            raise TransitionError(
+                "weights of other phases were loaded into the net after the optimizer was made, which does not train "
+                "them: make the optimizer, and Phases, after the weights are loaded"
+            )
         if not self._by_itself:
+            self._tell_where_nothing_begins()
             return
         if not self.history:
             raise ScheduleError(
@@ -163,6 +171,16 @@ class Phases:
         tick = len(self.history)
         if tick < self.clock.ticks and self.step >= self.clock.start(tick):
             self._begin(tick, stepped=True)
+
+    def _tell_where_nothing_begins(self) -> None:
+        if not self.history and not self._told:
+            self._told = True
+            warnings.warn(
+                "a step was made, and no epoch has begun: call phases.begin(epoch) at the start of each, or give "
+                "Phases the steps of an epoch",
+                DynrankWarning,
+                stacklevel=2,
+            )
 
     def _begin(self, tick: int, stepped: bool = False) -> EpochRecord:
         """stepped: right after an optimizer step, before the scheduler's."""

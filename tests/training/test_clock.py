@@ -294,3 +294,22 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     net = made()
     with pytest.raises(dr.TransitionError, match=r"2 processes train this model together, .* train in one process"):
         dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2)
+
+
+def test_weights_of_other_phases_that_are_loaded_under_way_are_told_at_the_next_step() -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
+    state = net.state_dict()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.LOW), steps=20)
+    net.load_state_dict(state)
+    with pytest.raises(dr.TransitionError, match="loaded into the net after the optimizer was made"):
+        optimizer.step()
+
+
+def test_epochs_that_nobody_begins_are_told_once() -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.LOW), epochs=3)
+    with pytest.warns(dr.DynrankWarning, match="no epoch has begun: call phases.begin"):
+        optimizer.step()
+    optimizer.step()
