@@ -11,9 +11,12 @@ from torch import Tensor
 
 from dynrank_fx.layouts import ChannelLayout, CPLayout, Factors, Layout, SpatialLayout, TuckerLayout, layout_for
 
+_RARE = ("3d", "unbatched", "gathered", "one of a stack", "broadcast", "circular")  # for make fuzz
+
 
 def _param(layout: Layout, name: str, case: OpCase) -> Any:
-    return pytest.param(layout, case, id=f"{name}-{layout.name}")
+    marks = [pytest.mark.fuzz] if any(word in name for word in _RARE) else []
+    return pytest.param(layout, case, id=f"{name}-{layout.name}", marks=marks)
 
 
 TWO_FACTORS = [_param(layout_for(case.op), name, case) for name, case in (PRODUCTS | EMBEDDINGS).items()] + [

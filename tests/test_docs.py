@@ -173,7 +173,9 @@ def test_other_commands_of_a_page_name_what_is_there(name):
         for program, *words in block.commands:
             assert program in ("dynrank-fx", "make", "pip"), f"{name}:{block.line}: {program}"
             assert program != "make" or re.search(rf"^{words[0]}:", makefile, re.M), words
-    for script in re.findall(r"`(?:python )?((?:samples|benchmarks|tests|dynrank_fx|cli)/[\w/.-]+)", TEXTS[name]):
+    for script in re.findall(
+        r"`(?:python )?((?:samples|benchmarks|tests|dynrank_fx|cli)/[\w/.-]+)(?![\w/.:-])", TEXTS[name]
+    ):
         assert (ROOT / script).exists(), f"{name}: {script}"
 
 

@@ -26,7 +26,18 @@ HARD = {
     ("transformers", "vilt"): 0.8,  # branches on data
     ("transformers", "mamba"): 0.9,  # a scan over the sequence
 }
-LONG = ("densenet121 memory_efficient=True", "mamba", "mixtral", "swin", "t5", "vilt", "wav2vec2")
+LONG = (
+    "densenet121 memory_efficient=True",
+    "mamba",
+    "mixtral",
+    "swin",
+    "t5",
+    "vilt",
+    "wav2vec2",
+    "gpt2",
+    "bloom",
+    "mobilenet_v3_small",
+)
 
 
 @functools.cache

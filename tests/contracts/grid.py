@@ -120,12 +120,12 @@ CELLS = tuple(
 )
 
 
-def cells(which: Callable[[Cell], bool] = lambda cell: True, every_day: Sequence[Cell] = CELLS) -> Any:
+def cells(which: Callable[[Cell], bool] = lambda cell: True, every_day: Sequence[Cell] | None = None) -> Any:
     """The decorator of a test of ``cell``. which: a rule that leaves cells out, its reason said where it is given.
-    every_day: the cells that every test run takes; the others are for ``make fuzz``.
+    every_day: the cells that every test run takes, by default LAYOUTS; the others are for ``make fuzz``.
     """
     chosen = [
-        pytest.param(cell, id=str(cell), marks=() if cell in every_day else pytest.mark.fuzz)
+        pytest.param(cell, id=str(cell), marks=() if cell in (every_day or LAYOUTS) else pytest.mark.fuzz)
         for cell in CELLS
         if which(cell)
     ]

@@ -141,7 +141,9 @@ def test_files_with_their_weights_beside_them_are_compared_inside_too() -> None:
     assert sorted(path.name for path in Path().iterdir()) == before, "nothing is left in the folder"
 
 
-@pytest.mark.parametrize("layout", CONV_LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [*CONV_LAYOUTS[::3], *(pytest.param(each, marks=pytest.mark.fuzz) for each in CONV_LAYOUTS[1:3])]
+)
 def test_factors_of_every_layout_are_of_their_weights_site(layout: Any) -> None:
     """At a rank that keeps nearly nothing, so that the site differs, and behind one that does not."""
     torch.manual_seed(0)

@@ -197,6 +197,7 @@ def test_transform_takes_one_copy_of_the_weights_or_none(how, copies, limit):
     assert copies * weights <= most <= limit * weights
 
 
+@pytest.mark.fuzz
 def test_truncate_and_enter_take_their_result_and_little_more():
     net = dr.transform(Deep(), SMALL, rank=dr.Ratio(0.25))
     weights = sum(p.nbytes for p in net.parameters())
