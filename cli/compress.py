@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -123,7 +122,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     check_export(out, arguments, options["provider"])
     element = "float16" if options["precision"] == "float16" else "float32"
     net, file = _opened(source, options["model_file"], options["weights"])
-    tell = _teller(as_json)
+    tell = _teller()
     tell("looking at the model and its data")
     if out.suffix == ".onnx":
         check_model(out, net, file, arguments)
@@ -172,13 +171,12 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     click.echo(json.dumps({**result.to_json(), "warnings": warnings, "file": written}, indent=1) if as_json else said)
 
 
-def _teller(as_json: bool) -> Callable[[str], None]:
-    """Prints what is being done, with the seconds so far; nothing where a program reads the result."""
+def _teller() -> Callable[[str], None]:
+    """Prints what is being done on stderr, with the seconds so far."""
     started = time.monotonic()
 
     def tell(sentence: str) -> None:
-        if not as_json or sys.stdout.isatty():
-            click.echo(f"[{time.monotonic() - started:4.0f} s] {sentence}", err=True)
+        click.echo(f"[{time.monotonic() - started:4.0f} s] {sentence}", err=True)
 
     return tell
 

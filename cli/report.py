@@ -16,6 +16,7 @@ from .runs import RUN_FILE, read_run_file
 
 if TYPE_CHECKING:
     from dynrank_fx.report import About
+    from dynrank_fx.schedules import EpochRecord
 
 
 @click.command()
@@ -48,7 +49,6 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
 
 def _about(run: Path, info: JsonObject, against: Path | None) -> About:
     from dynrank_fx.report import About
-    from dynrank_fx.training import history_in, read_run
 
     noted: JsonObject = {"options": {}, "model_file": "MODEL.PY"}
     if (run / RUN_FILE).exists():
@@ -60,5 +60,24 @@ def _about(run: Path, info: JsonObject, against: Path | None) -> About:
     words = ["dynrank-fx", "export", str(run), "-o", f"{model_file.stem}.onnx"]
     if epochs is not None and info["epoch"] < epochs:
         words = ["dynrank-fx", "train", str(model_file), "--out", str(run), "--resume"]
-    dense = (against.name, history_in(read_run(against)[1])) if against is not None else None
+    dense = None if against is None else (against.name, _dense_history(against, info))
     return About(epochs, noted.get("metric", "metric"), facts, dense, shlex.join(words))
+
+
+def _dense_history(against: Path, info: JsonObject) -> list[EpochRecord]:
+    """The history of a dense run of the same model. Raises StoreError for any other."""
+    from dynrank_fx.errors import StoreError
+    from dynrank_fx.phase import Phase
+    from dynrank_fx.training import history_in, plan_in, read_run
+
+    _, other = read_run(against)
+    history = history_in(other)
+    own, its = (plan_in(each).total_params for each in (info, other))
+    if own != its:
+        raise StoreError(
+            f"{against} is a run of another model, of {its:,} parameters where this one has {own:,}: give a dense run "
+            "of the same"
+        )
+    if any(phase is not Phase.FULL for record in history for phase in record.phases.values()):
+        raise StoreError(f"{against} did not train dense all the time: give a run that was made with --schedule full")
+    return history

@@ -148,7 +148,7 @@ class Candidates:
         twin = a_twin(self.net)
         cuts = apply_ranks_(twin, ranks, self.known, data if sequential else None)
         module = inline_(twin, layers=True)
-        if data is not None and any(cut.error > 0 for cut in cuts):
+        if data is not None and any(cut.loses for cut in cuts):
             recalibrate_(module, data, like=self.dense)
         return Candidate(module, tuple(cuts))
 

@@ -16,7 +16,6 @@ from .truncation import Cut, cut_plainly
 
 NOISE = 0.02
 """A ratio of times so near to 1 is not slower."""
-_NOTHING = 1e-4  # the change of a weight that is rounding
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def compressed(
 
 def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, untimed: str) -> tuple[str, ...]:
     notes = [f"{sentence}." for sentence in cut_plainly(cuts)]
-    lossy = {cut.site for cut in cuts if cut.error > _NOTHING}
+    lossy = {cut.site for cut in cuts if cut.loses}
     scarce = [] if known is None else [name for name in known.scarce if name in lossy]
     if scarce:
         fewest = min(known.covariances[name].count for name in scarce) if known else 0
@@ -123,7 +122,7 @@ def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, u
             f"{fewest} outputs): give more batches."
         )
     dense = [cut for cut in cuts if cut.rank is None]
-    kept = [cut for cut in cuts if cut.rank is not None and cut.error <= _NOTHING]
+    kept = [cut for cut in cuts if cut.rank is not None and not cut.loses]
     if kept and len(kept) + len(dense) == len(cuts):
         notes.append(
             f"Nothing is lost: {len(kept)} of {len(cuts)} weights are of low rank already, and stay at that rank, "

@@ -276,7 +276,7 @@ class _Search:
         """The best cut by a policy, recovered if that is asked for and anything was lost."""
         cut, data = self.candidates.best(policy, margin), self.candidates.data
         own_(cut.module, self.candidates.net)
-        if data is not None and self.recover_steps and any(site.error > 0 for site in cut.cuts):
+        if data is not None and self.recover_steps and any(site.loses for site in cut.cuts):
             self.candidates.tell(f"fine-tuning the result for {self.recover_steps} steps")
             recover_(cut.module, self.candidates.dense, data, self.recover_steps, loss=self.loss)
         return cut

@@ -20,6 +20,7 @@ from .batches import checked_batches
 from .calibration import calibrate
 from .covariance import Calibration
 
+_NOTHING = 1e-4  # the change of a weight that is rounding
 _ROUNDING = 1e-5  # of a mean output: what a cut that loses nothing seems to take of it
 
 
@@ -38,6 +39,11 @@ class Cut:
     rank: int | None
     error: float = 0.0
     why: str = ""
+
+    @property
+    def loses(self) -> bool:
+        """Whether the weight is another by more than rounding."""
+        return self.error > _NOTHING
 
 
 def truncate(

@@ -63,6 +63,12 @@ def bench_onnx(
         raise ExportError("a CUDA graph is of one batch size: give one alone")
     files = [Path(path), *([Path(against)] if against is not None else [])]
     opened = [session(file, providers) for file in files]
+    sizes = [{spec.name: len(spec.shape) for spec in each.get_inputs()} for each in opened]
+    if any(list(each.values()) != list(sizes[0].values()) for each in sizes):
+        raise ExportError(
+            f"{files[0]} takes inputs with these numbers of dimensions: {sizes[0]}, and {files[1]} {sizes[1]}: they "
+            "are of two models"
+        )
     rows = table_rows(loaded(files[0]))
     timings = []
     for batch in _batches(opened[0], batch_sizes):

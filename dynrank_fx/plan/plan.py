@@ -199,6 +199,7 @@ class Plan:
 
 def _for_people(capture: str) -> str:
     """How the model became a graph, without why not otherwise, which names classes and lines of code."""
+    capture, apart, untrained = capture.partition(" Training was not compared")
     how, *why = re.split(r": (?!\d)", capture, maxsplit=1)  # before a number it is a rounding, and no reason
     how = (
         how.replace(", as asked", "")
@@ -206,7 +207,8 @@ def _for_people(capture: str) -> str:
         .replace("by torch.export", "as one graph, by torch.export")
     )
     asked = not why or why[0].strip() == "as asked"
-    return how if asked else f"{how} (plan.json says why not otherwise)"
+    how = how if asked else f"{how} (plan.json says why not otherwise)"
+    return f"{how}.{apart}{untrained}" if apart else how
 
 
 def _table_row(row: PlannedSite) -> tuple[str, ...]:

@@ -67,13 +67,13 @@ def write_page(
     if ranked:
         parts += [
             _picture("Effective rank of every site", rank_map(history, limits)),
-            _picture("Effective rank over the epochs", rank_curves(history)),
+            _picture(f"Effective rank over the {history[0].unit}s", rank_curves(history)),
         ]
     spectra = switch_spectra(history)
     if spectra is not None:
         parts.append(_picture("Spectra before and after the last cut", spectra))
     parts += [
-        _picture("Loss and metric, by epochs and by compute", losses(history, about.metric)),
+        _picture(f"Loss and metric, by {history[0].unit}s and by compute", losses(history, about.metric)),
         _decisions(history),
         _sites(history, plan, limits),
         _facts(about),
@@ -87,7 +87,8 @@ def verdict(history: Sequence[EpochRecord], plan: Plan, about: About) -> list[st
     last, done = history[-1], len(history)
     of = f" of {about.epochs}" if about.epochs is not None and about.epochs != done else ""
     sentences = [
-        f"{done}{of} epoch{'s' if done > 1 else ''} cost {last.spent / done:.1%} of the compute of as many dense ones."
+        f"{done}{of} {last.unit}{'s' if done > 1 else ''} cost {last.spent / done:.1%} of what dense training costs "
+        "in as many."
     ]
     small = f"{plan.low_params / max(plan.total_params, 1):.1%} of the dense model's parameters"
     reached, cut = _reached(history), last.truncated.get("eval_metric")
@@ -118,8 +119,8 @@ def _beside_dense(reached: float | None, about: About) -> str:
     gap = reached - dense
     points = f"{100 * abs(gap):.2f} points" if 0 <= min(reached, dense) <= max(reached, dense) <= 1 else score(abs(gap))
     more = "as much" if score(reached) == score(dense) else f"{points} {'more' if gap > 0 else 'less'}"
-    epochs = f"{len(history)} epoch{'s' if len(history) > 1 else ''}"
-    return f"The dense run {name} reached {score(dense)} in {epochs}: this one has {more}."
+    epochs = f"{len(history)} {history[0].unit}{'s' if len(history) > 1 else ''}"
+    return f"The dense run ({name}) reached {score(dense)} in {epochs}: this one has {more}."
 
 
 def _reached(history: Sequence[EpochRecord]) -> float | None:
@@ -180,10 +181,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _summary(history: Sequence[EpochRecord], plan: Plan, metric: str) -> str:
     last, epochs = history[-1], len(history)
     rows: list[tuple[str, str]] = [
-        ("epochs", str(epochs)),
-        ("training compute, of as many dense epochs", f"{last.spent / epochs:.1%}"),
+        (f"{last.unit}s", str(epochs)),
+        (f"training compute, of as many dense {last.unit}s", f"{last.spent / epochs:.1%}"),
         ("training time", f"{sum(record.seconds or 0 for record in history):.0f} s"),
-        ("time of a step, median of the last epoch", f"{1e3 * (last.step_seconds or 0):.1f} ms"),
+        (f"time of a step, median of the last {last.unit}", f"{1e3 * (last.step_seconds or 0):.1f} ms"),
         ("parameters, dense", f"{plan.total_params:,}"),
         ("parameters, truncated", f"{plan.low_params:,} ({plan.low_params / max(plan.total_params, 1):.1%})"),
     ]
@@ -215,7 +216,7 @@ def _decisions(history: Sequence[EpochRecord]) -> str:
             lost = f"moves weights by up to {max(errors):.2g} of their norm" if errors else ""
             rows.append((record.epoch + 1, record.phase, lost, "; ".join(grouped(record.reasons, record.phases))))
         before = record.phase
-    return "<h2>Switches and decisions</h2>\n" + _table(("epoch", "phase", "the cut", "why"), rows)
+    return "<h2>Switches and decisions</h2>\n" + _table((history[0].unit, "phase", "the cut", "why"), rows)
 
 
 def grouped(reasons: Sequence[str], sites: Iterable[str]) -> list[str]:

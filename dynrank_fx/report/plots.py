@@ -47,7 +47,7 @@ def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
     loss = known(record.loss for record in history)
     losses.plot(epochs, loss, color="#333333", marker="o", markersize=3, label="loss")
     losses.set_ylabel("training loss")
-    losses.set_xlabel("epoch")
+    losses.set_xlabel(history[0].unit)
     whole_epochs(losses)
     if history[-1].eval_metric is not None:
         metric = losses.twinx()
@@ -104,7 +104,11 @@ def explain_shades(figure: Figure, history: Sequence[EpochRecord]) -> None:
     from matplotlib.patches import Patch
 
     seen = {phase for record in history for phase in record.phases.values()}
-    bands = [Patch(color=c, alpha=0.5, label=f"{phase.name} epochs") for phase, c in _SHADE.items() if phase in seen]
+    bands = [
+        Patch(color=c, alpha=0.5, label=f"{phase.name} {history[0].unit}s")
+        for phase, c in _SHADE.items()
+        if phase in seen
+    ]
     figure.legend(handles=bands, loc="outside upper right", fontsize=8, frameon=False, ncols=3)
 
 

@@ -31,7 +31,7 @@ def rank_map(history: History, limits: Mapping[str, int]) -> Figure:
     axes.set_yticks(range(len(sites)), [site.removesuffix(".weight") for site in sites], fontsize=7)
     marks = range(0, len(history), -(-len(history) // 24))
     axes.set_xticks(marks, [str(history[i].epoch + 1) for i in marks], fontsize=7)
-    axes.set_xlabel("epoch (a dot: the site was FULL)")
+    axes.set_xlabel(f"{history[0].unit} (a dot: the site was FULL)")
     figure.colorbar(image, ax=axes, label="effective rank / full rank")
     return figure
 
@@ -50,7 +50,7 @@ def rank_curves(history: History) -> Figure:
         axes.plot(epochs, values, linewidth=1, color=colour_of(index, len(sites)), label=label)
     mean = [sum(record.effective_rank.values()) / len(sites) for record in history]
     axes.plot(epochs, mean, linewidth=2.2, color="black", label="mean")
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(history[0].unit)
     whole_epochs(axes)
     axes.set_ylabel("effective rank")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
@@ -77,7 +77,7 @@ def switch_spectra(history: History) -> Figure | None:
             at = [(i + 1) / len(values) for i in range(len(values))]
             axes.plot(at, [max(v / top, 1e-4) for v in values], style, linewidth=1.3, label=label)
         axes.set_yscale("log")
-        axes.set_title(f"{site.removesuffix('.weight')}, epoch {epoch + 1}", fontsize=7)
+        axes.set_title(f"{site.removesuffix('.weight')}, {history[0].unit} {epoch + 1}", fontsize=7)
         axes.tick_params(labelsize=6)
     for axes in list(grid.flat)[len(shown) :]:
         axes.set_visible(False)
@@ -111,8 +111,8 @@ def losses(history: History, metric: str) -> Figure:
     shade_phases(low_left, history)
     explain_shades(figure, history)
     top_left.set_ylabel("loss")
-    low_left.set_xlabel("epoch")
+    low_left.set_xlabel(history[0].unit)
     for axes in (top_left, low_left):
         whole_epochs(axes)
-    low_right.set_xlabel("compute, in epochs of dense training")
+    low_right.set_xlabel(f"compute, in {history[0].unit}s of dense training")
     return figure

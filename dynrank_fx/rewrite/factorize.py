@@ -80,7 +80,7 @@ def _tell_ties(net: nn.Module) -> None:
             continue
         more = {}
         for name, source in ties.items():
-            path = str(name).removesuffix(".weight")
+            path = str(name).removesuffix(".weight").removesuffix(".bias")
             more[rf"{path}\.({_HELD})(\.weight|\.bias)?$"] = str(source)
         vars(holder)["_tied_weights_keys"] = {**ties, **more}
 

@@ -135,7 +135,8 @@ def _uses(reads: Sequence[_Read]) -> dict[str, list[_Use]]:
                 call = call_of(node, weight, view, view.shape(read.shape))
                 if call is not None:
                     uses.setdefault(read.layer_path, []).append(_Use(read, weight, view, node, call))
-    return uses
+    # The first decides what the layer is: one that holds the weight as it is, where there is one.
+    return {path: sorted(some, key=lambda use: not keeps_weight(use.call.op)) for path, some in uses.items()}
 
 
 def _is_layer(read: _Read, call: Call) -> bool:

@@ -75,6 +75,11 @@ class EpochRecord:
     more: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def unit(self) -> str:
+        """What it is of the run: an ``epoch``, or a ``tick`` of a run that is counted in steps."""
+        return "epoch" if self.step is None else "tick"
+
+    @property
     def phase(self) -> str:
         """The phase of all sites, or how many are in which: ``FULL``, ``1 FULL 3 LOW``."""
         return summary(self.phases.values())

@@ -18,7 +18,7 @@ from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
 from .inputs import DynamicShapes, ExampleInputs, split_inputs
 from .modules import capture_layers, capture_parts, modules_read
-from .net import Net, copy_graph, copy_tree, finished, is_captured, note, untraced, unwrap
+from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, note, untraced, unwrap
 from .shell import own_, same_parameters, sharing, shell
 from .symbolic import closed_functions, closed_layers, trace_symbolically
 
@@ -105,7 +105,11 @@ def capture(
         net = _noted(adopted, f"as the given graph{fixed_sizes(adopted)}")
     else:
         _refuse(model)
-        net = _captured(model, Original(model, example_inputs), dynamic_shapes, how)
+        original = Original(model, example_inputs)
+        net = _captured(model, original, dynamic_shapes, how)
+        if original.untrained:
+            why = f"Training was not compared, since the model does not train on the example: {original.untrained}"
+            _noted(net, f"{meta_of(net)['capture']} {why.removesuffix('.')}.")
         with contextlib.suppress(ValueError):  # a forward that Python cannot look into
             note(net, arguments=tuple(inspect.signature(model.forward).parameters))
     return own_(net, model) if copy else sharing(net, model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,7 @@ class Original:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
         self.example_inputs = example_inputs
+        self.untrained = ""  # why it does not train on the example, once that has been tried
         self._model = shell(model)
         self._lost: list[str] = []
 
@@ -70,12 +71,16 @@ class Original:
 
     @cached_property
     def trained(self) -> Effect | None:
-        """None where the model does not train on the example: a batch norm over one row, say."""
+        """None where the model does not train on the example: a batch norm over one row, say. Then ``untrained`` says
+        why.
+        """
         assert self.example_inputs is not None
         for inputs_train in (True, False):  # some models refuse inputs that need a gradient
             watch = self._watch if inputs_train else None
-            with suppress(Exception):  # no business of a net
+            try:
                 return effect(self._model, self.example_inputs, mode=True, inputs_train=inputs_train, watch=watch)
+            except Exception as error:  # of the model's own forward and backward
+                self.untrained = first_line(error)
         return None
 
     @property

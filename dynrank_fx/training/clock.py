@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -87,18 +88,12 @@ class StepHook:
     def __init__(self, optimizers: Sequence[Optimizer], then: Callable[[], None]) -> None:
         self._then = then
         self._done = {id(optimizer): 0 for optimizer in optimizers}
-        self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
-        self._handles: list[RemovableHandle] = []
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before))
-            self._handles.append(optimizer.register_step_post_hook(self._after))
-
-    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._depth += 1
+            _refuse_second(optimizer)
+        self._handles: list[RemovableHandle] = [each.register_step_post_hook(self._after) for each in optimizers]
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._depth -= 1
-        if self._depth:
+        if is_nested(optimizer):
             return
         before = min(self._done.values())
         self._done[id(optimizer)] += 1
@@ -109,6 +104,26 @@ class StepHook:
         """Take the hooks off the optimizers."""
         for handle in self._handles:
             handle.remove()
+
+
+def _refuse_second(optimizer: Optimizer) -> None:
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), StepHook):
+            raise TransitionError(
+                "this optimizer has Phases already, and two would undo each other's switches: call remove() of the "
+                "first, or make net and optimizer anew"
+            )
+
+
+def is_nested(optimizer: Optimizer) -> bool:
+    """Whether the hook that asks runs for a step within a step: where a subclass calls its base's step, torch runs the
+    hooks for both. The stack tells, whatever became of earlier steps.
+    """
+    frame, steps = sys._getframe(1), 0
+    while frame is not None:
+        steps += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer  # of torch, around step
+        frame = frame.f_back  # type: ignore[assignment]
+    return steps > 1
 
 
 def refuse_processes(count: int | None = None) -> None:

@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import is_whole
 from ..errors import TransitionError
+from .clock import is_nested
 
 
 class Rewarm:
@@ -29,8 +30,7 @@ class Rewarm:
         if not is_whole(steps):
             raise TransitionError(f"a learning rate cannot re-warm over {steps!r} steps; give 0 or more")
         self._optimizer = optimizer
-        self._depth = 0  # torch runs the hooks again where a subclass calls its base's step
-        self._rates: list[float | Tensor] = []
+        self._rates: list[tuple[float | Tensor, float | Tensor]] = []  # of each group, within a step: set, and scaled
         self._pre: RemovableHandle | None = None
         # This one stays until stop(): torch is walking through those that come after a step when it ends, or restarts.
         self._post = optimizer.register_step_post_hook(self._after)
@@ -48,25 +48,28 @@ class Rewarm:
             self._pre = self._optimizer.register_step_pre_hook(self._before)
 
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        self._depth += 1
-        if self._depth > 1:
+        if is_nested(optimizer):
             return
+        self._restore(optimizer)  # after a step that raised
         factor = (self.steps - self.left + 1) / self.steps
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
+        self._rates = [(group["lr"], group["lr"] * factor) for group in optimizer.param_groups]
+        for group, (_, scaled) in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = scaled
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if not self._depth:
+        if not self._rates or is_nested(optimizer):
             return
-        self._depth -= 1
-        if self._depth:
-            return
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
+        self._restore(optimizer)
         self.left -= 1
         if self.left <= 0:
             self._end()
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        """The rates that were set, unless somebody has set others since."""
+        for group, (rate, scaled) in zip(optimizer.param_groups, self._rates, strict=False):
+            if group["lr"] is scaled:
+                group["lr"] = rate
+        self._rates = []
 
     def _end(self) -> None:
         if self._pre is not None:

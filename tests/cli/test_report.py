@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_the_verdict_the_next_command_and_how_it_was_made(write: Run, run: Run, 
     run("train", "model.py", "--no-compile", "--epochs", "1", "--schedule", "full", "--seed", "3", "--out", "d")
     result = run("report", "r", "--against", "d")
     assert result.stdout.startswith("2 epochs cost ")
-    assert "The dense run d reached " in result.stdout
+    assert "The dense run (d) reached " in result.stdout
     data = json.loads(run("report", "r", "--json").stdout)
     assert data["next"] == "dynrank-fx export r -o model.onnx"
     assert data["verdict"][1].startswith("The held-out accuracy is ")
@@ -47,3 +48,19 @@ def test_the_verdict_the_next_command_and_how_it_was_made(write: Run, run: Run, 
     for fact in ("Auto(", "SGD", "<td>seed</td>", "<td>torch</td>", "model.py"):
         assert fact in page
     assert "there is no folder gone" in refused("report", "r", "--against", "gone")
+    run("train", "model.py", "--no-compile", "--epochs", "2", "--schedule", "interleave", "--low", "1", "--out", "low")
+    assert "low did not train dense all the time: give a run" in refused("report", "r", "--against", "low")
+    wider = (folder / "model.py").read_text().replace("nn.Linear(256, 32)", "nn.Linear(256, 40)")
+    (folder / "other.py").write_text(wider.replace("nn.Linear(32, 8)", "nn.Linear(40, 8)"))
+    run("train", "other.py", "--no-compile", "--epochs", "1", "--schedule", "full", "--leave", "none", "--out", "o")
+    assert re.search(
+        r"o is a run of another model, of [\d,]+ parameters where", refused("report", "r", "--against", "o")
+    )
+
+
+def test_a_run_in_steps_is_told_in_ticks(write: Run, run: Run, folder: Path) -> None:
+    run("train", write(), "--no-compile", "--steps", "6", "--out", "s")
+    assert run("report", "s").stdout.startswith("6 ticks cost ")
+    page = (folder / "s" / "report.html").read_text()
+    assert "<td>ticks</td>" in page
+    assert "by ticks and by compute" in page

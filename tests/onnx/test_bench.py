@@ -102,3 +102,10 @@ def test_the_machine_is_told_with_the_threads(monkeypatch: pytest.MonkeyPatch) -
     for said, words in (("1", ", 1 thread; "), ("4", ", 4 threads; "), ("", ", its own number of threads; ")):
         monkeypatch.setenv("OMP_NUM_THREADS", said)
         assert words in onnx_machine()
+
+
+def test_a_file_of_other_inputs_is_no_other_to_be_faster_than(tmp_path: Path) -> None:
+    dr.export_onnx(nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "flat.onnx")
+    dr.export_onnx(nn.Conv2d(3, 4, 1), torch.randn(2, 3, 5, 5), tmp_path / "picture.onnx")
+    with pytest.raises(dr.ExportError, match="they are of two models"):
+        bench_onnx(tmp_path / "flat.onnx", tmp_path / "picture.onnx", batch_sizes=(1,), repeats=5, warmup=1)

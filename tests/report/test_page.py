@@ -163,13 +163,13 @@ def test_the_page_opens_with_a_verdict_and_the_next_command(tmp_path):
     text = page(run, tmp_path / "r.html", about=about)
     cost, reached, beside = verdict(run.history, dr.plan_of(run.net), about)
     last, plan = run.history[-1], dr.plan_of(run.net)
-    assert cost == f"4 of 6 epochs cost {last.spent / 4:.1%} of the compute of as many dense ones."
+    assert cost == f"4 of 6 epochs cost {last.spent / 4:.1%} of what dense training costs in as many."
     small = f"{plan.low_params / plan.total_params:.1%} of the dense model's parameters"
     assert reached.startswith(f"The held-out accuracy is {last.eval_metric:.2%}")
     assert reached.endswith(f"{small}.")
     gap = last.eval_metric - dense.history[-1].eval_metric
     assert beside.startswith(
-        f"The dense run dense-run reached {dense.history[-1].eval_metric:.2%} in 4 epochs: this one "
+        f"The dense run (dense-run) reached {dense.history[-1].eval_metric:.2%} in 4 epochs: this one "
     )
     assert (f"{100 * abs(gap):.2f} points {'more' if gap > 0 else 'less'}" if round(gap, 4) else "as much") in beside
     opening = (tmp_path / "r.html").read_text().partition("<h2>")[0]

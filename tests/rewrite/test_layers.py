@@ -126,3 +126,21 @@ def test_dynamic_quantisation_finds_every_layer(how: dr.Capture) -> None:
     with torch.no_grad():
         error = (quantized(ids) - small(ids)).norm() / small(ids).norm()
     assert float(error) < 0.05
+
+
+def test_one_weight_read_by_an_embedding_and_a_head_keeps_its_factors_in_layers() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(40, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(F.embedding(ids, self.embed.weight).sin(), self.embed.weight)
+
+    ids = torch.randint(40, (3, 5))
+    net = dr.transform(Functional(), (ids,), rank=dr.Fixed(2)).eval()
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net)
+    assert torch.equal(small(ids), net(ids))
+    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in net.parameters())
+    assert isinstance(small.get_submodule("embed.right"), nn.Linear)  # of the head; the embedding multiplies by it

@@ -623,3 +623,12 @@ def test_an_export_that_computes_something_else_is_not_taken_and_rounding_is_sai
         dr.capture(Traced(1e-2), (x,), how=dr.Capture.EXPORT)
     close = dr.capture(Traced(1e-6), (x,))
     assert "by torch.export (off by rounding: " in dr.make_plan(close, dr.Fixed(2), (x,)).capture
+
+
+def test_a_model_that_does_not_train_on_the_example_is_said_not_to_be_compared() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    plan = dr.plan_of(dr.transform(model, (torch.randn(1, 8),), rank=dr.Fixed(2)))
+    said = "Training was not compared, since the model does not train on the example: ValueError: Expected more than 1"
+    assert said in plan.capture
+    assert f"captured    as one graph. {said}" in str(plan)
+    assert "not compared" not in dr.plan_of(dr.transform(model, (torch.randn(2, 8),), rank=dr.Fixed(2))).capture

@@ -313,3 +313,42 @@ def test_epochs_that_nobody_begins_are_told_once() -> None:
     with pytest.warns(dr.DynrankWarning, match="no epoch has begun: call phases.begin"):
         optimizer.step()
     optimizer.step()
+
+
+def test_a_step_that_raises_does_not_stop_the_clock_or_keep_a_rate() -> None:
+    """As of a loop that goes on after it has run out of memory."""
+
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            if self.fails:
+                raise MemoryError("none left")
+            return super().step(closure)  # torch runs the hooks for both
+
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
+    optimizer = Failing(net.parameters(), lr=0.1)
+    phases = dr.Phases(net, optimizer, dr.schedules.interleave(low=1, full=1), steps=8, every=2, rewarm=3)
+    rates = []
+    for number in range(8):
+        optimizer.fails = True
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        optimizer.fails = False
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert phases.step == number + 1
+    assert [record.phase for record in phases.history] == ["LOW", "FULL", "LOW", "FULL"]
+    assert rates == [0.1] * 8
+
+
+def test_an_optimizer_has_one_phases() -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    first = dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.LOW), steps=20)
+    with pytest.raises(dr.TransitionError, match="this optimizer has Phases already"):
+        dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.FULL), steps=20)
+    assert set(dr.phases_of(net).values()) == {dr.Phase.LOW}
+    first.remove()
+    dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.FULL), steps=20)
+    assert set(dr.phases_of(net).values()) == {dr.Phase.FULL}
