@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.rewrite import switched_modules
@@ -43,3 +43,14 @@ def assert_same(net: nn.Module, optimizer: torch.optim.Optimizer, before: tuple[
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in net.parameters()}
+
+
+class Pair(nn.Module):
+    """Two layers that read one input, and may share a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x)[:, :12] * self.b(x)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from ..errors import TransitionError
+from ..phases import averages_in
 from ..rewrite import switched_modules
 from ..schedules import EpochRecord, Schedule
 from ..tracing import is_captured
@@ -34,10 +34,10 @@ class PhasesHolder:
         schedule: Schedule,
         *,
         every: int | None = None,
-        averages: Sequence[object] = (),
+        averages: object = (),
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
-        self.schedule, self.every, self.averages = schedule, every, tuple(averages)
+        self.schedule, self.every, self.averages = schedule, every, averages_in(averages)
         self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None
 

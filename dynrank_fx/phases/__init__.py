@@ -1,6 +1,6 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
-from .averages import copy_factors_
+from .averages import averages_in, copy_factors_
 from .carry import Carry, checked_carry
 from .checkpoint import how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .gradients import forget_steps, note_steps
@@ -16,6 +16,7 @@ __all__ = [
     "Optimizers",
     "RankUnit",
     "Transition",
+    "averages_in",
     "checked_carry",
     "copy_factors_",
     "enter_",

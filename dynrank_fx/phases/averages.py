@@ -29,11 +29,17 @@ _STEPS = 50  # of conjugate gradients, for one factor of Tucker or CP
 _LITTLE = 1e-6  # λ, in parts of the largest entry on the diagonal of A Aᵀ
 
 
-def averages_of(averages: Sequence[object], net: nn.Module) -> list[nn.Module]:
+def averages_in(given: object) -> tuple[object, ...]:
+    """The averages in what a caller gave: one, or several in a list."""
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+
+def averages_of(given: object, net: nn.Module) -> list[nn.Module]:
     """The modules that hold the averaged weights: what is given, or its ``module``.
 
     Raises TransitionError for what is no average of the net, and for one that was left behind at a switch.
     """
+    averages = averages_in(given)
     modules = [each if isinstance(each, nn.Module) else getattr(each, "module", None) for each in averages]
     sites = switched_modules(net)
     for average, module in zip(averages, modules, strict=True):

@@ -79,7 +79,7 @@ def enter_(
     setting: Setting,
     optimizer: Optimizers | None = None,
     *,
-    averages: Sequence[object] = (),
+    averages: object = (),
     carry: Carry = Carry.MOVE,
     split: Split | None = None,
 ) -> Transition:
@@ -99,7 +99,7 @@ def enter_(
             name keep theirs.
         optimizer: The optimizer over the net's parameters, if there is one, or all of them. New parameters go to the
             optimizer and the group of those that they replace.
-        averages: What averages the net's weights, to be brought along: ``AveragedModel``, ``ModelEmaV3``, or a copy of
+        averages: What averages the net's weights, one or several: ``AveragedModel``, ``ModelEmaV3``, or a copy of
             the net. Each has to be given to every switch from when it was made.
         carry: What to do with the optimizer's state; see ``Carry``.
         split: How the factors of sites that enter LOW are found (``Calibration.split``); by default the truncated SVD
@@ -150,7 +150,7 @@ def replan_(
     plan: Plan,
     optimizer: Optimizers | None = None,
     *,
-    averages: Sequence[object] = (),
+    averages: object = (),
     carry: Carry = Carry.MOVE,
 ) -> Transition:
     """Give the sites of a net other ranks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..phase import Phase, summary
 from ..phases import (
     Optimizers,
     Transition,
+    averages_in,
     copy_factors_,
     enter_,
     forget_steps,
@@ -98,7 +99,7 @@ class Phases:
         steps: int | None = None,
         every: int | None = None,
         lr_every_step: bool | None = None,
-        averages: Sequence[object] = (),
+        averages: object = (),
         by_itself: bool = True,
         clock: Clock | None = None,
         resume: StateDict | None = None,
@@ -106,13 +107,15 @@ class Phases:
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
         refuse_processes()
+        if not isinstance(net, nn.Module):
+            raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
         self.clock = clock = clock or clock_of(epochs, steps, every)
         check_schedule(schedule)
         self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
         if not self.optimizers:
             raise TransitionError("phases go with an optimizer: give the one over the net's parameters, or all of them")
         self.net, self.optimizer, self.schedule, self.lr_scheduler = net, self.optimizers[0], schedule, lr_scheduler
-        self.averages = tuple(averages)
+        self.averages = averages_in(averages)
         self.lr_every_step = clock.per_epoch is None and not clock.by_epochs if lr_every_step is None else lr_every_step
         self.settings = replace(settings or PhaseSettings(), **choices)
         warn_of_rates(lr_scheduler, clock, self.lr_every_step)

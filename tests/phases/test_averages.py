@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import schemas  # noqa: F401 (torchvision, which timm imports, asks for its ops on a torch that has none)
 import torch
+from switching import Pair
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -201,15 +202,16 @@ def test_timms_average_and_a_copy_come_along() -> None:
         assert dr.phases_of(averages[0].module) == dr.phases_of(averages[1]) == dr.phases_of(net)
 
 
+def test_one_average_needs_no_list_even_one_that_can_be_iterated() -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(12, 16), nn.Tanh()), (torch.randn(2, 12),), rank=dr.Fixed(2))
+    for make in (ema, copy.deepcopy, lambda net: nn.Sequential(copy.deepcopy(net))):
+        average = make(net)
+        for phase in (LOW, FULL):
+            dr.enter_(net, phase, averages=average)
+            assert dr.phases_of(average) == dr.phases_of(net) == {"0.weight": phase}
+
+
 def test_sites_that_share_a_factor() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 12)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x)[:, :12] * self.b(x)
-
     torch.manual_seed(0)
     x = torch.randn(2, 16)
     net = dr.transform(Pair(), (x,), rank=dr.Fixed(3), share_inputs=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from switching import Pair
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -130,14 +131,6 @@ def test_gradients_that_wait_for_a_step_become_those_of_the_factors(phase: dr.Ph
 
 
 def test_gradients_of_sites_that_share_a_factor_add_up_in_it() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 12)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x)[:, :12] * self.b(x)
-
     torch.manual_seed(0)
     net = dr.transform(Pair().double(), (torch.randn(2, 16, dtype=torch.float64),), rank=dr.Fixed(3), share_inputs=True)
     sites = {name: modules[0] for name, modules in switched_modules(net).items()}
