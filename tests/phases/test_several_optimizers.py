@@ -138,11 +138,11 @@ def test_phases_with_several_optimizers_land_decay_and_warm_each_site_once() -> 
             train(net, optimizers)
         state = phases.hooks_state()
         assert state["rewarm"] == [4, *[1] * len(optimizers)]
+        phases.remove()
         again = dr.Phases(net, optimizers if several else optimizers[0], schedule, 6, steps=3, **choices)
         again.load_hooks_state(state)
         assert again.hooks_state()["rewarm"] == state["rewarm"]
         again.remove()
-        phases.remove()
         assert not any(each._optimizer_step_post_hooks or each._optimizer_step_pre_hooks for each in optimizers)
         runs.append(net.state_dict())
     assert all(map(torch.equal, runs[0].values(), runs[1].values()))
