@@ -8,7 +8,8 @@ from .groups import Optimizers, optimizers_in
 from .init import randomize_
 from .rerank import LatencyOf, RankUnit, rank_units, reranked
 from .setting import phases_in
-from .transition import Transition, enter_, phases_of, replan_
+from .switch import Transition
+from .transition import enter_, phases_of, replan_
 
 __all__ = [
     "Carry",

@@ -149,15 +149,15 @@ def test_a_failed_switch_in_the_middle_of_a_pack_is_undone(monkeypatch):
     optimizer.step()
     optimizer.zero_grad()
     before, output = copy.deepcopy(optimizer.state_dict()), net(x)
-    from dynrank_fx.phases import transition
+    from dynrank_fx.phases import switch
 
     def failing(modules, *args):
         if modules[0].site == "v.weight":
             raise RuntimeError("no more")
         return replace(modules, *args)
 
-    replace = transition.replace_parameters
-    monkeypatch.setattr(transition, "replace_parameters", failing)
+    replace = switch.replace_parameters
+    monkeypatch.setattr(switch, "replace_parameters", failing)
     with pytest.raises(RuntimeError, match="no more"):
         dr.enter_(net, dr.Phase.LOW, optimizer)
     assert torch.equal(net(x), output)

@@ -1,0 +1,221 @@
+"""The only weight moves: site by site, the old parameters freed before the next site is touched, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..errors import TransitionError
+from ..files import why
+from ..layouts import full_precision
+from ..phase import ALPHA, Phase
+from ..rewrite import SiteGroup, Switched, in_format_of, specialize_
+from .averages import near, sites_of_average
+from .carry import Carry, can_move, warn_reset
+from .gradients import at_factors, pending_gradient
+from .groups import holder_of
+from .init import branch
+from .refusals import check_values
+from .replace import Journal, parameters_of, replace_parameters
+from .values import Split, Value, dense_of, factors_of
+
+
+@dataclass(frozen=True)
+class SiteChange:
+    """What happened to one site.
+
+    Attributes:
+        site: The site's name.
+        before: The phase it was in.
+        after: The phase it is in now.
+        replaced: The names of its parameters before: ``weight``, or those of the factors.
+        by: The names of its parameters now.
+        error: ‖W_new − W_old‖_F / ‖W_old‖_F of the weight that the site stands for.
+    """
+
+    site: str
+    before: Phase
+    after: Phase
+    replaced: tuple[str, ...]
+    by: tuple[str, ...]
+    error: float
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one phase change did; false where every site was in its phase already.
+
+    Attributes:
+        changes: What happened to each site that changed, in order.
+        carry: What was done with the optimizer's state: RESET where that of any of several was; None without one.
+    """
+
+    changes: tuple[SiteChange, ...]
+    carry: Carry | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.changes)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A group to be brought into a phase, with a rank from then on."""
+
+    group: SiteGroup
+    phase: Phase
+    rank: int
+
+
+def switch(
+    root: nn.Module,
+    moves: Sequence[Move],
+    optimizers: Sequence[Optimizer],
+    averages: Sequence[nn.Module],
+    carry: Carry,
+    split: Split | None = None,
+) -> Transition:
+    """All moves, in order, or none of them."""
+    copies = [sites_of_average(average, root) for average in averages]
+    # A group may move twice, by way of FULL.
+    check_values(root, {move.group.name: move.group for move in moves}.values(), optimizers)
+    for copy in copies:
+        check_values(root, [_averaged(move.group, copy) for move in moves], ())
+    movable, carry = _movable(moves, optimizers, carry)
+    changes = []
+    with Journal() as journal:
+        for move in moves:
+            optimizer = holder_of(optimizers, [p for module in move.group.firsts for p in parameters_of(module)])
+            try:
+                with full_precision():
+                    changes += _change_sites(move, optimizer, optimizer in movable, copies, journal, split)
+            except OSError as error:
+                raise TransitionError(
+                    f"no room to keep {move.group.name} safe during its switch ({why(error)}); "
+                    "net and optimizer are as before"
+                ) from error
+    for net in (root, *averages):
+        specialize_(net)
+    return Transition(tuple(changes), carry if optimizers else None)
+
+
+def _movable(moves: Sequence[Move], optimizers: Sequence[Optimizer], carry: Carry) -> tuple[list[Optimizer], Carry]:
+    """The optimizers whose state goes along, and what is to be said of it."""
+    trained = [p for move in moves for module in move.group.firsts for p in parameters_of(module)]
+    training = [each for each in optimizers if holder_of([each], trained) is not None]
+    if carry is not Carry.MOVE:
+        return [], carry
+    movable = [each for each in training if can_move(each, trained)]
+    for each in training:
+        if each not in movable:
+            warn_reset(each)
+            carry = Carry.RESET
+    return movable, carry
+
+
+def _averaged(group: SiteGroup, copy: Mapping[str, Sequence[Switched]]) -> SiteGroup:
+    """The same sites of an average."""
+    return SiteGroup(tuple(tuple(copy[name]) for name in group.names))
+
+
+@torch.no_grad()
+def _change_sites(
+    move: Move,
+    optimizer: Optimizer | None,
+    movable: bool,
+    copies: Sequence[Mapping[str, Sequence[Switched]]],
+    journal: Journal,
+    split: Split | None,
+) -> list[SiteChange]:
+    group, phase = move.group, move.phase
+    firsts, owner, layout = group.firsts, group.owner, group.layout
+    adaptor = Phase.ADAPTOR in (phase, Phase(owner.phase))
+    # A branch that starts at zero has no moments to take over, and its own say little of the weight that it ends in.
+    carrying = optimizer if movable and not adaptor else None
+    old_weights = [module.weight.detach() for module in firsts]
+    new: list[list[Value]]
+    if phase is Phase.ADAPTOR:
+        new = [[(value, {}) for value in branch(owner, move.rank, old_weights[0])]]
+        new_weights = old_weights
+    elif phase is Phase.LOW:
+        new = factors_of(firsts, old_weights, move.rank, carrying, split)
+        others = [value for value, _ in new[0][1:]]
+        new_weights = [layout.join((values[0][0], *others)) for values in new]
+    else:
+        new = dense_of(firsts, old_weights, carrying)
+        new_weights = old_weights
+    if not all(bool(torch.isfinite(value).all()) for values in new for value, _ in values):
+        raise TransitionError(f"{group.name} could not be split into finite factors; net and optimizer are as before")
+    for copy in copies:
+        _change_average(move, _averaged(group, copy), [[value for value, _ in values] for values in new], journal)
+    gradients = _gradients(move, optimizer, new, old_weights)
+    changes = []
+    for modules, values, grads, old_weight, new_weight in zip(
+        group.sites, new, gradients, old_weights, new_weights, strict=True
+    ):
+        module, before, replaced = modules[0], Phase(modules[0].phase), modules[0].parameter_names
+        lost = torch.linalg.vector_norm((new_weight - old_weight).float())
+        error = float(lost / torch.linalg.vector_norm(old_weight.float()).clamp_min(1e-30))
+        names = _put(modules, move, values, grads, old_weight, optimizer, journal)
+        changes.append(SiteChange(module.site, before, phase, replaced, names, error))
+    return changes
+
+
+def _change_average(move: Move, group: SiteGroup, new: list[list[Tensor]], journal: Journal) -> None:
+    """The sites of an average, beside those of the net, of which ``new`` holds the values."""
+    weights = [module.weight.detach() for module in group.firsts]
+    values = [[weight] for weight in weights]
+    if move.phase is Phase.ADAPTOR:
+        values = [[value.to(weights[0]) for value in new[0]]]
+    elif move.phase is Phase.LOW:
+        lefts, others = [each[0] for each in new], new[0][1:]
+        stacked = [torch.cat(each) if group.shared else each[0] for each in (lefts, weights)]
+        left, *rest = near(group.layout, (stacked[0], *others), stacked[1])
+        values = [[each] for each in left.split([weight.shape[0] for weight in weights])]
+        values[0] += rest
+    for modules, values_of_site, weight in zip(group.sites, values, weights, strict=True):
+        none = [None] * len(values_of_site)
+        _put(modules, move, [(value, {}) for value in values_of_site], none, weight, None, journal)
+
+
+def _put(
+    modules: Sequence[Switched],
+    move: Move,
+    values: Sequence[Value],
+    gradients: Sequence[Tensor | None],
+    weight: Tensor,
+    optimizer: Optimizer | None,
+    journal: Journal,
+) -> tuple[str, ...]:
+    """New parameters for one site, all of whose modules are given; their names. weight: what the site stood for."""
+    old, names = parameters_of(modules[0]), modules[0].names_in(move.phase)
+    base = in_format_of(weight, old) if move.phase is Phase.ADAPTOR else None
+    parameters = [Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value, _ in values]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else in_format_of(gradient.to(parameter.dtype), [parameter])
+    journal.keep(modules, old, optimizer, [pending_gradient(p, optimizer) for p in old])
+    for module in modules:
+        module.rank = move.rank
+    new = dict(zip(names, parameters, strict=True))
+    replace_parameters(modules, move.phase, new, optimizer, [state for _, state in values], base)
+    return names
+
+
+def _gradients(
+    move: Move, optimizer: Optimizer | None, new: Sequence[Sequence[Value]], weights: Sequence[Tensor]
+) -> list[list[Tensor | None]]:
+    """Per site the gradients of its new parameters: those that were pending, carried; see ``gradients``."""
+    group = move.group
+    pending = [[pending_gradient(p, optimizer) for p in parameters_of(module)] for module in group.firsts]
+    if all(gradient is None for gradients in pending for gradient in gradients):
+        return [[None] * len(values) for values in new]
+    if group.owner.phase != int(Phase.FULL):
+        return [[torch.full_like(value, torch.nan) for value, _ in values] for values in new]
+    stacked = [values[0][0] for values in new]
+    factors = (torch.cat(stacked) if group.shared else stacked[0], *(value for value, _ in new[0][1:]))
+    scale = ALPHA / move.rank if move.phase is Phase.ADAPTOR else 1.0
+    return at_factors(group.layout, factors, [gradient for (gradient,) in pending], weights, scale)
