@@ -55,3 +55,9 @@ class SaidTimes(SiteTimes):
     def cost(self, rows: Any, total: float) -> Cost:
         ratio = self.ratios.get(rows[0].site.name, 0.5)
         return Cost(0.2, lambda rank: 0.2 * ratio)
+
+
+def error(net: nn.Module, dense: nn.Module) -> float:
+    """The squared distance of a net's outputs from the dense model's, over all batches."""
+    with torch.no_grad():
+        return sum(float((net(*b) - dense(*b)).square().sum()) for b in batches())

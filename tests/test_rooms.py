@@ -39,7 +39,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Stricter than the floors: what a place may not import although it lies below.
 NEVER = {
     "schedules": {"torch"},
-    "training": {"onnx", "onnxruntime", "dynrank_fx.onnx", "dynrank_fx.compression.to_budget"},
+    "training": {
+        "onnx",
+        "onnxruntime",
+        "dynrank_fx.onnx",
+        "dynrank_fx.compression.to_budget",
+        "dynrank_fx.compression.search",
+    },
     "plan/site.py": {"torch.fx"},
     "plan/plan.py": {"torch.fx"},
     "plan/ranks.py": {"torch.fx"},

@@ -7,14 +7,11 @@ Weights are stored once, as they are: no product of factors is folded into a den
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ..aliases import JsonObject
@@ -33,20 +30,14 @@ from ..tracing import (
     unwrap,
     with_batch,
 )
-from ..version import __version__
 from .agreement import Agreement, check_batch_sizes, check_tolerance, compare
-from .convert import converted, parameter_count, renamed
-from .dynamic import Dynamic, Shape, name_dimensions_, named_shapes, other_sizes, shapes_in, sizes_in, with_sizes
-from .file import check_file, check_place, replacing_file, write_file
-from .precision import Precision, cast, int8_weights_
-from .random_inputs import SIZES, table_rows
-from .session import Provider, check_provider, runtime, session
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
+from .draft import MAX_BYTES, Draft, Written, bytes_of, write_draft
+from .dynamic import Dynamic, Shape, named_shapes, other_sizes, sizes_in, with_sizes
+from .file import check_file, check_place, replacing_file
+from .precision import Precision
+from .session import Provider, check_provider, session
 
 _CPU = "CPUExecutionProvider"
-_MAX_BYTES = 2**31 - 2**24  # what protobuf can hold, less room for the graph
 
 
 @dataclass(frozen=True)
@@ -163,10 +154,10 @@ def export_onnx(
             raise ExportError(f"metadata are texts by name, not {key!r}: {value!r}; write it as a text")
     plain = _in_evaluation(module)
     inputs = in_order(plain, split_inputs(example_inputs))
-    large = _bytes(plain) > _MAX_BYTES
+    large = bytes_of(plain) > MAX_BYTES
     if large and external_data is False:
         raise ExportError(
-            f"{type(module).__name__} has {_bytes(plain) / 1e9:.1f} GB of weights and one ONNX file holds "
+            f"{type(module).__name__} has {bytes_of(plain) / 1e9:.1f} GB of weights and one ONNX file holds "
             "2 GB: leave external_data out"
         )
     if not isinstance(precision, Precision):
@@ -174,24 +165,12 @@ def export_onnx(
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
+    draft = Draft(opset, shapes, dynamic, input_names, output_names, precision, external_data, metadata or {})
     allowed = precision.tolerance if tolerance is None else tolerance
 
     def made(only_batch: bool) -> ExportReport:
         with replacing_file(Path(path)) as beside:
-            written = _written(
-                beside,
-                plain,
-                inputs,
-                shapes,
-                dynamic,
-                opset,
-                input_names,
-                output_names,
-                precision,
-                external_data,
-                metadata,
-                only_batch,
-            )
+            written = write_draft(beside, plain, inputs, draft, only_batch=only_batch)
             try:
                 check_file(beside, precision)
                 limits = [written.rows.get(name) for name in written.feeds]
@@ -228,67 +207,6 @@ def export_onnx(
 
 class _TooFreeError(ExportError):
     """A file of which more than the batch is free, without having been asked for, does not serve."""
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What is known of a file when its model, which holds all weights, is gone.
-
-    free: whether its batch is. feeds: the names of its inputs after the module's arguments, and names, what they are
-    called in the file. shapes: of each of them. rows: of the tables that inputs index, by input.
-    """
-
-    opset: int
-    params: int
-    free: bool
-    feeds: tuple[str, ...]
-    names: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    rows: Mapping[str, int]
-
-    @property
-    def more_than_batch(self) -> bool:
-        return any(isinstance(size, str) for shape in self.shapes for size in shape[1:])
-
-
-def _written(
-    path: Path,
-    plain: nn.Module,
-    inputs: Inputs,
-    shapes: DynamicShapes | None,
-    dynamic: Dynamic | None,
-    opset: int | None,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    precision: Precision,
-    external_data: bool | None,
-    metadata: Mapping[str, str] | None,
-    only_batch: bool,
-) -> _Written:
-    """Convert the module and write it."""
-    model, free = converted(cast(plain, precision), inputs, shapes, opset, only_batch=only_batch)
-    renamed(model, lambda name: name.removeprefix("module.") if precision is not Precision.FLOAT32 else name)
-    if dynamic is not None:
-        name_dimensions_(model, dynamic)
-    if precision is Precision.INT8_WEIGHTS:
-        int8_weights_(model)
-    feeds, rows = tuple(str(value.name) for value in model.graph.input), table_rows(model)
-    _name(model, "input", input_names)
-    _name(model, "output", output_names)
-    made = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset not in (None, made):
-        raise ExportError(
-            f"torch's exporter makes no opset {opset} of this model, but {made}: ask for that or a newer one that "
-            "your onnxruntime knows, or leave opset out"
-        )
-    model.producer_name, model.producer_version = "dynrank-fx", __version__
-    named = shapes_in(model)
-    told = {**_versions(), "precision": precision.value, SIZES: json.dumps(sizes_in(named.values(), inputs))}
-    for key, value in {**told, **(metadata or {})}.items():
-        model.metadata_props.add(key=key, value=value)
-    params = parameter_count(model)
-    write_file(model, path, _bytes(plain) > _MAX_BYTES or bool(external_data))
-    return _Written(made, params, free, feeds, tuple(named), tuple(named.values()), rows)
 
 
 def _compare_on_cpu(
@@ -362,10 +280,6 @@ def _in_evaluation(module: nn.Module) -> nn.Module:
     return inline_(twin) if holds_captured(twin) else twin
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
 def _check_providers(providers: Sequence[Provider] | None) -> None:
     if isinstance(providers, str):
         raise ExportError(f"providers are a list: give [{providers!r}]")
@@ -382,39 +296,12 @@ def check_opset(opset: int | None) -> None:
         raise ExportError(f"there is no opset {opset!r}: this onnx knows 1 to {newest}")
 
 
-def _versions() -> dict[str, str]:
-    import onnx
-
-    made = {"dynrank_fx": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
-    return {f"{name}_version": version for name, version in {**made, "onnxruntime": runtime().__version__}.items()}
-
-
-def _name(model: ModelProto, what: str, names: Sequence[str]) -> None:
-    """Names for the file's inputs or outputs, in their order; values inside that have one of them get another."""
-    if not names:
-        return
-    values = list(getattr(model.graph, what))
-    if len(names) != len(values) or len(set(names)) < len(names) or not all(names):
-        raise ExportError(
-            f"the file has {len(values)} {what}s ({', '.join(value.name for value in values)}): give as many {what} "
-            "names, each once"
-        )
-    new = dict(zip((value.name for value in values), names, strict=True))
-    others = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in new]
-    for name in names:
-        if name in others or any(each.name == name for each in model.graph.initializer):
-            raise ExportError(f"{name!r} is the name of another input, output or weight: choose another {what} name")
-    inside = {name for node in model.graph.node for name in node.output} - set(new)
-    new |= {name: f"{name}_inside" for name in names if name in inside}
-    renamed(model, lambda name: new.get(name, name))
-
-
 def _cases(inputs: Inputs, batch_sizes: Sequence[int], limits: Sequence[int | None] = ()) -> list[Inputs]:
     """What to compare on: new rows at each batch size. limits: see ``with_batch``."""
     return [with_batch(inputs, batch, seed=batch, limits=limits) for batch in batch_sizes]
 
 
-def _of_other_sizes(module: nn.Module, inputs: Inputs, written: _Written, *, required: bool) -> list[Inputs]:
+def _of_other_sizes(module: nn.Module, inputs: Inputs, written: Written, *, required: bool) -> list[Inputs]:
     """The inputs at another size of each free dimension but the batch. required: whether each has to be compared."""
     sizes = other_sizes(module, written.shapes, inputs)
     known = sizes_in(written.shapes, inputs)
