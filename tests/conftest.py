@@ -1,9 +1,19 @@
 """What all tests share."""
 
 import functools
+import gc
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """What torch and the tests have imported stays for good: the garbage collector need not go through it at every
+    round, which takes a fifteenth of the time of the tests.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)
