@@ -6,7 +6,7 @@ NAME ?= steps switch held peak truncation startup scale shared sites onnx
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo docs test test-gpu fuzz zoo bench bench-gpu lint wheel clean
+.PHONY: demo docs test test-gpu fuzz zoo torture bench bench-gpu lint wheel clean
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,9 @@ fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ
 
 zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py
+
+torture: $(INSTALLED)       ## kills and flipped bits, an hour of them: tests/torture/RESULTS.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run.py
 
 bench: $(INSTALLED)         ## the figures of the documents, measured here: all that take minutes, or NAME="steps switch"
 	$(BIN)/python benchmarks/run.py $(NAME)

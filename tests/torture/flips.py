@@ -1,0 +1,171 @@
+"""Flip one bit of a file that the tool wrote, and read it: refused in words, or the same result as before."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import onnx
+import torch
+from safetensors.torch import load_file
+from work import MODEL, Outcome, apart, command
+
+import dynrank_fx as dr
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Something that reads files. files: their names. read: what it makes of the folder that they are in."""
+
+    name: str
+    files: tuple[str, ...]
+    read: Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One flip: the file, the bit of it, who read it, and what became of that.
+
+    outcome: ``refused``, ``same``, or what is wrong: ``silent`` (another result), ``traceback``, ``crashed``, ``late``.
+    """
+
+    file: str
+    bit: int
+    reader: str
+    outcome: str
+    said: str = ""
+
+
+def _weights(file: Path) -> object:
+    tensors = load_file(file)
+    return {name: tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def _initializers(file: Path) -> object:
+    return sorted(each.raw_data for each in onnx.load(file).graph.initializer)
+
+
+def _export(source: str, *options: object) -> Callable[[Path], object]:
+    def read(folder: Path) -> object:
+        command("export", folder / source, *options, "-o", folder / "again.onnx")
+        return _initializers(folder / "again.onnx")
+
+    return read
+
+
+def _resumed(folder: Path) -> object:
+    command("train", MODEL, "--out", folder / "half", "--resume")
+    return _weights(folder / "half" / "checkpoint.safetensors")
+
+
+def _said(*arguments: object) -> Callable[[Path], object]:
+    """What a command prints, times and places apart."""
+
+    def read(folder: Path) -> object:
+        os.chdir(folder)
+        return re.sub(r"\d[\d.]* m?s\b", "", command(*arguments))
+
+    return read
+
+
+def _report(folder: Path) -> object:
+    command("report", folder / "run", "-o", folder / "page.html")
+    return re.sub(r"/\S+", "", (folder / "page.html").read_text(encoding="utf-8"))
+
+
+def _loaded(folder: Path) -> object:
+    from work import MODEL
+
+    space: dict[str, object] = {}
+    exec(MODEL.read_text(encoding="utf-8"), space)
+    net = dr.load(folder / "net", space["model"](), space["example_inputs"]())  # type: ignore[operator]
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in net.state_dict().items()}
+    return tensors, json.dumps(dr.plan_of(net).to_json())
+
+
+RUN = ("run/checkpoint.safetensors", "run/run.json", "run/history.jsonl")
+NET = ("net/weights.safetensors", "net/plan.json")
+BESIDE = ("large.onnx", "large.onnx.data")
+READERS = (
+    Reader("train --resume", ("half/checkpoint.safetensors", "half/run.json", "half/history.jsonl"), _resumed),
+    Reader("inspect a run", RUN, _said("inspect", "run")),
+    Reader("export a run", RUN, _export("run")),
+    Reader("report", RUN, _report),
+    Reader("inspect a net", NET, _said("inspect", "net", "--model", MODEL)),
+    Reader("load", NET, _loaded),
+    Reader("train --from", NET, _said("train", MODEL, "--from", "net", "--epochs", 1, "--no-compile", "--out", "new")),
+    Reader("export a .pt", ("small.pt",), _export("small.pt", "--model", MODEL)),
+    Reader("verify", ("small.onnx",), _said("verify", "small.onnx", "small.pt", "--model", MODEL)),
+    Reader("inspect a file", ("small.onnx",), _said("inspect", "small.onnx")),
+    Reader("verify with .data", BESIDE, _said("verify", "large.onnx", MODEL)),
+    Reader("inspect with .data", BESIDE, _said("inspect", "large.onnx")),
+)
+
+
+def make(folder: Path) -> None:
+    """One of every file."""
+    train = ("train", MODEL, "--rank", 0.25, "--schedule", "interleave", "--no-compile")
+    command(*train, "--out", folder / "run")
+    os.environ["STOP_AT"] = "7"
+    with contextlib.suppress(click.ClickException):  # stopped in the third epoch
+        command(*train, "--checkpoint-steps", 2, "--out", folder / "half")
+    del os.environ["STOP_AT"]
+    command("transform", MODEL, "--rank", 0.25, "--out", folder / "net")
+    for name in ("small.onnx", "small.pt"):
+        command("compress", MODEL, "--budget", "params=0.6", "--no-timing", "-o", folder / name)
+    command("export", MODEL, "--external-data", "-o", folder / "large.onnx")
+
+
+def flipped(file: Path, bit: int) -> None:
+    """Flip one bit of a file in its place."""
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def flip(original: Path, reader: Reader, file: str, bit: int, should: object) -> Flip:
+    """Read a copy of a folder in which one bit of one file is another one."""
+    with tempfile.TemporaryDirectory(prefix="torture") as place:
+        folder = Path(place, "copy")
+        shutil.copytree(original, folder)
+        flipped(folder / file, bit)
+        outcome = apart(lambda: reader.read(folder), 60)
+    return Flip(file, bit, reader.name, _kind(outcome, should), outcome.said)
+
+
+def _kind(outcome: Outcome, should: object) -> str:
+    if outcome.kind == "done":
+        return "same" if outcome.value == should else "silent"
+    return outcome.kind
+
+
+def campaign(count: int, seed: int = 0) -> list[Flip]:
+    """So many flips, spread over all files and readers."""
+    chance, flips = random.Random(seed), []
+    with tempfile.TemporaryDirectory(prefix="torture") as place:
+        original = Path(place, "files")
+        original.mkdir()
+        made = apart(lambda: make(original), 300)
+        assert made.kind == "done", made.said
+        pairs = [(reader, file) for reader in READERS for file in reader.files if (original / file).exists()]
+        should = {}
+        for reader in READERS:
+            with tempfile.TemporaryDirectory(prefix="torture") as own:
+                shutil.copytree(original, Path(own, "copy"))
+                outcome = apart(lambda reader=reader, own=own: reader.read(Path(own, "copy")), 60)
+            assert outcome.kind == "done", f"{reader.name}: {outcome.said}"
+            should[reader.name] = outcome.value
+        for i in range(count):
+            reader, file = pairs[i % len(pairs)]
+            bits = 8 * (original / file).stat().st_size
+            flips.append(flip(original, reader, file, chance.randrange(bits), should[reader.name]))
+    return flips
