@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from pickle import PicklingError
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from dynrank_fx.errors import ExportError, StoreError
+from dynrank_fx.files import check_file_place
 
 from .options import (
     Option,
@@ -118,6 +121,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     by = click.get_current_context().get_parameter_source("recover_by")
     if by is not ParameterSource.DEFAULT and not options["recover_steps"]:
         raise click.UsageError("--recover-by is of --recover-steps: give the number of steps too")
+    check_file_place(out)
     arguments = export_arguments(options)
     check_export(out, arguments, options["provider"])
     element = "float16" if options["precision"] == "float16" else "float32"
@@ -157,7 +161,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
         said, written = f"{out}: a PyTorch module, for torch.load(..., weights_only=False)", {"path": str(out)}
     else:
         tell("exporting, and comparing the file with PyTorch")
-        with _kept(result.module, out.with_name(f"{out.name}.pt")):
+        with _kept(result.module, _free(out.with_name(f"{out.name}.pt"))):
             report = export_onnx(
                 result.module,
                 file.example_inputs(),
@@ -226,6 +230,12 @@ def _store(module: nn.Module, out: Path) -> None:
     torch.save(module, stored)
     with replacing(out) as beside:
         beside.write_bytes(stored.getbuffer())
+
+
+def _free(path: Path) -> Path:
+    """This name, or the next one that nothing has."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(each for each in chain([path], names) if not os.path.lexists(each))
 
 
 @contextmanager

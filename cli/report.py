@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dynrank_fx.aliases import JsonObject
+from dynrank_fx.files import check_file_place
 
 from .options import json_option
 from .runs import RUN_FILE, read_run_file
@@ -34,8 +35,10 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
     from dynrank_fx.report import verdict, write_page
     from dynrank_fx.training import history_in, plan_in, read_run
 
+    path = out or run / "report.html"
+    check_file_place(path)
     _, info = read_run(run)
-    path, history, plan = out or run / "report.html", history_in(info), plan_in(info)
+    history, plan = history_in(info), plan_in(info)
     about = _about(run, info, against)
     write_page(history, plan, path, title=run.resolve().name, about=about)
     said = verdict(history, plan, about)
