@@ -11,9 +11,11 @@ import ctypes
 import errno
 import os
 import shutil
+import socket
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ if sys.platform != "win32":
     import fcntl
 
 _READY, _OLD, _NEW = ".ready", ".old", "new"
+_LOCK = ".lock"  # of a folder that one process works in
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -278,3 +281,46 @@ def _exchanged(one: Path, other: Path) -> bool:
         return False
     names = os.fsencode(one), os.fsencode(other)
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Nobody else trains in the folder until the end; the lock of a process that has gone holds nobody up.
+
+    Raises StoreError where somebody does.
+    """
+    if sys.platform == "win32" or not folder.is_dir():
+        yield
+        return
+    handle = _opened_lock(folder)
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} (since {since})".encode(), 0)
+        for each in folder.glob(".*.part"):
+            shutil.rmtree(each, ignore_errors=True)  # of runs that were killed
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _opened_lock(folder: Path) -> int:
+    path = folder / _LOCK
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be written to ({why(error)}); choose another --out") from error
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a data loader's workers would inherit it
+        except (BlockingIOError, PermissionError) as error:
+            who = os.pread(handle, 1000, 0).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise StoreError(f"{who} trains in {folder}: wait for it, stop it, or choose another --out") from error
+        except OSError:
+            return handle  # a disk without locks, as some of networks
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                return handle
+        os.close(handle)  # whoever held it has just gone, and the file with it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -393,3 +394,34 @@ def test_a_file_that_another_process_is_writing_is_left_to_it(tmp_path: Path) ->
             f"another process is writing {path}: let it end, or choose another name"
         )
     assert path.read_text() == "first"
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_one_process_at_a_time_works_in_a_folder_and_the_next_is_told_which(tmp_path: Path) -> None:
+    def second() -> str:
+        """What another process is told."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                with files.only_one(tmp_path):
+                    os.write(writing, b"it may")
+            except StoreError as error:
+                os.write(writing, str(error).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writing)
+        with open(reading, encoding="utf-8") as told:
+            return told.read()
+
+    (tmp_path / ".checkpoint.part").mkdir()
+    (tmp_path / ".lock").write_text("process 1 on mars (since long ago)")  # of a killed process
+    with files.only_one(tmp_path):
+        assert names(tmp_path) == [".lock"]
+        assert re.fullmatch(
+            rf"process {os.getpid()} on \S+ \(since [-\d]+ [:\d]+\) trains in {tmp_path}: wait for it, stop it, or "
+            "choose another --out",
+            second(),
+        )
+    assert names(tmp_path) == []
+    assert second() == "it may"
