@@ -236,7 +236,7 @@ def test_the_page_of_a_long_run_is_bounded_and_says_what_it_leaves_out(tmp_path,
     assert len(page) < 200_000
     assert "The pictures show 20 of the 3,000 epochs, evenly spread." in page
     assert "The first and the last 100; 2,800 between them are in history.jsonl." in page
-    rows = re.findall(r'<td class="number">(\d+)</td><td>(?:LOW|FULL)</td><td>', page)
+    rows = re.findall(r'<tr><td class="number">(\d+)</td><td>(?:LOW|FULL)</td><td>', page)
     assert (len(rows), rows[0], rows[-1]) == (200, "1", "3000")
 
 
