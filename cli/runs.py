@@ -14,6 +14,7 @@ import click
 from dynrank_fx.aliases import Json, JsonObject
 from dynrank_fx.errors import StoreError, first_line
 from dynrank_fx.files import finish
+from dynrank_fx.seals import check_zip
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,6 +88,8 @@ def _stored_module(path: Path) -> nn.Module:
     import torch
     from torch import nn
 
+    if path.exists():
+        check_zip(path)
     try:
         module = torch.load(path, weights_only=False)
     except FileNotFoundError as error:

@@ -21,6 +21,7 @@ from ..aliases import JsonObject
 from ..checks import is_whole, names_of
 from ..errors import CaptureError, ExportError, reason
 from ..rewrite import holds_captured, inline_
+from ..seals import blank_seals, seal
 from ..tracing import (
     DynamicShapes,
     ExampleInputs,
@@ -286,8 +287,11 @@ def _written(
     told = {**_versions(), "precision": precision.value, SIZES: json.dumps(sizes_in(named.values(), inputs))}
     for key, value in {**told, **(metadata or {})}.items():
         model.metadata_props.add(key=key, value=value)
-    params = parameter_count(model)
-    write_file(model, path, _bytes(plain) > _MAX_BYTES or bool(external_data))
+    params, outside = parameter_count(model), _bytes(plain) > _MAX_BYTES or bool(external_data)
+    for key, value in zip(("sha256", "sha256_data"), blank_seals(outside), strict=False):
+        model.metadata_props.add(key=key, value=value)
+    write_file(model, path, outside)
+    seal(path, path.with_name(f"{path.name}.data"))
     return _Written(made, params, free, feeds, tuple(named), tuple(named.values()), rows)
 
 
