@@ -194,7 +194,7 @@ def _refuse_diverged(run: Run) -> None:
 
 def _not_finite(run: Run) -> str | None:
     """The first weight, buffer or state of the optimizer that is not finite, but for what was not when it began."""
-    names = {parameter: name for name, parameter in run.net.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in run.net.named_parameters()}
     state = [
         (f"the optimizer's {key} of {names.get(parameter, 'a parameter')}", value)
         for parameter, values in run.optimizer.state.items()
