@@ -159,7 +159,8 @@ def _clear(parent: Path, pattern: str) -> None:
     """Remove the folders that no living process holds."""
     for folder in parent.glob(pattern):
         with contextlib.suppress(OSError), _lock(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / _READY).exists():  # which is for ``finish``
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -297,8 +298,7 @@ def only_one(folder: Path) -> Iterator[None]:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} (since {since})".encode(), 0)
-        for each in folder.glob(".*.part"):
-            shutil.rmtree(each, ignore_errors=True)  # of runs that were killed
+        _clear(folder, ".*.part")
         yield
     finally:
         (folder / _LOCK).unlink(missing_ok=True)
