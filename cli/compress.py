@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from pickle import PicklingError
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from dynrank_fx.errors import ExportError, StoreError
+from dynrank_fx.files import check_file_place
 
 from .options import (
     Option,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from dynrank_fx.aliases import Batch, Kwargs, Output
     from dynrank_fx.compression import MaxDrop
     from dynrank_fx.plan import RankPolicy
+    from dynrank_fx.tracing import ExampleInputs
 
     from .modelfile import ModelFile
 
@@ -118,6 +122,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     by = click.get_current_context().get_parameter_source("recover_by")
     if by is not ParameterSource.DEFAULT and not options["recover_steps"]:
         raise click.UsageError("--recover-by is of --recover-steps: give the number of steps too")
+    check_file_place(out)
     arguments = export_arguments(options)
     check_export(out, arguments, options["provider"])
     element = "float16" if options["precision"] == "float16" else "float32"
@@ -153,11 +158,11 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     if not as_json:
         click.echo(f"{result}\n")
     if out.suffix == ".pt":
-        _store(result.module, out)
+        _store(result.module, out, file.example_inputs())
         said, written = f"{out}: a PyTorch module, for torch.load(..., weights_only=False)", {"path": str(out)}
     else:
         tell("exporting, and comparing the file with PyTorch")
-        with _kept(result.module, out.with_name(f"{out.name}.pt")):
+        with _kept(result.module, _free(out.with_name(f"{out.name}.pt")), file.example_inputs()):
             report = export_onnx(
                 result.module,
                 file.example_inputs(),
@@ -217,23 +222,47 @@ def _loss(file: ModelFile, batches: list[Batch]) -> Callable[[Output, int], Tens
     return lambda output, number: file.loss(output, batches[number])
 
 
-def _store(module: nn.Module, out: Path) -> None:
+def _store(module: nn.Module, out: Path, inputs: ExampleInputs) -> None:
     import torch
 
     from dynrank_fx.files import replacing
 
     stored = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(module, stored)
+    stored.seek(0)
+    lost = _lost(module, torch.load(stored, weights_only=False), inputs)
+    if lost:
+        raise StoreError(f"{out} cannot hold this model: once it is loaded, {lost}; give an .onnx file")
     with replacing(out) as beside:
         beside.write_bytes(stored.getbuffer())
 
 
+def _lost(module: nn.Module, loaded: nn.Module, inputs: ExampleInputs) -> str:
+    """How a module that was pickled, and its graph traced anew, differs from what it was; empty where it does not."""
+    from dynrank_fx.tracing import ROUNDING, Original, difference
+
+    before, after = module.state_dict(), loaded.state_dict()
+    if before.keys() != after.keys():
+        return f"{min(before.keys() ^ after.keys())} is in one of their state_dicts alone"
+    changed = [name for name, value in before.items() if not after[name].equal(value)]
+    if changed:
+        return f"{changed[0]} has another value"
+    apart = difference(loaded, Original(module, inputs))
+    return apart.words.rstrip(".") if apart.size > ROUNDING else ""
+
+
+def _free(path: Path) -> Path:
+    """This name, or the next one that nothing has."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(each for each in chain([path], names) if not os.path.lexists(each))
+
+
 @contextmanager
-def _kept(module: nn.Module, path: Path) -> Iterator[None]:
+def _kept(module: nn.Module, path: Path, inputs: ExampleInputs) -> Iterator[None]:
     """The module in a file until the export is done, which may fail after all the work, or take the process along."""
     kept = False
     with suppress(StoreError, PicklingError, AttributeError, TypeError):  # then there is only the export
-        _store(module, path)
+        _store(module, path, inputs)
         kept = True
     try:
         yield

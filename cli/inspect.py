@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dynrank_fx.files import check_file_place
+
 from .options import capture_of, capture_option, json_option, weights_option
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ def inspect(
 
     from .runs import open_run
 
+    if plot is not None:
+        check_file_place(plot)
     history: list[EpochRecord] = []
     for flag, value in (("--weights", weights), ("--capture", how)):
         if value is not None and target.suffix != ".py":

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from dynrank_fx.aliases import JsonObject
+from dynrank_fx.files import check_file_place
 
 from .options import json_option
-from .runs import RUN_FILE, read_run_file
+from .runs import RUN_FILE, read_own_run, read_run_file
 
 if TYPE_CHECKING:
     from dynrank_fx.report import About
@@ -32,10 +33,12 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
       dynrank-fx report digits-run -o report.html
     """
     from dynrank_fx.report import verdict, write_page
-    from dynrank_fx.training import history_in, plan_in, read_run
+    from dynrank_fx.training import history_in, plan_in
 
-    _, info = read_run(run)
-    path, history, plan = out or run / "report.html", history_in(info), plan_in(info)
+    path = out or run / "report.html"
+    check_file_place(path)
+    _, info = read_own_run(run)
+    history, plan = history_in(info), plan_in(info)
     about = _about(run, info, against)
     write_page(history, plan, path, title=run.resolve().name, about=about)
     said = verdict(history, plan, about)
@@ -68,9 +71,9 @@ def _dense_history(against: Path, info: JsonObject) -> list[EpochRecord]:
     """The history of a dense run of the same model. Raises StoreError for any other."""
     from dynrank_fx.errors import StoreError
     from dynrank_fx.phase import Phase
-    from dynrank_fx.training import history_in, plan_in, read_run
+    from dynrank_fx.training import history_in, plan_in
 
-    _, other = read_run(against)
+    _, other = read_own_run(against)
     history = history_in(other)
     own, its = (plan_in(each).total_params for each in (info, other))
     if own != its:

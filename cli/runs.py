@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from dynrank_fx.aliases import Json, JsonObject
 from dynrank_fx.errors import StoreError, first_line
+from dynrank_fx.files import finish
+from dynrank_fx.seals import check_zip
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from dynrank_fx.schedules import EpochRecord
     from dynrank_fx.tracing import ExampleInputs
@@ -83,6 +88,8 @@ def _stored_module(path: Path) -> nn.Module:
     import torch
     from torch import nn
 
+    if path.exists():
+        check_zip(path)
     try:
         module = torch.load(path, weights_only=False)
     except FileNotFoundError as error:
@@ -131,7 +138,13 @@ def write_run_file(folder: Path, model_file: Path, options: JsonObject, **facts:
 
     data = {"format": "dynrank-fx run", "version": 1, "model_file": str(model_file.resolve()), "options": options}
     data |= facts
-    write_text(folder / RUN_FILE, json.dumps(data, indent=1) + "\n")
+    write_text(folder / RUN_FILE, json.dumps(data | {"sha256": _digest(data)}, indent=1) + "\n")
+
+
+def _digest(data: JsonObject) -> str:
+    """Of all but the digest itself."""
+    rest = {name: value for name, value in data.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_run_file(folder: Path) -> JsonObject:
@@ -144,22 +157,56 @@ def read_run_file(folder: Path) -> JsonObject:
         raise StoreError(
             f"{folder} is no run of `dynrank-fx train`: {path} could not be read ({error.strerror})"
         ) from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise StoreError(f"{path} is damaged or was not written by `dynrank-fx train`") from error
     if data.get("version") != 1:
         raise StoreError(
             f"{path} has version {data.get('version')}, this dynrank-fx reads version 1; upgrade dynrank-fx"
         )
+    if data.get("sha256", _digest(data)) != _digest(data):  # earlier versions wrote none
+        raise StoreError(
+            f"{path} is damaged or was edited: its checksum does not match its content; put an earlier copy back"
+        )
     return data
+
+
+def read_own_run(folder: Path) -> tuple[dict[str, Tensor], JsonObject]:
+    """The checkpoint of a run. Raises StoreError, also where it is of another run than ``run.json``."""
+    from dynrank_fx.training import CHECKPOINT, read_run
+
+    tensors, info = read_run(folder)
+    if (folder / RUN_FILE).exists():
+        name = read_run_file(folder).get("run")
+        if name is not None and info.get("run") not in (name, None):
+            raise StoreError(
+                f"{folder / CHECKPOINT} is of another run than {folder / RUN_FILE}: put back the file that belongs to "
+                "the other"
+            )
+    return tensors, info
+
+
+def _named_model_file(folder: Path) -> Path:
+    """The model file that a run names, which is said, as it is about to run. Raises StoreError for one that came with
+    the run itself.
+    """
+    path = Path(read_run_file(folder)["model_file"])
+    if not path.is_absolute() or path.resolve().is_relative_to(folder.resolve()):
+        raise StoreError(
+            f"{folder / RUN_FILE} names the model file {path}, which would run code that came along with the run: look "
+            "at it, and give it by --model if you trust it"
+        )
+    click.echo(f"running {path}, the model file that {folder / RUN_FILE} names", err=True)
+    return path
 
 
 def open_run(folder: Path, model_file: Path | None = None) -> Opened:
     """The net in a folder of ``train`` or ``transform``. Raises StoreError, ModelFileError and what loading raises."""
     from dynrank_fx.phases import how_in, load, rebuilt, restore_
-    from dynrank_fx.training import CHECKPOINT, history_in, plan_in, read_run, weights_in
+    from dynrank_fx.training import CHECKPOINT, history_in, plan_in, weights_in
 
     from .modelfile import load_model_file
 
+    finish(folder)
     if not folder.exists():
         raise StoreError(
             f"there is no folder {folder}: give a run of `dynrank-fx train` or a folder of `dynrank-fx transform`"
@@ -175,8 +222,8 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
             )
         file = load_model_file(model_file)
         return Opened(load(folder, file.model(), file.example_inputs()), file, [])
-    tensors, info = read_run(folder)
-    file = load_model_file(model_file or Path(read_run_file(folder)["model_file"]))
+    tensors, info = read_own_run(folder)
+    file = load_model_file(model_file or _named_model_file(folder))
     net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
     restore_(net, weights_in(tensors), info)
     return Opened(net, file, history_in(info))

@@ -13,9 +13,10 @@ import click
 
 from dynrank_fx.aliases import Batch, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
+from dynrank_fx.files import check_folder_place, only_one
 
 from .options import Option, Options, json_option, plan_options, refuse_beside, transformed, weights_option
-from .runs import RUN_FILE, read_run_file, write_run_file
+from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
 from .stopping import stop_signals
 from .training import how_to_train, known_decay, schedule_of, training_options
 
@@ -69,14 +70,16 @@ def train(
       dynrank-fx train samples/digits.py --rank 0.25 --schedule interleave --out digits-run
     """
     folder = out or Path(f"{model_file.stem}-run")
+    check_folder_place(folder)
     if resume:
+        ctx.with_resource(only_one(folder))
         options = _options_of(ctx, folder, options)
-    elif (folder / RUN_FILE).exists():
-        raise StoreError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+    else:
+        _refuse_run(folder)
 
     from dynrank_fx.phases import how_in, phases_of, rebuilt
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.training import Bar, clock_for, fit, plan_in, read_run, restore_run_, save_run
+    from dynrank_fx.training import Bar, clock_for, fit, plan_in, restore_run_, save_run
 
     from .modelfile import load_model_file
 
@@ -88,7 +91,7 @@ def train(
     file = load_model_file(model_file, None if resume else options["weights"])
     file.require("train_data", "loss")
     if resume:
-        tensors, info = read_run(folder)
+        tensors, info = read_own_run(folder)
         # As it was planned then, whatever the plan's file or the model's first weights have become.
         net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
         run, task, settings = _set_up(file, options, net)
@@ -96,9 +99,11 @@ def train(
     else:
         run, task, settings = _set_up(file, options, _net(file, options))
         _make_folder(folder)
+        ctx.with_resource(only_one(folder))
+        _refuse_run(folder)  # of somebody who began meanwhile
         save_run(run, folder)
         facts = {"epochs": clock_for(task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
-        write_run_file(folder, model_file, _plain(options), **facts)
+        write_run_file(folder, model_file, _plain(options), run=run.name, **facts)
     clock = clock_for(task, settings)
     length = f"{clock.ticks} {clock.unit}s"
     if run.epoch >= clock.ticks:
@@ -165,6 +170,11 @@ def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
 def _plain(options: Options) -> JsonObject:
     """As they come back from JSON."""
     return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+def _refuse_run(folder: Path) -> None:
+    if (folder / RUN_FILE).exists():
+        raise StoreError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
 
 
 def _make_folder(folder: Path) -> None:

@@ -27,14 +27,16 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
     Example:
       dynrank-fx transform samples/digits.py --rank 0.25 --exclude 'stem*' --dry-run
     """
-    from dynrank_fx.phases import save
+    from dynrank_fx.phases import check_place, save
     from dynrank_fx.rewrite import plan_of
 
     from .modelfile import load_model_file
 
+    folder = out or Path(f"{model_file.stem}-dynrank")
+    if not dry_run:
+        check_place(folder)
     net = transformed(load_model_file(model_file, options["weights"]), options, allow_empty=dry_run)
     plan = plan_of(net)
-    folder = out or Path(f"{model_file.stem}-dynrank")
     click.echo(plan.to_json().rstrip() if as_json else str(plan))
     if not dry_run:
         save(net, folder)

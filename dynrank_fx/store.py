@@ -17,14 +17,22 @@ from .errors import StoreError
 from .files import replacing
 
 VERSION = 1
+_KNOWN = ("1", "2")  # 2: a run whose history is beside it
 _FORMAT = "dynrank-fx store"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], info: JsonObject, *, final: Path | None = None) -> None:
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    info: JsonObject,
+    *,
+    final: Path | None = None,
+    version: int = VERSION,
+) -> None:
     """One safetensors file with ``tensors`` and the JSON value ``info``; a kill at any moment leaves the old file.
 
-    Names of one and the same tensor are stored once and come back as one. final: as in ``replacing``. Raises StoreError
-    where the disk refuses.
+    Names of one and the same tensor are stored once and come back as one. final: as in ``replacing``. version: of what
+    ``info`` says. Raises StoreError where the disk refuses.
     """
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
@@ -37,7 +45,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: JsonObject, *, final:
             kept[name] = tensor.clone()
         storages.add(pointer)
     text = json.dumps({"info": info, "aliases": {a: b for a, b in aliases.items() if a != b}}, ensure_ascii=True)
-    metadata = {"format": _FORMAT, "version": str(VERSION), "content": text, "sha256": _checksum(kept, text)}
+    metadata = {"format": _FORMAT, "version": str(version), "content": text, "sha256": _checksum(kept, text)}
     with replacing(path, final=final) as beside:
         save_file(kept, beside, metadata)
 
@@ -76,9 +84,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}); use an earlier copy") from error
     if metadata.get("format") != _FORMAT:
         raise StoreError(f"{path} was not written by dynrank-fx, or its header is damaged")
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in _KNOWN:
         raise StoreError(
-            f"{path} has version {metadata.get('version')} and this dynrank-fx reads version {VERSION}; upgrade "
+            f"{path} has version {metadata.get('version')} and this dynrank-fx reads version {_KNOWN[-1]}; upgrade "
             f"dynrank-fx"
         )
     text = metadata.get("content", "")

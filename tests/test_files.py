@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
+import socket
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -209,6 +213,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(files, "_exchanged", lambda *names: False)
 
     def write() -> None:
         with files.replacing_folder(path, frozenset({"a"})) as new:
@@ -243,7 +248,180 @@ def test_a_folder_in_the_place_of_a_file_or_below_one(tmp_path: Path) -> None:
         with files.replacing_folder(folder, frozenset()):
             pass
 
-    assert refusal(lambda: write(path)) == f"{path} is a file; give the name of a folder"
+    assert refusal(lambda: write(path)) == f"{path} is a file: give the name of a folder"
     assert refusal(lambda: write(path / "below")).startswith(f"{path / 'below'} could not be written (")
     assert path.read_text() == "mine"
     assert names(tmp_path) == ["file"]
+
+
+# What stands at the place
+
+
+def special(path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(os.fspath(path))
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "behind a link"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder"])
+def test_what_is_no_file_is_not_replaced_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, linked: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+    there, entered = Path("there"), []
+    special(there, kind)
+    before = there.lstat()
+    path = Path("link") if linked else there
+    if linked:
+        path.symlink_to(there)
+
+    def write() -> None:
+        with files.replacing(path):
+            entered.append(True)
+
+    assert refusal(write) == f"{path} is a {kind}: give the name of a file"
+    assert not entered
+    assert (there.lstat().st_ino, there.lstat().st_mode) == (before.st_ino, before.st_mode)
+    if kind != "folder":
+        assert refusal(lambda: files.check_folder_place(path)) == f"{path} is a {kind}: give the name of a folder"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing"])
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "real", tmp_path / "link"
+    if there:
+        target.write_text("old")
+    link.symlink_to("far/real")
+    files.write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == link.read_text() == "new"
+    assert names(tmp_path / "far") == ["real"]
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        with files.replacing_folder(tmp_path / "link", frozenset({"a"})) as new:
+            files.write_text(new / "a", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "real"]
+    assert names(tmp_path / "real") == ["a"]
+
+
+# Kills
+
+
+def write_and_die(at: int, exchange: bool, what: str, place: Path) -> NoReturn:
+    """In a process of its own, which ends at its nth call of the disk."""
+    calls = 0
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                os._exit(9)
+            return real(*args, **options)
+
+        return call
+
+    for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    files._exchanged = dying(files._exchanged) if exchange else lambda *names: False
+    write(what, place, "new")
+    os._exit(0)
+
+
+def write(what: str, place: Path, text: str) -> None:
+    if what == "folder":
+        with files.replacing_folder(place, frozenset("ab")) as new:
+            for name in "ab":
+                files.write_text(new / name, text)
+    else:
+        with files.replacing(place) as beside:
+            beside.write_text(text)
+            beside.with_name("a.data").write_text(text)
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # a fork beside torch's threads, which it does not use
+@pytest.mark.parametrize(("what", "exchange"), [("folder", True), ("folder", False), ("files", False)])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, what: str, exchange: bool) -> None:
+    """Never a mixture; where there is nothing for a moment, who comes next finds the whole."""
+    place, both = tmp_path / "a", [tmp_path / "a", tmp_path / "a.data"]
+    if what == "folder":
+        both = [place / "a", place / "b"]
+    for number in itertools.count(1):
+        write(what, place, "old")
+        assert [name for name in names(tmp_path) if name.startswith(".")] == []
+        child = os.fork()
+        if child == 0:
+            write_and_die(number, exchange, what, place)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not exchange and not place.exists():
+            files.finish(place)
+            assert place.exists()
+        assert len({each.read_text() for each in both}) == 1
+        if code == 0:
+            break
+        assert code == 9
+    assert {each.read_text() for each in both} == {"new"}
+    assert number > 8
+
+
+def test_scratch_of_killed_processes_is_cleared_and_that_of_living_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path))
+    (tmp_path / "undo-dead").mkdir()
+    (tmp_path / "undo-dead" / "weights").touch()
+    (tmp_path / "other").mkdir()
+    with files.scratch("undo-") as first, files.scratch("undo-") as second:
+        assert {path.name for path in tmp_path.iterdir()} == {"other", first.name, second.name}
+    assert names(tmp_path) == ["other"]
+
+
+def test_a_file_that_another_process_is_writing_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    with files.replacing(path) as beside:
+        beside.write_text("first")
+        assert refusal(lambda: files.write_text(path, "second")) == (
+            f"another process is writing {path}: let it end, or choose another name"
+        )
+    assert path.read_text() == "first"
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_one_process_at_a_time_works_in_a_folder_and_the_next_is_told_which(tmp_path: Path) -> None:
+    def second() -> str:
+        """What another process is told."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                with files.only_one(tmp_path):
+                    os.write(writing, b"it may")
+            except StoreError as error:
+                os.write(writing, str(error).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writing)
+        with open(reading, encoding="utf-8") as told:
+            return told.read()
+
+    (tmp_path / ".checkpoint.part").mkdir()
+    (tmp_path / ".lock").write_text("process 1 on mars (since long ago)")  # of a killed process
+    with files.only_one(tmp_path):
+        assert names(tmp_path) == [".lock"]
+        assert re.fullmatch(
+            rf"process {os.getpid()} on \S+ \(since [-\d]+ [:\d]+\) trains in {tmp_path}: wait for it, stop it, or "
+            "choose another --out",
+            second(),
+        )
+    assert names(tmp_path) == []
+    assert second() == "it may"

@@ -30,6 +30,7 @@ GROUND = (
     "files",
     "phase",
     "randomness",
+    "seals",
     "store",
     "text",
     "timing",

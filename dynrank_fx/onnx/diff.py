@@ -175,6 +175,7 @@ def _with_outputs(model: ModelProto, folder: Path, values: Sequence[str], provid
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in present)
     if not any(each.data_location == onnx.TensorProto.EXTERNAL for each in model.graph.initializer):
         return session_of(model.SerializeToString(), provider)
+    del model.metadata_props[:]  # a seal among them would be broken
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".verify-", suffix=".onnx") as beside:
             beside.write(model.SerializeToString())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ExportError
+from ..seals import blank_seals, seal
 from ..tracing import DynamicShapes, Inputs
 from ..version import __version__
 from .convert import converted, parameter_count, renamed
@@ -85,8 +86,11 @@ def write_draft(path: Path, plain: nn.Module, inputs: Inputs, draft: Draft, *, o
     told = {**_versions(), "precision": draft.precision.value, SIZES: json.dumps(sizes_in(named.values(), inputs))}
     for key, value in {**told, **draft.metadata}.items():
         model.metadata_props.add(key=key, value=value)
-    params = parameter_count(model)
-    write_file(model, path, bytes_of(plain) > MAX_BYTES or bool(draft.external_data))
+    params, outside = parameter_count(model), bytes_of(plain) > MAX_BYTES or bool(draft.external_data)
+    for key, value in zip(("sha256", "sha256_data"), blank_seals(outside), strict=False):
+        model.metadata_props.add(key=key, value=value)
+    write_file(model, path, outside)
+    seal(path, path.with_name(f"{path.name}.data"))
     return Written(made, params, free, feeds, tuple(named), tuple(named.values()), rows)
 
 

@@ -23,9 +23,11 @@ def check_place(path: Path) -> None:
     """Raises ExportError for a path at which no file can be made."""
     if not path.parent.is_dir():
         raise ExportError(f"{path} cannot be written because there is no folder {path.parent}: make it first")
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder: give the name of a file")
-    if not os.access(path.parent, os.W_OK):
+    try:
+        place = files.check_file_place(path)
+    except StoreError as error:
+        raise ExportError(str(error)) from error
+    if not os.access(place.parent, os.W_OK):
         raise ExportError(f"{path} cannot be written because the folder is not open to you: choose another")
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from ..errors import ExportError, reason
+from ..files import finish
+from ..seals import check_seal
 
 Provider: TypeAlias = str | tuple[str, Mapping[str, object]]
 """The name of a provider, alone or with its options, whose values are its own affair."""
@@ -65,9 +67,12 @@ def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None =
     and for a file that cannot be run.
     """
     path = Path(path)
+    finish(path)
     if not path.is_file():
         raise ExportError(f"there is no file {path} to run: export it first")
-    return _opened(os.fspath(path), path.name, providers)
+    opened = _opened(os.path.realpath(path), path.name, providers)  # weights lie beside the file, not beside a link
+    check_seal(path)
+    return opened
 
 
 def session_of(model: bytes, provider: Provider) -> Session:

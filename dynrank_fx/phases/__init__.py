@@ -2,7 +2,7 @@
 
 from .averages import averages_in, copy_factors_
 from .carry import Carry, checked_carry
-from .checkpoint import how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
+from .checkpoint import check_place, how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .gradients import forget_steps, note_steps
 from .groups import Optimizers, optimizers_in
 from .init import randomize_
@@ -18,6 +18,7 @@ __all__ = [
     "RankUnit",
     "Transition",
     "averages_in",
+    "check_place",
     "checked_carry",
     "copy_factors_",
     "enter_",

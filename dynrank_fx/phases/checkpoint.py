@@ -37,10 +37,16 @@ def save(net: nn.Module, folder: str | Path) -> None:
         StoreError: Where the disk refuses, or the folder holds other files.
     """
     root, folder = _root(net), Path(folder)
+    check_place(folder)
     with files.replacing_folder(folder, _FILES) as new:
         files.write_text(new / _PLAN, plan_of(root).to_json(), final=folder / _PLAN)
         store.write(new / _WEIGHTS, state_of(root), info_of(root), final=folder / _WEIGHTS)
         files.write_text(new / _GRAPH, graph_text(root), final=folder / _GRAPH)
+
+
+def check_place(folder: Path) -> None:
+    """Raises StoreError where ``save`` would not write."""
+    files.check_folder(folder, _FILES)
 
 
 def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
@@ -59,6 +65,7 @@ def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | N
         PlanError: For a plan of another model or of a newer version, or one that contradicts the factors of a LOW site.
     """
     folder = Path(folder)
+    files.finish(folder)
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}: give one that save or `dynrank-fx transform` wrote")
     if not (folder / _WEIGHTS).is_file():

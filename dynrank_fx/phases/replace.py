@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..errors import TransitionError
+from ..files import scratch
 from ..phase import Phase
 from ..rewrite import Switched
 from .groups import State, place_of, put_back, swap_parameters
@@ -78,9 +78,10 @@ class Journal:
 
     def __init__(self) -> None:
         self.entries: list[_Entry] = []
-        self.folder = tempfile.TemporaryDirectory(prefix="dynrank-", ignore_cleanup_errors=True)
+        self._scratch = scratch("dynrank-undo-")
 
     def __enter__(self) -> Journal:
+        self.folder = self._scratch.__enter__()
         return self
 
     def keep(
@@ -99,13 +100,13 @@ class Journal:
         except RuntimeError as error:  # what torch makes of a full disk
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
-            raise OSError(f"{self.folder.name} cannot be written to, its disk may be full") from error
+            raise OSError(f"{self.folder} cannot be written to, its disk may be full") from error
         refs, grads = [weakref.ref(p) for p in old], [p.requires_grad for p in old]
         places = [place_of(optimizer, p) if optimizer else None for p in old]
         self.entries.append(_Entry(modules, optimizer, modules[0].phase, modules[0].rank, refs, grads, places))
 
     def _path(self, index: int) -> Path:
-        return Path(self.folder.name) / f"{index}.pt"
+        return self.folder / f"{index}.pt"
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
@@ -113,7 +114,7 @@ class Journal:
                 for index, entry in reversed(list(enumerate(self.entries))):
                     self._undo(entry, torch.load(self._path(index), weights_only=True))
         finally:
-            self.folder.cleanup()
+            self._scratch.__exit__(None, None, None)
 
     def _undo(self, entry: _Entry, record: State) -> None:
         old: list[Parameter] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..layouts import effective_rank, energy_rank, layout_for, singular_values, 
 from ..phase import Phase
 from ..plan import break_even_rank, find_sites, locate
 from ..rewrite import switched_modules
+from ..seals import check_seal
 from ..text import text_table
 from ..tracing import ExampleInputs, is_captured, measure, meta_of
 
@@ -92,9 +94,10 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     if not path.is_file():
         raise ExportError(f"there is no file {path}: give an ONNX file, a model file, a run or a folder of `transform`")
     try:
-        model = onnx.load(path)
+        model = onnx.load(os.path.realpath(path))  # weights lie beside the file, not beside a link
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise ExportError(f"{path} could not be read as an ONNX file ({first_line(error)})") from error
+    check_seal(path)
     used = {
         name: (node.op_type, next((a.i for a in node.attribute if a.name == "group"), 1))
         for node in model.graph.node

@@ -18,11 +18,13 @@ from ..errors import StoreError
 from ..phase import Phase
 from ..plan import Plan, PlannedSite
 from ..schedules import EpochRecord
+from .plots import thinned
 from .run_plots import losses, rank_curves, rank_map, switch_spectra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_SWITCHES = 100  # at the start and at the end of a run
 _SITE, _BLANK = "\0", "\1"  # what stands for a site and a figure: they occur in no sentence
 _FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?%?")
 _STYLE = """
@@ -61,19 +63,25 @@ def write_page(
     if not history:
         raise StoreError(f"{title} has no finished epoch yet: there is nothing to report")
     about = about or About()
+    shown = thinned(history)
     limits = {row.site.name: _most(row) for row in plan.sites}
-    parts = [_head(title), _opening(history, plan, about), _summary(history, plan, about.metric)]
+    parts = [
+        _head(title),
+        _opening(history, plan, about),
+        _summary(history, plan, about.metric),
+        _left_out(history, shown),
+    ]
     ranked = bool(history[0].effective_rank)
     if ranked:
         parts += [
-            _picture("Effective rank of every site", rank_map(history, limits)),
-            _picture(f"Effective rank over the {history[0].unit}s", rank_curves(history)),
+            _picture("Effective rank of every site", rank_map(shown, limits)),
+            _picture(f"Effective rank over the {history[0].unit}s", rank_curves(shown)),
         ]
     spectra = switch_spectra(history)
     if spectra is not None:
         parts.append(_picture("Spectra before and after the last cut", spectra))
     parts += [
-        _picture(f"Loss and metric, by {history[0].unit}s and by compute", losses(history, about.metric)),
+        _picture(f"Loss and metric, by {history[0].unit}s and by compute", losses(shown, about.metric)),
         _decisions(history),
         _sites(history, plan, limits),
         _facts(about),
@@ -207,16 +215,31 @@ def _summary(history: Sequence[EpochRecord], plan: Plan, metric: str) -> str:
     return "<h2>What it came to</h2>\n" + _table(("", ""), rows)
 
 
+def _left_out(history: Sequence[EpochRecord], shown: Sequence[EpochRecord]) -> str:
+    """What the pictures do not show."""
+    if len(shown) == len(history):
+        return ""
+    return f"<p>The pictures show {len(shown)} of the {len(history):,} {history[0].unit}s, evenly spread.</p>"
+
+
 def _decisions(history: Sequence[EpochRecord]) -> str:
     """A line per epoch at which something switched, or was decided otherwise than before."""
-    rows, before = [], ""
+    told, before = [], ""
     for record in history:
         if record.switch_error or record.phase != before:
-            errors = [error for site, error in record.switch_error.items() if record.phases[site] is Phase.LOW]
-            lost = f"moves weights by up to {max(errors):.2g} of their norm" if errors else ""
-            rows.append((record.epoch + 1, record.phase, lost, "; ".join(grouped(record.reasons, record.phases))))
+            told.append(record)
         before = record.phase
-    return "<h2>Switches and decisions</h2>\n" + _table((history[0].unit, "phase", "the cut", "why"), rows)
+    said = ""
+    if len(told) > 2 * _MOST_SWITCHES:
+        between = len(told) - 2 * _MOST_SWITCHES
+        said = f"<p>The first and the last {_MOST_SWITCHES}; {between:,} between them are in history.jsonl.</p>\n"
+        told = told[:_MOST_SWITCHES] + told[-_MOST_SWITCHES:]
+    rows = []
+    for record in told:
+        errors = [error for site, error in record.switch_error.items() if record.phases[site] is Phase.LOW]
+        lost = f"moves weights by up to {max(errors):.2g} of their norm" if errors else ""
+        rows.append((record.epoch + 1, record.phase, lost, "; ".join(grouped(record.reasons, record.phases))))
+    return "<h2>Switches and decisions</h2>\n" + said + _table((history[0].unit, "phase", "the cut", "why"), rows)
 
 
 def grouped(reasons: Sequence[str], sites: Iterable[str]) -> list[str]:

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MOST_EPOCHS = 300  # in a picture of some 900 dots
 _LEGEND_LINE = 0.16  # inches: a legend higher than its axes would leave them no room
 _SHADE = {Phase.FULL: "#f2c14e", Phase.LOW: "#dbe6f0", Phase.ADAPTOR: "#c9b6de"}
 
 
 def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
-    """Effective rank of every site, and loss with the held-out metric, over the epochs of a run."""
+    """Effective rank of every site, and loss with the held-out metric, over the epochs of a run, thinned if many."""
+    history = thinned(history)
     figure = blank_figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].effective_rank)))
     ranks, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     epochs = [record.epoch + 1 for record in history]
@@ -81,14 +83,21 @@ def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
     _save(figure, path)
 
 
+def thinned(history: Sequence[EpochRecord]) -> Sequence[EpochRecord]:
+    """As many of them as a picture can show, evenly spread; the first and the last are among them."""
+    if len(history) <= MOST_EPOCHS:
+        return history
+    return [history[round(i * (len(history) - 1) / (MOST_EPOCHS - 1))] for i in range(MOST_EPOCHS)]
+
+
 def shade_phases(axes: Axes, history: Sequence[EpochRecord]) -> None:
-    """One band per epoch, so that an epoch of mixed phases is a blend of both colours."""
-    for record in history:
+    """One band per epoch that is shown, so that an epoch of mixed phases is a blend of both colours."""
+    ends = [*(record.epoch for record in history[1:]), history[-1].epoch + 1]
+    for record, end in zip(history, ends, strict=True):
         phases = list(record.phases.values())
-        start = record.epoch + 0.5
         for phase, colour in _SHADE.items():
             share = phases.count(phase) / max(len(phases), 1)
-            axes.axvspan(start, start + 1, color=colour, alpha=0.5 * share, linewidth=0)
+            axes.axvspan(record.epoch + 0.5, end + 0.5, color=colour, alpha=0.5 * share, linewidth=0)
     axes.set_xlim(history[0].epoch + 0.5, history[-1].epoch + 1.5)
 
 

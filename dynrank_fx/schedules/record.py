@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
@@ -104,6 +105,8 @@ class EpochRecord:
     def to_json(self) -> JsonObject:
         """Plain values for JSON: phases by name, ``more`` beside the fields, and nothing of what is not known yet.
 
+        A number that is not finite becomes None, as JSON has none.
+
         Returns:
             The object, for ``from_json``.
         """
@@ -113,7 +116,8 @@ class EpochRecord:
         values["switch_spectra"] = {site: [list(s) for s in both] for site, both in self.switch_spectra.items()}
         unknown = [name for name in _LATER if getattr(self, _KNOWN_WITH.get(name, name)) in (None, {})]
         known = {name: value for name, value in values.items() if name not in unknown}
-        return {name: dict(v) if isinstance(v, Mapping) else v for name, v in known.items()} | dict(self.more)
+        plain: JsonObject = _finite(known | dict(self.more))
+        return plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> EpochRecord:
@@ -129,9 +133,24 @@ class EpochRecord:
         values["phases"] = {site: Phase[name] for site, name in data["phases"].items()}
         values["reasons"] = tuple(data.get("reasons", ()))
         spectra = data.get("switch_spectra", {}).items()
-        values["switch_spectra"] = {site: (tuple(before), tuple(after)) for site, (before, after) in spectra}
+        values["switch_spectra"] = {site: (_floats(before), _floats(after)) for site, (before, after) in spectra}
+        for name in ("switch_error", "effective_rank", "stable_rank"):
+            sites = data.get(name, {})
+            values[name] = dict(zip(sites, _floats(sites.values()), strict=True))
         more = {name: value for name, value in data.items() if name not in _FIELDS and name != "phase"}
         return cls(**values, more=more)
+
+
+def _floats(values: Iterable[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else value for value in values)
+
+
+def _finite(value: Any) -> Any:  # Any: whatever JSON holds, and what the user noted
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _FIELDS = tuple(each.name for each in fields(EpochRecord) if each.name != "more")

@@ -2,7 +2,7 @@
 
 from .blame import origin
 from .choose import Capture, Form, capture
-from .equivalence import tensors_in
+from .equivalence import ROUNDING, Original, difference, tensors_in
 from .inputs import (
     DynamicShapes,
     ExampleInputs,
@@ -38,17 +38,20 @@ from .net import (
 from .shell import own_, shell
 
 __all__ = [
+    "ROUNDING",
     "Capture",
     "DynamicShapes",
     "ExampleInputs",
     "Form",
     "Inputs",
     "Net",
+    "Original",
     "Region",
     "attribute",
     "batch_size",
     "capture",
     "copy_graph",
+    "difference",
     "double_batch_of_one",
     "drop_dead_reads",
     "evaluating",

@@ -1,8 +1,8 @@
-"""A training run on disk: one checkpoint file that holds everything, and the history as JSON lines to read."""
+"""A training run on disk: one checkpoint file that holds where it stands, and its history as JSON lines."""
 
 from __future__ import annotations
 
-import json
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .. import files, store
+from .. import store
 from ..aliases import JsonObject, StateDict
 from ..errors import StoreError
 from ..phases import info_of, restore_, state_of
@@ -19,6 +19,7 @@ from ..plan import Plan
 from ..randomness import random_state, set_random_state
 from ..schedules import EpochRecord, Schedule
 from .declared import said
+from .history import Log, grown, read_history
 from .phases import Phases
 from .state_tree import flatten, unflatten
 
@@ -55,6 +56,12 @@ class Run:
     """Of the gradients, where it is trained in float16; ``fit`` makes it."""
     generators: tuple[torch.Generator, ...] = ()
     """Those that the data draws from, beside the global ones (see ``randomness.generators_of``)."""
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Of this run alone: its files are known by it."""
+    log: Log | None = None
+    """Its history as far as it is on the disk."""
+    unbounded: frozenset[str] | None = None
+    """Buffers that were not finite when training began, such as masks."""
 
     @property
     def current(self) -> EpochRecord:
@@ -69,6 +76,7 @@ class Run:
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
+_VERSION = 2  # without the history, which 1 had within
 
 
 def save_run(run: Run, folder: Path) -> None:
@@ -85,19 +93,20 @@ def save_run(run: Run, folder: Path) -> None:
         "hooks": run.hooks if run.phases is None else run.phases.hooks_state(),
     }
     tree, tensors = flatten(state, "run")
+    run.log = grown(run.log, folder / HISTORY, run.name, run.history)  # before the checkpoint that counts on it
     info = {
         **info_of(run.net),
+        "run": run.name,
         "made_of": _made_of(run),
         "epoch": run.epoch,
         "step": run.step,
         "drawn": run.drawn,
         "record": run.record.to_json() if run.record is not None else {},
-        "history": [record.to_json() for record in run.history],
+        "log": run.log.to_json(),
         "state": tree,
     }
     weights = {f"net.{name}": tensor for name, tensor in state_of(run.net).items()}
-    store.write(folder / CHECKPOINT, weights | tensors, info)
-    files.write_text(folder / HISTORY, "".join(json.dumps(record) + "\n" for record in info["history"]))
+    store.write(folder / CHECKPOINT, weights | tensors, info, version=_VERSION)
 
 
 def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
@@ -109,7 +118,10 @@ def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
             f"{folder} has no {CHECKPOINT}: it is not a run of `dynrank-fx train`, or stopped before its first "
             f"epoch ended"
         )
-    return store.read(folder / CHECKPOINT)
+    tensors, info = store.read(folder / CHECKPOINT)
+    if "log" in info:  # earlier versions have the history itself
+        info["history"], info["log"] = read_history(folder / HISTORY, info["run"], info["log"])
+    return tensors, info
 
 
 def plan_in(info: JsonObject) -> Plan:
@@ -149,6 +161,7 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
     _restride(run.optimizer)
     if run.lr_scheduler is not None:
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    run.name, run.log = info.get("run", run.name), info.get("log")
     run.epoch, run.step, run.history = info["epoch"], info["step"], history_in(info)
     run.drawn = info.get("drawn", run.step)  # earlier versions had one pass in each epoch
     run.record = EpochRecord.from_json(info["record"]) if info["record"] else None

@@ -122,7 +122,7 @@ def refused() -> Callable[..., str]:
         assert result.exit_code in (1, 2), result.output
         *usage, sentence = result.stderr.strip().splitlines()
         assert sentence.startswith("Error: ")
-        told = re.compile(r"Usage: |Try |Warning: |\[ *\d+ s\] |$")  # the times are of what is being done
+        told = re.compile(r"Usage: |Try |Warning: |running |\[ *\d+ s\] |$")  # the times are of what is being done
         assert noisy or all(told.match(line) for line in usage)
         return sentence.removeprefix("Error: ")
 

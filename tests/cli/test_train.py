@@ -23,7 +23,7 @@ from dynrank_fx import store
 from dynrank_fx.cli.main import cli
 from dynrank_fx.cli.modelfile import load_model_file
 from dynrank_fx.training import Run as TrainingRun
-from dynrank_fx.training import Settings, Task
+from dynrank_fx.training import Settings, Task, read_run
 
 Run = Callable[..., Result]
 EPOCHS, STEPS = 4, 3
@@ -40,7 +40,8 @@ def checkpoint(folder: str) -> tuple[dict[str, bytes], Any]:
             return {k: untimed(v) for k, v in value.items() if not k.endswith(("seconds", "memory"))}
         return [untimed(v) for v in value] if isinstance(value, list) else value
 
-    tensors, info = store.read(Path(folder) / "checkpoint.safetensors")
+    tensors, info = read_run(Path(folder))
+    del info["run"], info["log"]  # other names, times and digests
     return {name: t.flatten().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}, untimed(info)
 
 
@@ -497,8 +498,8 @@ def test_a_model_file_that_has_become_another(
         (["--epochs", "100", "--lr-milestones", "3"], "aligned(epochs=100, lr_milestones=(3,)) leaves no FULL epoch: "),
         (["--from", "gone"], "there is no folder gone: give one that save or `dynrank-fx transform` wrote"),
         (["--from", "gone", "--rank", "3"], "--from brings its plan along: leave out --rank"),
-        (["--out", "model.py/below"], "model.py/below could not be made (Not a directory); choose another --out"),
-        (["--out", "model.py"], "model.py could not be made (File exists); choose another --out"),
+        (["--out", "model.py/below"], "model.py/below could not be written (Not a directory); nothing was changed"),
+        (["--out", "model.py"], "model.py is a file: give the name of a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -215,7 +215,7 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
         (["--plan", "model.py"], "model.py: the plan is not JSON: "),
         (["--plan", "p.json", "--rank", "3"], "--plan brings its plan along: leave out --rank"),
         (["--plan", "p.json", "--exclude", "0"], "--plan brings its plan along: leave out --exclude"),
-        (["--out", "model.py"], "model.py is a file; give the name of a folder"),
+        (["--out", "model.py"], "model.py is a file: give the name of a folder"),
         (["--out", "model.py/below"], "model.py/below could not be written ("),
         (["--out", "."], ". holds model.py, which is not ours to replace; choose an empty or a new folder"),
         (

@@ -124,6 +124,7 @@ def test_a_bias_belongs_to_its_layer_and_a_tied_weight_is_told_by_its_use(change
     assert (", in the first of its uses" in str(verdict)) == (changed == "emb.weight")
 
 
+@pytest.mark.filterwarnings("ignore:large-.*another tool has changed it")
 def test_files_with_their_weights_beside_them_are_compared_inside_too() -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 12))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import xml.etree.ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 import dynrank_fx as dr
-from dynrank_fx.report import About, verdict, write_page
+from dynrank_fx.report import About, plots, verdict, write_page
 from dynrank_fx.report.page import grouped, judged, score
+from dynrank_fx.schedules import EpochRecord
 from dynrank_fx.training import Run, Settings, Task, fit
 
 
@@ -222,3 +225,23 @@ def test_the_axes_have_whole_epochs():
     run = trained(dr.schedules.warm_up(1), epochs=3)
     for axes in (rank_curves(run.history).axes[0], losses(run.history, "accuracy").axes[0]):
         assert all(mark == round(mark) for mark in axes.get_xticks())
+
+
+def test_the_page_of_a_long_run_is_bounded_and_says_what_it_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "MOST_EPOCHS", 20)
+    run = trained(dr.schedules.interleave(low=1, full=1), epochs=2, spectra=False)
+    history = [replace(run.history[i % 2], epoch=i, spent=0.8 * (i + 1)) for i in range(3000)]
+    write_page(history, dr.plan_of(run.net), tmp_path / "p.html", title="long")
+    page = (tmp_path / "p.html").read_text()
+    assert len(page) < 200_000
+    assert "The pictures show 20 of the 3,000 epochs, evenly spread." in page
+    assert "The first and the last 100; 2,800 between them are in history.jsonl." in page
+    rows = re.findall(r'<tr><td class="number">(\d+)</td><td>(?:LOW|FULL)</td><td>', page)
+    assert (len(rows), rows[0], rows[-1]) == (200, "1", "3000")
+
+
+def test_thinned_epochs_are_evenly_spread_from_the_first_to_the_last():
+    record = EpochRecord(epoch=0, phases={}, lr=0.1, spent=1.0)
+    epochs = [each.epoch for each in plots.thinned([replace(record, epoch=i) for i in range(2000)])]
+    assert (len(epochs), epochs[0], epochs[-1]) == (300, 0, 1999)
+    assert {b - a for a, b in itertools.pairwise(epochs)} == {6, 7}

@@ -385,8 +385,8 @@ def test_a_loss_that_is_not_finite_is_told_and_never_saved(at: int) -> None:
         lambda: fit(run, replace(TASK, loss=diverging(at)), replace(EAGER, checkpoint_steps=1), save=save)
     )
     assert message == (
-        f"the training diverged in epoch {at // 2 + 1}, where the loss or a weight is not finite: lower the learning "
-        "rate; the last checkpoint is from before that"
+        f"the training diverged in epoch {at // 2 + 1}, where the loss is not finite: lower the learning rate; the "
+        "last checkpoint is from before that"
     )
     assert saved == [(0, 1), (0, 2), (1, 0), (1, 1)][: at + at // 2]
 
@@ -400,6 +400,28 @@ def test_a_last_step_that_overflows_the_weights_is_told_and_never_saved(stopping
     message = refusal(lambda: fit(run, one, EAGER, save=saved.append, should_stop=lambda: stopping))
     assert message.startswith("the training diverged in epoch 1, ")
     assert saved == []
+
+
+@pytest.mark.parametrize("what", ["momentum", "running_var"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_else_a_checkpoint_holds_and_is_not_finite_is_told_and_never_saved(what: str, value: float) -> None:
+    """With weights and a loss that are: the next step, or an evaluation, would not be."""
+    saved: list[Any] = []
+    model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
+    model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))  # which is as it should be
+    run = a_run(dr.transform(model, (X[:2],), rank=dr.Fixed(2)), always(FULL))
+
+    def save(run: Run) -> None:
+        saved.append(run.step)
+        if what == "momentum":
+            run.optimizer.state[next(run.net.parameters())]["average"] = torch.tensor([1.0, value])
+        else:
+            run.net.get_buffer("1.running_var")[3] = value
+
+    message = refusal(lambda: fit(run, TASK, replace(EAGER, checkpoint_steps=1), save=save))
+    name = {"momentum": "the optimizer's average of 0.weight", "running_var": "1.running_var"}[what]
+    assert message.startswith(f"the training diverged in epoch 1, where {name} is not finite: lower the learning rate")
+    assert saved == [1]
 
 
 def test_no_batch_is_told() -> None:

@@ -236,7 +236,8 @@ def whole(recipe: Recipe, folder: Path) -> Whole:
         save_run(run, folder)
         checkpoints[run.epoch, run.step] = folder / f"{run.epoch}-{run.step}"
         checkpoints[run.epoch, run.step].mkdir()
-        shutil.copy(folder / CHECKPOINT, checkpoints[run.epoch, run.step])
+        for name in (CHECKPOINT, "history.jsonl"):
+            shutil.copy(folder / name, checkpoints[run.epoch, run.step])
 
     save(run)
     assert fit(run, task, replace(recipe.settings, checkpoint_steps=1), save=save)
