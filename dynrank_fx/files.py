@@ -19,8 +19,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .errors import StoreError
 
 if sys.platform != "win32":
@@ -100,7 +98,7 @@ def replacing(path: Path, *, final: Path | None = None, alone: bool = True) -> I
             _sync_folder(place.parent)
     except BlockingIOError as error:
         raise StoreError(f"another process is writing {final or path}: let it end, or choose another name") from error
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise StoreError(
             f"{final or path} could not be written ({why(error)}); what was there before is unchanged"
         ) from error

@@ -53,7 +53,8 @@ def check_seal(path: Path) -> None:
             expected = data[beside : beside + _DIGITS] if beside >= 0 else None
     except (OSError, ValueError):  # missing or empty: its reader says so
         return
-    weights = path.with_name(f"{Path(os.path.realpath(path)).name}.data")
+    real = Path(os.path.realpath(path))
+    weights = real.with_name(f"{real.name}.data")
     if expected is not None and weights.exists() and _digest_of(weights) != expected:
         raise ExportError(f"{weights} is damaged, or of another export than {path}: copy both again, or export again")
 

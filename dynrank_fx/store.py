@@ -47,7 +47,10 @@ def write(
     text = json.dumps({"info": info, "aliases": {a: b for a, b in aliases.items() if a != b}}, ensure_ascii=True)
     metadata = {"format": _FORMAT, "version": str(version), "content": text, "sha256": _checksum(kept, text)}
     with replacing(path, final=final) as beside:
-        save_file(kept, beside, metadata)
+        try:
+            save_file(kept, beside, metadata)
+        except SafetensorError as error:  # as which it tells what the disk says
+            raise OSError(str(error)) from error
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:

@@ -29,6 +29,7 @@ def test_infinities_must_be_where_pytorch_has_them(tmp_path: Path) -> None:
     assert max(a.max_abs for a in report.agreements) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*is not as dynrank-fx wrote it")
 def test_a_file_whose_weights_were_changed(tmp_path: Path, exported: Any) -> None:
     model, x, good, _ = exported
     assert verify_onnx(good, model, x)[0] == CPU
@@ -65,6 +66,7 @@ def test_another_modules_file(exported: Any) -> None:
         verify_onnx(path, nn.Linear(7, 3), x)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not as dynrank-fx wrote it")
 def test_inputs_by_name_and_order_whatever_the_file_dropped(tmp_path: Path) -> None:
     class Mixed(nn.Module):
         def forward(self, x: Tensor, unused: Tensor, y: Any, n: int, *, b: Tensor, a: Tensor) -> Tensor:

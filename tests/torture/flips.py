@@ -35,7 +35,8 @@ class Reader:
 class Flip:
     """One flip: the file, the bit of it, who read it, and what became of that.
 
-    outcome: ``refused``, ``same``, or what is wrong: ``silent`` (another result), ``traceback``, ``crashed``, ``late``.
+    outcome: ``refused``, ``told`` (by a warning), ``same``, or what is wrong: ``silent`` (another result),
+    ``traceback``, ``crashed``, ``late``.
     """
 
     file: str
@@ -92,6 +93,7 @@ def _loaded(folder: Path) -> object:
     return tensors, json.dumps(dr.plan_of(net).to_json())
 
 
+TOLD = "is not as dynrank-fx wrote it"
 RUN = ("run/checkpoint.safetensors", "run/run.json", "run/history.jsonl")
 NET = ("net/weights.safetensors", "net/plan.json")
 BESIDE = ("large.onnx", "large.onnx.data")
@@ -144,6 +146,8 @@ def flip(original: Path, reader: Reader, file: str, bit: int, should: object) ->
 
 def _kind(outcome: Outcome, should: object) -> str:
     if outcome.kind == "done":
+        if TOLD in str(outcome.value):
+            return "told"
         return "same" if outcome.value == should else "silent"
     return outcome.kind
 

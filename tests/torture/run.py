@@ -34,7 +34,7 @@ def main() -> int:
     wrong += [
         f"{each.file}, bit {each.bit}, {each.reader}: {each.outcome} {each.said}"
         for each in flipped
-        if each.outcome not in ("refused", "same")
+        if each.outcome not in ("refused", "told", "same")
     ]
     chosen.out.write_text(_page(killed, flipped, minutes, chosen.seed), encoding="utf-8")
     print("\n".join([*wrong, f"{len(wrong)} of {len(killed) + len(flipped)} went wrong; wrote {chosen.out}"]))
@@ -61,17 +61,18 @@ def _page(killed: list[kills.Kill], flipped: list[flips.Flip], minutes: float, s
         lines.append(f"| {job.name} | {len(of_job)} | {at_sides} | {sum(bool(each.wrong) for each in of_job)} |")
     lines += [
         "",
-        "Flips: one bit of a file is flipped, and the file is read. Refused: in a sentence and a non-zero exit. Same: "
-        "the result is that of the whole file, since the bit says nothing.",
+        "Flips: one bit of a file is flipped, and the file is read. Refused: in a sentence and a non-zero exit. Told: "
+        "by a warning, as other tools change files too. Same: the result is that of the whole file, since the bit says "
+        "nothing.",
         "",
-        "| file | reader | flips | refused | same | silent | traceback, crash or no end |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| file | reader | flips | refused | told | same | silent | traceback, crash or no end |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for reader in flips.READERS:
         for file in reader.files:
             count = Counter(each.outcome for each in flipped if (each.reader, each.file) == (reader.name, file))
             if count:
-                good = [count["refused"], count["same"], count["silent"]]
+                good = [count["refused"], count["told"], count["same"], count["silent"]]
                 row = [file, reader.name, count.total(), *good, count.total() - sum(good)]
                 lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines) + "\n"
