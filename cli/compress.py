@@ -17,7 +17,7 @@ import click
 from click.core import ParameterSource
 
 from dynrank_fx.errors import ExportError, StoreError
-from dynrank_fx.files import check_file_place
+from dynrank_fx.files import check_file_place, finish
 
 from .options import (
     Option,
@@ -253,6 +253,7 @@ def _lost(module: nn.Module, loaded: nn.Module, inputs: ExampleInputs) -> str:
 
 def _free(path: Path) -> Path:
     """This name, or the next one that nothing has."""
+    finish(path)
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
     return next(each for each in chain([path], names) if not os.path.lexists(each))
 

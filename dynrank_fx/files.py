@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import socket
@@ -85,7 +86,7 @@ def replacing(path: Path, *, final: Path | None = None, alone: bool = True) -> I
     beside = folder / place.name
     try:
         if not alone:
-            _clear(place.parent, f".{place.name}.*.part")
+            _clear(place.parent, f".{glob.escape(place.name)}.*.part")
         finish(place)
         with _held(folder):
             yield beside
@@ -126,13 +127,15 @@ def _move(folder: Path, made: list[Path], place: Path) -> None:
 
 
 def finish(path: Path) -> None:
-    """Complete what a killed process had all but done: files whose names it was changing, or a folder.
+    """Complete what a killed process had all but done (files whose names it was changing, or a folder), and clear away
+    what it had only begun.
 
     Everybody who reads such a place calls it first.
     """
     place = Path(os.path.realpath(path))
     folder = place.parent / f".{place.name}.part"
     if not (folder / _READY).exists():
+        _clear(place.parent, glob.escape(folder.name))
         return
     with contextlib.suppress(OSError), _lock(folder, wait=True):
         if (folder / _NEW).is_dir():

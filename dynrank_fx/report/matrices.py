@@ -97,6 +97,8 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
         model = onnx.load(os.path.realpath(path))  # weights lie beside the file, not beside a link
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise ExportError(f"{path} could not be read as an ONNX file ({first_line(error)})") from error
+    if not model.opset_import:
+        raise ExportError(f"{path} holds no model: it is empty or damaged; export it again, or use an earlier copy")
     check_seal(path)
     used = {
         name: (node.op_type, next((a.i for a in node.attribute if a.name == "group"), 1))

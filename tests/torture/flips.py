@@ -1,4 +1,4 @@
-"""Flip one bit of a file that the tool wrote, and read it: refused in words, or the same result as before."""
+"""Flip one bit of a file that the tool wrote, or cut it short, and read it: refused, or the same result as before."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class Flip:
-    """One flip: the file, the bit of it, who read it, and what became of that.
+    """One harm: the file, what was done to it, who read it, and what became of that.
 
     outcome: ``refused``, ``told`` (by a warning), ``same``, or what is wrong: ``silent`` (another result),
     ``traceback``, ``crashed``, ``late``.
     """
 
     file: str
-    bit: int
+    harm: str
     reader: str
     outcome: str
     said: str = ""
@@ -127,21 +127,32 @@ def make(folder: Path) -> None:
     command("export", MODEL, "--external-data", "-o", folder / "large.onnx")
 
 
-def flipped(file: Path, bit: int) -> None:
-    """Flip one bit of a file in its place."""
-    data = bytearray(file.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
+def harmed(file: Path, harm: str) -> None:
+    """Harm a file in its place: ``bit 17``, ``cut at 17`` (a byte), or ``zeros from 17`` on."""
+    data, place = bytearray(file.read_bytes()), int(harm.split()[-1])
+    if harm.startswith("bit"):
+        data[place // 8] ^= 1 << place % 8
+    elif harm.startswith("cut"):
+        del data[place:]
+    else:
+        data[place:] = bytes(len(data) - place)
     file.write_bytes(data)
 
 
-def flip(original: Path, reader: Reader, file: str, bit: int, should: object) -> Flip:
-    """Read a copy of a folder in which one bit of one file is another one."""
+def _harm(chance: random.Random, size: int) -> str:
+    """Mostly a bit; one in eight is cut short or zeroed, half of these from the start."""
+    place = chance.choice([0, chance.randrange(size)])
+    return chance.choice([f"bit {chance.randrange(8 * size)}"] * 14 + [f"cut at {place}", f"zeros from {place}"])
+
+
+def flip(original: Path, reader: Reader, file: str, harm: str, should: object) -> Flip:
+    """Read a copy of a folder in which one file is harmed."""
     with tempfile.TemporaryDirectory(prefix="torture") as place:
         folder = Path(place, "copy")
         shutil.copytree(original, folder)
-        flipped(folder / file, bit)
+        harmed(folder / file, harm)
         outcome = apart(lambda: reader.read(folder), 60)
-    return Flip(file, bit, reader.name, _kind(outcome, should), outcome.said)
+    return Flip(file, harm, reader.name, _kind(outcome, should), outcome.said)
 
 
 def _kind(outcome: Outcome, should: object) -> str:
@@ -170,6 +181,6 @@ def campaign(count: int, seed: int = 0) -> list[Flip]:
             should[reader.name] = outcome.value
         for i in range(count):
             reader, file = pairs[i % len(pairs)]
-            bits = 8 * (original / file).stat().st_size
-            flips.append(flip(original, reader, file, chance.randrange(bits), should[reader.name]))
+            harm = _harm(chance, (original / file).stat().st_size)
+            flips.append(flip(original, reader, file, harm, should[reader.name]))
     return flips

@@ -32,7 +32,7 @@ def main() -> int:
     minutes = (time.monotonic() - started) / 60
     wrong = [f"{each.job}, killed at {each.moment}: {each.wrong}" for each in killed if each.wrong]
     wrong += [
-        f"{each.file}, bit {each.bit}, {each.reader}: {each.outcome} {each.said}"
+        f"{each.file}, {each.harm}, {each.reader}: {each.outcome} {each.said}"
         for each in flipped
         if each.outcome not in ("refused", "told", "same")
     ]
@@ -61,9 +61,9 @@ def _page(killed: list[kills.Kill], flipped: list[flips.Flip], minutes: float, s
         lines.append(f"| {job.name} | {len(of_job)} | {at_sides} | {sum(bool(each.wrong) for each in of_job)} |")
     lines += [
         "",
-        "Flips: one bit of a file is flipped, and the file is read. Refused: in a sentence and a non-zero exit. Told: "
-        "by a warning, as other tools change files too. Same: the result is that of the whole file, since the bit says "
-        "nothing.",
+        "Flips: one bit of a file is flipped (or, one time in eight, the file is cut short or zeroed), and it is read. "
+        "Refused: in a sentence and a non-zero exit. Told: by a warning, as other tools change files too. Same: the "
+        "result is that of the whole file, since the bit says nothing.",
         "",
         "| file | reader | flips | refused | told | same | silent | traceback, crash or no end |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

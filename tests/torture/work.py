@@ -8,7 +8,6 @@ import signal
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -59,7 +58,6 @@ def apart(work: Callable[[], object], seconds: float = 120, kill_after: float | 
 
 def _report(work: Callable[[], object], path: str) -> None:
     """In the child: never returns."""
-    warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
