@@ -30,7 +30,7 @@ def export_both_modes(
     """
     if example_inputs is None:
         raise CaptureError(f"torch.export needs example inputs to trace {type(model).__name__}; pass example_inputs")
-    args, kwargs = double_batch_of_one(*split_inputs(fresh(example_inputs)))
+    args, kwargs = double_batch_of_one(*fresh(split_inputs(example_inputs)))
     if dynamic_shapes is not None:
         programs = _programs(root, args, kwargs, dynamic_shapes)
     else:
