@@ -39,7 +39,10 @@ class Function:
     meaning: str
 
 
-_INPUTS = (Tensor, tuple, list, Mapping), "a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)"
+_INPUTS = (
+    (Tensor, tuple, list, Mapping),
+    "a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)",
+)
 _DATA = Iterable, "an iterable of batches, such as a DataLoader"
 
 FUNCTIONS = {

@@ -92,7 +92,8 @@ def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[di
     renamed = {name.removeprefix(wrapper): tensor for name, tensor in plain.items()}
     compiled = any(_COMPILED in name and name not in own for name in state)
     left_out = " and ".join(filter(None, (wrapper, _COMPILED if compiled else "")))
-    return {bare.get(name, name): t for name, t in renamed.items() if name in bare or name not in _NOT_WEIGHTS}, left_out
+    found = {bare.get(name, name): t for name, t in renamed.items() if name in bare or name not in _NOT_WEIGHTS}
+    return found, left_out
 
 
 def _misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -50,8 +50,8 @@ def split_inputs(example_inputs: ExampleInputs) -> Inputs:
 
 
 def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
-    """The inputs with the keyword arguments in the order of forward, and the defaults of those that are left out between
-    them: torch.export binds the arguments of a GraphModule by their order, whatever their names.
+    """The inputs with the keyword arguments in the order of forward, and the defaults of those left out between them:
+    torch.export binds the arguments of a GraphModule by their order, whatever their names.
     """
     args, kwargs = inputs
     if not isinstance(module, fx.GraphModule):

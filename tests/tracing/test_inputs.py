@@ -38,7 +38,17 @@ from dynrank_fx.tracing import (
         (lambda x, y: ((), {"x": x, "y": y}), "", "xy"),
         (lambda x, y: ((x, y), {}), "xy", ""),
     ],
-    ids=["tuple", "list", "dict", "dict in another order", "mapping", "pair and mapping", "pair", "pair of keywords", "pair of positions"],
+    ids=[
+        "tuple",
+        "list",
+        "dict",
+        "dict in another order",
+        "mapping",
+        "pair and mapping",
+        "pair",
+        "pair of keywords",
+        "pair of positions",
+    ],
 )
 def test_example_inputs_come_in_every_documented_form(form, positions, keywords, how):
     class Two(nn.Module):

@@ -78,7 +78,8 @@ def test_a_mapping_is_a_batch_of_its_own_kind() -> None:
     assert evaluate(net, task, EAGER)["eval_loss"] == pytest.approx(F.mse_loss(net(X), Y).item(), rel=1e-5)
     meta = Settings(epochs=1, compile=False, device="meta")
     _, batch = apply(net.to("meta"), task, meta, UserDict(x=X, y=Y))
-    assert isinstance(batch, UserDict) and batch["y"].is_meta
+    assert isinstance(batch, UserDict)
+    assert batch["y"].is_meta
 
 
 def test_autocast_is_where_it_is_asked_for_and_ends_with_its_block() -> None:
