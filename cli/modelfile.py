@@ -8,7 +8,7 @@ import linecache
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -38,7 +39,10 @@ class Function:
     meaning: str
 
 
-_INPUTS = (Tensor, tuple, list, dict), "a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)"
+_INPUTS = (
+    (Tensor, tuple, list, Mapping),
+    "a tuple of arguments, a dict of keyword arguments, or the pair (args, kwargs)",
+)
 _DATA = Iterable, "an iterable of batches, such as a DataLoader"
 
 FUNCTIONS = {
@@ -85,7 +89,9 @@ class ModelFile:
     def model(self) -> nn.Module:
         made: nn.Module = self._call("model")
         if self.weights is not None:
-            load_weights_(made, self.weights)
+            said = load_weights_(made, self.weights)
+            if said:
+                click.echo(said, err=True)
         return made
 
     def example_inputs(self) -> ExampleInputs:

@@ -11,7 +11,7 @@ from dynrank_fx.errors import StoreError, first_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_INSIDE = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
+_INSIDE = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "ema", "model_ema", "state_dict_ema")
 """Under which of these a checkpoint of a training script holds its ``state_dict``; the first that it has counts."""
 _PREFIXES = ("module.", "model.", "net.")
 """What DataParallel, DistributedDataParallel, averages, and trainers put before every name."""
@@ -19,8 +19,9 @@ _COMPILED = "_orig_mod."
 _NOT_WEIGHTS = ("n_averaged",)  # the counter of torch's AveragedModel
 
 
-def load_weights_(model: nn.Module, path: Path) -> None:
-    """Put the weights of a file into a model. Raises StoreError where they are not its own, and says what the file has.
+def load_weights_(model: nn.Module, path: Path) -> str:
+    """Put the weights of a file into a model, and say in words what was passed over, if anything was. Raises StoreError
+    where they are not its own, and says what the file has.
 
     A name that the file lacks is no loss where another name of the same, tied tensor is there. ``_orig_mod.`` of a
     compiled module, ``module.`` and the like before every name, and a checkpoint around the ``state_dict`` are passed
@@ -28,7 +29,7 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     """
     state, around = _state_in(path)
     own = model.state_dict(keep_vars=True)
-    state = _renamed(state, own)
+    state, wrapper = _renamed(state, own)
     first: dict[int, str] = {}
     for name in own:
         if name in state:
@@ -44,6 +45,8 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         raise StoreError(
             f"{path} could not be loaded into model() ({first_line(error)}): give a state_dict of that model"
         ) from error
+    passed = [*around, *([f"its names were read without {wrapper}"] if wrapper else [])]
+    return f"{path}: {'; '.join(passed)}" if passed else ""
 
 
 def _state_in(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -78,14 +81,19 @@ def _has_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
 
 
-def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the model's names: without what wrappers put before them, if that fits more of them."""
+def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The weights under the model's names, without what wrappers put before them, if that fits more of them; and what
+    was left out of the names, in words.
+    """
     bare = {name.replace(_COMPILED, ""): name for name in own}  # model() may be compiled too
     plain = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
     before = ("", *_PREFIXES, *(one + other for one in _PREFIXES for other in _PREFIXES))
     wrapper = max(before, key=lambda prefix: sum(name.removeprefix(prefix) in bare for name in plain))
     renamed = {name.removeprefix(wrapper): tensor for name, tensor in plain.items()}
-    return {bare.get(name, name): t for name, t in renamed.items() if name in bare or name not in _NOT_WEIGHTS}
+    compiled = any(_COMPILED in name and name not in own for name in state)
+    left_out = " and ".join(filter(None, (wrapper, _COMPILED if compiled else "")))
+    found = {bare.get(name, name): t for name, t in renamed.items() if name in bare or name not in _NOT_WEIGHTS}
+    return found, left_out
 
 
 def _misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..aliases import Output
-from ..errors import CalibrationError, reason
+from ..errors import CalibrationError, CaptureError, reason
 from ..tracing import ExampleInputs, fresh, same_values, split_inputs
 
 
@@ -17,14 +17,19 @@ def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None
     """The batches as a list. like: example inputs. Raises CalibrationError for none, for numbers that are not finite,
     and for tensors of other dimensions than those of the example inputs.
     """
-    if isinstance(batches, Tensor):  # whose rows would be taken for batches
-        raise CalibrationError("calibration data of one tensor are no batches: give a list of them")
+    if isinstance(batches, Tensor | Mapping):  # whose rows, or names, would be taken for batches
+        kind = "one tensor" if isinstance(batches, Tensor) else "one mapping"
+        raise CalibrationError(f"calibration data of {kind} are no batches: give a list of them")
     try:
-        data = list(batches)
+        data: list[ExampleInputs] = list(batches)
     except TypeError as error:
         raise CalibrationError(
             f"calibration data of type {type(batches).__name__} are no batches: give a list"
         ) from error
+    try:
+        data = [split_inputs(batch) for batch in data]
+    except CaptureError as error:
+        raise CalibrationError(f"a calibration batch is none: {error}") from error
     if not data or not any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(data)):
         raise CalibrationError("the calibration data are empty: give at least one batch of inputs")
     for number, batch in enumerate(data):
@@ -58,7 +63,7 @@ def call(module: nn.Module, batch: ExampleInputs, number: int) -> Output:
     too. Raises CalibrationError, naming the batch, where that fails.
     """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    args, kwargs = split_inputs(pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(batch)))
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(split_inputs(batch)))
     try:
         with same_values(module):
             return module(*args, **kwargs)

@@ -27,6 +27,7 @@ from ..tracing import (
     double_batch_of_one,
     free_dimensions,
     joined,
+    named_keywords,
     origin,
     quiet,
     slow_attention,
@@ -78,7 +79,7 @@ def converted(
 
 def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | None, opset: int | None) -> ModelProto:
     kind = type(module).__name__
-    with quiet(), torch.no_grad(), slow_attention():
+    with quiet(), torch.no_grad(), slow_attention(), named_keywords(module, inputs):
         try:
             shapes: Any = dynamic_shapes  # Any: its annotation forgets the ShapesCollection
             program = torch.export.export(module, *inputs, dynamic_shapes=shapes, strict=False)
@@ -87,7 +88,7 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
             if fixed is not None:
                 raise ExportError(
                     f"the model fixes {fixed[1]} at the size in the example: leave that dimension out of the free "
-                    "ones, change what depends on it, or give Dim.AUTO in place of a Dim with a name"
+                    "ones, change what depends on it, or name it by dynamic in place of a Dim"
                 ) from error
             where = f"{origin(error, module)} ({reason(error)})"
             raise ExportError(f"torch.export cannot trace {where}: change the model or its inputs") from error

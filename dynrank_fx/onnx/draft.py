@@ -16,7 +16,7 @@ from ..seals import blank_seals, seal
 from ..tracing import DynamicShapes, Inputs
 from ..version import __version__
 from .convert import converted, parameter_count, renamed
-from .dynamic import Dynamic, Shape, name_dimensions_, shapes_in, sizes_in
+from .dynamic import Dynamic, Shape, name_dimensions_, names_of_tensors, shapes_in, sizes_in
 from .file import write_file
 from .precision import Precision, cast, int8_weights_
 from .random_inputs import SIZES, table_rows
@@ -69,7 +69,7 @@ def write_draft(path: Path, plain: nn.Module, inputs: Inputs, draft: Draft, *, o
     model, free = converted(cast(plain, draft.precision), inputs, draft.shapes, draft.opset, only_batch=only_batch)
     renamed(model, lambda name: name.removeprefix("module.") if draft.precision is not Precision.FLOAT32 else name)
     if draft.dynamic is not None:
-        name_dimensions_(model, draft.dynamic)
+        name_dimensions_(model, draft.dynamic, names_of_tensors(plain, inputs))
     if draft.precision is Precision.INT8_WEIGHTS:
         int8_weights_(model)
     feeds, rows = tuple(str(value.name) for value in model.graph.input), table_rows(model)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..aliases import Kwargs
 from ..errors import ExportError
-from ..tracing import Inputs, batch_size, fresh, quiet, same_buffers
+from ..tracing import Inputs, batch_size, fresh, joined, quiet, same_buffers
 from ..tracing import tensors as leaves_of
 
 if TYPE_CHECKING:
@@ -27,9 +27,20 @@ Shape: TypeAlias = tuple[int | str, ...]
 
 
 def arguments(module: nn.Module, inputs: Inputs) -> Kwargs:
-    """The inputs by the names of forward's parameters, in order."""
+    """The inputs by the names of forward's parameters, in order, those of ``**kwargs`` by their own names."""
     args, kwargs = inputs
-    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    signature = inspect.signature(module.forward)
+    bound = signature.bind(*args, **kwargs).arguments
+    caught = {name for name in bound if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD}
+    named = {name: value for name, value in bound.items() if name not in caught}
+    return {**named, **{name: value for name, value in kwargs.items() if name not in named}}
+
+
+def names_of_tensors(module: nn.Module, inputs: Inputs) -> list[str]:
+    """What each tensor of the inputs is called, in their order: ``batch_ids`` for ``batch["ids"]``."""
+    args, kwargs = inputs
+    given = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+    return [joined(path) for path, leaf in pytree.tree_flatten_with_path(given)[0] if isinstance(leaf, Tensor)]
 
 
 def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[str, object]:
@@ -40,16 +51,24 @@ def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[st
     """
     if not isinstance(dynamic, Mapping) or not all(_is_named(axes) for axes in dynamic.values()):
         raise ExportError(f"dynamic is {dynamic!r}: name dimensions by argument, such as {{'x': {{0: 'batch'}}}}")
-    given = arguments(module, inputs)
+    tensors = dict(zip(names_of_tensors(module, inputs), leaves_of(inputs), strict=True))
     for name, axes in dynamic.items():
-        tensor = given.get(name)
-        if not isinstance(tensor, Tensor):
-            tensors = [key for key, value in given.items() if isinstance(value, Tensor)]
-            raise ExportError(f"the model takes no tensor {name!r} to free a dimension of: its inputs are {tensors}")
+        if name not in tensors:
+            raise ExportError(
+                f"the model takes no tensor {name!r} to free a dimension of: its inputs are {list(tensors)}"
+            )
         for axis in axes:
-            if not 0 <= axis < tensor.ndim:
-                raise ExportError(f"{name} has {tensor.ndim} dimensions, counted from 0, and none is number {axis}")
-    return {key: dict.fromkeys(dynamic.get(key, {}), torch.export.Dim.AUTO) or None for key in given}
+            if not 0 <= axis < tensors[name].ndim:
+                raise ExportError(
+                    f"{name} has {tensors[name].ndim} dimensions, counted from 0, and none is number {axis}"
+                )
+
+    def free(path: Sequence[object], leaf: object) -> object:
+        axes = dynamic.get(joined(path), {}) if isinstance(leaf, Tensor) else {}
+        return dict.fromkeys(axes, torch.export.Dim.AUTO) or None
+
+    shapes: dict[str, object] = pytree.tree_map_with_path(free, arguments(module, inputs))
+    return shapes
 
 
 def _is_named(axes: object) -> bool:
@@ -58,15 +77,17 @@ def _is_named(axes: object) -> bool:
     )
 
 
-def name_dimensions_(model: ModelProto, dynamic: Dynamic) -> None:
-    """Give the file's free dimensions the names; torch names them by numbers of its own."""
+def name_dimensions_(model: ModelProto, dynamic: Dynamic, tensors: Sequence[str]) -> None:
+    """Give the file's free dimensions the names; torch names them by numbers of its own. tensors: see
+    ``names_of_tensors``; the file may call them otherwise.
+    """
     names: dict[str, str] = {}
-    for value in model.graph.input:
-        for axis, name in dynamic.get(value.name, {}).items():
+    for value, tensor in zip(model.graph.input, tensors, strict=True):
+        for axis, name in dynamic.get(tensor, {}).items():
             dim = value.type.tensor_type.shape.dim[axis]
             if not dim.dim_param:
                 raise ExportError(
-                    f"the model fixes dimension {axis} of {value.name} at {dim.dim_value}: leave {name!r} out, or "
+                    f"the model fixes dimension {axis} of {tensor} at {dim.dim_value}: leave {name!r} out, or "
                     "change what depends on that size (an example of size 1 counts as one that depends on it)"
                 )
             names[dim.dim_param] = name

@@ -119,14 +119,16 @@ def export_onnx(
         opset: The version of ONNX's operators; by default what torch's exporter takes.
         dynamic_shapes: As in ``torch.export``; by default every dimension that the model leaves free is free, under
             one name in all inputs (``batch``, ``sequence``, ``height`` and so on), and is compared at another size too.
-        dynamic: In its place, free dimensions by argument, under a name, such as ``{"x": {0: "batch"}}``.
+        dynamic: In its place, free dimensions by argument, under a name, such as ``{"x": {0: "batch"}}``. A tensor
+            inside an argument has the names of both, ``batch_ids`` for ``batch["ids"]``.
         input_names: Names for the file's inputs, in order; by default those of the arguments.
         output_names: Names for its outputs, in order; by default ``output`` or what the model calls them.
         precision: The types that its numbers are stored and multiplied in; it is compared with the module as it is.
         external_data: Whether weights go into a file of their own, ``path`` with ``.data`` added; by default where one
             file cannot hold them.
         batch_sizes: The batch sizes to compare on.
-        more_inputs: Real inputs to compare on besides, each as ``example_inputs``.
+        more_inputs: Real inputs to compare on besides, each as ``example_inputs``; where the batch is fixed, as many of
+            their rows as that takes, over again if they are fewer.
         providers: Those of onnxruntime; by default CUDA where it works, else the CPU. Where another than the CPU ran,
             the CPU is compared too.
         tolerance: The largest error that is allowed; see ``verify_onnx``.
@@ -177,7 +179,7 @@ def export_onnx(
                 sizes = batch_sizes if written.free else (batch_size(inputs) or 1,)
                 cases = _cases(inputs, sizes, limits)
                 cases += _of_other_sizes(plain, inputs, written, required=dynamic is not None)
-                cases += [split_inputs(each) for each in more_inputs]
+                cases += [_as_large(split_inputs(each), written, inputs) for each in more_inputs]
                 opened = session(beside, providers)
                 agreements = compare(opened, plain, cases, allowed, written.feeds)
                 provider = opened.get_providers()[0]
@@ -299,6 +301,12 @@ def check_opset(opset: int | None) -> None:
 def _cases(inputs: Inputs, batch_sizes: Sequence[int], limits: Sequence[int | None] = ()) -> list[Inputs]:
     """What to compare on: new rows at each batch size. limits: see ``with_batch``."""
     return [with_batch(inputs, batch, seed=batch, limits=limits) for batch in batch_sizes]
+
+
+def _as_large(real: Inputs, written: Written, inputs: Inputs) -> Inputs:
+    """Real inputs, with as many rows as a file takes whose batch is fixed."""
+    batch = batch_size(inputs)
+    return real if written.free or batch is None else with_batch(real, batch)
 
 
 def _of_other_sizes(module: nn.Module, inputs: Inputs, written: Written, *, required: bool) -> list[Inputs]:

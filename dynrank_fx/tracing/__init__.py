@@ -17,7 +17,7 @@ from .inputs import (
     tensors,
     with_batch,
 )
-from .isolation import quiet, same_buffers, same_values, slow_attention
+from .isolation import named_keywords, quiet, same_buffers, same_values, slow_attention
 from .measure import flop_counter, measure
 from .net import (
     Net,
@@ -64,6 +64,7 @@ __all__ = [
     "joined",
     "measure",
     "meta_of",
+    "named_keywords",
     "note",
     "origin",
     "own_",

@@ -177,7 +177,7 @@ def tensors_in(given: object) -> Iterator[Tensor]:
 
 def run(model: nn.Module, example_inputs: ExampleInputs, *, grad: bool = False) -> Output:
     """The output, with inputs and random generators left as they are. grad: as from a layer that trains before."""
-    args, kwargs = split_inputs(fresh(example_inputs))
+    args, kwargs = fresh(split_inputs(example_inputs))
     if grad:
         made: dict[int, Tensor] = {}  # one tensor stays one
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: made.setdefault(id(t), _with_grad(t)), (args, kwargs))

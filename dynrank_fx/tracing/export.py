@@ -16,7 +16,7 @@ from ..aliases import Args, Function, Kwargs
 from ..errors import CaptureError, first_line
 from .blame import origin
 from .inputs import DynamicShapes, ExampleInputs, batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
-from .isolation import assignments_in_place, in_mode, quiet, slow_attention, unchecked_distributions
+from .isolation import assignments_in_place, in_mode, named_keywords, quiet, slow_attention, unchecked_distributions
 from .net import Net, finished
 
 
@@ -30,7 +30,7 @@ def export_both_modes(
     """
     if example_inputs is None:
         raise CaptureError(f"torch.export needs example inputs to trace {type(model).__name__}; pass example_inputs")
-    args, kwargs = double_batch_of_one(*split_inputs(fresh(example_inputs)))
+    args, kwargs = double_batch_of_one(*fresh(split_inputs(example_inputs)))
     if dynamic_shapes is not None:
         programs = _programs(root, args, kwargs, dynamic_shapes)
     else:
@@ -71,7 +71,14 @@ def _programs(root: nn.Module, args: Args, kwargs: Kwargs, shapes: DynamicShapes
     programs = {}
     for mode in (True, False):
         try:
-            with quiet(), slow_attention(), unchecked_distributions(), in_mode(root, mode), assignments_in_place(root):
+            with (
+                quiet(),
+                slow_attention(),
+                unchecked_distributions(),
+                in_mode(root, mode),
+                assignments_in_place(root),
+                named_keywords(root, (args, kwargs)),
+            ):
                 program = torch.export.export(root, args, kwargs, dynamic_shapes=shapes)  # type: ignore[arg-type]
             programs[mode] = program.module(check_guards=False)
         except Exception as error:  # torch.export runs forward, and fails in ways of its own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,8 +18,10 @@ from ..errors import CaptureError
 Inputs: TypeAlias = tuple[Args, Kwargs]
 """Positional and keyword arguments of a model."""
 
-ExampleInputs: TypeAlias = Tensor | Args | list[Any] | Kwargs
-"""Positional arguments, keyword arguments by name, the pair ``(args, kwargs)``, or one tensor."""
+ExampleInputs: TypeAlias = Tensor | Args | list[Any] | Mapping[str, Any]
+"""Positional arguments, keyword arguments by name (a dict, or what a tokenizer gives), the pair ``(args, kwargs)``, or
+one tensor.
+"""
 
 DynamicShapes: TypeAlias = torch.export.ShapesCollection | dict[str, Any] | tuple[Any, ...] | list[Any]
 """As ``torch.export`` takes them; its own annotation forgets the ShapesCollection."""
@@ -29,16 +31,16 @@ _Nested = TypeVar("_Nested")
 
 def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     """``(args, kwargs)`` from a tuple of arguments, a dict of keyword arguments, the pair ``(args, kwargs)``, or one
-    tensor.
+    tensor. Any mapping serves for a dict; pytree would not look into one of another kind.
 
     Raises CaptureError for anything else.
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
-    if isinstance(example_inputs, dict):
+    if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple | list):
-        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
             return example_inputs[0], dict(example_inputs[1])
         return tuple(example_inputs), {}
     raise CaptureError(
@@ -48,14 +50,20 @@ def split_inputs(example_inputs: ExampleInputs) -> Inputs:
 
 
 def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
-    """The inputs with the keyword arguments in the order of forward: torch.export binds those of a GraphModule by their
-    order, whatever their names.
+    """The inputs with the keyword arguments in the order of forward, and the defaults of those left out between them:
+    torch.export binds the arguments of a GraphModule by their order, whatever their names.
     """
     args, kwargs = inputs
     if not isinstance(module, fx.GraphModule):
         return inputs
-    names = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
-    return args, {name: kwargs[name] for name in (*names, *(name for name in kwargs if name not in names))}
+    behind = list(inspect.signature(module.forward).parameters.values())[len(args) :]
+    count = max((place + 1 for place, parameter in enumerate(behind) if parameter.name in kwargs), default=0)
+    ordered = {
+        parameter.name: kwargs.get(parameter.name, parameter.default)
+        for parameter in behind[:count]
+        if parameter.name in kwargs or parameter.default is not parameter.empty
+    }
+    return args, {**ordered, **{name: value for name, value in kwargs.items() if name not in ordered}}
 
 
 def fresh(example_inputs: _Nested) -> _Nested:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..aliases import Args, Function, Kwargs
+from ..aliases import Args, Function, Kwargs, Output
 from ..randomness import random_state, set_random_state
+from .inputs import Inputs
 from .net import set_mode
 
 _KEPT = ("_parameters", "_modules")
@@ -197,3 +199,30 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def named_keywords(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Inside, forward has the names of the arguments that it takes by ``**kwargs``: torch.export frees no size of a
+    tensor that has no parameter of its own.
+    """
+    signature, forward = inspect.signature(model.forward), model.forward
+    parameters = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    caught = [name for name in inputs[1] if name not in signature.parameters]
+    if len(parameters) == len(signature.parameters) or not caught:
+        yield
+        return
+
+    def named(*args: object, **kwargs: object) -> Output:
+        return forward(*args, **kwargs)
+
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in caught]
+    named.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    before = vars(model).get("forward")
+    vars(model)["forward"] = named
+    try:
+        yield
+    finally:
+        vars(model).pop("forward")
+        if before is not None:
+            vars(model)["forward"] = before

@@ -80,7 +80,7 @@ def measure(net: nn.Module, example_inputs: ExampleInputs) -> Measured:
 
     Raises CaptureError where the inputs do not fit the graph.
     """
-    args, kwargs = split_inputs(fresh(example_inputs))
+    args, kwargs = fresh(split_inputs(example_inputs))
     if isinstance(net, Net):
         _placeholders(net.graphs[False], args, kwargs)
     measured, counter = Measured(), flop_counter()

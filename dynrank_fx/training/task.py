@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
-from ..tracing import Inputs, evaluating, unwrap
+from ..tracing import Inputs, batch_size, evaluating, unwrap
 from .settings import Settings
 
 # What torch and Python raise where a batch does not fit the model.
@@ -50,7 +51,7 @@ def _gives_once(data: object) -> bool:
 
 def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> tuple[Output, Batch]:
     """The model's output, and the batch on the device."""
-    batch = pytree.tree_map_only(Tensor, lambda t: t.to(settings.device, non_blocking=True), batch)
+    batch = _on_device(batch, settings.device)
     args, kwargs = task.inputs(batch)
     with autocast(settings):
         try:
@@ -63,6 +64,20 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
         except _BY_A_BATCH as error:
             _refuse_batch(unwrap(forward), args, kwargs, error)
             raise
+
+
+def _on_device(batch: Batch, device: str | torch.device) -> Batch:
+    """The batch there. pytree would not look into a mapping of another kind than a dict, as tokenizers give them."""
+
+    def moved(values: object) -> object:
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), values)
+
+    if not isinstance(batch, MutableMapping) or not pytree.tree_is_leaf(batch):
+        return moved(batch)
+    twin = copy.copy(batch)
+    for key, value in batch.items():
+        twin[key] = moved(value)
+    return twin
 
 
 def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) -> None:
@@ -102,7 +117,7 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
     with evaluating(net):
         for batch in task.eval_data:
             output, batch = apply(net, task, settings, batch)
-            size = next((t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 1)
+            size = batch_size(((), dict(batch) if isinstance(batch, Mapping) else {"batch": batch})) or 1
             with autocast(settings):
                 loss = task.loss(output, batch).double()
             sums += size * torch.stack([loss, number(task.metric(output, batch) if task.metric else None, loss)])

@@ -44,11 +44,20 @@ def prefixed(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "model.", "module.model."])
-@pytest.mark.parametrize("around", [None, "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("around", [None, "state_dict", "model", "model_state_dict", "ema"])
 def test_prefixes_and_checkpoints(trained: Tied, prefix: str, around: str | None) -> None:
     state = prefixed(trained, prefix)
     torch.save(state if around is None else {"epoch": 3, around: state, "optimizer": {}}, "w.pt")
     assert same(loaded("w.pt"), trained)
+
+
+def test_what_was_passed_over_is_said(trained: Tied) -> None:
+    torch.save({"epoch": 3, "ema": prefixed(trained, "module._orig_mod.")}, "w.pt")
+    assert load_weights_(Tied(), Path("w.pt")) == (
+        "w.pt: it is the ema of a checkpoint that has epoch, ema; its names were read without module. and _orig_mod."
+    )
+    torch.save(trained.state_dict(), "plain.pt")
+    assert load_weights_(Tied(), Path("plain.pt")) == ""
 
 
 def test_an_average_and_a_compiled_part(trained: Tied) -> None:

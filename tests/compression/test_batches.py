@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ class Scaled(nn.Module):
 
 def test_a_batch_is_taken_as_example_inputs_are_and_is_not_written_to() -> None:
     x = torch.ones(2, 3)
-    for batch in (x, (x,), ((x,), {"by": 2.0}), {"x": x, "by": 2.0}):
+    for batch in (x, (x,), ((x,), {"by": 2.0}), {"x": x, "by": 2.0}, UserDict(x=x, by=2.0)):
         wanted = 1.0 if batch is x or len(batch) == 1 else 2.0
         assert torch.equal(call(Scaled(), batch, 0), torch.full((2, 3), wanted))
         assert torch.equal(x, torch.ones(2, 3))
@@ -58,7 +59,7 @@ def test_a_batch_is_taken_as_example_inputs_are_and_is_not_written_to() -> None:
 
 def test_an_iterator_is_drawn_once_into_a_list() -> None:
     found = checked_batches((torch.full((1, 2), float(i)),) for i in range(3))
-    assert [float(x[0, 0]) for (x,) in found] == [0.0, 1.0, 2.0]
+    assert [float(x[0, 0]) for (x,), _ in found] == [0.0, 1.0, 2.0]
 
 
 def test_what_the_model_says_is_told_with_the_number_of_the_batch() -> None:
@@ -69,3 +70,12 @@ def test_what_the_model_says_is_told_with_the_number_of_the_batch() -> None:
 def test_one_tensor_is_no_list_of_batches() -> None:
     with pytest.raises(CalibrationError, match="calibration data of one tensor are no batches: give a list of them"):
         checked_batches(torch.randn(4, 3))
+
+
+def test_a_mapping_is_a_batch_and_no_list_of_them() -> None:
+    batch = UserDict(x=torch.randn(4, 3))
+    assert torch.equal(checked_batches([batch])[0][1]["x"], batch["x"])
+    with pytest.raises(CalibrationError, match="of one mapping are no batches: give a list of them"):
+        checked_batches(batch)
+    with pytest.raises(CalibrationError, match="batch 0 holds numbers that are not finite"):
+        checked_batches([UserDict(x=torch.full((1,), torch.nan))])

@@ -80,14 +80,14 @@ def test_other_sizes_repeat_the_example() -> None:
 
 def test_the_file_has_the_names_wherever_the_size_occurs() -> None:
     made = graph_of([], {"x": (FLOAT, ["s0", 4]), "z": (FLOAT, ["s1"])}, {"y": (FLOAT, ["s0", "s1 + s10"])}, {})
-    name_dimensions_(made, {"x": {0: "batch"}, "z": {0: "length"}})
+    name_dimensions_(made, {"x": {0: "batch"}, "Z": {0: "length"}}, ["x", "Z"])
     dims = [
         [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*made.graph.input, *made.graph.output)
     ]
     assert dims == [["batch", 4], ["length"], ["batch", "length + s10"]]
     with pytest.raises(dr.ExportError, match="the model fixes dimension 1 of x at 4: leave 'width' out"):
-        name_dimensions_(made, {"x": {1: "width"}})
+        name_dimensions_(made, {"x": {1: "width"}}, ["x", "Z"])
 
 
 def names_of(inputs: dict[str, tuple[int, list[Any]]], *sizes: tuple[int, ...]) -> list[list[Any]]:
@@ -197,3 +197,41 @@ def test_a_named_size_may_be_restricted_to_multiples(tmp_path: Path) -> None:
 def test_what_can_move_is_found_by_running_the_module(module: Any, sizes: Any, movable: list[set[int]]) -> None:
     args = tuple(torch.randn(size) for size in sizes)
     assert movable_axes(module, (args, {})) == movable
+
+
+class Caught(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(50, 16), nn.Linear(16, 4)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.out(self.embed(batch["ids"]) * batch["Mask"][..., None])
+
+
+class Packed(Caught):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(**batch)
+
+
+@pytest.mark.parametrize("prefix", ["", "batch_"])
+def test_tensors_in_keywords_and_in_a_dict_have_free_dimensions_too(prefix: str, tmp_path: Path) -> None:
+    batch = {"Mask": torch.rand(4, 8), "ids": torch.randint(50, (4, 8))}
+    model, inputs = (Packed(), (batch,)) if prefix else (Caught(), batch)
+    assert "batch and sequence free" in str(dr.export_onnx(model, inputs, tmp_path / "auto.onnx"))
+    dynamic = {f"{prefix}{name}": {0: "rows", 1: "length"} for name in batch}
+    report = dr.export_onnx(model, inputs, tmp_path / "m.onnx", dynamic=dynamic)
+    assert set(report.shapes.values()) == {("rows", "length")}
+    net = dr.transform(model, inputs, rank=dr.Fixed(2), how=dr.Capture.EXPORT)
+    assert "batch and sequence free" in str(dr.export_onnx(dr.truncate(net), inputs, tmp_path / "small.onnx"))
+
+
+class OfFour(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(4, 2, 3).cumsum(1)
+
+
+def test_real_inputs_are_compared_at_the_batch_that_a_file_fixes(tmp_path: Path) -> None:
+    for rows in (3, 20):
+        real = [(torch.randn(rows, 3),)]
+        report = dr.export_onnx(OfFour(), (torch.randn(8, 3),), tmp_path / "m.onnx", more_inputs=real)
+        assert [agreement.batch for agreement in report.agreements] == [8, 8]

@@ -136,6 +136,21 @@ class TestWhatIsStored:
             report = export_onnx(torch.fx.symbolic_trace(Scaled()), inputs, tmp_path / "m.onnx")
             assert len(report.agreements) == 4
 
+    @pytest.mark.parametrize("how", [None, dr.Capture.EXPORT, dr.Capture.MODULES])
+    def test_keyword_inputs_may_leave_out_one_between_others(self, tmp_path, how):
+        class Gap(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a = nn.Linear(8, 8)
+
+            def forward(self, signal, lengths=None, weight=None):
+                return self.a(signal) if weight is None else self.a(signal) * weight
+
+        inputs = {"weight": torch.rand(4, 1), "signal": torch.randn(4, 8)}
+        net = dr.transform(Gap(), inputs, rank=dr.Fixed(2), how=how)
+        for module in (net, dr.truncate(net)):
+            assert dr.export_onnx(module, inputs, tmp_path / "m.onnx").dynamic_batch
+
 
 class TestRefusals:
     def test_a_module_that_disagrees_with_its_file(self, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 from capturing import assert_alike, both_captures, linears
@@ -30,11 +32,23 @@ from dynrank_fx.tracing import (
         (lambda x, y: [x, y], "xy", ""),
         (lambda x, y: {"x": x, "y": y}, "", "xy"),
         (lambda x, y: {"y": y, "x": x}, "", "yx"),
+        (lambda x, y: UserDict(x=x, y=y), "", "xy"),
+        (lambda x, y: ((x,), UserDict(y=y)), "x", "y"),
         (lambda x, y: ((x,), {"y": y}), "x", "y"),
         (lambda x, y: ((), {"x": x, "y": y}), "", "xy"),
         (lambda x, y: ((x, y), {}), "xy", ""),
     ],
-    ids=["tuple", "list", "dict", "dict in another order", "pair", "pair of keywords", "pair of positions"],
+    ids=[
+        "tuple",
+        "list",
+        "dict",
+        "dict in another order",
+        "mapping",
+        "pair and mapping",
+        "pair",
+        "pair of keywords",
+        "pair of positions",
+    ],
 )
 def test_example_inputs_come_in_every_documented_form(form, positions, keywords, how):
     class Two(nn.Module):

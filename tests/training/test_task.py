@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,6 +63,23 @@ def test_a_forward_is_the_models_own_on_positional_and_keyword_inputs() -> None:
         output, batch = apply(net, replace(TASK, inputs=inputs), EAGER, [X, Y])
         assert torch.equal(output, expected)
         assert all(map(torch.equal, batch, (X, Y)))
+
+
+def test_a_mapping_is_a_batch_of_its_own_kind() -> None:
+    """As a tokenizer gives it: with attributes, and tensors that pytree does not see."""
+    task = replace(
+        TASK,
+        loss=lambda output, batch: F.mse_loss(output, batch["y"]),
+        metric=None,
+        inputs=lambda batch: ((batch.data["x"],), {}),
+        eval_data=[UserDict(x=X[:5], y=Y[:5]), UserDict(x=X[5:], y=Y[5:])],
+    )
+    net = made().eval()
+    assert evaluate(net, task, EAGER)["eval_loss"] == pytest.approx(F.mse_loss(net(X), Y).item(), rel=1e-5)
+    meta = Settings(epochs=1, compile=False, device="meta")
+    _, batch = apply(net.to("meta"), task, meta, UserDict(x=X, y=Y))
+    assert isinstance(batch, UserDict)
+    assert batch["y"].is_meta
 
 
 def test_autocast_is_where_it_is_asked_for_and_ends_with_its_block() -> None:
