@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +21,14 @@ Optimizers: TypeAlias = Optimizer | Sequence[Optimizer]
 """One optimizer, or several that share the parameters of a net among them."""
 
 
+Place: TypeAlias = tuple[int, int, str]
+"""Where a parameter stands in an optimizer: the group, the slot, and its name, if the group keeps names."""
+
+_LISTS = {"params", "param_names"}
+_SLOTS: WeakKeyDictionary[Optimizer, dict[int, tuple[int, int]]] = WeakKeyDictionary()
+"""Of each optimizer whose groups are in slots: the group and slot of every parameter, by its id."""
+
+
 def optimizers_in(given: Optimizers | None) -> tuple[Optimizer, ...]:
     """torch's own optimizers in what a caller gave: Accelerate's and Lightning's wrappers hold one as ``optimizer``."""
     several = () if given is None else given if isinstance(given, Sequence) else (given,)
@@ -26,19 +36,51 @@ def optimizers_in(given: Optimizers | None) -> tuple[Optimizer, ...]:
     return tuple(own if isinstance(own, Optimizer) else each for each, own in inner)
 
 
-def holder_of(optimizers: Sequence[Optimizer], parameters: Sequence[Parameter]) -> Optimizer | None:
-    """The optimizer that trains the first of these parameters that any of them trains, or None."""
-    for parameter in parameters:
-        for optimizer in optimizers:
-            if place_of(optimizer, parameter) is not None:
-                return optimizer
-    return None
+def holders_of(optimizers: Iterable[Optimizer]) -> dict[int, Optimizer]:
+    """The optimizer that trains each parameter, by the parameter's id; the first of several."""
+    holders: dict[int, Optimizer] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                holders.setdefault(id(parameter), optimizer)
+    return holders
+
+
+def holder_in(holders: Mapping[int, Optimizer], parameters: Sequence[Parameter]) -> Optimizer | None:
+    """The optimizer that trains the first of these parameters that any trains, or None."""
+    return next((holders[id(p)] for p in parameters if id(p) in holders), None)
 
 
 def group_of(optimizer: Optimizer, parameter: Parameter) -> Group | None:
-    """The parameter group that trains this parameter, or None."""
-    place = place_of(optimizer, parameter)
+    """The parameter group that trains this parameter, or None; the groups are in slots."""
+    place = _SLOTS[optimizer].get(id(parameter))
     return None if place is None else optimizer.param_groups[place[0]]
+
+
+@contextmanager
+def in_slots(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Within it parameters of these optimizers can be exchanged.
+
+    Each place of a group is then a slot, a list of the parameters that stand there: no place moves, and one of many
+    thousand parameters is found at once. Afterwards the groups are lists of parameters as before.
+    """
+    opened = list(dict.fromkeys(optimizers))
+    try:
+        for optimizer in opened:
+            places = {}
+            for g, group in enumerate(optimizer.param_groups):
+                for i, parameter in enumerate(group["params"]):
+                    places[id(parameter)] = g, i
+                for key in _LISTS & group.keys():
+                    group[key][:] = [[value] for value in group[key]]
+            _SLOTS[optimizer] = places
+        yield
+    finally:
+        for optimizer in opened:
+            if _SLOTS.pop(optimizer, None) is not None:
+                for group in optimizer.param_groups:
+                    for key in _LISTS & group.keys():
+                        group[key][:] = [value for slot in group[key] for value in slot]
 
 
 def swap_parameters(
@@ -50,22 +92,18 @@ def swap_parameters(
 ) -> None:
     """Put ``new`` where ``old`` stood in the parameter groups, with these states; nothing of ``old`` remains.
 
-    Each new parameter goes into the group of the one it replaces (several into one's place; one into the first's
-    place). names: the last part of the new parameters' names, for groups that keep ``param_names``. Parameters that
-    the optimizer does not train are left out of it.
+    Each new parameter goes into the slot of the one it replaces (several into one's; one into the first's). names: the
+    last part of the new parameters' names, for groups that keep ``param_names``. Parameters that the optimizer does not
+    train are left out of it.
     """
     places = [place for place in (place_of(optimizer, o) for o in old) if place is not None]
     if not places:
         return
-    g, index, name = min(places)
-    group, prefix = optimizer.param_groups[g], name.rpartition(".")[0]
+    g, i, name = min(places)
+    prefix = name.rpartition(".")[0]
     _take_out(optimizer, old)
-    group["params"][index:index] = list(new)
-    if "param_names" in group:
-        group["param_names"][index:index] = [f"{prefix}.{name}".lstrip(".") for name in names]
-    for p, state in zip(new, states, strict=True):
-        if state:
-            optimizer.state[p] = laid_out_as(p, state)
+    for parameter, own, state in zip(new, names, states, strict=True):
+        _add(optimizer, (g, i, f"{prefix}.{own}".lstrip(".")), parameter, laid_out_as(parameter, state))
 
 
 def laid_out_as(parameter: Parameter, state: State) -> State:
@@ -79,39 +117,50 @@ def laid_out_as(parameter: Parameter, state: State) -> State:
     return {key: like(value) for key, value in state.items()}
 
 
-def place_of(optimizer: Optimizer, parameter: Parameter) -> tuple[int, int, str] | None:
-    """Where a parameter stands in the optimizer: (group, index, name), or None."""
-    for g, group in enumerate(optimizer.param_groups):
-        for i, p in enumerate(group["params"]):
-            if p is parameter:
-                return g, i, group["param_names"][i] if "param_names" in group else ""
-    return None
+def place_of(optimizer: Optimizer, parameter: Parameter) -> Place | None:
+    """Where a parameter stands in the optimizer, whose groups are in slots: (group, slot, name), or None."""
+    place = _SLOTS[optimizer].get(id(parameter))
+    if place is None:
+        return None
+    g, i = place
+    group = optimizer.param_groups[g]
+    at = [id(p) for p in group["params"][i]].index(id(parameter))
+    return g, i, group["param_names"][i][at] if "param_names" in group else ""
 
 
 def put_back(
     optimizer: Optimizer,
     parameters: Sequence[Parameter],
     states: Sequence[State],
-    places: Sequence[tuple[int, int, str] | None],
+    places: Sequence[Place | None],
 ) -> None:
-    """Parameters at the places that ``place_of`` gave before a switch, wherever they are now, with their states."""
+    """Parameters into the slots that ``place_of`` gave before a switch, wherever they are now, with their states."""
     _take_out(optimizer, parameters)
-    rows = [row for row in zip(places, parameters, states, strict=True) if row[0] is not None]
-    for (g, i, name), parameter, state in sorted(rows, key=lambda row: row[0][:2]):  # type: ignore[misc,index]
-        group = optimizer.param_groups[g]
-        group["params"].insert(i, parameter)
-        if "param_names" in group:
-            group["param_names"].insert(i, name)
-        if state:
-            optimizer.state[parameter] = state
+    for parameter, state, place in zip(parameters, states, places, strict=True):
+        if place is not None:
+            _add(optimizer, place, parameter, state)
+
+
+def _add(optimizer: Optimizer, place: Place, parameter: Parameter, state: State) -> None:
+    """A parameter behind those that stand in a slot."""
+    g, i, name = place
+    group = optimizer.param_groups[g]
+    group["params"][i].append(parameter)
+    if "param_names" in group:
+        group["param_names"][i].append(name)
+    _SLOTS[optimizer][id(parameter)] = g, i
+    if state:
+        optimizer.state[parameter] = state
 
 
 def _take_out(optimizer: Optimizer, parameters: Sequence[Parameter]) -> None:
     """Leave no trace of these parameters in the optimizer."""
-    for group in optimizer.param_groups:
-        stays = [all(p is not o for o in parameters) for p in group["params"]]
-        for key in ("params", "param_names"):
-            if key in group:
-                group[key][:] = [x for x, keep in zip(group[key], stays, strict=True) if keep]
     for parameter in parameters:
+        place = _SLOTS[optimizer].pop(id(parameter), None)
+        if place is not None:
+            g, i = place
+            group = optimizer.param_groups[g]
+            at = [id(p) for p in group["params"][i]].index(id(parameter))
+            for key in _LISTS & group.keys():
+                del group[key][i][at]
         optimizer.state.pop(parameter, None)

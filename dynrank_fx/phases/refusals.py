@@ -12,7 +12,7 @@ from ..errors import TransitionError
 from ..phase import Phase
 from ..rewrite import SiteGroup, Switched
 from .gradients import all_finite, pending_gradient
-from .groups import holder_of
+from .groups import holder_in, holders_of
 from .replace import parameters_of, refuse_sharded
 
 
@@ -51,10 +51,10 @@ def refuse_untrained(sites: Mapping[str, Sequence[Switched]], optimizers: Sequen
 
 def check_values(root: nn.Module, groups: Iterable[SiteGroup], optimizers: Sequence[Optimizer]) -> None:
     """Everything that can be wrong with values, before anything is touched."""
-    lost = []
+    lost, holders = [], holders_of(optimizers)
     for group in groups:
         present = [(module, p) for module in group.firsts for p in parameters_of(module)]
-        optimizer = holder_of(optimizers, [p for _, p in present])
+        optimizer = holder_in(holders, [p for _, p in present])
         for module, parameter in present:
             refuse_sharded(module.site, parameter)
             if not bool(torch.isfinite(parameter).all()):
@@ -62,7 +62,7 @@ def check_values(root: nn.Module, groups: Iterable[SiteGroup], optimizers: Seque
                     f"{module.site} has non-finite weights: nothing was switched; look for a diverged step, and lower "
                     f"the learning rate"
                 )
-            if holder_of(optimizers, [parameter]) not in (optimizer, None):
+            if holders.get(id(parameter)) not in (optimizer, None):
                 raise TransitionError(
                     f"the parameters of {', '.join(group.names)} are held by several optimizers: a switch replaces "
                     "them by others, which one optimizer has to take; give them all to one"

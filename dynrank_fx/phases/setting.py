@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from ..errors import TransitionError
 from ..phase import Phase
@@ -18,13 +18,22 @@ def phases_in(setting: Setting, names: Iterable[str]) -> dict[str, Phase]:
     names, asked = list(names), setting.phases if isinstance(setting, Decision) else setting
     if not isinstance(asked, Mapping):
         return dict.fromkeys(names, _phase(asked))
-    phases: dict[str, Phase] = {}
+    phases, known = dict[str, Phase](), set(names)
     for pattern, phase in asked.items():
-        matching = [name for name in names if name == pattern or (isinstance(pattern, str) and fits(name, pattern))]
+        matching = _matching(pattern, names, known)
         if not matching:
             raise TransitionError(f"the pattern {pattern!r} matches no site; they are named like {names[0]}")
         phases.update(dict.fromkeys(matching, _phase(phase)))
     return phases
+
+
+def _matching(pattern: object, names: Sequence[str], known: Set[str]) -> list[str]:
+    """The names that a pattern is, or fits; known: the same names. Plain names are not looked for one by one."""
+    if not isinstance(pattern, str):
+        return []
+    if not any(sign in pattern for sign in "*?["):
+        return [name for name in (pattern, f"{pattern}.weight") if name in known]
+    return [name for name in names if name == pattern or fits(name, pattern)]
 
 
 def _phase(value: object) -> Phase:

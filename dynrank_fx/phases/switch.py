@@ -18,7 +18,7 @@ from ..rewrite import SiteGroup, Switched, in_format_of, specialize_
 from .averages import near, sites_of_average
 from .carry import Carry, can_move, warn_reset
 from .gradients import at_factors, pending_gradient
-from .groups import holder_of
+from .groups import holder_in, holders_of, in_slots
 from .init import branch
 from .refusals import check_values
 from .replace import Journal, parameters_of, replace_parameters
@@ -85,11 +85,13 @@ def switch(
     check_values(root, {move.group.name: move.group for move in moves}.values(), optimizers)
     for copy in copies:
         check_values(root, [_averaged(move.group, copy) for move in moves], ())
-    movable, carry = _movable(moves, optimizers, carry)
+    holders = holders_of(optimizers)
+    training = {move.group.name: holder_in(holders, _trained(move)) for move in moves}
+    movable, carry = _movable(moves, [each for each in optimizers if each in training.values()], carry)
     changes = []
-    with Journal() as journal:
+    with in_slots(optimizers), Journal() as journal:
         for move in moves:
-            optimizer = holder_of(optimizers, [p for module in move.group.firsts for p in parameters_of(module)])
+            optimizer = training[move.group.name]
             try:
                 with full_precision():
                     changes += _change_sites(move, optimizer, optimizer in movable, copies, journal, split)
@@ -103,10 +105,13 @@ def switch(
     return Transition(tuple(changes), carry if optimizers else None)
 
 
-def _movable(moves: Sequence[Move], optimizers: Sequence[Optimizer], carry: Carry) -> tuple[list[Optimizer], Carry]:
-    """The optimizers whose state goes along, and what is to be said of it."""
-    trained = [p for move in moves for module in move.group.firsts for p in parameters_of(module)]
-    training = [each for each in optimizers if holder_of([each], trained) is not None]
+def _trained(move: Move) -> list[Parameter]:
+    return [p for module in move.group.firsts for p in parameters_of(module)]
+
+
+def _movable(moves: Sequence[Move], training: Sequence[Optimizer], carry: Carry) -> tuple[list[Optimizer], Carry]:
+    """The optimizers, of those that train what moves, whose state goes along, and what is to be said of it."""
+    trained = [p for move in moves for p in _trained(move)]
     if carry is not Carry.MOVE:
         return [], carry
     movable = [each for each in training if can_move(each, trained)]

@@ -6,7 +6,7 @@ dense one a layer under the name that it had (``fc1``).
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +28,9 @@ def as_layers_(graph_module: fx.GraphModule, sites: Collection[str], holders: Co
     """
     graph, reads = graph_module.graph, _reads(graph_module)
     users = Counter(id(read.parameter) for read in reads for _ in read.node.users)
+    of_target = defaultdict(list)
+    for each in reads:
+        of_target[each.node.target].append(each)
     layers: dict[str, nn.Module] = {}
     for path, uses in _uses(reads).items():
         read, call = uses[0].read, uses[0].call
@@ -35,7 +38,7 @@ def as_layers_(graph_module: fx.GraphModule, sites: Collection[str], holders: Co
         alone = holders[id(read.parameter)] == 1 and users[id(read.parameter)] == 1
         if not (read.site in sites or _is_layer(read, call)) or not (keeps_weight(call.op) or alone):
             continue
-        biases = [each for each in reads if each.node.target == _target(call.bias)]
+        biases = of_target.get(_target(call.bias), [])
         if call.bias is not None and not _is_own(biases, same):
             continue
         layer = layer_of(call.op, read.parameter, biases[0].parameter if biases else None)

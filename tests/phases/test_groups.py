@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.phases.groups import group_of, laid_out_as, place_of, put_back, swap_parameters
+from dynrank_fx.phases.groups import group_of, in_slots, laid_out_as, place_of, put_back, swap_parameters
 
 
 def test_each_new_parameter_stands_in_the_group_and_place_of_the_one_it_replaces():
@@ -60,11 +60,13 @@ def ids(optimizer: torch.optim.Optimizer) -> list[list[int]]:
 
 def test_a_parameter_is_found_by_identity_with_its_name():
     optimizer, (a, b, c) = three(named=True)
-    assert place_of(optimizer, b) == (0, 1, "layer.b")
-    assert place_of(optimizer, nn.Parameter(b.detach().clone())) is None, "an equal one is another"
-    assert group_of(optimizer, c) is optimizer.param_groups[1]
-    assert group_of(optimizer, nn.Parameter(torch.ones(1))) is None
-    assert place_of(three()[0], a) is None
+    other = three()[0]
+    with in_slots([optimizer, other]):
+        assert place_of(optimizer, b) == (0, 1, "layer.b")
+        assert place_of(optimizer, nn.Parameter(b.detach().clone())) is None, "an equal one is another"
+        assert group_of(optimizer, c) is optimizer.param_groups[1]
+        assert group_of(optimizer, nn.Parameter(torch.ones(1))) is None
+        assert place_of(other, a) is None
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -72,7 +74,8 @@ def test_several_take_the_place_of_one_and_one_that_of_the_first_of_several(name
     optimizer, (a, b, c) = three(named)
     left, right = nn.Parameter(torch.ones(2, 1)), nn.Parameter(torch.ones(1, 2))
     states = [{"step": torch.tensor(3.0)}, {}]
-    swap_parameters(optimizer, [a], [left, right], states, ["left", "right"])
+    with in_slots([optimizer]):
+        swap_parameters(optimizer, [a], [left, right], states, ["left", "right"])
     assert ids(optimizer) == [[id(left), id(right), id(b)], [id(c)]]
     assert optimizer.state[left]["step"] == 3
     assert right not in optimizer.state
@@ -80,7 +83,8 @@ def test_several_take_the_place_of_one_and_one_that_of_the_first_of_several(name
     if named:
         assert optimizer.param_groups[0]["param_names"] == ["layer.left", "layer.right", "layer.b"]
     weight = nn.Parameter(torch.ones(2, 2))
-    swap_parameters(optimizer, [left, right], [weight], [{}], ["weight"])
+    with in_slots([optimizer]):
+        swap_parameters(optimizer, [left, right], [weight], [{}], ["weight"])
     assert ids(optimizer) == [[id(weight), id(b)], [id(c)]]
     if named:
         assert optimizer.param_groups[0]["param_names"] == ["layer.weight", "layer.b"]
@@ -88,27 +92,38 @@ def test_several_take_the_place_of_one_and_one_that_of_the_first_of_several(name
 
 def test_what_an_optimizer_does_not_train_is_left_out_of_it():
     optimizer, _ = three()
-    before = ids(optimizer)
-    swap_parameters(optimizer, [nn.Parameter(torch.ones(1))], [nn.Parameter(torch.ones(1))], [{"step": 1}], ["weight"])
+    before, one, other = ids(optimizer), nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    with in_slots([optimizer]):
+        swap_parameters(optimizer, [one], [other], [{"step": 1}], ["weight"])
     assert ids(optimizer) == before
     assert len(optimizer.state) == 3
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_parameters_are_put_back_at_their_places_with_their_states(named):
-    optimizer, (a, b, c) = three(named)
+    optimizer, (a, _, c) = three(named)
     before, held = ids(optimizer), copy.deepcopy(optimizer.state_dict())
-    places = [place_of(optimizer, p) for p in (c, a)]
     states = [dict(optimizer.state[p]) for p in (c, a)]
-    swap_parameters(optimizer, [c, a], [nn.Parameter(torch.ones(3))], [{"step": 1}], ["weight"])
-    (new,) = [p for group in optimizer.param_groups for p in group["params"] if p is not b]
-    swap_parameters(optimizer, [new], [], [], [])
-    put_back(optimizer, [c, a], states, places)
+    with in_slots([optimizer]):
+        places = [place_of(optimizer, p) for p in (c, a)]
+        new = nn.Parameter(torch.ones(3))
+        swap_parameters(optimizer, [c, a], [new], [{"step": 1}], ["weight"])
+        swap_parameters(optimizer, [new], [], [], [])
+        put_back(optimizer, [c, a], states, places)
     assert ids(optimizer) == before
     after = optimizer.state_dict()
     assert after["param_groups"] == held["param_groups"]
     for key, state in held["state"].items():
         assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
+
+
+def test_groups_are_as_before_when_nothing_was_exchanged_or_something_failed():
+    optimizer, _ = three(named=True)
+    before, names = ids(optimizer), [list(group["param_names"]) for group in optimizer.param_groups]
+    with pytest.raises(KeyboardInterrupt), in_slots([optimizer, optimizer]):
+        raise KeyboardInterrupt
+    assert ids(optimizer) == before
+    assert [group["param_names"] for group in optimizer.param_groups] == names
 
 
 def test_state_of_the_parameters_shape_takes_its_memory_format():

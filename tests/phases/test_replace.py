@@ -11,6 +11,7 @@ from torch import nn
 
 import dynrank_fx as dr
 from dynrank_fx.phases import replace
+from dynrank_fx.phases.groups import in_slots
 from dynrank_fx.rewrite import Switched, switched_modules
 
 
@@ -64,7 +65,8 @@ def test_all_modules_of_a_site_hold_the_new_parameters_and_the_optimizer_trains_
     optimizer, new = trained(net), factors_for(modules[0])
     old = replace.parameters_of(modules[0])
     assert old == (modules[1].weight,)
-    replace.replace_parameters(modules, dr.Phase.LOW, new, optimizer, [{}, {}])
+    with in_slots([optimizer]):
+        replace.replace_parameters(modules, dr.Phase.LOW, new, optimizer, [{}, {}])
     for module in modules:
         assert replace.parameters_of(module) == tuple(new.values())
         assert module._parameters["weight"] is None
@@ -81,7 +83,7 @@ def test_a_journal_puts_back_values_ranks_phases_and_optimizer_after_an_error(he
     before = snapshot(net, optimizer)
     ((first,), (second,), _) = switched_modules(net).values()
     weights = [site.weight for site in (first, second)] if held else []
-    with suppress(KeyError), replace.Journal() as journal:
+    with suppress(KeyError), in_slots([optimizer]), replace.Journal() as journal:
         for module in (first, second):
             journal.keep([module], replace.parameters_of(module), optimizer, [None])
             module.rank = 9

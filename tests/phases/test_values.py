@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.layouts import Factors, Layout
+from dynrank_fx.phases.groups import in_slots
 from dynrank_fx.phases.values import dense_of, factors_of
 from dynrank_fx.rewrite import Switched, switched_modules
 
@@ -96,7 +97,8 @@ def test_momentum_goes_into_the_factors_as_gradients_do():
     weight, gradient = site.weight.detach().clone(), torch.randn(10, 12).double()
     site.weight.grad = gradient
     optimizer.step()
-    (((left, of_left), (right, of_right)),) = factors_of([site], [weight], 3, optimizer)
+    with in_slots([optimizer]):
+        (((left, of_left), (right, of_right)),) = factors_of([site], [weight], 3, optimizer)
     torch.testing.assert_close(of_left["momentum_buffer"], gradient @ right.T)
     torch.testing.assert_close(of_right["momentum_buffer"], left.T @ gradient)
 
