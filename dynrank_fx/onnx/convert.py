@@ -125,7 +125,13 @@ def _onnx_model(program: ExportedProgram, names: Sequence[str], opset: int | Non
         value.name = name
     NameFixPass()(model)
     ClearMetadataAndDocStringPass()(model)  # stack traces, with the paths of this machine
-    return onnx_program.model_proto
+    proto = onnx_program.model_proto
+    # An initializer says its shape itself; onnxruntime's quantiser transposes it, and then believes the other one.
+    stored = {each.name for each in proto.graph.initializer}
+    kept = [each for each in proto.graph.value_info if each.name not in stored]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    return proto
 
 
 def _names(program: ExportedProgram) -> list[str]:
