@@ -8,6 +8,7 @@ phases before: ``resume_from_(net, path)``.
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from ..aliases import StateDict
-from ..errors import ScheduleError, TransitionError
+from ..errors import ScheduleError, StoreError, TransitionError, first_line
 from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
 from .callback import PhasesHolder, net_in
 
@@ -144,15 +145,28 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
 def resume_from_(net: nn.Module, checkpoint: str | Path) -> None:
     """Bring a freshly transformed net into the phases of a Lightning checkpoint, before ``fit(..., ckpt_path=...)``.
 
+    Nothing in the file is run: it is read as tensors and plain values.
+
     Args:
         net: What ``transform`` made.
         checkpoint: Lightning's checkpoint file.
 
     Raises:
+        StoreError: For what is no such file, and for one that holds objects which only running code would read.
         TransitionError: For a checkpoint without phases.
         PlanError: For ranks that a site cannot have.
     """
-    data = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    try:
+        data = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no checkpoint {checkpoint}") from error
+    except pickle.UnpicklingError as error:
+        raise StoreError(
+            f"{checkpoint} is damaged, or holds objects that only running code would read ({first_line(error)}): if "
+            "you trust it, allow their classes by torch.serialization.add_safe_globals first"
+        ) from error
+    except Exception as error:  # of zip, of pickle, or of torch
+        raise StoreError(f"{checkpoint} could not be read as a checkpoint ({first_line(error)})") from error
     for name, state in data.get("callbacks", {}).items():
         if name.startswith("PhasesCallback"):
             resume_phases_(net, state)

@@ -129,6 +129,14 @@ def test_it_is_told_what_is_missing(tmp_path):
     torch.save({"callbacks": {}}, tmp_path / "other.ckpt")
     with pytest.raises(dr.TransitionError, match="has no state of a PhasesCallback"):
         resume_from_(a_net(), tmp_path / "other.ckpt")
+    torch.save({"callbacks": {}, "hyper_parameters": Path("somewhere")}, tmp_path / "code.ckpt")
+    with pytest.raises(dr.StoreError, match="only running code would read"):
+        resume_from_(a_net(), tmp_path / "code.ckpt")
+    for content, match in ((None, "there is no checkpoint"), (b"", "could not be read"), (b"junk" * 9, "could not be read")):
+        if content is not None:
+            (tmp_path / "bad.ckpt").write_bytes(content)
+        with pytest.raises(dr.StoreError, match=match):
+            resume_from_(a_net(), tmp_path / "bad.ckpt")
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 40}, {}], ids=["in steps", "in epochs"])
