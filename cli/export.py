@@ -15,14 +15,15 @@ from .options import (
     export_arguments,
     export_options,
     json_option,
+    path,
     weights_option,
 )
 
 
 @click.command()
-@click.argument("source", type=Path)
-@click.option("--out", "-o", type=Path, required=True, metavar="FILE", help="The ONNX file to write.")
-@click.option("--model", "model_file", type=Path, metavar="MODEL.PY", help="The model file, where it has moved.")
+@click.argument("source", type=path)
+@click.option("--out", "-o", type=path, required=True, metavar="FILE", help="The ONNX file to write.")
+@click.option("--model", "model_file", type=path, metavar="MODEL.PY", help="The model file, where it has moved.")
 @weights_option
 @click.option("--provider", metavar="NAME", help="An execution provider of onnxruntime; by default the best there is.")
 @calibrate_option

@@ -182,8 +182,9 @@ def warn_of_rates(lr_scheduler: LRScheduler | None, clock: Clock, every_step: bo
     planned, coming = getattr(lr_scheduler, "total_steps", None), clock.scheduler_steps(clock.ticks, every_step)
     if not isinstance(planned, int) or coming is None:
         return
-    if every_step and planned < coming:
-        what = f"is stepped {coming} times, after every optimizer step: give it total_steps={coming}"
+    if planned < coming:
+        when = "after every optimizer step" if every_step else "once an epoch"
+        what = f"is stepped {coming} times, {when}: give it total_steps={coming}"
     elif not every_step and planned > coming + 1:
         what = (
             f"is stepped {coming} times, once an epoch, so that the learning rate stays near its start: step it after "

@@ -249,7 +249,7 @@ def test_what_is_no_plan_and_what_was_not_captured_are_refused():
         ("module by module (1 parts and 1 single layers): as asked", "module by module (1 parts and 1 single layers)"),
         (
             "by torch.export (off by rounding: 3e-07): a.b.Model.forward, line 3, has a loop",
-            "as one graph, by torch.export (off by rounding: 3e-07) (plan.json says why not otherwise)",
+            "as one graph, by torch.export (off by rounding: 3e-07) (`capture` of the plan says why not otherwise)",
         ),
     ],
 )
