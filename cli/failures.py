@@ -43,15 +43,10 @@ def of_the_machine(error: BaseException) -> DynrankError | None:
     """The error as one of the disk or of memory; None for any other."""
     if isinstance(error, OSError) and error.filename is not None:
         return DynrankError(f"{error.filename} could not be used ({error.strerror}): give another place")
-    # PyTorch's allocator on the CPU has no kind of error of its own.
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
-        return DynrankError(
-            f"there is not memory enough ({first_line(error)}): give smaller batches, or another device"
-        )
+    # Of PyTorch's allocators only that of a GPU has a kind of error of its own.
+    full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if full or isinstance(error, MemoryError):
+        return DynrankError(f"there is not enough memory ({first_line(error)}): give smaller batches")
     return None
 
 

@@ -40,7 +40,7 @@ parameters  5,371 -> 2,086 (38.8% of dense)
 FLOPs       541,296 -> 193,244 (35.7% of dense) on the example inputs"""
 
 SHARED_TABLE = """\
-weight                        shape  layout  rank  params
+weight                        shape  layout  rank  params     shared
 ----------------------------  -----  ------  ----  ---------  ------
 first.weight = second.weight  10x10  linear     2  100 -> 40  2 uses
 
