@@ -31,8 +31,8 @@ from .options import (
     export_options,
     form_of,
     form_option,
+    given_path,
     json_option,
-    path,
     refuse_beside,
     refuse_export_options,
     roles_of,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", type=path)
+@click.argument("source", type=given_path)
 @click.option(
     "--budget",
     "budgets",
@@ -62,9 +62,13 @@ if TYPE_CHECKING:
     metavar="OF=SHARE",
     help="params=0.5, flops=0.5 or latency=0.7 of the dense model, or max_drop=0.01 of the metric; all that are given.",
 )
-@click.option("--out", "-o", type=path, required=True, metavar="FILE", help="model.onnx, or model.pt for PyTorch.")
+@click.option(
+    "--out", "-o", type=given_path, required=True, metavar="FILE", help="model.onnx, or model.pt for PyTorch."
+)
 @weights_option
-@click.option("--model", "model_file", type=path, metavar="MODEL.PY", help="A run's model file, where it has moved.")
+@click.option(
+    "--model", "model_file", type=given_path, metavar="MODEL.PY", help="A run's model file, where it has moved."
+)
 @calibrate_option
 @click.option(
     "--sequential",

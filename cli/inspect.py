@@ -9,20 +9,22 @@ import click
 
 from dynrank_fx.files import check_file_place
 
-from .options import capture_of, capture_option, json_option, path, weights_option
+from .options import capture_of, capture_option, given_path, json_option, weights_option
 
 if TYPE_CHECKING:
     from dynrank_fx.schedules import EpochRecord
 
 
 @click.command()
-@click.argument("target", type=path)
+@click.argument("target", type=given_path)
 @click.option(
-    "--model", "model_file", type=path, metavar="MODEL.PY", help="The model file of a run, where it has moved."
+    "--model", "model_file", type=given_path, metavar="MODEL.PY", help="The model file of a run, where it has moved."
 )
 @weights_option
 @capture_option
-@click.option("--plot", type=path, metavar="FILE.PNG", help="Draw the spectra; of a run also ranks and loss by epoch.")
+@click.option(
+    "--plot", type=given_path, metavar="FILE.PNG", help="Draw the spectra; of a run also ranks and loss by epoch."
+)
 @json_option
 def inspect(
     target: Path, model_file: Path | None, weights: Path | None, how: str | None, plot: Path | None, as_json: bool

@@ -27,7 +27,7 @@ Options: TypeAlias = dict[str, Option]
 """The options of a command by name."""
 
 
-def path(text: str) -> Path:
+def given_path(text: str) -> Path:
     """The type of an option that names a file or a folder, there or not."""
     try:
         if not text:
@@ -91,7 +91,7 @@ _PLAN_OPTIONS = (
     ),
     capture_option,
     form_option,
-    click.option("--plan", "plan_file", type=path, metavar="FILE", help="Instead: an edited plan.json."),
+    click.option("--plan", "plan_file", type=given_path, metavar="FILE", help="Instead: an edited plan.json."),
 )
 
 
@@ -120,7 +120,7 @@ _EXPORT_OPTIONS = (
 _OF_EXPORT = ("opset", "batches", "precision", "dynamic", "inputs", "outputs", "external_data")
 
 weights_option = click.option(
-    "--weights", type=path, metavar="FILE", help="A state_dict for model(), or a checkpoint: .pt or .safetensors."
+    "--weights", type=given_path, metavar="FILE", help="A state_dict for model(), or a checkpoint: .pt or .safetensors."
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and all else on stderr.")

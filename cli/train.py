@@ -14,7 +14,7 @@ from dynrank_fx.aliases import Batch, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
 
-from .options import Option, Options, json_option, path, plan_options, refuse_beside, transformed, weights_option
+from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
 from .stopping import stop_signals
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model_file", type=path)
+@click.argument("model_file", type=given_path)
 @plan_options
 @weights_option
-@click.option("--from", "start", type=path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
-@click.option("--out", type=path, metavar="FOLDER", help="The run; by default <model>-run.")
+@click.option("--from", "start", type=given_path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
+@click.option("--out", type=given_path, metavar="FOLDER", help="The run; by default <model>-run.")
 @click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
 @click.option(
     "--steps",

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from .options import Option, json_option, path, plan_options, transformed, weights_option
+from .options import Option, given_path, json_option, plan_options, transformed, weights_option
 
 
 @click.command()
-@click.argument("model_file", type=path)
+@click.argument("model_file", type=given_path)
 @weights_option
 @plan_options
-@click.option("--out", "-o", type=path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
+@click.option("--out", "-o", type=given_path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @json_option
 def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, **options: Option) -> None:

@@ -50,16 +50,17 @@ KINDS: dict[str, set[str]] = {  # which of these a kind of argument may be
     "count from zero": {"0", "huge"},
     "count": {"huge"},
     "optional count": {"huge", "None"},
-    "phase": {"phase"},
+    "phase": {"phase", "0"},
+    "shapes": {"None", "list", "dict", "a list of text", "a list of None"},
+    "share or none": {"half", "0"},
     "names": {"list", "a list of text", "None"},
-    "texts": {"list", "a list of text"},
+    "texts": {"list", "a list of text", "text", "empty text"},
     "several": {"list"},
     "optimizers": {"None", "list"},
     "mapping": {"dict"},
-    "call": {"function"},
-    "optional call": {"function", "None"},
+    "call": {"function", "class"},
     "path": {"text"},
-    "setting": {"phase", "dict"},
+    "setting": {"phase", "dict", "0"},
 }
 
 
@@ -91,7 +92,7 @@ CALLS: dict[str, Call] = {
         {"flops": "optional share", "latency": "optional share", "even": "flag"},
     ),
     "MaxDrop": (dr.MaxDrop, {}, {"drop": "from zero"}),
-    "Override": (dr.Override, {"dense": None}, {"rank": "optional", "layout": "optional", "dense": "flag"}),
+    "Override": (dr.Override, {"dense": None}, {"rank": "optional", "layout": "optional", "dense": "optional flag"}),
     "PlanOptions": (
         dr.PlanOptions,
         {},
@@ -133,7 +134,7 @@ CALLS: dict[str, Call] = {
             "plan": "optional",
             "form": "none",
             "how": "optional",
-            "dynamic_shapes": "optional mapping",
+            "dynamic_shapes": "shapes",
             "allow_empty": "flag",
             "copy": "flag",
             "rank": "none",
@@ -168,7 +169,7 @@ CALLS: dict[str, Call] = {
     "calibrate": (
         dr.calibrate,
         {"net": NET, "batches": [X]},
-        {"net": "none", "batches": "none", "sites": "optional", "shrink": "optional from zero"},
+        {"net": "none", "batches": "none", "sites": "names", "shrink": "optional from zero"},
     ),
     "truncate": (
         dr.truncate,
@@ -197,7 +198,7 @@ CALLS: dict[str, Call] = {
         {"model": MODEL, "example_inputs": X, "budget": dr.Budget(params=0.5), "calibration": [X]},
         {
             "model": "none",
-            "example_inputs": "none",
+            "example_inputs": "optional",
             "budget": "none",
             "calibration": "optional several",
             "options": "optional",
@@ -219,10 +220,10 @@ CALLS: dict[str, Call] = {
             "example_inputs": "none",
             "path": "path",
             "opset": "optional",
-            "dynamic_shapes": "optional mapping",
+            "dynamic_shapes": "shapes",
             "dynamic": "optional mapping",
-            "input_names": "several",
-            "output_names": "several",
+            "input_names": "texts",
+            "output_names": "texts",
             "precision": "none",
             "external_data": "optional flag",
             "batch_sizes": "none",
@@ -251,7 +252,7 @@ CALLS: dict[str, Call] = {
             "net": "none",
             "optimizer": "none",
             "schedule": "call",
-            "epochs": "count",
+            "epochs": "optional count",
             "lr_scheduler": "optional",
             "steps": "optional count",
             "every": "optional",
@@ -272,7 +273,7 @@ CALLS: dict[str, Call] = {
     "factor_decay_": (
         dr.factor_decay_,
         {"net": NET, "optimizer": OPTIMIZER},
-        {"net": "none", "optimizer": "several", "decay": "none", "decoupled": "optional flag"},
+        {"net": "none", "optimizer": "optimizers", "decay": "none", "decoupled": "optional flag"},
     ),
     "resume_phases_": (dr.resume_phases_, {"net": NET, "state": {"history": []}}, {"net": "none", "state": "none"}),
     "rewarm_": (dr.rewarm_, {"optimizer": OPTIMIZER, "steps": 1}, {"optimizer": "none", "steps": "count from zero"}),
@@ -300,7 +301,7 @@ CALLS: dict[str, Call] = {
     "auto": (
         schedules.auto,
         {},
-        {"cost": "share", "recovery": "share", "tail": "share", "collapse": "share", "reserve": "share"},
+        dict.fromkeys(("cost", "recovery", "tail", "collapse", "reserve"), "share or none"),
     ),
     "join": (
         schedules.join,
@@ -320,12 +321,7 @@ def may_be(kind: str) -> set[str]:
     return {"None"} | KINDS[kind.removeprefix("optional ")]
 
 
-def malformed() -> Iterator[Any]:
-    for name, (_, _, kinds) in CALLS.items():
-        for argument, kind in kinds.items():
-            for value in POOL:
-                if value not in may_be(kind):
-                    yield pytest.param(name, argument, value, id=f"{name}({argument}={value})")
+ARGUMENTS = [(name, argument) for name, (_, _, kinds) in CALLS.items() for argument in kinds]
 
 
 def standing() -> list[Any]:
@@ -344,15 +340,106 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield made
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "argument", "value"), list(malformed()))
-def test_a_malformed_argument_is_one_sentence(name: str, argument: str, value: str, folder: Path) -> None:
-    function, sound, _ = CALLS[name]
+def refused(call: Callable[[], object], folder: Path) -> str:
+    """What is wrong with the refusal of a call, or "" for one sentence of ours that has changed nothing."""
     before = standing()
-    with pytest.raises(dr.DynrankError) as told:
-        function(**{**sound, argument: POOL[value]})
-    said = str(told.value)
-    assert said
-    assert "\n" not in said
-    assert standing() == before
-    assert not list(folder.iterdir())
+    try:
+        call()
+    except dr.DynrankError as told:
+        wrong = "" if str(told) and "\n" not in str(told) else f"it is no sentence: {told}"
+    except Exception as error:
+        wrong = f"raised {error!r}"
+    else:
+        wrong = "accepted"
+    if standing() != before or list(folder.iterdir()):
+        wrong += ", and something has changed"
+    return wrong
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=[f"{name}({argument})" for name, argument in ARGUMENTS])
+def test_a_malformed_argument_is_one_sentence(name: str, argument: str, folder: Path) -> None:
+    function, sound, kinds = CALLS[name]
+    wrong = {
+        value: said
+        for value in POOL
+        if value not in may_be(kinds[argument])
+        and (said := refused(lambda: function(**{**sound, argument: POOL[value]}), folder))  # noqa: B023
+    }
+    assert not wrong
+
+
+SWAPPED: dict[str, Callable[[], object]] = {
+    "export_onnx(net, path, inputs)": lambda: dr.export_onnx(NET, "a.onnx", X),  # type: ignore[arg-type]
+    "export_onnx(inputs, net, path)": lambda: dr.export_onnx(X, NET, "a.onnx"),  # type: ignore[arg-type]
+    "verify_onnx(net, path, inputs)": lambda: dr.verify_onnx(NET, "a.onnx", X),  # type: ignore[arg-type]
+    "transform(inputs, model)": lambda: dr.transform(X, MODEL),  # type: ignore[arg-type]
+    "capture(inputs, model)": lambda: dr.capture(X, MODEL),  # type: ignore[arg-type]
+    "enter_(optimizer, phase, net)": lambda: dr.enter_(OPTIMIZER, dr.Phase.LOW, NET),  # type: ignore[arg-type]
+    "enter_(net, optimizer, phase)": lambda: dr.enter_(NET, OPTIMIZER, dr.Phase.LOW),  # type: ignore[arg-type]
+    "Phases(optimizer, net)": lambda: dr.Phases(OPTIMIZER, NET, dr.Phase.LOW, 3),  # type: ignore[arg-type]
+    "save(folder, net)": lambda: dr.save("a", NET),  # type: ignore[arg-type]
+    "load(model, folder)": lambda: dr.load(MODEL, "a", X),  # type: ignore[arg-type]
+    "calibrate(batches, net)": lambda: dr.calibrate([X], NET),  # type: ignore[arg-type]
+    "compress(model, budget, inputs)": lambda: dr.compress(MODEL, dr.Budget(params=0.5), X),  # type: ignore[arg-type]
+    "recover_(module, batches, dense)": lambda: dr.recover_(MODEL, [X], MODEL, 1),  # type: ignore[arg-type]
+    "factorize(plan, net)": lambda: dr.factorize(PLAN, NET),  # type: ignore[arg-type]
+    "train_state(optimizer, net)": lambda: dr.train_state(OPTIMIZER, NET, 0, 2),  # type: ignore[arg-type]
+    "train_state(epochs before epoch)": lambda: dr.train_state(NET, OPTIMIZER, 3, 1),
+    "a tick longer than the run": lambda: dr.Phases(NET, OPTIMIZER, schedules.auto(), steps=10, every=50),
+    "a scheduler of another optimizer": lambda: dr.Phases(
+        NET,
+        OPTIMIZER,
+        schedules.auto(),
+        3,
+        torch.optim.lr_scheduler.StepLR(torch.optim.SGD(MODEL.parameters(), 0.1), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", SWAPPED.values(), ids=SWAPPED)
+def test_arguments_in_another_order_are_one_sentence(call: Callable[[], object], folder: Path) -> None:
+    assert not refused(call, folder)
+
+
+def test_no_weight_is_made_that_could_not_train() -> None:
+    with torch.inference_mode():
+        with pytest.raises(dr.CaptureError, match="inference_mode"):
+            dr.transform(MODEL, X)
+        with pytest.raises(dr.TransitionError, match="inference_mode"):
+            dr.enter_(NET, dr.Phase.LOW)
+
+
+def test_a_state_that_is_not_finite_does_not_go_along() -> None:
+    net = a_net()
+    optimizer = torch.optim.Adam(net.parameters())
+    net(*X).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.state[next(iter(net.parameters()))]["exp_avg"].fill_(NAN)
+    with pytest.raises(dr.TransitionError, match=r"state of 0\.weight is not finite"):
+        dr.enter_(net, dr.Phase.LOW, optimizer)
+    assert set(dr.phases_of(net).values()) == {dr.Phase.FULL}
+    dr.enter_(net, dr.Phase.LOW, optimizer, carry=dr.Carry.RESET)
+    assert set(dr.phases_of(net).values()) == {dr.Phase.LOW}
+
+
+def test_phases_say_where_they_stand_and_refuse_what_is_past_their_end() -> None:
+    net = a_net()
+    phases = dr.Phases(net, torch.optim.SGD(net.parameters(), 0.1), schedules.always(dr.Phase.LOW), 3)
+    assert repr(phases) == "Phases(epoch 0 of 3, step 0, FULL; the next decision by begin(0))"
+    phases.begin(0)
+    assert repr(phases) == "Phases(epoch 1 of 3, step 0, LOW; the next decision by begin(1))"
+    with pytest.raises(dr.ScheduleError, match="epoch 3 is none of a run of 3 epochs"):
+        phases.begin(3)
+    phases.remove()
+
+
+def test_phases_that_fail_to_begin_leave_no_hook() -> None:
+    net = a_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(dr.TransitionError, match="matches no site"):
+        dr.Phases(net, optimizer, lambda state: {"gone": dr.Phase.LOW}, 3, steps=2)
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    dr.Phases(net, optimizer, schedules.always(dr.Phase.LOW), 3, steps=2).remove()

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files
-from ..checks import is_number, is_whole
+from ..checks import checked_path, is_number, is_whole
 from ..errors import CalibrationError, StoreError
 from ..onnx import Provider, bound, runtime, session_of, threads
 from ..plan import Cost, PlannedSite
@@ -61,6 +61,7 @@ class SiteTimes:
             )
         if not is_whole(self.repeats, 1):
             raise CalibrationError(f"{self.repeats!r} repeats measure nothing: give a whole number of 1 or more")
+        self.cache = None if self.cache is None else checked_path(self.cache)
         if self.cache is not None and self.cache.is_file():
             try:
                 self._known = {key: _times_in(each) for key, each in json.loads(self.cache.read_text()).items()}

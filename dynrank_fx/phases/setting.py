@@ -29,6 +29,6 @@ def phases_in(setting: Setting, names: Iterable[str]) -> dict[str, Phase]:
 
 def _phase(value: object) -> Phase:
     try:
-        return Phase(value)  # type: ignore[arg-type]
+        return Phase(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
     except ValueError as error:
         raise TransitionError(f"{value!r} is no phase: give Phase.LOW, Phase.FULL or Phase.ADAPTOR") from error

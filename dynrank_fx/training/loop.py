@@ -302,7 +302,10 @@ def _update(run: Run, task: Task, settings: Settings, batches: int) -> None:
 def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> None:
     loss, metric, batches = run.totals.tolist()
     run.note(steps=round(batches), loss=loss / batches, metric=metric / batches if task.metric else None)
-    run.note(**evaluate(run.net, task, settings), memory=_memory(run, settings))
+    # One epoch has many ticks, and one evaluation, as any other has.
+    if clock.by_epochs or settings.epochs is None or run.epoch + 1 == clock.ticks:
+        run.note(**evaluate(run.net, task, settings))
+    run.note(memory=_memory(run, settings))
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
         run.note(effective_rank={name: effective_rank(s) for name, s in spectra.items()})
