@@ -7,12 +7,14 @@ from pathlib import Path
 
 import click
 
-from .options import json_option
+from .options import given_path, json_option
 
 
 @click.command()
-@click.argument("file", type=Path)
-@click.option("--against", type=Path, metavar="FILE", help="Another file of the same inputs, run in turn with it.")
+@click.argument("file", type=given_path)
+@click.option(
+    "--against", type=given_path, metavar="FILE", help="Another file of the same inputs, run in turn with it."
+)
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="By default 1, 8 and 32.")
 @click.option("--provider", metavar="NAME", help="Of onnxruntime; by default the best there is.")
 @click.option(

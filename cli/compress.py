@@ -21,6 +21,7 @@ from dynrank_fx.files import check_file_place, finish
 
 from .options import (
     Option,
+    Options,
     calibrate_option,
     capture_of,
     capture_option,
@@ -30,6 +31,7 @@ from .options import (
     export_options,
     form_of,
     form_option,
+    given_path,
     json_option,
     refuse_beside,
     refuse_export_options,
@@ -42,8 +44,8 @@ from .sanity import suspicions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dynrank_fx.aliases import Batch, Kwargs, Output
-    from dynrank_fx.compression import MaxDrop
+    from dynrank_fx.aliases import Batch, JsonObject, Kwargs, Output
+    from dynrank_fx.compression import Compressed, MaxDrop
     from dynrank_fx.plan import RankPolicy
     from dynrank_fx.tracing import ExampleInputs
 
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", type=Path)
+@click.argument("source", type=given_path)
 @click.option(
     "--budget",
     "budgets",
@@ -60,9 +62,13 @@ if TYPE_CHECKING:
     metavar="OF=SHARE",
     help="params=0.5, flops=0.5 or latency=0.7 of the dense model, or max_drop=0.01 of the metric; all that are given.",
 )
-@click.option("--out", "-o", type=Path, required=True, metavar="FILE", help="model.onnx, or model.pt for PyTorch.")
+@click.option(
+    "--out", "-o", type=given_path, required=True, metavar="FILE", help="model.onnx, or model.pt for PyTorch."
+)
 @weights_option
-@click.option("--model", "model_file", type=Path, metavar="MODEL.PY", help="A run's model file, where it has moved.")
+@click.option(
+    "--model", "model_file", type=given_path, metavar="MODEL.PY", help="A run's model file, where it has moved."
+)
 @calibrate_option
 @click.option(
     "--sequential",
@@ -109,7 +115,6 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     """
     from dynrank_fx.compression import SiteTimes
     from dynrank_fx.compression import compress as compressed
-    from dynrank_fx.onnx import export_onnx
     from dynrank_fx.randomness import seed_all
 
     asked, leave = [_budget(text) for text in budgets], roles_of(options["leave"])
@@ -155,25 +160,36 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
         how=capture_of(options["how"]),
         progress=tell,
     )
-    if not as_json:
-        click.echo(f"{result}\n")
+    if out.suffix == ".onnx":
+        tell("exporting, and comparing the file with PyTorch")
+    try:
+        written, said = _written(result, file, out, options, arguments)
+    finally:  # after the file is there, and also where it could not be
+        if not as_json:
+            click.echo(f"{result}\n")
+    click.echo(json.dumps({**result.to_json(), "warnings": warnings, "file": written}, indent=1) if as_json else said)
+
+
+def _written(
+    result: Compressed, file: ModelFile, out: Path, options: Options, arguments: Kwargs
+) -> tuple[JsonObject, str]:
+    """Write the file, and tell of it for programs and in words."""
+    from dynrank_fx.onnx import export_onnx
+
     if out.suffix == ".pt":
         _store(result.module, out, file.example_inputs())
-        said, written = f"{out}: a PyTorch module, for torch.load(..., weights_only=False)", {"path": str(out)}
-    else:
-        tell("exporting, and comparing the file with PyTorch")
-        with _kept(result.module, _free(out.with_name(f"{out.name}.pt")), file.example_inputs()):
-            report = export_onnx(
-                result.module,
-                file.example_inputs(),
-                out,
-                more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
-                providers=[options["provider"]],
-                metadata=result.metadata,
-                **arguments,
-            )
-        said, written = str(report), report.to_json()
-    click.echo(json.dumps({**result.to_json(), "warnings": warnings, "file": written}, indent=1) if as_json else said)
+        return {"path": str(out)}, f"{out}: a PyTorch module, for torch.load(..., weights_only=False)"
+    with _kept(result.module, _free(out.with_name(f"{out.name}.pt")), file.example_inputs()):
+        report = export_onnx(
+            result.module,
+            file.example_inputs(),
+            out,
+            more_inputs=calibration_inputs(file, min(options["calibrate"], 1)),
+            providers=[options["provider"]],
+            metadata=result.metadata,
+            **arguments,
+        )
+    return report.to_json(), str(report)
 
 
 def _teller() -> Callable[[str], None]:

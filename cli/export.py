@@ -14,15 +14,16 @@ from .options import (
     check_model,
     export_arguments,
     export_options,
+    given_path,
     json_option,
     weights_option,
 )
 
 
 @click.command()
-@click.argument("source", type=Path)
-@click.option("--out", "-o", type=Path, required=True, metavar="FILE", help="The ONNX file to write.")
-@click.option("--model", "model_file", type=Path, metavar="MODEL.PY", help="The model file, where it has moved.")
+@click.argument("source", type=given_path)
+@click.option("--out", "-o", type=given_path, required=True, metavar="FILE", help="The ONNX file to write.")
+@click.option("--model", "model_file", type=given_path, metavar="MODEL.PY", help="The model file, where it has moved.")
 @weights_option
 @click.option("--provider", metavar="NAME", help="An execution provider of onnxruntime; by default the best there is.")
 @calibrate_option

@@ -9,20 +9,22 @@ import click
 
 from dynrank_fx.files import check_file_place
 
-from .options import capture_of, capture_option, json_option, weights_option
+from .options import capture_of, capture_option, given_path, json_option, weights_option
 
 if TYPE_CHECKING:
     from dynrank_fx.schedules import EpochRecord
 
 
 @click.command()
-@click.argument("target", type=Path)
+@click.argument("target", type=given_path)
 @click.option(
-    "--model", "model_file", type=Path, metavar="MODEL.PY", help="The model file of a run, where it has moved."
+    "--model", "model_file", type=given_path, metavar="MODEL.PY", help="The model file of a run, where it has moved."
 )
 @weights_option
 @capture_option
-@click.option("--plot", type=Path, metavar="FILE.PNG", help="Draw the spectra; of a run also ranks and loss by epoch.")
+@click.option(
+    "--plot", type=given_path, metavar="FILE.PNG", help="Draw the spectra; of a run also ranks and loss by epoch."
+)
 @json_option
 def inspect(
     target: Path, model_file: Path | None, weights: Path | None, how: str | None, plot: Path | None, as_json: bool
@@ -60,7 +62,6 @@ def inspect(
     else:
         opened = open_run(target, model_file)
         rows, history = inspect_net(opened.net, opened.file.example_inputs()), opened.history
-    click.echo(matrices_json(rows) if as_json else matrices_table(rows))
     if plot:
         from dynrank_fx.report import plot_run, plot_spectra
 
@@ -69,3 +70,4 @@ def inspect(
         else:
             plot_spectra(rows, plot)
         click.echo(f"drew {plot}", err=True)
+    click.echo(matrices_json(rows) if as_json else matrices_table(rows))

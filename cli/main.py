@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 import warnings
 from typing import TextIO
 
 import click
 
-from dynrank_fx.errors import DynrankError, DynrankWarning
+from dynrank_fx.errors import DynrankError, DynrankWarning, ModelFileError, first_line
 from dynrank_fx.version import __version__
 
 from .bench import bench
 from .compress import compress
 from .export import export
+from .failures import blamed, of_the_machine
 from .inspect import inspect
 from .report import report
+from .streams import lasting_streams
 from .train import train
 from .transform import transform
 from .verify import verify
 
 
 class _Commands(click.Group):
-    """Prints a DynrankError as a sentence; anything else is ours, and keeps its traceback."""
+    """Prints a DynrankError, and what a model file raised, as a sentence; anything else is ours, and keeps its
+    traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except DynrankError as error:
-            raise click.ClickException(str(error)) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (Exception, SystemExit) as error:
+            told = error if isinstance(error, DynrankError) else blamed(error) or of_the_machine(error)
+            if told is None:
+                raise
+            if ctx.params["traceback"]:
+                click.echo("".join(traceback.format_exception(error)), err=True)
+            elif isinstance(told, ModelFileError) and (told is not error or told.__cause__ is not None):
+                click.echo("Try 'dynrank-fx --traceback COMMAND ...' for all the calls before the error.", err=True)
+            raise click.ClickException(str(told)) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dynrank-fx")
-def cli() -> None:
+@click.option("--traceback", is_flag=True, help="Before an error, print Python's traceback too.")
+def cli(traceback: bool) -> None:
     """Train with dynamic rank: factor a model, train it in LOW and FULL phases, truncate it, export it to ONNX.
 
     \b
@@ -80,4 +96,11 @@ for command in (transform, train, report, export, inspect, compress, verify, ben
 
 def main() -> None:
     """The entry point of the installed command."""
-    cli(prog_name="dynrank-fx")
+    printed = lasting_streams()
+    try:
+        cli(prog_name="dynrank-fx")
+    finally:
+        printed.flush()
+        if printed.lost is not None and printed.failed:
+            click.echo(f"Error: a part of what was printed is lost ({first_line(printed.lost)})", err=True)
+            sys.exit(1)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import linecache
 import sys
-import textwrap
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,6 +24,7 @@ from dynrank_fx.aliases import Batch, Output
 from dynrank_fx.errors import ModelFileError
 from dynrank_fx.tracing import ExampleInputs, Inputs, split_inputs
 
+from .failures import MODULE, users_code
 from .weights import load_weights_
 
 
@@ -191,6 +189,10 @@ class ModelFile:
             return epochs
         raise ModelFileError(f"{self.path.name} has epochs = {epochs!r}: make it a whole number of 1 or more")
 
+    def guard(self, what: str) -> AbstractContextManager[None]:
+        """Around every other use of what the file gave: a failure is told as one of the file."""
+        return _users_code(self.path, what)
+
     def _call(self, name: str, *args: object) -> Any:  # Any: what ``FUNCTIONS`` says of the name
         self.require(name, command="this command")
         function = getattr(self.module, name)
@@ -221,7 +223,7 @@ def load_model_file(path: Path, weights: Path | None = None) -> ModelFile:
         raise ModelFileError(f"{path} is {kind}: give the Python file that has model()")
     path = path.resolve()
     # The name is the same in every run, so that what was pickled in one can be read in the next.
-    name = f"dynrank_model_{path.stem.replace('.', '_')}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{MODULE}{path.stem.replace('.', '_')}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -244,28 +246,11 @@ def _users_code(path: Path, what: str) -> Iterator[None]:
     folder = str(path.parent)
     sys.path.insert(0, folder)
     try:
-        yield
-    except (Exception, SystemExit) as error:
-        raise ModelFileError(_told(error, path, what)) from error
+        with users_code(path, what):
+            yield
     finally:
         with suppress(ValueError):  # the file may have taken it off itself
             sys.path.remove(folder)
-
-
-def _told(error: BaseException, path: Path, what: str) -> str:
-    """``model.py, line 12: x = 1/0 raised ...``, with the innermost line of the file, or ``what`` where none is."""
-    frames = traceback.walk_tb(error.__traceback__)
-    lines = [number for frame, number in frames if frame.f_code.co_filename == str(path)]
-    reason = str(error)
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines, reason = [error.lineno] if error.lineno else [], error.msg
-    where = path.name
-    if lines:
-        where += f", line {lines[-1]}"
-        linecache.checkcache(str(path))
-        what = linecache.getline(str(path), lines[-1]).strip() or what
-    reason = textwrap.shorten(reason, 300, placeholder=" ...")
-    return f"{where}: {what} raised {type(error).__name__}" + (f": {reason}" if reason else "")
 
 
 def _signature(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +25,20 @@ Option: TypeAlias = Any
 
 Options: TypeAlias = dict[str, Option]
 """The options of a command by name."""
+
+
+def given_path(text: str) -> Path:
+    """The type of an option that names a file or a folder, there or not."""
+    try:
+        if not text:
+            raise click.BadParameter("the name is empty: give one, or leave the option out")
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, or a folder that is closed
+        raise click.BadParameter(f"{text[:40]}{'...' * (len(text) > 40)} cannot be used: {error.strerror}") from error
+    return Path(text)
+
 
 # The layouts of convolutions by name, so that `--help` need not import them: as in dynrank_fx.layouts.
 CONV_LAYOUTS = ("channel", "spatial", "tucker", "cp")
@@ -76,7 +91,7 @@ _PLAN_OPTIONS = (
     ),
     capture_option,
     form_option,
-    click.option("--plan", "plan_file", type=Path, metavar="FILE", help="Instead: an edited plan.json."),
+    click.option("--plan", "plan_file", type=given_path, metavar="FILE", help="Instead: an edited plan.json."),
 )
 
 
@@ -105,7 +120,7 @@ _EXPORT_OPTIONS = (
 _OF_EXPORT = ("opset", "batches", "precision", "dynamic", "inputs", "outputs", "external_data")
 
 weights_option = click.option(
-    "--weights", type=Path, metavar="FILE", help="A state_dict for model(), or a checkpoint: .pt or .safetensors."
+    "--weights", type=given_path, metavar="FILE", help="A state_dict for model(), or a checkpoint: .pt or .safetensors."
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and all else on stderr.")
@@ -246,16 +261,21 @@ def overrides_of(texts: tuple[str, ...]) -> dict[str, Override]:
         said: Kwargs = {}
         for word in words.split(","):
             if word == "dense":
-                said["dense"] = True
+                more: Kwargs = {"dense": True}
             elif word in CONV_LAYOUTS:
-                said["layout"] = _conv_layout(word)
+                more = {"layout": _conv_layout(word)}
             elif word.replace(".", "").replace("-", "").isdigit():
-                said["rank"] = rank_policy(word, None, hint="--override")
+                more = {"rank": rank_policy(word, None, hint="--override")}
             else:
                 known = ", ".join(("dense", *CONV_LAYOUTS))
                 raise click.BadParameter(
                     f"{word!r} is neither a rank (16 or 0.5) nor one of {known}", param_hint="--override"
                 )
+            if said.keys() & more.keys():
+                raise click.BadParameter(f"{text!r} gives its {next(iter(more))} twice", param_hint="--override")
+            said |= more
+        if pattern in overrides:
+            raise click.BadParameter(f"{pattern!r} is given twice: put it into one", param_hint="--override")
         overrides[pattern] = Override(**said)
     return overrides
 

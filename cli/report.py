@@ -12,7 +12,7 @@ import click
 from dynrank_fx.aliases import JsonObject
 from dynrank_fx.files import check_file_place
 
-from .options import json_option
+from .options import given_path, json_option
 from .runs import RUN_FILE, read_own_run, read_run_file
 
 if TYPE_CHECKING:
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run", type=Path)
-@click.option("-o", "--out", type=Path, metavar="FILE.HTML", help="By default <run>/report.html.")
-@click.option("--against", type=Path, metavar="RUN", help="A run of the dense model (--schedule full) to compare with.")
+@click.argument("run", type=given_path)
+@click.option("-o", "--out", type=given_path, metavar="FILE.HTML", help="By default <run>/report.html.")
+@click.option(
+    "--against", type=given_path, metavar="RUN", help="A run of the dense model (--schedule full) to compare with."
+)
 @json_option
 def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> None:
     """Make one self-contained page of RUN, finished or not: what it cost and reached, ranks, spectra, loss, decisions.

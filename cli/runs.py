@@ -122,7 +122,7 @@ def metric_of(file: ModelFile) -> Callable[[nn.Module], float] | None:
     data = file.eval_data()
     if data is None or file.metric is None:
         return None
-    task = Task((), lambda output, batch: torch.zeros(()), file.inputs, data, file.metric)
+    task = Task((), lambda output, batch: torch.zeros(()), file.inputs, data, file.metric, file.guard)
 
     def score(module: nn.Module) -> float:
         mean = evaluate(module, task, Settings(1, compile=False))["eval_metric"]

@@ -1,4 +1,4 @@
-"""Ctrl-C and termination as a wish to stop, which the training loop looks at between two steps."""
+"""Ctrl-C, termination or a closed terminal as a wish to stop, which training looks at between two steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C or a termination puts its signal number in; a second Ctrl-C interrupts at once."""
+    """A list that each of these puts its signal number in; a second one interrupts at once."""
     stopped: list[int] = []
     process = os.getpid()
 
@@ -27,7 +27,9 @@ def stop_signals() -> Iterator[list[int]]:
         stopped.append(number)
         click.echo("\nstopping after this step ...", err=True)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield stopped
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from dynrank_fx.aliases import Batch, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
 
-from .options import Option, Options, json_option, plan_options, refuse_beside, transformed, weights_option
+from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
 from .stopping import stop_signals
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model_file", type=Path)
+@click.argument("model_file", type=given_path)
 @plan_options
 @weights_option
-@click.option("--from", "start", type=Path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
-@click.option("--out", type=Path, metavar="FOLDER", help="The run; by default <model>-run.")
+@click.option("--from", "start", type=given_path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
+@click.option("--out", type=given_path, metavar="FOLDER", help="The run; by default <model>-run.")
 @click.option("--epochs", type=click.IntRange(min=1), help="By default `epochs` of the model file, or 10.")
 @click.option(
     "--steps",
@@ -131,7 +130,7 @@ def train(
         f"go on with: {then}",
         err=True,
     )
-    sys.exit(128 + stopped[0])
+    ctx.exit(128 + stopped[0])
 
 
 def _print_result(run: Run, clock: Clock, folder: Path, as_json: bool) -> None:
@@ -213,6 +212,7 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
         inputs=file.inputs,
         eval_data=file.eval_data(),
         metric=file.metric,
+        guard=file.guard,
     )
     schedule = schedule_of(options, clock_for(task, settings), lr_scheduler, every_step)
     generators = generators_of(task.train_data, task.eval_data)
@@ -252,8 +252,8 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # which the device meta has not
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ModelFileError(
             f"the device {device!r} cannot be used here ({first_line(error)}); give --device cpu"
         ) from error

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from .options import Option, json_option, plan_options, transformed, weights_option
+from .options import Option, given_path, json_option, plan_options, transformed, weights_option
 
 
 @click.command()
-@click.argument("model_file", type=Path)
+@click.argument("model_file", type=given_path)
 @weights_option
 @plan_options
-@click.option("--out", "-o", type=Path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
+@click.option("--out", "-o", type=given_path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @json_option
 def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, **options: Option) -> None:
@@ -37,9 +37,10 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
         check_place(folder)
     net = transformed(load_model_file(model_file, options["weights"]), options, allow_empty=dry_run)
     plan = plan_of(net)
-    click.echo(plan.to_json().rstrip() if as_json else str(plan))
     if not dry_run:
         save(net, folder)
+    click.echo(plan.to_json().rstrip() if as_json else str(plan))
+    if not dry_run:
         click.echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)
     if not as_json:
         then = shlex.join(["dynrank-fx", "train", str(model_file), "--from", str(folder)])

@@ -11,18 +11,20 @@ import click
 
 from dynrank_fx.errors import ExportError
 
-from .options import Option, calibrate_option, json_option, weights_option
+from .options import Option, calibrate_option, given_path, json_option, weights_option
 
 if TYPE_CHECKING:
     from .runs import FinalForm
 
 
 @click.command()
-@click.argument("one", type=Path)
-@click.argument("other", type=Path)
+@click.argument("one", type=given_path)
+@click.argument("other", type=given_path)
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="By default 1, 2 and 5.")
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Of the relative error of an output.")
-@click.option("--model", "model_file", type=Path, metavar="MODEL.PY", help="The model file of a run or a .pt file.")
+@click.option(
+    "--model", "model_file", type=given_path, metavar="MODEL.PY", help="The model file of a run or a .pt file."
+)
 @weights_option
 @calibrate_option
 @click.option("--metric", is_flag=True, help="Also score both on eval_data() by metric(): what is deployed, itself.")

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import enum
 import math
+import os
+from collections.abc import Sequence, Set
 from numbers import Integral, Real
+from pathlib import Path
 
-from .errors import ScheduleError
+from .errors import DynrankError, ScheduleError, StoreError
+
+# A slip, although Python counts with them: True and False, and members of an enumeration such as Phase.
+_NO_NUMBERS = (bool, enum.Enum)
 
 
 def is_whole(value: object, least: int = 0) -> bool:
-    """Whether it is a whole number of at least so much. True and False are a slip, although Python counts with them."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    """Whether it is a whole number of at least so much."""
+    return isinstance(value, Integral) and not isinstance(value, _NO_NUMBERS) and int(value) >= least
 
 
 def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether it is a finite number within these bounds."""
     return (
         isinstance(value, Real)
-        and not isinstance(value, bool)
+        and not isinstance(value, _NO_NUMBERS)
         and math.isfinite(value)
         and least <= float(value) <= most
     )
@@ -27,6 +33,25 @@ def is_number(value: object, least: float = -math.inf, most: float = math.inf) -
 def is_share(value: object) -> bool:
     """Whether it is a number above 0 and at most 1."""
     return is_number(value, 0, 1) and value != 0
+
+
+def is_list(value: object) -> bool:
+    """Whether it is several values, in an order or as a set. A text is one, whose letters Python would walk through."""
+    return isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
+
+
+def check_flags(error: type[DynrankError], **flags: object) -> None:
+    """Raises such an error for what is neither True nor False, by the name of the argument."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise error(f"{name} is {value!r}: give True or False")
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """It as a Path. Raises StoreError for what is none."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise StoreError(f"{path!r} is no name of a file or a folder: give a text or a pathlib.Path")
+    return Path(path)
 
 
 def check_epochs(epochs: int) -> None:

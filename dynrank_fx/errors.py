@@ -6,6 +6,9 @@ from __future__ import annotations
 class DynrankError(Exception):
     """A mistake the caller can mend. The commands print its message without a traceback and exit with 1."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split("\n"))  # of a value that is shown, as a tensor is
+
 
 class CaptureError(DynrankError):
     """The model could not be turned into a graph; the message names the module and the line."""

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
-from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs
+from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs, unwrap
 from .batches import call, checked_batches
 
 _MEAN, _VARIANCE, _TRAINING, _MOMENTUM = 3, 4, 5, 6  # the places of these arguments in aten.batch_norm
@@ -128,8 +128,9 @@ def recalibrate_(module: nn.Module, batches: Iterable[ExampleInputs], *, like: n
     rows = [batch_size(split_inputs(batch)) or 1 for batch in data]
     most = max(rows)
     used = [(number, batch) for number, batch in enumerate(data) if rows[number] > 1 or most == 1]
-    norms = norms_of(module)
+    norms = norms_of(unwrap(module))
     if like is not None:
+        unwrap(like)  # which refuses what is no module
         norms = _moved(module, norms, like, used[0])
     if not norms:
         return 0

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Kwargs
-from ..checks import is_number
+from ..checks import is_list, is_number
 from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
@@ -96,8 +96,8 @@ def calibrate(
     if shrink is not None and not is_number(shrink, 0):
         raise CalibrationError(f"shrink is {shrink!r}: give a number of 0 or more, or leave it out")
     known = switched_modules(root)
-    chosen = known.keys() if sites is None else {sites} if isinstance(sites, str) else set(sites)
-    if unknown := sorted(chosen - known.keys()):
+    chosen = known.keys() if sites is None else dict.fromkeys(sites) if is_list(sites) else {str(sites): None}
+    if unknown := [name for name in chosen if name not in known]:
         raise CalibrationError(f"the net has no site {unknown[0]!r}: its sites are named like {next(iter(known), '')}")
     data = checked_batches(batches)
     groups = site_groups(root, [name for name in known if name in chosen])

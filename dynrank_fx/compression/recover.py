@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..aliases import Output
-from ..checks import is_whole
+from ..checks import is_list, is_whole
 from ..errors import CalibrationError
-from ..tracing import ExampleInputs, same_buffers, tensors
+from ..tracing import ExampleInputs, same_buffers, tensors, unwrap
 from .batches import call, checked_batches
 
 Loss: TypeAlias = Callable[[Output, int], Tensor]
@@ -53,12 +53,15 @@ def recover_(
             module is then as it was.
     """
     data = checked_batches(batches)
-    wanted = dict(module.named_parameters())
-    names = [names] if isinstance(names, str) else names
-    unknown = [name for name in names or () if name not in wanted]
+    wanted = dict(unwrap(module).named_parameters())
+    unwrap(dense)  # which refuses what is no module
+    if loss is not None and not callable(loss):
+        raise CalibrationError(f"loss is {loss!r}: give a function, or leave it out")
+    names = names if names is None or is_list(names) else [names]
+    unknown = [name for name in names or () if not isinstance(name, str) or name not in wanted]
     if unknown:
         raise CalibrationError(
-            f"the module has no parameter {', '.join(unknown)}: its names are like {next(iter(wanted))}"
+            f"the module has no parameter {', '.join(map(str, unknown))}: its names are like {next(iter(wanted))}"
         )
     if not is_whole(steps):
         raise CalibrationError(f"a recovery of {steps!r} steps is none: give 0 or more")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files
-from ..checks import is_whole
+from ..checks import checked_path, is_number, is_whole
 from ..errors import CalibrationError, StoreError
 from ..onnx import Provider, bound, runtime, session_of, threads
 from ..plan import Cost, PlannedSite
@@ -61,10 +61,11 @@ class SiteTimes:
             )
         if not is_whole(self.repeats, 1):
             raise CalibrationError(f"{self.repeats!r} repeats measure nothing: give a whole number of 1 or more")
+        self.cache = None if self.cache is None else checked_path(self.cache)
         if self.cache is not None and self.cache.is_file():
             try:
-                self._known = dict(json.loads(self.cache.read_text()))
-            except (OSError, ValueError):
+                self._known = {key: _times_in(each) for key, each in json.loads(self.cache.read_text()).items()}
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError):
                 self._known = {}  # a cache that cannot be read is measured anew
 
     def pair(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
@@ -133,6 +134,16 @@ class SiteTimes:
         once = interleaved(first, second, repeats=3)
         inner = max(1, round(_SECONDS / max(once.first, 1e-7)))
         return interleaved(first, second, repeats=self.repeats, inner=min(inner, 200))
+
+
+def _times_in(entry: object) -> list[float] | None:
+    """An entry of the cache. Raises ValueError and TypeError for what is none."""
+    if entry is None:
+        return None
+    dense, factored, ratio = entry  # type: ignore[misc]
+    if not all(is_number(each, 0) for each in (dense, factored, ratio)):
+        raise ValueError(entry)
+    return [dense, factored, ratio]
 
 
 def cores() -> int:

@@ -8,7 +8,7 @@ from typing import Unpack
 
 from torch import nn
 
-from ..checks import is_number, is_whole
+from ..checks import check_flags, is_number, is_whole
 from ..errors import ExportError, PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
@@ -92,6 +92,8 @@ def compress(
         CaptureError: Where the model cannot be captured.
     """
     policy, drop = _parts(budget)
+    unwrap(model)  # which refuses what is no module
+    check_flags(PlanError, sequential=sequential)
     if times is not None and not isinstance(times, SiteTimes):
         raise PlanError(f"times is {times!r}: give SiteTimes(), or None to measure nothing")
     for name, given in (("metric", metric), ("loss", loss), ("progress", progress)):

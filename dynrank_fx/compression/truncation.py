@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flags
 from ..errors import CalibrationError, DynrankWarning
 from ..layouts import Factors, Layout
 from ..phase import Phase
 from ..phases import RankUnit, enter_, phases_of, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
 from ..rewrite import Switched, a_twin, inline_, plan_of, switched_modules
-from ..tracing import ExampleInputs, own_, same_values
+from ..tracing import ExampleInputs, own_, same_values, unwrap
 from .batches import checked_batches
 from .calibration import calibrate
 from .covariance import Calibration
@@ -79,7 +80,8 @@ def truncate(
     Warns:
         DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
-    with same_values(net):
+    check_flags(CalibrationError, sequential=sequential)
+    with same_values(unwrap(net)):
         twin = a_twin(net)
         cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
     for sentence in cut_plainly(cuts):

@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..checks import is_whole
+from ..errors import PlanError
 from ..ops import ConvolutionOp, ConvOp, Op, Shape
 from .base import Factors
 from .two_factors import TwoFactors
@@ -29,6 +31,10 @@ class GroupedFactors(TwoFactors):
     """
 
     groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.groups, 1):
+            raise PlanError(f"a convolution of {self.groups!r} groups cannot be: give a whole number of 1 or more")
 
     @classmethod
     def for_op(cls, op: Op) -> GroupedFactors:

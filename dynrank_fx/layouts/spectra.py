@@ -11,6 +11,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from ..errors import PlanError
+
 
 @torch.no_grad()
 def singular_values(W: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def effective_rank(s: Tensor) -> float:
     Returns:
         A number from 1 to the number of singular values: k equal ones give k. 0 for zeros.
     """
-    total = s.sum()
+    total = _checked(s).sum()
     if total <= 0:
         return 0.0
     p = s[s > 0] / total
@@ -61,7 +63,15 @@ def stable_rank(s: Tensor) -> float:
     Returns:
         A number of at most the rank, which small singular values do not move. 0 for a zero matrix.
     """
+    _checked(s)
     return float(s.square().sum() / s.max().square()) if bool(s.max() > 0) else 0.0
+
+
+def _checked(s: Tensor) -> Tensor:
+    """The singular values themselves. Raises PlanError for what are none."""
+    if not isinstance(s, Tensor) or not bool(torch.isfinite(s).all()):
+        raise PlanError(f"{s!r} are no singular values: give a tensor of finite numbers")
+    return s
 
 
 def energy_rank(s: Tensor, share: float) -> int:

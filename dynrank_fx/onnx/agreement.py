@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..checks import is_number, is_whole
+from ..checks import is_list, is_number, is_whole
 from ..errors import ExportError, reason
 from ..tracing import Inputs, batch_size, joined, same_buffers, same_values, slow_attention, tensors
 from .session import Feeds, Session
@@ -41,7 +41,7 @@ class Agreement:
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
     """Raise ExportError where there is no batch size to compare on, or one below 1."""
-    sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else batch_sizes
+    sizes = list(batch_sizes) if is_list(batch_sizes) else batch_sizes
     if not sizes or not isinstance(sizes, list) or not all(is_whole(size, 1) for size in sizes):
         raise ExportError(f"batch sizes {sizes!r} leave nothing to compare: give one or more, each 1 or more")
 

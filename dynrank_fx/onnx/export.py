@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from ..aliases import JsonObject
-from ..checks import is_whole, names_of
+from ..checks import check_flags, checked_path, is_list, is_whole, names_of
 from ..errors import CaptureError, ExportError, reason
 from ..rewrite import holds_captured, inline_
 from ..tracing import (
@@ -23,6 +23,7 @@ from ..tracing import (
     ExampleInputs,
     Inputs,
     batch_size,
+    check_shapes,
     in_order,
     quiet,
     shell,
@@ -145,15 +146,22 @@ def export_onnx(
     _check_providers(providers)
     check_tolerance(tolerance)
     check_opset(opset)
-    check_place(Path(path))
+    check_place(checked_path(path))
     if Path(path).suffix != ".onnx":
         raise ExportError(f"{path} is no name of an ONNX file: give one that ends in .onnx")
     for names in (input_names, output_names):
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        if not is_list(names) or not all(isinstance(name, str) for name in names):
             raise ExportError(f"{names!r} are no names of inputs or outputs: give a list of texts")
+    if not is_list(more_inputs):
+        raise ExportError(f"more_inputs are a list of inputs, not {more_inputs!r}")
+    if external_data is not None:
+        check_flags(ExportError, external_data=external_data)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ExportError(f"metadata are texts by name, not {metadata!r}")
     for key, value in (metadata or {}).items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise ExportError(f"metadata are texts by name, not {key!r}: {value!r}; write it as a text")
+    check_shapes(dynamic_shapes)
     plain = _in_evaluation(module)
     inputs = in_order(plain, split_inputs(example_inputs))
     large = bytes_of(plain) > MAX_BYTES
@@ -283,7 +291,7 @@ def _in_evaluation(module: nn.Module) -> nn.Module:
 
 
 def _check_providers(providers: Sequence[Provider] | None) -> None:
-    if isinstance(providers, str):
+    if providers is not None and not is_list(providers):
         raise ExportError(f"providers are a list: give [{providers!r}]")
     for each in providers or ():
         check_provider(each)

@@ -6,13 +6,13 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from ..checks import checked_path
 from ..errors import ExportError, reason
 from ..files import finish
 from ..seals import check_seal
@@ -66,7 +66,7 @@ def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None =
     providers: by default CUDA where it works, else the CPU. Raises ExportError for a provider that does not come up,
     and for a file that cannot be run.
     """
-    path = Path(path)
+    path = checked_path(path)
     finish(path)
     if not path.is_file():
         raise ExportError(f"there is no file {path} to run: export it first")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import files, store
 from ..aliases import JsonObject
+from ..checks import checked_path
 from ..errors import PlanError, StoreError
 from ..phase import Phase
 from ..plan import Plan, fit_plan
@@ -36,7 +37,7 @@ def save(net: nn.Module, folder: str | Path) -> None:
         PlanError: For a module without a plan.
         StoreError: Where the disk refuses, or the folder holds other files.
     """
-    root, folder = _root(net), Path(folder)
+    root, folder = _root(net), checked_path(folder)
     check_place(folder)
     with files.replacing_folder(folder, _FILES) as new:
         files.write_text(new / _PLAN, plan_of(root).to_json(), final=folder / _PLAN)
@@ -64,7 +65,7 @@ def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | N
         StoreError: For a folder that is none of ``save``, a damaged file, or weights of another model.
         PlanError: For a plan of another model or of a newer version, or one that contradicts the factors of a LOW site.
     """
-    folder = Path(folder)
+    folder = checked_path(folder)
     files.finish(folder)
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}: give one that save or `dynrank-fx transform` wrote")

@@ -13,6 +13,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..aliases import Group
+from ..checks import is_list
+from ..errors import TransitionError
 
 State: TypeAlias = dict[str, Any]
 """What an optimizer keeps of a parameter: tensors and numbers, under names of its own."""
@@ -30,10 +32,17 @@ _SLOTS: WeakKeyDictionary[Optimizer, dict[int, tuple[int, int]]] = WeakKeyDictio
 
 
 def optimizers_in(given: Optimizers | None) -> tuple[Optimizer, ...]:
-    """torch's own optimizers in what a caller gave: Accelerate's and Lightning's wrappers hold one as ``optimizer``."""
-    several = () if given is None else given if isinstance(given, Sequence) else (given,)
+    """torch's own optimizers in what a caller gave: Accelerate's and Lightning's wrappers hold one as ``optimizer``.
+
+    Raises TransitionError for what is none.
+    """
+    several = () if given is None else given if is_list(given) else (given,)
     inner = [(each, getattr(each, "optimizer", None)) for each in several]
-    return tuple(own if isinstance(own, Optimizer) else each for each, own in inner)
+    found = tuple(own if isinstance(own, Optimizer) else each for each, own in inner)
+    for each in found:
+        if not isinstance(each, Optimizer):
+            raise TransitionError(f"{each!r} is no optimizer: give one of torch.optim, or several in a list")
+    return found
 
 
 def holders_of(optimizers: Iterable[Optimizer]) -> dict[int, Optimizer]:

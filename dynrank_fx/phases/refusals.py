@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import TransitionError
 from ..phase import Phase
 from ..rewrite import SiteGroup, Switched
+from .carry import Carry
 from .gradients import all_finite, pending_gradient
 from .groups import holder_in, holders_of
 from .replace import parameters_of, refuse_sharded
+
+
+def refuse_inference() -> None:
+    """Raises TransitionError where no parameter can be made that trains."""
+    if torch.is_inference_mode_enabled():
+        raise TransitionError("within torch.inference_mode no weight can be made that trains: switch phases outside it")
 
 
 def refuse_wrapped(root: nn.Module) -> None:
@@ -49,8 +56,10 @@ def refuse_untrained(sites: Mapping[str, Sequence[Switched]], optimizers: Sequen
         )
 
 
-def check_values(root: nn.Module, groups: Iterable[SiteGroup], optimizers: Sequence[Optimizer]) -> None:
-    """Everything that can be wrong with values, before anything is touched."""
+def check_values(
+    root: nn.Module, groups: Iterable[SiteGroup], optimizers: Sequence[Optimizer], carry: Carry = Carry.RESET
+) -> None:
+    """Everything that can be wrong with values, before anything is touched. carry: of the optimizers' state."""
     lost, holders = [], holders_of(optimizers)
     for group in groups:
         present = [(module, p) for module in group.firsts for p in parameters_of(module)]
@@ -61,6 +70,15 @@ def check_values(root: nn.Module, groups: Iterable[SiteGroup], optimizers: Seque
                 raise TransitionError(
                     f"{module.site} has non-finite weights: nothing was switched; look for a diverged step, and lower "
                     f"the learning rate"
+                )
+            state = optimizer.state.get(parameter, {}) if optimizer is not None and carry is Carry.MOVE else {}
+            moments = [
+                value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape
+            ]
+            if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+                raise TransitionError(
+                    f"the optimizer's state of {module.site} is not finite: nothing was switched; look for a diverged "
+                    "step, or drop the state by carry=Carry.RESET"
                 )
             if holders.get(id(parameter)) not in (optimizer, None):
                 raise TransitionError(

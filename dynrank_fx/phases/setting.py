@@ -38,6 +38,6 @@ def _matching(pattern: object, names: Sequence[str], known: Set[str]) -> list[st
 
 def _phase(value: object) -> Phase:
     try:
-        return Phase(value)  # type: ignore[arg-type]
+        return Phase(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
     except ValueError as error:
         raise TransitionError(f"{value!r} is no phase: give Phase.LOW, Phase.FULL or Phase.ADAPTOR") from error

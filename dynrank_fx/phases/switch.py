@@ -82,7 +82,7 @@ def switch(
     """All moves, in order, or none of them."""
     copies = [sites_of_average(average, root) for average in averages]
     # A group may move twice, by way of FULL.
-    check_values(root, {move.group.name: move.group for move in moves}.values(), optimizers)
+    check_values(root, {move.group.name: move.group for move in moves}.values(), optimizers, carry)
     for copy in copies:
         check_values(root, [_averaged(move.group, copy) for move in moves], ())
     holders = holders_of(optimizers)

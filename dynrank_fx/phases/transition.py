@@ -14,7 +14,7 @@ from .averages import averages_of, sites_of_average
 from .carry import Carry, checked_carry
 from .gradients import note_steps
 from .groups import Optimizers, optimizers_in
-from .refusals import refuse_untrained, refuse_wrapped
+from .refusals import refuse_inference, refuse_untrained, refuse_wrapped
 from .setting import phases_in
 from .switch import Move, Transition, switch
 from .values import Split
@@ -63,6 +63,7 @@ def enter_(
         DynrankWarning: Where the optimizer's state was reset since it could not be moved.
     """
     checked_carry(carry)
+    refuse_inference()
     root = unwrap(net)
     refuse_wrapped(root)
     sites = switched_modules(root)
@@ -72,9 +73,9 @@ def enter_(
         )
     optimizers, copies = optimizers_in(optimizer), averages_of(averages, root)
     refuse_untrained(sites, optimizers)
+    targets = phases_in(setting, sites)
     for each in optimizers:
         note_steps(each)
-    targets = phases_in(setting, sites)
     changing = [name for name, phase in targets.items() if sites[name][0].phase != int(phase)]
     if not changing:
         return Transition(())
@@ -119,6 +120,7 @@ def replan_(
         TransitionError: As ``enter_`` does.
     """
     checked_carry(carry)
+    refuse_inference()
     root = unwrap(net)
     refuse_wrapped(root)
     old, sites = plan_of(root), switched_modules(root)

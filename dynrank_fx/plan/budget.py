@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..checks import is_share
+from ..checks import check_flags, is_share
 from ..errors import PlanError
 from .ranks import Curve, Metric
 
@@ -54,8 +54,7 @@ class Budget:
         for share in self.shares.values():
             if not is_share(share):
                 raise PlanError(f"a budget of {share!r} is no share of the dense model; give one above 0 and at most 1")
-        if self.even not in (True, False):
-            raise PlanError(f"even is {self.even!r}: give True or False")
+        check_flags(PlanError, even=self.even)
 
     @property
     def shares(self) -> dict[Metric, float]:

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import PlanError
 from ..layouts import layout_for
 from ..ops import ConvolutionOp
-from ..tracing import ExampleInputs, is_captured, measure, meta_of
+from ..tracing import ExampleInputs, is_captured, measure, meta_of, unwrap
 from .costs import costs_of, curve_of, rows_of, spectrum_of
 from .find import find_sites, why_not
 from .locate import Located, input_of, locate, refuse_non_finite
@@ -46,7 +46,7 @@ def make_plan(
         PlanError: For a pattern that matches nothing, a rank that no site can have, non-finite weights, and a model
             that was not captured.
     """
-    if not is_captured(net):
+    if not is_captured(unwrap(net)):
         raise PlanError(f"{type(net).__name__} was not captured: give what capture(model, inputs) makes of it")
     if options is not None and not isinstance(options, PlanOptions):
         choices, options = {"rank": options, **choices}, None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
-from ..checks import is_whole, names_of
+from ..checks import check_flags, is_list, is_whole, names_of
 from ..errors import PlanError
 from ..layouts import ChannelLayout, ConvLayout
 from .overrides import Override, checked_conv_layout, checked_overrides, checked_pattern
@@ -53,16 +53,13 @@ class PlanOptions:
             raise PlanError(f"ranks cannot be multiples of {self.multiple_of!r}; give 1 or more")
         for name in ("include", "exclude", "leave"):  # one by itself is meant as one, not as its letters
             given = getattr(self, name)
-            several = isinstance(given, Iterable) and not isinstance(given, str)
-            object.__setattr__(self, name, tuple(given) if several else (given,))
+            object.__setattr__(self, name, tuple(given) if is_list(given) else (given,))
         for role in self.leave:
             if not isinstance(role, Role):
                 raise PlanError(f"{role!r} is no role: give {names_of(Role)}")
         for pattern in (*self.include, *self.exclude):
             checked_pattern(pattern)
-        for name in ("share_inputs", "allow_unprofitable"):
-            if getattr(self, name) not in (True, False):
-                raise PlanError(f"{name} is {getattr(self, name)!r}: give True or False")
+        check_flags(PlanError, share_inputs=self.share_inputs, allow_unprofitable=self.allow_unprofitable)
 
 
 class PlanChoices(TypedDict, total=False):

@@ -29,7 +29,7 @@ class Override:
     dense: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.dense not in (None, True, False):
+        if self.dense is not None and not isinstance(self.dense, bool):
             raise PlanError(f"{self.dense!r} does not say whether sites stay dense: give dense=True or dense=False")
         if self.rank is not None:
             checked_policy(self.rank)

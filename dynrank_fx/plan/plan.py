@@ -162,7 +162,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError, TypeError) as error:
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != "dynrank-fx plan":
             raise PlanError('this is not a plan: it lacks the line "format": "dynrank-fx plan"')
@@ -185,7 +185,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [_table_row(row) for row in self.sites]
         rows += [_skipped_row(skipped) for skipped in self.skipped]
-        head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "", "why dense")
+        head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "shared", "why dense")
         lines = [text_table(head, rows, right=(3,)), ""]
         sites, matrices = _amount(len(self.sites), "site", "sites"), _amount(len(self.skipped), "matrix", "matrices")
         lines.append(f"{sites} factored, {matrices} left dense")
@@ -207,7 +207,7 @@ def _for_people(capture: str) -> str:
         .replace("by torch.export", "as one graph, by torch.export")
     )
     asked = not why or why[0].strip() == "as asked"
-    how = how if asked else f"{how} (plan.json says why not otherwise)"
+    how = how if asked else f"{how} (`capture` of the plan says why not otherwise)"
     return f"{how}.{apart}{untrained}" if apart else how
 
 

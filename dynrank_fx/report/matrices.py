@@ -95,9 +95,9 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
         raise ExportError(f"there is no file {path}: give an ONNX file, a model file, a run or a folder of `transform`")
     try:
         model = onnx.load(os.path.realpath(path))  # weights lie beside the file, not beside a link
-    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError) as error:
         raise ExportError(f"{path} could not be read as an ONNX file ({first_line(error)})") from error
-    if not model.opset_import:
+    if not model.HasField("graph"):  # to protobuf an empty file is a model without anything
         raise ExportError(f"{path} holds no model: it is empty or damaged; export it again, or use an earlier copy")
     check_seal(path)
     used = {
@@ -125,8 +125,10 @@ _LEGEND = """
 state: dense, the phase of a site with the rank of its factors, or the operation of an ONNX file
 effective, stable: two measures of how many directions a weight uses, of all that it has (see --help); the fewer, the
   less a cut takes away
-95 % energy: the least rank that keeps 95 % of the sum of the squared singular values
-break-even: the largest rank at which two factors hold fewer parameters than the weight
+95 % energy: the least rank that keeps 95 % of the sum of the squared singular values"""
+_OF_BREAK_EVEN = """
+break-even: the largest rank at which two factors hold fewer parameters than the weight"""
+_OF_FLOPS = """
 by FLOPs: the largest rank at which they take fewer FLOPs, on the example inputs"""
 
 
@@ -146,7 +148,11 @@ def matrices_table(rows: tuple[MatrixRow, ...]) -> str:
         )
         for row in rows
     ]
-    return f"{text_table(head, cells, right=(3, 4, 5, 6, 7))}\n{_LEGEND}" if cells else "no matrix found"
+    if not rows:
+        return "no matrix found"
+    columns = zip((_OF_BREAK_EVEN, _OF_FLOPS), zip(*(row.break_even for row in rows), strict=True), strict=True)
+    legend = _LEGEND + "".join(text for text, ranks in columns if any(rank is not None for rank in ranks))
+    return f"{text_table(head, cells, right=(3, 4, 5, 6, 7))}\n{legend}"
 
 
 def matrices_json(rows: tuple[MatrixRow, ...]) -> str:

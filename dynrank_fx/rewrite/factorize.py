@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..layouts import LAYOUTS
 from ..ops import Op, module_op
 from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, input_of, locate, why_not
-from ..tracing import Net, drop_dead_reads, regions, set_submodule
+from ..tracing import Net, drop_dead_reads, regions, set_submodule, unwrap
 from .loading import follows_states_
 from .meta import set_plan, specialize_
 from .switched import STEM, Switched
@@ -33,7 +33,7 @@ def factorize(net: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: Where the plan does not fit the net.
     """
-    twin = copy.deepcopy(net)
+    twin = copy.deepcopy(unwrap(net))
     factorize_(twin, plan)
     return twin
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..aliases import Output
-from ..checks import names_of
+from ..checks import check_flags, names_of
 from ..errors import CaptureError, DynrankWarning, PlanError
 from ..plan import Located, Plan, PlanChoices, PlanOptions, chosen, fit_plan, locate, plan_by
 from ..tracing import Capture, DynamicShapes, ExampleInputs, Form, capture, tensors_in
@@ -71,6 +71,7 @@ def transform(
     settled = chosen(options, choices)
     if not isinstance(form, Form):
         raise PlanError(f"{form!r} is no form: give one of {names_of(Form)}")
+    check_flags(PlanError, allow_empty=allow_empty)
     layers = form is Form.LAYERS or how is Capture.LAYERS
     if layers and settled.share_inputs:
         raise PlanError(

@@ -7,10 +7,10 @@ so that what is exported is small.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..checks import check_epochs, check_schedule, is_whole
+from ..checks import check_epochs, check_schedule, is_list, is_whole
 from ..errors import ScheduleError
 from ..phase import Phase
 from .state import Schedule, Setting, TrainState
@@ -173,7 +173,7 @@ def always(phase: Phase) -> Always:
 
 
 def _checked_phase(phase: Phase) -> Phase:
-    if phase not in list(Phase):
+    if isinstance(phase, bool) or phase not in list(Phase):
         raise ScheduleError(f"{phase!r} is no phase; give one of {', '.join(p.name for p in Phase)}")
     return Phase(phase)
 
@@ -210,7 +210,7 @@ def aligned(epochs: int, lr_milestones: Sequence[int], last: Phase = Phase.LOW) 
         ScheduleError: Where that leaves no FULL epoch, or where there is no decay to align with.
     """
     check_epochs(epochs)
-    if not isinstance(lr_milestones, Iterable) or not all(map(is_whole, lr_milestones)) or not lr_milestones:
+    if not is_list(lr_milestones) or not all(map(is_whole, lr_milestones)) or not lr_milestones:
         said = f", not {lr_milestones!r}" if lr_milestones else ""
         raise ScheduleError(
             f"aligned needs the epochs of the learning-rate decays{said}; give at least one, such as (30,), or use "
@@ -240,7 +240,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Join:
         ScheduleError: Where the boundaries do not rise from 1 on, or there are too many or too few of them.
     """
     for given, what in ((schedules, "schedules"), (boundaries, "boundaries")):
-        if not isinstance(given, Iterable):
+        if not is_list(given):
             raise ScheduleError(f"join needs its {what} as a list, not {given!r}")
     return Join(tuple(schedules), tuple(boundaries))
 

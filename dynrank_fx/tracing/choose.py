@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..checks import check_flags
 from ..errors import CaptureError, first_line
 from ..ops import module_op
 from .blame import describe
 from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
-from .inputs import DynamicShapes, ExampleInputs, split_inputs
+from .inputs import DynamicShapes, ExampleInputs, check_shapes, split_inputs
 from .modules import capture_layers, capture_parts, modules_read
 from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, note, untraced, unwrap
 from .shell import own_, same_parameters, sharing, shell
@@ -96,6 +97,10 @@ def capture(
     if how is not None and not isinstance(how, Capture):
         ways = ", ".join(f"Capture.{way.name}" for way in Capture)
         raise CaptureError(f"{how!r} is no way to capture a model: give one of {ways}")
+    check_flags(CaptureError, copy=copy)
+    check_shapes(dynamic_shapes)
+    if torch.is_inference_mode_enabled():
+        raise CaptureError("within torch.inference_mode no weight can be made that trains: leave it to capture")
     model = unwrap(model)
     if is_captured(model):
         net = shell(model)

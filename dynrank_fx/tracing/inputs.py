@@ -49,6 +49,13 @@ def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     )
 
 
+def check_shapes(dynamic_shapes: DynamicShapes | None) -> None:
+    """Raises CaptureError for what are no dynamic shapes."""
+    kinds = (type(None), torch.export.ShapesCollection, dict, tuple, list)
+    if not isinstance(dynamic_shapes, kinds):
+        raise CaptureError(f"{dynamic_shapes!r} are no dynamic shapes: give them as torch.export takes them")
+
+
 def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
     """The inputs with the keyword arguments in the order of forward, and the defaults of those left out between them:
     torch.export binds the arguments of a GraphModule by their order, whatever their names.

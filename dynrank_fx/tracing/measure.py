@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Kwargs, Output
-from ..errors import CaptureError
+from ..errors import CaptureError, first_line
 from ..ops import Shape, module_op
 from .inputs import ExampleInputs, fresh, split_inputs
 from .isolation import same_buffers, same_randomness, same_values, slow_attention
@@ -93,10 +93,15 @@ def measure(net: nn.Module, example_inputs: ExampleInputs) -> Measured:
                 stack.enter_context(context)
             stack.enter_context(counter)
             stack.enter_context(_watched(net, measured))
-            if isinstance(net, Net):
-                _record(net, args, kwargs, measured)
-            else:
-                net(*args, **kwargs)
+            try:
+                if isinstance(net, Net):
+                    _record(net, args, kwargs, measured)
+                else:
+                    net(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError, LookupError) as error:
+                raise CaptureError(
+                    f"the net fails on the example inputs ({first_line(error)}): give such as it takes"
+                ) from error
     measured.flops = counter.get_total_flops()
     return measured
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..aliases import Output, StateDict
-from ..errors import CaptureError
+from ..errors import CaptureError, DynrankError
 from .pickling import GraphData, graph_from_data, graph_to_data
 
 Forward: TypeAlias = Callable[..., Output]
@@ -255,7 +255,9 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def unwrap(net: nn.Module) -> nn.Module:
-    """The module behind torch.compile's wrapper, or the module itself."""
+    """The module behind torch.compile's wrapper, or the module itself. Raises DynrankError for what is no module."""
+    if not isinstance(net, nn.Module):
+        raise DynrankError(f"{net!r} is no module: give an nn.Module, such as the net that transform made")
     return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net
 
 

@@ -75,6 +75,8 @@ def clock_of(epochs: int | None = None, steps: int | None = None, every: int | N
     if steps is None:
         raise ScheduleError("a schedule of phases needs an end: give the steps of the run, or its epochs")
     total = steps if epochs is None else epochs * steps
+    if every is not None and every > total:
+        raise ScheduleError(f"ticks of {every} steps are longer than the run of {total}: give fewer to each")
     every = every or math.ceil(total / TICKS)
     return Clock(math.ceil(total / every), every, False, None if epochs is None else steps, total)
 
@@ -88,8 +90,6 @@ class StepHook:
     def __init__(self, optimizers: Sequence[Optimizer], then: Callable[[], None]) -> None:
         self._then = then
         self._done = {id(optimizer): 0 for optimizer in optimizers}
-        for optimizer in optimizers:
-            _refuse_second(optimizer)
         self._handles: list[RemovableHandle] = [each.register_step_post_hook(self._after) for each in optimizers]
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -106,7 +106,8 @@ class StepHook:
             handle.remove()
 
 
-def _refuse_second(optimizer: Optimizer) -> None:
+def refuse_second(optimizer: Optimizer) -> None:
+    """Raises TransitionError for an optimizer that has Phases already."""
     for hook in optimizer._optimizer_step_post_hooks.values():
         if isinstance(getattr(hook, "__self__", None), StepHook):
             raise TransitionError(

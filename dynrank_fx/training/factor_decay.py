@@ -187,7 +187,7 @@ def factor_decay_(
             ``transform`` did not make, and for a value that is none of these.
     """
     checked_decay(decay)
-    if decoupled not in (None, True, False):
+    if decoupled is not None and not isinstance(decoupled, bool):
         raise TransitionError(f"decoupled is {decoupled!r}: give True (as AdamW), False (as SGD) or None")
     if not holds_captured(unwrap(net)):
         raise TransitionError(f"{type(net).__name__} has no factors to decay: give what transform made of it")

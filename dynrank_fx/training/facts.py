@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checks import check_epochs, is_whole
+from ..checks import check_epochs, is_list, is_number, is_whole
 from ..errors import DynrankWarning, ScheduleError
 from ..phase import Phase
-from ..phases import phases_of
+from ..phases import optimizers_in, phases_of
 from ..plan import PlannedSite
 from ..rewrite import plan_of, switched_modules
 from ..schedules import SiteState, TrainState
@@ -58,6 +58,10 @@ def train_state(
     check_epoch(epoch, epochs)
     if not is_whole(steps_per_epoch, 1):
         raise ScheduleError(f"an epoch cannot have {steps_per_epoch!r} steps of the scheduler: give 1 or more")
+    (optimizer,) = optimizers_in((optimizer,))
+    check_scheduler(lr_scheduler)
+    if not is_list(rates) or not all(map(is_number, rates)) or not is_number(spent, 0):
+        raise ScheduleError(f"rates {rates!r} and spent {spent!r} cannot be: give a list of numbers, and a number")
     planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
     return state_at(net, optimizer, epoch, epochs, planned, rates=rates, spent=spent)
 
@@ -83,6 +87,21 @@ def state_at(
     known = (*rates, *planned) if planned and len(rates) == tick else ()
     lr = planned[0] if planned else float(optimizer.param_groups[0]["lr"])
     return TrainState(tick, ticks, lr, _Spectra(net), spent, known, sites, unit)
+
+
+def check_scheduler(lr_scheduler: LRScheduler | None, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Raises ScheduleError for what is no scheduler of learning rates, of torch's kind or of another, and for one of
+    torch's that is of none of the optimizers.
+    """
+    steps = callable(getattr(lr_scheduler, "step", None)) and not isinstance(lr_scheduler, type)
+    if lr_scheduler is not None and not steps:
+        raise ScheduleError(f"{lr_scheduler!r} is no scheduler of learning rates: give one of torch's, or leave it out")
+    if isinstance(lr_scheduler, LRScheduler) and optimizers:
+        (its,) = optimizers_in((lr_scheduler.optimizer,))
+        if not any(its is each for each in optimizers):
+            raise ScheduleError(
+                f"{type(lr_scheduler).__name__} is of another optimizer than the phases: make it of theirs"
+            )
 
 
 def check_epoch(epoch: int, epochs: int) -> None:
@@ -182,8 +201,9 @@ def warn_of_rates(lr_scheduler: LRScheduler | None, clock: Clock, every_step: bo
     planned, coming = getattr(lr_scheduler, "total_steps", None), clock.scheduler_steps(clock.ticks, every_step)
     if not isinstance(planned, int) or coming is None:
         return
-    if every_step and planned < coming:
-        what = f"is stepped {coming} times, after every optimizer step: give it total_steps={coming}"
+    if planned < coming:
+        when = "after every optimizer step" if every_step else "once an epoch"
+        what = f"is stepped {coming} times, {when}: give it total_steps={coming}"
     elif not every_step and planned > coming + 1:
         what = (
             f"is stepped {coming} times, once an epoch, so that the learning rate stays near its start: step it after "

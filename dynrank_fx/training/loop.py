@@ -9,6 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,7 @@ from .clock import Clock, clock_of
 from .phases import Phases
 from .run import Run
 from .settings import Settings
-from .task import Task, apply, autocast, evaluate, number
+from .task import Task, apply, batches_of, evaluate, loss_of, metric_of
 from .watch import Watcher
 
 
@@ -162,11 +163,11 @@ def _train_epoch(
         run.step += 1
         pending += 1
         if pending == settings.accumulate or run.drawn == length:
-            _update(run, run.phases, settings, pending)
+            _update(run, task, settings, pending)
             pending = 0
         # Where epochs of the data end within ticks; the end of a tick that is an epoch is in _finish_epoch.
         if in_steps and run.drawn == length and not isinstance(run.lr_scheduler, ReduceLROnPlateau):
-            _step_scheduler(run)
+            _step_scheduler(run, task)
         seconds.append(time.perf_counter() - started)
         watcher.step_done(run, loss, metric)
         if pending:
@@ -177,7 +178,7 @@ def _train_epoch(
             _refuse_diverged(run)
             save(run)
     if pending:  # the last step of an epoch may have fewer batches, and the data may not say how many it has
-        _update(run, run.phases, settings, pending)
+        _update(run, task, settings, pending)
     run.note(step_seconds=statistics.median(seconds) if seconds else None)
     return True
 
@@ -230,12 +231,12 @@ def _one_pass(run: Run, task: Task) -> Iterator[Batch]:
     """
     if run.drawn == 0:
         run.epoch_start = random_state(run.generators)
-        batches = iter(task.train_data)
+        batches = batches_of(task.train_data, task, "train_data()")
     else:
         now = random_state(run.generators)
         assert run.epoch_start is not None
         set_random_state(run.epoch_start, run.generators)
-        batches = iter(task.train_data)
+        batches = batches_of(task.train_data, task, "train_data()")
         if sum(1 for _ in itertools.islice(batches, run.drawn)) < run.drawn:
             raise DynrankError(
                 f"train_data() gives fewer than the {run.drawn} batches of the epoch that were trained on"
@@ -257,22 +258,25 @@ def _gradients(
 ) -> tuple[Tensor, float | Tensor | None]:
     """Add the gradients of a batch to what is there."""
     output, batch = apply(forward, task, settings, batch)
-    with autocast(settings):
-        loss = task.loss(output, batch)
-    if loss.ndim or not loss.requires_grad:
-        what = f"a tensor of shape {tuple(loss.shape)}" if loss.ndim else "one without a gradient"
-        raise DynrankError(f"the loss must be one number that depends on the model's output: loss() gave {what}")
-    (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+    loss = loss_of(task, settings, output, batch)
+    if not loss.requires_grad:
+        raise DynrankError(
+            "the loss must be one number that depends on the model's output: loss() gave one without a gradient"
+        )
+    with task.guard("the backward pass of loss()"):
+        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
     with torch.no_grad():
-        metric = task.metric(output, batch) if task.metric else None
-        run.totals += torch.stack([loss.detach().double(), number(metric, loss), torch.ones_like(loss).double()])
-    return loss.detach(), metric
+        metric = metric_of(task, output, batch, loss)
+        run.totals += torch.stack([loss.detach().double(), metric, torch.ones_like(loss).double()])
+    return loss.detach(), metric if task.metric else None
 
 
-def _update(run: Run, phases: Phases, settings: Settings, batches: int) -> None:
+def _update(run: Run, task: Task, settings: Settings, batches: int) -> None:
     """A step of the optimizer with the mean of the gradients of so many batches; none where float16 overflowed, which
     counts all the same.
     """
+    phases = run.phases
+    assert phases is not None
     step = phases.step + 1
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
@@ -281,13 +285,15 @@ def _update(run: Run, phases: Phases, settings: Settings, batches: int) -> None:
         torch._foreach_div_([p.grad for p in trained], batches)
     if settings.clip is not None:
         nn.utils.clip_grad_norm_(trained, settings.clip)
-    if run.scaler is None:
-        run.optimizer.step()
-    else:
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+    with task.guard(f"the step of {type(run.optimizer).__name__}"):
+        if run.scaler is None:
+            run.optimizer.step()
+        else:
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
     if run.lr_scheduler is not None and run.lr_every_step:
-        run.lr_scheduler.step()
+        with _scheduling(run, task):
+            run.lr_scheduler.step()
     phases.step = step
     run.optimizer.zero_grad()
     run.net.zero_grad()  # also of weights that the optimizer does not train: a switch refuses pending gradients
@@ -296,29 +302,38 @@ def _update(run: Run, phases: Phases, settings: Settings, batches: int) -> None:
 def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> None:
     loss, metric, batches = run.totals.tolist()
     run.note(steps=round(batches), loss=loss / batches, metric=metric / batches if task.metric else None)
-    run.note(**evaluate(run.net, task, settings), memory=_memory(run, settings))
+    # One epoch has many ticks, and one evaluation, as any other has.
+    if clock.by_epochs or settings.epochs is None or run.epoch + 1 == clock.ticks:
+        run.note(**evaluate(run.net, task, settings))
+    run.note(memory=_memory(run, settings))
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
         run.note(effective_rank={name: effective_rank(s) for name, s in spectra.items()})
         run.note(stable_rank={name: stable_rank(s) for name, s in spectra.items()})
     if clock.by_epochs or isinstance(run.lr_scheduler, ReduceLROnPlateau):
-        _step_scheduler(run)
+        _step_scheduler(run, task)
     if run.epoch + 1 == clock.ticks and task.eval_data is not None:
         run.note(truncated=_truncated(run, task, settings))
     run.history.append(run.current)
     run.record, run.step, run.epoch = None, 0, run.epoch + 1
 
 
-def _step_scheduler(run: Run) -> None:
+def _scheduling(run: Run, task: Task) -> AbstractContextManager[object]:
+    return task.guard(f"the step of {type(run.lr_scheduler).__name__}")
+
+
+def _step_scheduler(run: Run, task: Task) -> None:
     """At the end of an epoch, or of a tick for one that waits for a plateau: it is told the held-out loss, where there
     is one.
     """
     if isinstance(run.lr_scheduler, ReduceLROnPlateau):
         loss = run.current.loss if run.current.eval_loss is None else run.current.eval_loss
         assert loss is not None
-        run.lr_scheduler.step(loss)
+        with _scheduling(run, task):
+            run.lr_scheduler.step(loss)
     elif run.lr_scheduler is not None and not run.lr_every_step:
-        run.lr_scheduler.step()
+        with _scheduling(run, task):
+            run.lr_scheduler.step()
 
 
 def _truncated(run: Run, task: Task, settings: Settings) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..aliases import StateDict
-from ..checks import check_schedule
+from ..checks import check_flags, check_schedule
 from ..errors import DynrankWarning, ScheduleError, StoreError, TransitionError
 from ..phase import Phase, summary
 from ..phases import (
@@ -34,9 +34,9 @@ from ..phases import (
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import meta_of, note, unwrap
-from .clock import Clock, StepHook, clock_of, refuse_processes
+from .clock import Clock, StepHook, clock_of, refuse_processes, refuse_second
 from .factor_decay import factor_decay_
-from .facts import check_epoch, cost_of, rates_after, state_at, warn_of_rates
+from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
 from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm
 from .settings import PhaseSettings
@@ -52,6 +52,9 @@ class Phases:
     tick, right after the optimizer step before it. A tick is an epoch; in a run that is given in steps alone, or has
     one epoch, it is a twentieth of the run. A loop that has work to do between the last step of an epoch and the switch
     (evaluation, a scheduler by epochs) calls ``begin(epoch)`` at the start of every epoch, and then decides the time.
+
+    What counts are steps of the optimizers that are given. One that a ``GradScaler`` skips since gradients overflowed
+    is none, and those of an optimizer that is not given move no clock: where many are skipped, call ``begin``.
 
     Args:
         net: What ``transform`` made.
@@ -109,11 +112,18 @@ class Phases:
         refuse_processes()
         if not isinstance(net, nn.Module):
             raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
+        for name, given, kind in (("clock", clock, Clock), ("settings", settings, PhaseSettings)):
+            if given is not None and not isinstance(given, kind):
+                raise ScheduleError(f"{name} is {given!r}: give a {kind.__name__}, or leave it out")
+        check_flags(ScheduleError, by_itself=by_itself, lr_every_step=lr_every_step is not None and lr_every_step)
         self.clock = clock = clock or clock_of(epochs, steps, every)
         check_schedule(schedule)
         self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
         if not self.optimizers:
             raise TransitionError("phases go with an optimizer: give the one over the net's parameters, or all of them")
+        for each in self.optimizers:
+            refuse_second(each)
+        check_scheduler(lr_scheduler, self.optimizers)
         self.net, self.optimizer, self.schedule, self.lr_scheduler = net, self.optimizers[0], schedule, lr_scheduler
         self.averages = averages_in(averages)
         self.lr_every_step = clock.per_epoch is None and not clock.by_epochs if lr_every_step is None else lr_every_step
@@ -131,10 +141,24 @@ class Phases:
         self.history: list[EpochRecord] = []
         self.transition = Transition(())
         self._by_itself = by_itself and clock.every is not None
-        if resume is not None:
-            self.load_state_dict(resume)
-        elif self._by_itself and _RESUMED not in meta_of(unwrap(net)):
-            self._begin(0)
+        try:
+            if resume is not None:
+                self.load_state_dict(resume)
+            elif self._by_itself and _RESUMED not in meta_of(unwrap(net)):
+                self._begin(0)
+        except BaseException:
+            self.remove()
+            raise
+
+    def __repr__(self) -> str:
+        clock, tick = self.clock, len(self.history)
+        if tick >= clock.ticks:
+            coming = "no decision to come"
+        elif self._by_itself:
+            coming = f"the next decision after step {clock.start(tick)}"
+        else:
+            coming = f"the next decision by begin({tick})"
+        return f"Phases({clock.unit} {tick} of {clock.ticks}, step {self.step}, {phase_label(self.net)}; {coming})"
 
     def begin(self, epoch: int) -> EpochRecord:
         """Bring the net into the phases of this epoch, and the optimizer along.
@@ -398,13 +422,13 @@ def resume_phases_(net: nn.Module, state: StateDict) -> None:
         PlanError: For ranks that a site cannot have.
         TransitionError: For sites that the net does not have.
     """
-    history = _history_in(state)
+    history, root = _history_in(state), unwrap(net)
     if not history:
         return
     last = history[-1]
-    plan = {name: modules[0].rank for name, modules in switched_modules(unwrap(net)).items()}
+    plan = {name: modules[0].rank for name, modules in switched_modules(root).items()}
     ranks = {name: rank for name, rank in last.ranks.items() if plan.get(name) != rank}
     if ranks:
         replan_(net, plan_of(net).with_ranks(ranks))
     enter_(net, last.phases)
-    note(unwrap(net), **{_RESUMED: True})
+    note(root, **{_RESUMED: True})

@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import is_whole
 from ..errors import TransitionError
+from ..phases import optimizers_in
 from .clock import is_nested
 
 
@@ -29,11 +30,11 @@ class Rewarm:
     def __init__(self, optimizer: Optimizer, steps: int, left: int | None = None) -> None:
         if not is_whole(steps):
             raise TransitionError(f"a learning rate cannot re-warm over {steps!r} steps; give 0 or more")
-        self._optimizer = optimizer
+        (self._optimizer,) = optimizers_in((optimizer,))
         self._rates: list[tuple[float | Tensor, float | Tensor]] = []  # of each group, within a step: set, and scaled
         self._pre: RemovableHandle | None = None
         # This one stays until stop(): torch is walking through those that come after a step when it ends, or restarts.
-        self._post = optimizer.register_step_post_hook(self._after)
+        self._post = self._optimizer.register_step_post_hook(self._after)
         self.restart(steps, left)
 
     def restart(self, steps: int, left: int | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..aliases import Kwargs
-from ..checks import is_number, is_whole
+from ..checks import check_flags, is_number, is_whole
 from ..errors import DynrankError, TransitionError
 from ..phases import Carry, checked_carry
 from .factor_decay import Decay, checked_decay
@@ -42,9 +42,8 @@ class PhaseSettings:
         checked_decay(self.decay)
         if not is_whole(self.rewarm):
             raise TransitionError(f"a learning rate cannot re-warm over {self.rewarm!r} steps; give 0 or more")
-        for name in ("random_init", "landing", "spectra"):
-            if getattr(self, name) not in (True, False):
-                raise TransitionError(f"{name} is {getattr(self, name)!r}: give True or False")
+        flags = {"random_init": self.random_init, "landing": self.landing, "spectra": self.spectra}
+        check_flags(TransitionError, **flags)
 
     @property
     def choices(self) -> Kwargs:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,9 @@ _BY_A_BATCH = (RuntimeError, TypeError, ValueError, IndexError)
 class Task:
     """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
 
-    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated. Raises DynrankError for
-    data that give their batches once.
+    metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated. guard: a context around
+    every use of what the user gave, which is told what that is. Raises DynrankError for data that give their batches
+    once.
     """
 
     train_data: Iterable[Batch]
@@ -34,6 +35,7 @@ class Task:
     inputs: Callable[[Batch], Inputs]
     eval_data: Iterable[Batch] | None = None
     metric: Callable[[Output, Batch], float | Tensor] | None = None
+    guard: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     def __post_init__(self) -> None:
         for name, data in (("train_data()", self.train_data), ("eval_data()", self.eval_data)):
@@ -49,11 +51,25 @@ def _gives_once(data: object) -> bool:
     return isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools")
 
 
+def batches_of(data: Iterable[Batch], task: Task, name: str) -> Iterator[Batch]:
+    """The batches of the user's data, which are the user's code as well."""
+    with task.guard(name):
+        batches = iter(data)
+    while True:
+        with task.guard(name):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
+
+
 def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> tuple[Output, Batch]:
     """The model's output, and the batch on the device."""
-    batch = _on_device(batch, settings.device)
+    with task.guard(f"moving a batch to {settings.device}"):
+        batch = _on_device(batch, settings.device)
     args, kwargs = task.inputs(batch)
-    with autocast(settings):
+    with autocast(settings), task.guard("the model"):
         try:
             return forward(*args, **kwargs), batch
         except FailOnRecompileLimitHit as error:
@@ -93,16 +109,42 @@ def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) 
         ) from error
 
 
-def autocast(settings: Settings) -> contextlib.AbstractContextManager[object]:
+def autocast(settings: Settings) -> AbstractContextManager[object]:
     """Autocast where the settings ask for it."""
     if settings.amp is None:
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(torch.device(settings.device).type, dtype=settings.amp)
 
 
-def number(metric: float | Tensor | None, like: Tensor) -> Tensor:
-    """A metric in float64 on the device of ``like``; not a number where there is none."""
-    return torch.as_tensor(float("nan") if metric is None else metric, dtype=torch.float64, device=like.device)
+def loss_of(task: Task, settings: Settings, output: Output, batch: Batch) -> Tensor:
+    """The loss of a batch. Raises DynrankError for what is no number."""
+    with autocast(settings), task.guard("loss()"):
+        loss = task.loss(output, batch)
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or loss.is_meta:
+        raise DynrankError(
+            f"the loss must be one number that depends on the model's output: loss() gave {_words(loss)}"
+        )
+    return loss
+
+
+def metric_of(task: Task, output: Output, batch: Batch, like: Tensor) -> Tensor:
+    """The metric of a batch in float64 on the device of ``like``; not a number where there is none. Raises DynrankError
+    for what is no number.
+    """
+    value: float | Tensor = float("nan")
+    if task.metric is not None:
+        with task.guard("metric()"):
+            value = task.metric(output, batch)
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.is_meta):
+        raise DynrankError(f"the metric must be one number, the mean over a batch: metric() gave {_words(value)}")
+    return torch.as_tensor(value, dtype=torch.float64, device=like.device).reshape(())
+
+
+def _words(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    where = ", without values (on the device meta)" if value.is_meta else ""
+    return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {tuple(value.shape)}{where}"
 
 
 @torch.no_grad()
@@ -115,12 +157,11 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
         return {}
     sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
     with evaluating(net):
-        for batch in task.eval_data:
+        for batch in batches_of(task.eval_data, task, "eval_data()"):
             output, batch = apply(net, task, settings, batch)
             size = batch_size(((), dict(batch) if isinstance(batch, Mapping) else {"batch": batch})) or 1
-            with autocast(settings):
-                loss = task.loss(output, batch).double()
-            sums += size * torch.stack([loss, number(task.metric(output, batch) if task.metric else None, loss)])
+            loss = loss_of(task, settings, output, batch).double()
+            sums += size * torch.stack([loss, metric_of(task, output, batch, loss)])
             count += size
     if count == 0:
         raise DynrankError("eval_data() gave no batch: leave it out, or see that it can be gone through every epoch")

@@ -132,7 +132,8 @@ def test_it_is_told_what_is_missing(tmp_path):
     torch.save({"callbacks": {}, "hyper_parameters": Path("somewhere")}, tmp_path / "code.ckpt")
     with pytest.raises(dr.StoreError, match="only running code would read"):
         resume_from_(a_net(), tmp_path / "code.ckpt")
-    for content, match in ((None, "there is no checkpoint"), (b"", "could not be read"), (b"junk" * 9, "could not be read")):
+    bad = ((None, "there is no checkpoint"), (b"", "could not be read"), (b"junk" * 9, "could not be read"))
+    for content, match in bad:
         if content is not None:
             (tmp_path / "bad.ckpt").write_bytes(content)
         with pytest.raises(dr.StoreError, match=match):

@@ -40,7 +40,7 @@ parameters  5,371 -> 2,086 (38.8% of dense)
 FLOPs       541,296 -> 193,244 (35.7% of dense) on the example inputs"""
 
 SHARED_TABLE = """\
-weight                        shape  layout  rank  params
+weight                        shape  layout  rank  params     shared
 ----------------------------  -----  ------  ----  ---------  ------
 first.weight = second.weight  10x10  linear     2  100 -> 40  2 uses
 
@@ -249,7 +249,7 @@ def test_what_is_no_plan_and_what_was_not_captured_are_refused():
         ("module by module (1 parts and 1 single layers): as asked", "module by module (1 parts and 1 single layers)"),
         (
             "by torch.export (off by rounding: 3e-07): a.b.Model.forward, line 3, has a loop",
-            "as one graph, by torch.export (off by rounding: 3e-07) (plan.json says why not otherwise)",
+            "as one graph, by torch.export (off by rounding: 3e-07) (`capture` of the plan says why not otherwise)",
         ),
     ],
 )

@@ -475,7 +475,7 @@ def test_an_error_that_is_not_the_batchs_passes(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        (lambda o, b: (o - b[1]).square().mean(1), "a tensor of shape (8,)"),
+        (lambda o, b: (o - b[1]).square().mean(1), "a tensor of float32 and shape (8,)"),
         (lambda o, b: loss(o.detach(), b), "one without a gradient"),
     ],
     ids=["one number per example", "detached"],
