@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 
 class Lasting:
@@ -54,5 +54,4 @@ def lasting_streams() -> Lasting:
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
         setattr(sys, name, Lasting(stream))
-    printed: Any = sys.stdout  # Any: a Lasting, which typeshed does not take for a stream
-    return printed
+    return cast(Lasting, sys.stdout)

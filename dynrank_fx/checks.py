@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import math
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TypeGuard
 
 from .errors import DynrankError, ScheduleError, StoreError
 
@@ -35,7 +36,7 @@ def is_share(value: object) -> bool:
     return is_number(value, 0, 1) and value != 0
 
 
-def is_list(value: object) -> bool:
+def is_list(value: object) -> TypeGuard[Collection[object]]:
     """Whether it is several values, in an order or as a set. A text is one, whose letters Python would walk through."""
     return isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
 

@@ -137,13 +137,12 @@ class SiteTimes:
 
 
 def _times_in(entry: object) -> list[float] | None:
-    """An entry of the cache. Raises ValueError and TypeError for what is none."""
+    """An entry of the cache. Raises ValueError for what is none."""
     if entry is None:
         return None
-    dense, factored, ratio = entry  # type: ignore[misc]
-    if not all(is_number(each, 0) for each in (dense, factored, ratio)):
+    if not isinstance(entry, list) or len(entry) != 3 or not all(is_number(each, 0) for each in entry):
         raise ValueError(entry)
-    return [dense, factored, ratio]
+    return entry
 
 
 def cores() -> int:

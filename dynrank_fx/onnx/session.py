@@ -51,7 +51,7 @@ def threads() -> int:
     return int(said) if said.isdigit() else 0
 
 
-def check_provider(provider: Provider) -> None:
+def check_provider(provider: object) -> None:
     """Raises ExportError for one that this onnxruntime has not."""
     if not isinstance(provider, str) and not (isinstance(provider, tuple) and len(provider) == 2):
         raise ExportError(f"{provider!r} is no provider: give a name, or a tuple of a name and a dict of its options")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -36,13 +36,15 @@ def optimizers_in(given: Optimizers | None) -> tuple[Optimizer, ...]:
 
     Raises TransitionError for what is none.
     """
-    several = () if given is None else given if is_list(given) else (given,)
+    several: Collection[object] = () if given is None else given if is_list(given) else (given,)
     inner = [(each, getattr(each, "optimizer", None)) for each in several]
-    found = tuple(own if isinstance(own, Optimizer) else each for each, own in inner)
-    for each in found:
-        if not isinstance(each, Optimizer):
+    found = []
+    for each, own in inner:
+        optimizer = own if isinstance(own, Optimizer) else each
+        if not isinstance(optimizer, Optimizer):
             raise TransitionError(f"{each!r} is no optimizer: give one of torch.optim, or several in a list")
-    return found
+        found.append(optimizer)
+    return tuple(found)
 
 
 def holders_of(optimizers: Iterable[Optimizer]) -> dict[int, Optimizer]:

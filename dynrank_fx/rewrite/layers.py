@@ -28,7 +28,7 @@ def as_layers_(graph_module: fx.GraphModule, sites: Collection[str], holders: Co
     """
     graph, reads = graph_module.graph, _reads(graph_module)
     users = Counter(id(read.parameter) for read in reads for _ in read.node.users)
-    of_target = defaultdict(list)
+    of_target: dict[object, list[_Read]] = defaultdict(list)
     for each in reads:
         of_target[each.node.target].append(each)
     layers: dict[str, nn.Module] = {}
