@@ -54,5 +54,5 @@ def lasting_streams() -> Lasting:
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
         setattr(sys, name, Lasting(stream))
-    printed: Any = sys.stdout  # Any: a Lasting, which typeshed does not take for a stream
+    printed: Any = sys.stdout  # Any: typeshed takes it for a TextIO
     return printed
