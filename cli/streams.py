@@ -50,9 +50,10 @@ def lasting_streams() -> Lasting:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
+    lasting = {}
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
-        setattr(sys, name, Lasting(stream))
-    printed: Any = sys.stdout  # Any: typeshed takes it for a TextIO
-    return printed
+        lasting[name] = Lasting(stream)
+        setattr(sys, name, lasting[name])
+    return lasting["stdout"]

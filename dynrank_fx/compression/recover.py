@@ -57,15 +57,15 @@ def recover_(
     unwrap(dense)  # which refuses what is no module
     if loss is not None and not callable(loss):
         raise CalibrationError(f"loss is {loss!r}: give a function, or leave it out")
-    names = names if names is None or is_list(names) else [names]
-    unknown = [name for name in names or () if not isinstance(name, str) or name not in wanted]
+    asked: list[str] = list(wanted) if names is None else list(names) if is_list(names) else [names]
+    unknown = [name for name in asked if not isinstance(name, str) or name not in wanted]
     if unknown:
         raise CalibrationError(
             f"the module has no parameter {', '.join(map(str, unknown))}: its names are like {next(iter(wanted))}"
         )
     if not is_whole(steps):
         raise CalibrationError(f"a recovery of {steps!r} steps is none: give 0 or more")
-    chosen = [wanted[name] for name in (wanted if names is None else names)]
+    chosen = [wanted[name] for name in asked]
     chosen = [parameter for parameter in chosen if parameter.is_floating_point()]
     before = [parameter.detach().clone() for parameter in chosen]
     losses: list[float] = []

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files
+from ..aliases import Json
 from ..checks import checked_path, is_number, is_whole
 from ..errors import CalibrationError, StoreError
 from ..onnx import Provider, bound, runtime, session_of, threads
@@ -136,14 +137,14 @@ class SiteTimes:
         return interleaved(first, second, repeats=self.repeats, inner=min(inner, 200))
 
 
-def _times_in(entry: object) -> list[float] | None:
+def _times_in(entry: Json) -> list[float] | None:
     """An entry of the cache. Raises ValueError and TypeError for what is none."""
     if entry is None:
         return None
-    dense, factored, ratio = entry  # type: ignore[misc]
-    if not all(is_number(each, 0) for each in (dense, factored, ratio)):
+    dense, factored, ratio = times = [float(value) for value in entry]
+    if not all(is_number(value, 0) for value in (dense, factored, ratio)):
         raise ValueError(entry)
-    return [dense, factored, ratio]
+    return times
 
 
 def cores() -> int:

@@ -26,7 +26,7 @@ def optimizers_in(given: Optimizers | None) -> tuple[Optimizer, ...]:
 
     Raises TransitionError for what is none.
     """
-    several = () if given is None else given if is_list(given) else (given,)
+    several = () if given is None else given if isinstance(given, Sequence) and is_list(given) else (given,)
     inner = [(each, getattr(each, "optimizer", None)) for each in several]
     found = tuple(own if isinstance(own, Optimizer) else each for each, own in inner)
     for each in found:
