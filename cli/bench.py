@@ -46,20 +46,20 @@ def bench(
       dynrank-fx bench small.onnx --batch 1 --provider CUDAExecutionProvider --provider-option enable_cuda_graph=1
       dynrank-fx bench small.onnx --provider TensorrtExecutionProvider --provider-option trt_fp16_enable=1
     """
-    if settings and not provider:
+    if settings and provider is None:
         raise click.UsageError("--provider-option is of a provider: give --provider too")
     pairs = [setting.partition("=") for setting in settings]
     for setting, (key, equals, value) in zip(settings, pairs, strict=True):
         if not (key and equals and value):
             raise click.UsageError(f"--provider-option {setting}: write KEY=VALUE, such as enable_cuda_graph=1")
-    chosen = (provider, {key: value for key, _, value in pairs}) if provider and settings else provider
+    chosen = (provider, {key: value for key, _, value in pairs}) if provider is not None and settings else provider
     from dynrank_fx.onnx import bench_onnx, onnx_machine, table
 
     timings = bench_onnx(
         file,
         against,
         batch_sizes=batches or (1, 8, 32),
-        providers=[chosen] if chosen else None,
+        providers=None if chosen is None else [chosen],
         repeats=repeats,
     )
     if as_json:

@@ -57,7 +57,7 @@ def export(source: Path, out: Path, model_file: Path | None, calibrate: int, as_
         final.file.example_inputs(),
         out,
         more_inputs=final.real[:1],
-        providers=[options["provider"]] if options["provider"] else None,
+        providers=None if options["provider"] is None else [options["provider"]],
         metadata=final.metadata,
         **arguments,
     )

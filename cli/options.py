@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -27,11 +28,16 @@ Options: TypeAlias = dict[str, Option]
 """The options of a command by name."""
 
 
+_LONGEST = 255  # bytes of a name on the usual disks, also where its folder is still to be made
+
+
 def given_path(text: str) -> Path:
     """The type of an option that names a file or a folder, there or not."""
     try:
         if not text:
             raise click.BadParameter("the name is empty: give one, or leave the option out")
+        if any(len(os.fsencode(part)) > _LONGEST for part in Path(text).parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         os.lstat(text)
     except (FileNotFoundError, NotADirectoryError):
         pass
@@ -193,7 +199,7 @@ def check_model(out: Path, module: nn.Module, file: ModelFile, arguments: Option
 
 def refuse_export_options(out: Path) -> None:
     """Refuse the options of an ONNX file for a file that is none."""
-    for parameter in _given(_OF_EXPORT):
+    for parameter in given_options(_OF_EXPORT):
         raise click.UsageError(f"{parameter.opts[0]} is of an ONNX file, and {out} is none: leave it out")
 
 
@@ -220,12 +226,12 @@ def roles_of(leave: tuple[str, ...]) -> list[Role]:
 
 def refuse_beside(flag: str, *but: str) -> None:
     """Refuse the options of planning that a plan made before would leave without effect."""
-    for parameter in _given(PLAN_OPTIONS):
+    for parameter in given_options(PLAN_OPTIONS):
         if parameter.name not in but:
             raise click.UsageError(f"{flag} brings its plan along: leave out {parameter.opts[0]}")
 
 
-def _given(names: Collection[str]) -> list[click.Parameter]:
+def given_options(names: Collection[str]) -> list[click.Parameter]:
     """The options of these names that the command line has, whatever their values."""
     context = click.get_current_context()
     source = click.core.ParameterSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 
 class Lasting:
@@ -50,8 +50,10 @@ def lasting_streams() -> Lasting:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
+    lasting = {}
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
         stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
-        setattr(sys, name, Lasting(stream))
-    return cast(Lasting, sys.stdout)
+        lasting[name] = Lasting(stream)
+        setattr(sys, name, lasting[name])
+    return lasting["stdout"]

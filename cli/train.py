@@ -244,7 +244,7 @@ def _net(file: ModelFile, options: Options) -> nn.Module:
         if options["weights"] is not None:
             raise click.UsageError("--from brings its weights along: leave out --weights")
         return load(options["start"], file.model(), file.example_inputs())
-    of_preset = not any(options[name] for name in ("rank", "energy", "plan_file"))
+    of_preset = all(options[name] is None for name in ("rank", "energy", "plan_file"))
     return transformed(file, options, policy=how_to_train(options).rank if of_preset else None)
 
 

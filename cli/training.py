@@ -13,6 +13,8 @@ from dynrank_fx.errors import DynrankWarning
 from dynrank_fx.phase import Phase
 from dynrank_fx.schedules import BY_NAME
 
+from .options import given_options
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -65,7 +67,7 @@ def training_options(command: Callable[..., object]) -> Callable[..., object]:
 
 
 def _named(options: Options) -> NamedSchedule:
-    name = options["schedule"] or ("aligned" if options["lr_milestones"] else "auto")
+    name = options["schedule"] or ("auto" if options["lr_milestones"] is None else "aligned")
     return next(named for named in BY_NAME if named.name == name)
 
 
@@ -78,6 +80,10 @@ def how_to_train(options: Options) -> Preset:
     named = _named(options)
     if options["cost"] is not None and "cost" not in named.takes:
         raise click.UsageError(f"--cost is the budget of auto, and says nothing to {named.name}")
+    for parameter in given_options(("low", "full", "lr_milestones")):
+        if parameter.name not in named.takes:
+            takes = next(each.name for each in BY_NAME if parameter.name in each.takes)
+            raise click.UsageError(f"{parameter.opts[0]} is of --schedule {takes}, and says nothing to {named.name}")
     papers = {"paper-cifar10": training.paper_cifar10, "paper-cifar100": training.paper_cifar100}
     preset = papers.get(named.name, training.practical)()
     asked = {
@@ -114,7 +120,13 @@ def schedule_of(options: Options, clock: Clock, lr_scheduler: LRScheduler | None
         raise click.UsageError(f"--deflate goes with aligned and paper-*, not with {named.name}")
     given = {name: options[name] for name in ("cost", "low", "full")} | {"epochs": clock.ticks, "last": last}
     if "lr_milestones" in named.takes:
+        unit = "epochs" if clock.by_epochs else "steps"
         given["lr_milestones"] = _decays(options["lr_milestones"], clock, lr_scheduler, every_step)
+        if not given["lr_milestones"]:
+            raise click.UsageError(
+                f"{named.name} goes by the decays of the learning rate: give their {unit} as --lr-milestones, or have "
+                "lr_scheduler() return one with milestones"
+            )
     return named(given)
 
 

@@ -62,6 +62,8 @@ def _state_in(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise StoreError(f"there is no file {path}: give a state_dict of the model") from error
     except Exception as error:  # of torch.load or of safetensors, which raise many kinds
         why = "it holds more than tensors" if "weights_only" in str(error) else first_line(error)[:200]
+        if path.suffix != ".safetensors" and path.is_file() and not _by_torch(path):
+            why = "torch.save did not write it"
         raise StoreError(
             f"{path} could not be loaded into model() ({why}): save the model's state_dict alone"
         ) from error
@@ -73,6 +75,12 @@ def _state_in(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not _has_tensors(state):
         raise StoreError(f"{path} holds no tensors by name, but {_few(content)}: give a state_dict of the model")
     return dict(state), around
+
+
+def _by_torch(path: Path) -> bool:
+    """Whether it begins as files of ``torch.save`` do: as an archive or, by its old format, as a pickle."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
 
 
 def _has_tensors(value: object) -> bool:

@@ -128,6 +128,11 @@ def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, u
             f"Nothing is lost: {len(kept)} of {len(cuts)} weights are of low rank already, and stay at that rank, "
             "whatever more the budget leaves room for."
         )
+    elif times is not None and len(dense) == len(cuts):
+        notes.append(
+            "Nothing was cut: of the layers that the budget lets be cut, none is faster with factors here. Measure no "
+            "times (`--no-timing`, in Python times=None) for a smaller model that may be no faster."
+        )
     elif dense and times is not None:
         notes.append(
             f"{len(dense)} of {len(cuts)} weights are dense, where factors save nothing or the budget leaves room."

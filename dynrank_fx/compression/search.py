@@ -159,7 +159,8 @@ class Search:
         asked = " and ".join(f"{share:g} of the {what.value}" for what, share in shares.items()) or repr(self.budget)
         if fall > drop:
             raise PlanError(
-                f"both budgets cannot be met: at {asked} {said}, and {drop:g} is allowed; {self._enough(shares, drop)}"
+                f"the budgets cannot be met together: at {asked} {said}, which is more than max_drop={drop:g}; "
+                f"{self._enough(shares, drop)}"
             )
         near = [f"{reached[what]:.3g} of the {what.value}" for what, share in shares.items() if what in reached]
         binding = max(shares, key=lambda what: reached.get(what, 0) / shares[what], default=None)
@@ -170,7 +171,7 @@ class Search:
     def _enough(self, shares: Mapping[Metric, float], drop: float) -> str:
         """In words, the least shares that keep the metric's fall within the limit."""
         if not shares:
-            return "give a larger rank or a larger fall"
+            return "give a larger rank, or a larger max_drop"
         low, high, enough = 0.0, 1.0, dict.fromkeys(shares, 1.0)
         for _ in range(_BISECTIONS // 2):
             middle = (low + high) / 2
@@ -181,8 +182,8 @@ class Search:
                 high, enough = middle, tried
             else:
                 low = middle
-        least = " and ".join(f"{share:.2g} of the {what.value}" for what, share in enough.items())
-        return f"it takes {least}: give that, or allow a larger fall"
+        least = " and ".join(f"{what.name.lower()}={math.ceil(100 * share) / 100:g}" for what, share in enough.items())
+        return f"give {least}, or a larger max_drop"
 
 
 def budget_of(shares: Mapping[Metric, float], even: bool = False) -> Budget:

@@ -122,9 +122,10 @@ def compress(
     dense = inline_(shell(net))
     score = None
     if metric is not None:
-        tell("scoring the dense model")
+        whose = "the model, part of which is of low rank already" if low else "the dense model"
+        tell(f"scoring {whose}")
         score = scored(metric, dense)
-        tell(f"the dense model's metric is {score:.4f}")
+        tell(f"its metric is {score:.4f}")
     if data is not None:
         tell(f"calibrating on {len(data)} batches")
     known = None if data is None else calibrate(net, data)

@@ -26,6 +26,7 @@ from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
 from .callback import PhasesHolder, net_in
 
 FILE = "phases.pt"
+_PREPARED = "dynrank_prepared"  # the attribute of a model that was
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
 
@@ -61,9 +62,14 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             control: The TrainerControl.
             **kwargs: What the Trainer tells besides: the model is used.
         """
-        model = kwargs["model"]
-        if model is None:  # the Trainer has a model_init
+        if kwargs["model"] is not None:  # the Trainer has no model_init
+            self._prepare(kwargs["model"])
+
+    def _prepare(self, model: nn.Module) -> None:
+        """Only once, and when training begins, where the callback or the model came after the Trainer was made."""
+        if getattr(model, _PREPARED, False):
             return
+        setattr(model, _PREPARED, True)
         model.register_state_dict_post_hook(_clone_tied)
         _show_arguments(model)
         if isinstance(model, Net) and not any(hasattr(model, name) for name in _CHECKPOINTING):
@@ -90,6 +96,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
                 or several processes train.
         """
         refuse_processes(args.world_size)
+        self._prepare(kwargs["model"])
         _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
         clock = self._clock(args, state)

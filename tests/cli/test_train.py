@@ -514,7 +514,7 @@ def test_options_that_do_not_do(
 
 def test_aligned_without_a_decay_to_align_with(write: Run, refused: Callable[..., str]) -> None:
     assert refused("train", write("del lr_scheduler"), "--schedule", "aligned").startswith(
-        "aligned needs the epochs of the learning-rate decays; "
+        "aligned goes by the decays of the learning rate: give their epochs as --lr-milestones"
     )
 
 

@@ -264,6 +264,15 @@ def test_a_tied_model_is_saved_and_gone_on_with(stop, tmp_path):
     assert sites[0].left is sites[1].left
 
 
+def test_a_callback_that_comes_after_the_trainer_prepares_the_model_as_well(tmp_path):
+    trainer, callback = hugging_face(tmp_path, tied(), save_strategy="no")
+    late = type(trainer)(tied(), trainer.args, train_dataset=trainer.train_dataset)
+    late.add_callback(callback)
+    late.train()
+    late.save_model(str(tmp_path / "saved"))  # which refuses tied weights that nobody told of
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
 def test_columns_that_the_model_takes_and_its_graph_does_not_are_not_dropped_without_a_word(tmp_path):
     rows = [{"x": x, "labels": y, "mask": torch.ones(16), "unknown": 3} for x, y in data()]
     trainer, _ = hugging_face(tmp_path, tied(), rows=rows)
