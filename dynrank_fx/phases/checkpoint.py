@@ -18,6 +18,7 @@ from ..phase import Phase
 from ..plan import Plan, fit_plan
 from ..rewrite import factorize_, in_format_of, inline_, plan_of, specialize_, switched_modules
 from ..tracing import Capture, ExampleInputs, capture, is_captured, meta_of, shell, unwrap
+from .groups import in_slots, optimizers_in
 from .replace import parameters_of, replace_parameters
 
 _PLAN, _WEIGHTS, _GRAPH = "plan.json", "weights.safetensors", "graph.txt"
@@ -129,6 +130,18 @@ def restore_(
     The optimizer gets the saved parameters in its groups, without state. Raises PlanError where a LOW site has other
     factors than the plan says, StoreError where the weights are of another model.
     """
+    with in_slots(optimizers_in(optimizer)):
+        _enter_saved(net, info, optimizer)
+    specialize_(net)
+    try:
+        net.load_state_dict(dict(tensors), strict=True)
+    except (RuntimeError, StoreError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise StoreError(f"the saved weights are of another model or plan: {detail}") from error
+
+
+def _enter_saved(net: nn.Module, info: JsonObject, optimizer: Optimizer | None) -> None:
+    """The saved phases with parameters that hold no values yet."""
     sites = switched_modules(net)
     for name, phase in info["phases"].items():
         if phase == int(Phase.FULL):
@@ -153,12 +166,6 @@ def restore_(
         }
         base = torch.empty_like(old).requires_grad_(False) if phase == int(Phase.ADAPTOR) else None
         replace_parameters(sites[name], Phase(phase), new, optimizer, [{} for _ in new], base)
-    specialize_(net)
-    try:
-        net.load_state_dict(dict(tensors), strict=True)
-    except (RuntimeError, StoreError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise StoreError(f"the saved weights are of another model or plan: {detail}") from error
 
 
 def graph_text(net: nn.Module) -> str:
