@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .options import given_path, json_option
+from .streams import echo
 
 
 @click.command()
@@ -63,6 +64,6 @@ def bench(
         repeats=repeats,
     )
     if as_json:
-        click.echo(json.dumps({"machine": onnx_machine(), "timings": [each.to_json() for each in timings]}, indent=1))
+        echo(json.dumps({"machine": onnx_machine(), "timings": [each.to_json() for each in timings]}, indent=1))
     else:
-        click.echo(f"{table(timings)}\n\n{onnx_machine()}")
+        echo(f"{table(timings)}\n\n{onnx_machine()}")

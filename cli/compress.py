@@ -40,6 +40,7 @@ from .options import (
 )
 from .runs import calibration_inputs, metric_of, open_run
 from .sanity import suspicions
+from .streams import echo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,7 +141,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     batches = file.calibration_batches(options["calibrate"])
     warnings = suspicions(file, net, batches)
     for sentence in warnings:
-        click.echo(f"Warning: {sentence}", err=True)
+        echo(f"Warning: {sentence}", err=True)
     by_loss = options["recover_by"] == "loss" and options["recover_steps"]
     result = compressed(
         net,
@@ -166,8 +167,8 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
         written, said = _written(result, file, out, options, arguments)
     finally:  # after the file is there, and also where it could not be
         if not as_json:
-            click.echo(f"{result}\n")
-    click.echo(json.dumps({**result.to_json(), "warnings": warnings, "file": written}, indent=1) if as_json else said)
+            echo(f"{result}\n")
+    echo(json.dumps({**result.to_json(), "warnings": warnings, "file": written}, indent=1) if as_json else said)
 
 
 def _written(
@@ -197,7 +198,7 @@ def _teller() -> Callable[[str], None]:
     started = time.monotonic()
 
     def tell(sentence: str) -> None:
-        click.echo(f"[{time.monotonic() - started:4.0f} s] {sentence}", err=True)
+        echo(f"[{time.monotonic() - started:4.0f} s] {sentence}", err=True)
 
     return tell
 

@@ -18,6 +18,7 @@ from .options import (
     json_option,
     weights_option,
 )
+from .streams import echo
 
 
 @click.command()
@@ -61,4 +62,4 @@ def export(source: Path, out: Path, model_file: Path | None, calibrate: int, as_
         metadata=final.metadata,
         **arguments,
     )
-    click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+    echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))

@@ -64,6 +64,11 @@ def told(error: BaseException, path: Path, what: str) -> str:
         linecache.checkcache(str(path))
         what = linecache.getline(str(path), lines[-1]).strip() or what
     reason = textwrap.shorten(reason, 300, placeholder=" ...")
+    if "operator torchvision::" in reason:
+        reason += (
+            " (torchvision is of another build than torch: install both from one place, such as "
+            "`pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu`)"
+        )
     return f"{where}: {what} raised {type(error).__name__}" + (f": {reason}" if reason else "")
 
 

@@ -10,6 +10,7 @@ import click
 from dynrank_fx.files import check_file_place
 
 from .options import capture_of, capture_option, given_path, json_option, weights_option
+from .streams import echo
 
 if TYPE_CHECKING:
     from dynrank_fx.schedules import EpochRecord
@@ -69,5 +70,5 @@ def inspect(
             plot_run(history, plot)
         else:
             plot_spectra(rows, plot)
-        click.echo(f"drew {plot}", err=True)
-    click.echo(matrices_json(rows) if as_json else matrices_table(rows))
+        echo(f"drew {plot}", err=True)
+    echo(matrices_json(rows) if as_json else matrices_table(rows))

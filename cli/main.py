@@ -10,6 +10,7 @@ from typing import TextIO
 import click
 
 from dynrank_fx.errors import DynrankError, DynrankWarning, ModelFileError, first_line
+from dynrank_fx.text import printable
 from dynrank_fx.version import __version__
 
 from .bench import bench
@@ -18,7 +19,7 @@ from .export import export
 from .failures import blamed, of_the_machine
 from .inspect import inspect
 from .report import report
-from .streams import lasting_streams
+from .streams import echo, lasting_streams
 from .train import train
 from .transform import transform
 from .verify import verify
@@ -39,10 +40,10 @@ class _Commands(click.Group):
             if told is None:
                 raise
             if ctx.params["traceback"]:
-                click.echo("".join(traceback.format_exception(error)), err=True)
+                echo("".join(traceback.format_exception(error)), err=True)
             elif isinstance(told, ModelFileError) and (told is not error or told.__cause__ is not None):
-                click.echo("Try 'dynrank-fx --traceback COMMAND ...' for all the calls before the error.", err=True)
-            raise click.ClickException(str(told)) from error
+                echo("Try 'dynrank-fx --traceback COMMAND ...' for all the calls before the error.", err=True)
+            raise click.ClickException(printable(str(told))) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,7 +82,7 @@ def _quieten() -> None:
         line: str | None = None,
     ) -> None:
         if issubclass(category, DynrankWarning):
-            click.echo(f"Warning: {message}", err=True)
+            echo(f"Warning: {message}", err=True)
         else:
             show(message, category, filename, lineno, file, line)
 
@@ -102,5 +103,5 @@ def main() -> None:
     finally:
         printed.flush()
         if printed.lost is not None and printed.failed:
-            click.echo(f"Error: a part of what was printed is lost ({first_line(printed.lost)})", err=True)
+            echo(f"Error: a part of what was printed is lost ({first_line(printed.lost)})", err=True)
             sys.exit(1)

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -25,6 +24,7 @@ from dynrank_fx.errors import ModelFileError
 from dynrank_fx.tracing import ExampleInputs, Inputs, split_inputs
 
 from .failures import MODULE, users_code
+from .streams import echo
 from .weights import load_weights_
 
 
@@ -89,7 +89,7 @@ class ModelFile:
         if self.weights is not None:
             said = load_weights_(made, self.weights)
             if said:
-                click.echo(said, err=True)
+                echo(said, err=True)
         return made
 
     def example_inputs(self) -> ExampleInputs:

@@ -14,6 +14,7 @@ from dynrank_fx.files import check_file_place
 
 from .options import given_path, json_option
 from .runs import RUN_FILE, read_own_run, read_run_file
+from .streams import echo
 
 if TYPE_CHECKING:
     from dynrank_fx.report import About
@@ -46,10 +47,10 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
     said = verdict(history, plan, about)
     if as_json:
         last = {name: value for name, value in history[-1].to_json().items() if name != "switch_spectra"}
-        click.echo(json.dumps({"page": str(path), "verdict": said, "next": about.then, "last": last}, indent=1))
+        echo(json.dumps({"page": str(path), "verdict": said, "next": about.then, "last": last}, indent=1))
     else:
-        click.echo(" ".join(said))
-    click.echo(f"wrote {path}; open it in a browser", err=True)
+        echo(" ".join(said))
+    echo(f"wrote {path}; open it in a browser", err=True)
 
 
 def _about(run: Path, info: JsonObject, against: Path | None) -> About:

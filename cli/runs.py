@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from dynrank_fx.aliases import Json, JsonObject
 from dynrank_fx.errors import StoreError, first_line
 from dynrank_fx.files import finish
 from dynrank_fx.seals import check_zip
+
+from .streams import echo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -195,7 +195,7 @@ def _named_model_file(folder: Path) -> Path:
             f"{folder / RUN_FILE} names the model file {path}, which would run code that came along with the run: look "
             "at it, and give it by --model if you trust it"
         )
-    click.echo(f"running {path}, the model file that {folder / RUN_FILE} names", err=True)
+    echo(f"running {path}, the model file that {folder / RUN_FILE} names", err=True)
     return path
 
 

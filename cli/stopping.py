@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import click
+from .streams import echo
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def stop_signals() -> Iterator[list[int]]:
         if stopped:
             raise KeyboardInterrupt
         stopped.append(number)
-        click.echo("\nstopping after this step ...", err=True)
+        echo("\nstopping after this step ...", err=True)
 
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     heard = [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it

@@ -7,6 +7,10 @@ import os
 import sys
 from typing import Any, TextIO
 
+import click
+
+from dynrank_fx.text import printable
+
 
 class Lasting:
     """A stream that goes on without a word when it can no longer be written to. lost: the error that it met first."""
@@ -42,6 +46,11 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:  # Any: whatever a stream has
         return getattr(self._stream, name)
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a line; what is no letter in it (a terminal would obey it, and names come from files) is spelt out."""
+    click.echo(printable(text), err=err)
 
 
 def lasting_streams() -> Lasting:

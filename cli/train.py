@@ -17,6 +17,7 @@ from dynrank_fx.files import check_folder_place, only_one
 from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
 from .stopping import stop_signals
+from .streams import echo
 from .training import how_to_train, known_decay, schedule_of, training_options
 
 if TYPE_CHECKING:
@@ -106,12 +107,12 @@ def train(
     clock = clock_for(task, settings)
     length = f"{clock.ticks} {clock.unit}s"
     if run.epoch >= clock.ticks:
-        click.echo(f"{folder} has all its {length} already", err=as_json)
+        echo(f"{folder} has all its {length} already", err=as_json)
         _print_result(run, clock, folder, as_json)
         return
     if not clock.by_epochs:
         length = f"{clock.steps} steps in {length}"
-    click.echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}", err=True)
+    echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}", err=True)
     bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, unit=clock.unit)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar
     with stop_signals() as stopped:
@@ -122,10 +123,10 @@ def train(
     _print_result(run, clock, folder, as_json)
     if finished:
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
-        click.echo(f"wrote {folder}/; next: {then}", err=True)
+        echo(f"wrote {folder}/; next: {then}", err=True)
         return
     then = shlex.join(["dynrank-fx", "train", str(model_file), "--out", str(folder), "--resume"])
-    click.echo(
+    echo(
         f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; "
         f"go on with: {then}",
         err=True,
@@ -140,7 +141,7 @@ def _print_result(run: Run, clock: Clock, folder: Path, as_json: bool) -> None:
     last = run.history[-1].to_json() if run.history else {}
     last.pop("switch_spectra", None)
     data = {"run": str(folder), "epoch": run.epoch, "epochs": clock.ticks, "step": run.step, "last": last}
-    click.echo(json.dumps(data, indent=1))
+    echo(json.dumps(data, indent=1))
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .options import Option, given_path, json_option, plan_options, transformed, weights_option
+from .streams import echo
 
 
 @click.command()
@@ -39,9 +40,9 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
     plan = plan_of(net)
     if not dry_run:
         save(net, folder)
-    click.echo(plan.to_json().rstrip() if as_json else str(plan))
+    echo(plan.to_json().rstrip() if as_json else str(plan))
     if not dry_run:
-        click.echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)
+        echo(f"\nwrote {folder}/ (plan.json, weights.safetensors, graph.txt)", err=True)
     if not as_json:
         then = shlex.join(["dynrank-fx", "train", str(model_file), "--from", str(folder)])
-        click.echo(f"next: {'the same without --dry-run, then ' if dry_run else ''}{then}")
+        echo(f"next: {'the same without --dry-run, then ' if dry_run else ''}{then}")

@@ -12,6 +12,7 @@ import click
 from dynrank_fx.errors import ExportError
 
 from .options import Option, calibrate_option, given_path, json_option, weights_option
+from .streams import echo
 
 if TYPE_CHECKING:
     from .runs import FinalForm
@@ -79,9 +80,9 @@ def verify(
         verdict = compare_onnx(*files, batch_sizes=batches or (1, 2, 5), provider=provider, tolerance=tolerance)
     scores = _scores((one, other), final, provider) if metric and final is not None else {}
     if as_json:
-        click.echo(json.dumps({**verdict.to_json(), "metric": scores}, indent=1))
+        echo(json.dumps({**verdict.to_json(), "metric": scores}, indent=1))
     else:
-        click.echo("\n".join([str(verdict), *(f"metric {value:.4f}  {name}" for name, value in scores.items())]))
+        echo("\n".join([str(verdict), *(f"metric {value:.4f}  {name}" for name, value in scores.items())]))
     if not verdict.same:
         raise ExportError(f"{one} and {other} differ by more than {tolerance:g}")
 
@@ -112,7 +113,7 @@ def _scores(sides: tuple[Path, Path], final: FinalForm, provider: str) -> dict[s
     assert metric is not None
     scores = score_onnx(paths, final.module, data, final.file.inputs, metric, provider=provider)
     if scores.chance:
-        click.echo(f"Warning: {scores.chance}", err=True)
+        echo(f"Warning: {scores.chance}", err=True)
     named = {f"{path} in onnxruntime": value for path, value in zip(paths, scores.files, strict=True)}
     torch_side = next((str(each) for each in sides if each.suffix != ".onnx"), final.file.path.name)
     return {**named, f"{torch_side} in PyTorch": scores.pytorch}

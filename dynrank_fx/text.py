@@ -1,7 +1,8 @@
-"""Plain text for plans and reports: tables, and how a size has changed."""
+"""Plain text for plans and reports: tables, how a size has changed, and what a terminal may be shown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -21,3 +22,8 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
 def change(before: int, after: int) -> str:
     """Both sizes, and the second as a share of the first, which is the dense model's."""
     return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"
+
+
+def printable(text: str) -> str:
+    """The text with the control characters that a terminal obeys, other than tabs and new lines, spelt out."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)

@@ -13,6 +13,7 @@ from ..phases import Transition
 from ..plan import PlannedSite
 from ..rewrite import plan_of
 from ..schedules import EpochRecord
+from ..text import printable
 from .phases import phase_label
 from .run import Run
 
@@ -140,7 +141,7 @@ class Bar(Watcher):
             self.bar = None
 
     def _line(self, text: str) -> None:
-        tqdm.write(text, file=self.file)
+        tqdm.write(printable(text), file=self.file)
 
 
 def _full_rank(row: PlannedSite) -> int:

@@ -110,3 +110,10 @@ def test_the_machine_at_its_limit_is_one_sentence(error: Exception, sentence: st
 def test_an_error_of_ours_is_nobody_elses(error: Any) -> None:
     assert blamed(error) is None
     assert of_the_machine(error) is None
+
+
+def test_a_torchvision_of_another_build_is_told_with_the_line_that_mends_it(folder: Path) -> None:
+    (folder / "model.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    done = CliRunner().invoke(cli, ["transform", "model.py"])
+    assert done.exit_code == 1
+    assert "pip install torch torchvision --index-url" in done.output

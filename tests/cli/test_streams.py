@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from dynrank_fx.cli.main import cli
 from dynrank_fx.cli.streams import Lasting
 
 COMMAND = f"{Path(sys.executable).with_name('dynrank-fx')} transform model.py --leave none -o made"
@@ -45,3 +47,19 @@ def test_a_stream_lasts() -> None:
     assert not stream.failed  # nobody reads it
     assert stream.encoding.lower() == "utf-8"
     stream.close()
+
+
+def test_names_do_not_reach_into_the_terminal(folder: Path) -> None:
+    """They come from files, and a terminal would obey what stands in them."""
+    (folder / "model.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model():\n"
+        "    net = nn.Sequential()\n"
+        "    net.add_module('a\\x1b[2Jb', nn.Linear(64, 64))\n"
+        "    return net\n"
+        "def example_inputs(): return (torch.zeros(2, 64),)\n"
+    )
+    for arguments in (["transform", "model.py"], ["inspect", "model.py"]):
+        done = CliRunner().invoke(cli, arguments)
+        assert "a\\x1b[2Jb" in done.output
+        assert "\x1b" not in done.output
