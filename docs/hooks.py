@@ -33,6 +33,7 @@ def _elsewhere() -> dict[str, str]:
         "contributing.md": "CONTRIBUTING.md",
         "changelog.md": "CHANGELOG.md",
         "zoo/RESULTS.md": "tests/zoo/RESULTS.md",
+        "torture/RESULTS.md": "tests/torture/RESULTS.md",
     }
     study = {f"study/{path.name}": path for path in [*STUDY.glob("*.md"), *STUDY.glob("*.png")]}
     return pages | {uri: path.relative_to(ROOT).as_posix() for uri, path in study.items()}

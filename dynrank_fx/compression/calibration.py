@@ -96,7 +96,7 @@ def calibrate(
     if shrink is not None and not is_number(shrink, 0):
         raise CalibrationError(f"shrink is {shrink!r}: give a number of 0 or more, or leave it out")
     known = switched_modules(root)
-    asked = sites if is_list(sites) or isinstance(sites, Mapping) else [str(sites)]
+    asked = sites if is_list(sites) else [str(sites)]
     chosen = known.keys() if sites is None else dict.fromkeys(asked)
     if unknown := [name for name in chosen if name not in known]:
         raise CalibrationError(f"the net has no site {unknown[0]!r}: its sites are named like {next(iter(known), '')}")

@@ -132,7 +132,7 @@ def apply_ranks_(
     low = {name: Phase.LOW for name in changing if ranks[name] is not None}
     errors: dict[str, float] = {}
     for some in _turns(low, known, in_turn is not None):
-        cutter = _Cutter(known if in_turn is None else calibrate(net, in_turn, sites=some))
+        cutter = _Cutter(known if in_turn is None else calibrate(net, in_turn, sites=list(some)))
         errors |= {change.site: change.error for change in enter_(net, some, split=cutter).changes}
         cutter.fold_(net)
     why = {} if known is None else known.plain

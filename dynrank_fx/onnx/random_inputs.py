@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ExportError, reason
+from ..checks import is_whole
+from ..errors import ExportError, first_line, reason
 from .session import Feeds, Session
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def random_inputs(opened: Session, batch: int, seed: int = 0, rows: Mapping[str,
     from, 16 where it does not say.
     """
     generator, feeds = np.random.default_rng(seed), {}
-    sizes = json.loads(opened.get_modelmeta().custom_metadata_map.get(SIZES, "{}"))
+    sizes = _noted_sizes(opened)
     for spec in opened.get_inputs():
         kind = _TYPES.get(spec.type.removeprefix("tensor(").removesuffix(")"))
         if kind is None:
@@ -71,3 +72,16 @@ def random_inputs(opened: Session, batch: int, seed: int = 0, rows: Mapping[str,
             limit = 2 if kind == "bool" else (rows or {}).get(spec.name, 2)
             feeds[spec.name] = generator.integers(0, limit, shape).astype(kind)
     return feeds
+
+
+def _noted_sizes(opened: Session) -> dict[str, int]:
+    """The free sizes of the example that a file was made from, by name; none where it does not note them."""
+    try:
+        sizes = json.loads(opened.get_modelmeta().custom_metadata_map.get(SIZES, "{}"))
+        if not isinstance(sizes, dict) or not all(is_whole(size, 1) for size in sizes.values()):
+            raise ValueError(sizes)
+    except ValueError as error:  # of Unicode too
+        raise ExportError(
+            f"what the file says of its inputs cannot be read ({first_line(error)}): it is damaged; export it again"
+        ) from error
+    return sizes
