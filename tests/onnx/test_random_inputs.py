@@ -78,5 +78,5 @@ def test_what_is_no_onnx_file_is_told(tmp_path: Path) -> None:
 def test_what_a_damaged_file_notes_of_its_inputs_is_a_sentence(noted: str) -> None:
     model = looked_up(node("Gather", "t i", "y"))
     model.metadata_props.add(key="dynrank_sizes", value=noted)
-    with pytest.raises(dr.ExportError, match="cannot be read .* it is damaged; export it again"):
+    with pytest.raises(dr.ExportError, match=r"cannot be read .* it is damaged; export it again"):
         random_inputs(session_of(model.SerializeToString(), CPU), 2)
