@@ -347,9 +347,8 @@ def test_a_finished_run_has_nothing_to_go_on_with(whole: str, run: Run) -> None:
     assert Path("whole/checkpoint.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "by", [pytest.param(signal.SIGINT, marks=pytest.mark.fuzz), signal.SIGKILL], ids=lambda by: by.name
-)
+@pytest.mark.fuzz  # tests/torture kills forked processes every day
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=lambda by: by.name)
 def test_a_real_process_that_is_stopped_goes_on_bit_by_bit(by: signal.Signals, write: Run, folder: Path) -> None:
     """As a terminal does it: the signal goes to the workers of the data loader too."""
     options = ["--no-compile", "--schedule", "interleave", "--low", "1", "--checkpoint-steps", "1", "--leave", "none"]

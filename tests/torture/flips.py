@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -172,15 +173,17 @@ def campaign(count: int, seed: int = 0) -> list[Flip]:
         made = apart(lambda: make(original), 300)
         assert made.kind == "done", made.said
         pairs = [(reader, file) for reader in READERS for file in reader.files if (original / file).exists()]
-        should = {}
-        for reader in READERS:
+
+        @functools.cache
+        def should(reader: Reader) -> object:
             with tempfile.TemporaryDirectory(prefix="torture") as own:
                 shutil.copytree(original, Path(own, "copy"))
-                outcome = apart(lambda reader=reader, own=own: reader.read(Path(own, "copy")), 60)
+                outcome = apart(lambda: reader.read(Path(own, "copy")), 60)
             assert outcome.kind == "done", f"{reader.name}: {outcome.said}"
-            should[reader.name] = outcome.value
+            return outcome.value
+
         for i in range(count):
             reader, file = pairs[i % len(pairs)]
             harm = _harm(chance, (original / file).stat().st_size)
-            flips.append(flip(original, reader, file, harm, should[reader.name]))
+            flips.append(flip(original, reader, file, harm, should(reader)))
     return flips
