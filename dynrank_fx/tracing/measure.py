@@ -98,7 +98,7 @@ def measure(net: nn.Module, example_inputs: ExampleInputs) -> Measured:
                     _record(net, args, kwargs, measured)
                 else:
                     net(*args, **kwargs)
-            except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
                 raise CaptureError(
                     f"the net fails on the example inputs ({first_line(error)}): give such as it takes"
                 ) from error

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Never, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..aliases import Output, StateDict
+from ..aliases import Args, Kwargs, Output, StateDict
 from ..errors import CaptureError, DynrankError
 from .pickling import GraphData, graph_from_data, graph_to_data
 
@@ -99,6 +101,16 @@ class Net(fx.GraphModule):
         self.specialize(self.setting)
         return self
 
+    @torch.compiler.disable(recursive=False)  # Dynamo counts by code objects: it is to begin at the setting's own
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: as nn.Module's own
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError as error:
+            sentence = self._why_not_called(args, kwargs)
+            if sentence is None:  # it came from within
+                raise
+            raise TypeError(sentence) from error
+
     def __getattr__(self, name: str) -> Any:  # Any: as nn.Module's own
         try:
             return super().__getattr__(name)
@@ -138,6 +150,22 @@ class Net(fx.GraphModule):
         graphs = tuple(data[id(self.graphs[mode])] for mode in (True, False))
         values = (root, graphs, self.fixed_mode, self.setting, type(self).__name__)
         return _unpickled, values, {"meta": self.meta, **self._hooks()}
+
+    def _why_not_called(self, args: Args, kwargs: Kwargs) -> str | None:
+        """What is wrong with these arguments; None where the graph takes them."""
+        code, defaults = type(self).forward.__code__, type(self).forward.__defaults__
+        signature = inspect.signature(FunctionType(code, {}, None, defaults))  # the Trainer is shown another one
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            names = list(signature.parameters)[1:]
+            unknown = [f"`{name}`" for name in kwargs if name not in names]
+            wrong = f"has no argument {', '.join(unknown)}" if unknown else f"cannot be called so ({error})"
+            return (
+                f"the graph of {type(self).__name__} {wrong}; its arguments are {', '.join(names) or 'none'}: to give "
+                "others, transform with those in example_inputs, or with form=dr.Form.LAYERS"
+            )
+        return None
 
     def _hooks(self) -> StateDict:
         """The hooks that were registered, as in every module of torch."""

@@ -148,3 +148,18 @@ def test_the_attention_of_the_cpu_counts_as_its_two_products_do():
             nn.functional.scaled_dot_product_attention(q, k, v)
         totals.append(counter.get_total_flops())
     assert totals == [2 * 2 * 3 * 5 * 7 * (8 + 8)] * 2
+
+
+def test_an_example_that_a_graph_was_told_not_to_serve_is_refused_in_words():
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+            return self.fc(x) if shift is None else self.fc(x) + shift
+
+    with pytest.raises(
+        dr.CaptureError, match=r"fails on the example inputs \(.*traced with shift, and serves no other"
+    ):
+        dr.transform(Optional(), (torch.randn(2, 8),), rank=dr.Fixed(1), how=dr.Capture.SYMBOLIC)

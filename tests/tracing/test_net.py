@@ -199,3 +199,45 @@ def test_what_is_known_of_a_net_survives_copies_and_can_be_forgotten():
     assert not is_captured(Partly())
     compiled = torch.compile(net, backend="eager")
     assert unwrap(compiled) is unwrap(net) is net
+
+
+class Labelled(nn.Module):
+    """An optional argument, as the labels of a language model are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        y = self.fc(x) if mask is None else self.fc(x) * mask
+        return y if labels is None else (y - labels).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("args", "names", "wrong"),
+    [
+        (1, ("labels",), "has no argument `labels`"),
+        (1, ("labels", "lables"), "has no argument `labels`, `lables`"),
+        (0, ("mask",), r"cannot be called so \(missing a required argument: 'x'\)"),
+        (3, (), r"cannot be called so \(too many positional arguments\)"),
+        (1, ("x", "mask"), r"cannot be called so \(multiple values for argument 'x'\)"),
+    ],
+)
+def test_arguments_that_a_graph_does_not_take_are_named_with_those_that_it_takes(args, names, wrong):
+    x = torch.randn(3, 4)
+    net = dr.capture(Labelled(), {"x": x, "mask": x}, how=dr.Capture.EXPORT)
+    sentence = (
+        rf"^the graph of Labelled {wrong}; its arguments are x, mask: to give others, transform with those in "
+        r"example_inputs, or with form=dr\.Form\.LAYERS$"
+    )
+    for each in (net, copy.deepcopy(net)):
+        with pytest.raises(TypeError, match=sentence):
+            each(*[x] * args, **dict.fromkeys(names, x))
+    with_them = dr.capture(Labelled(), {"x": x, "mask": x, "labels": x}, how=dr.Capture.EXPORT)
+    assert with_them(x, x, labels=x).shape == ()
+
+
+def test_a_type_error_from_within_a_graph_stays_what_it_is():
+    net = dr.capture(linears(), (torch.randn(4, 8),), how=dr.Capture.SYMBOLIC)
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        net([1.0])
