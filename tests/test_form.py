@@ -89,9 +89,31 @@ def test_what_only_a_graph_reaches_is_listed_with_the_option_that_reaches_it() -
     plan = dr.plan_of(dr.transform(Turned(), x, form=LAYERS, rank=dr.Fixed(2)))
     assert [row.site.name for row in plan.sites] == ["fc.weight"]
     assert {each.name: each.reason for each in plan.skipped} == {
-        "w": "only a graph reaches it: leave form=Form.LAYERS out to factor it"
+        "w": "only a graph of the whole model reaches it: how=Capture.EXPORT in place of form=Form.LAYERS factors it"
     }
     assert len(dr.plan_of(dr.transform(Turned(), x, rank=dr.Fixed(2))).sites) == 2
+
+
+def test_what_a_graph_would_not_reach_either_has_the_graphs_reason(tmp_path: Path) -> None:
+    class Tokens(nn.Module):
+        """A class token and positions, as in a vision transformer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.positions = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.randn(1, 5, 16))
+            self.fc, self.rnn = nn.Linear(16, 16), nn.GRU(16, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+            return self.rnn(self.fc(x))[0]
+
+    x = (torch.randn(2, 4, 16),)
+    by_form = {form: dr.transform(Tokens(), x, form=form, rank=dr.Fixed(2)) for form in dr.Form}
+    reasons = {form: [(each.name, each.reason) for each in dr.plan_of(net).skipped] for form, net in by_form.items()}
+    assert reasons[LAYERS] == reasons[dr.Form.GRAPH]
+    assert ("token", "not multiplied by an input as it is: it is used by `expand`") in reasons[LAYERS]
+    dr.save(by_form[LAYERS], tmp_path / "net")
+    assert dr.plan_of(dr.load(tmp_path / "net", Tokens(), x)).skipped == dr.plan_of(by_form[LAYERS]).skipped
 
 
 def test_a_graph_that_is_asked_for_a_method_names_the_form_that_has_it() -> None:
@@ -317,6 +339,8 @@ def test_a_timm_model_keeps_its_methods() -> None:
     torch.manual_seed(0)
     model, x = timm.create_model("test_vit", num_classes=7).eval(), torch.randn(2, 3, 160, 160)
     net = dr.transform(model, (x,), form=LAYERS, rank=dr.Ratio(0.25), exclude=["head.weight"]).eval()
+    reasons = {each.name: each.reason for each in dr.plan_of(net).skipped}
+    assert all(reasons[name].startswith("not multiplied by an input") for name in ("cls_token", "pos_embed"))
     assert torch.equal(net.forward_features(x), model.forward_features(x))  # type: ignore[operator]
     dr.enter_(net, dr.Phase.LOW)
     small = dr.truncate(net)

@@ -57,7 +57,8 @@ def fit_plan(
         ]
     refuse_non_finite((row.site.name for row in rows), located)
     given = {s.name: s.reason for s in plan.skipped}
-    dense = [*skipped, *(s.left_dense(given.get(s.name, "left dense by the given plan")) for s in by_name.values())]
+    dense = [replace(s, reason=given.get(s.name, s.reason)) for s in skipped]
+    dense += [s.left_dense(given.get(s.name, "left dense by the given plan")) for s in by_name.values()]
     order = {name: i for i, name in enumerate(located)}
     rows.sort(key=lambda row: order[row.site.name])
     dense.sort(key=lambda s: order[s.name])

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import PlanError
 from ..layouts import layout_for
-from ..ops import ConvolutionOp
+from ..ops import OP_MODULES, ConvolutionOp
 from ..tracing import ExampleInputs, is_captured, measure, meta_of, unwrap
 from .costs import costs_of, curve_of, rows_of, spectrum_of
 from .find import find_sites, why_not
@@ -68,7 +68,7 @@ def plan_by(
     located = locate(net) if located is None else located
     measured = None if example_inputs is None else measure(net, example_inputs)
     sites, skipped = find_sites(net, measured.shapes if measured else None, located)
-    skipped = tuple(_only_in_graph(matrix, graph) for matrix in skipped)
+    skipped = tuple(_by_the_graph(each, located[each.name], graph) for each in skipped)
     _check_patterns([*options.include, *options.exclude, *options.overrides], [*sites, *skipped])
     said = {site.name: override_of(site, options.overrides) for site in sites}
     _check_layouts(options.overrides, sites)
@@ -106,12 +106,21 @@ def plan_by(
     return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""))
 
 
-def _only_in_graph(skipped: Skipped, graph: Mapping[str, Located] | None) -> Skipped:
-    """With the way to reach it, where a graph of the model could factor it."""
+def _by_the_graph(skipped: Skipped, here: Located, graph: Mapping[str, Located] | None) -> Skipped:
+    """With the way to reach it, where a graph of the model could factor it; with the graph's reason, where that could
+    not and the model's own code, which nobody looks into here, is all that uses it.
+    """
     matrix = None if graph is None else graph.get(skipped.name)
-    if matrix is None or why_not(matrix) is not None:
+    if matrix is None:
         return skipped
-    return replace(skipped, reason="only a graph reaches it: leave form=Form.LAYERS out to factor it")
+    reason = why_not(matrix)
+    if reason is None:
+        return replace(
+            skipped,
+            reason="only a graph of the whole model reaches it: how=Capture.EXPORT in place of form=Form.LAYERS factors it",
+        )
+    own_code = not here.uses and not any(isinstance(module, OP_MODULES) for _, module in here.closed)
+    return replace(skipped, reason=reason) if own_code else skipped
 
 
 def _left_alone(

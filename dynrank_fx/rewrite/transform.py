@@ -35,6 +35,9 @@ def transform(
 ) -> nn.Module:
     """The model as a net with a switchable site, in phase FULL, wherever factoring pays; see ``plan_of(net)``.
 
+    The forward of a copy of the model is called a few times with the example inputs, in training and in evaluation
+    mode, and gone back through. The model, its buffers, its inputs and the random generators stay as they are.
+
     Args:
         model: An ``nn.Module``, a GraphModule (then example_inputs may be left out, and FLOPs are not counted), or an
             ExportedProgram.
