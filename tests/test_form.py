@@ -89,7 +89,7 @@ def test_what_only_a_graph_reaches_is_listed_with_the_option_that_reaches_it() -
     plan = dr.plan_of(dr.transform(Turned(), x, form=LAYERS, rank=dr.Fixed(2)))
     assert [row.site.name for row in plan.sites] == ["fc.weight"]
     assert {each.name: each.reason for each in plan.skipped} == {
-        "w": "only a graph of the whole model reaches it: how=Capture.EXPORT in place of form=Form.LAYERS factors it"
+        "w": "only a graph reaches it: how=Capture.EXPORT in place of form=Form.LAYERS factors it"
     }
     assert len(dr.plan_of(dr.transform(Turned(), x, rank=dr.Fixed(2))).sites) == 2
 

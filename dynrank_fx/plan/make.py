@@ -117,7 +117,7 @@ def _by_the_graph(skipped: Skipped, here: Located, graph: Mapping[str, Located] 
     if reason is None:
         return replace(
             skipped,
-            reason="only a graph of the whole model reaches it: how=Capture.EXPORT in place of form=Form.LAYERS factors it",
+            reason="only a graph reaches it: how=Capture.EXPORT in place of form=Form.LAYERS factors it",
         )
     own_code = not here.uses and not any(isinstance(module, OP_MODULES) for _, module in here.closed)
     return replace(skipped, reason=reason) if own_code else skipped
