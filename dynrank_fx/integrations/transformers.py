@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..aliases import StateDict
 from ..errors import TransitionError
 from ..randomness import random_state, set_random_state
+from ..rewrite import expect_factors_
 from ..tracing import Net, meta_of
 from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
 from .callback import PhasesHolder, net_in
@@ -112,6 +113,25 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             averages=self.averages,
             settings=self.settings,
         )
+
+        expect_factors_(kwargs["model"], True)  # a checkpoint is to be gone on from
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # Any: the Trainer's own parts, each of a type of its own
+    ) -> None:
+        """End: from now on ``save_pretrained``, and so ``save_model``, says when it writes factors.
+
+        Args:
+            args: The TrainingArguments.
+            state: The TrainerState.
+            control: The TrainerControl.
+            **kwargs: What the Trainer tells besides: the model is used.
+        """
+        expect_factors_(kwargs["model"], False)
 
     def _clock(self, args: TrainingArguments, state: TrainerState) -> Clock:
         """In epochs where they are given and several, in optimizer steps otherwise: a stream has no epochs."""

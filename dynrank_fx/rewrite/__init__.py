@@ -6,6 +6,7 @@ from .inline import holds_captured, inline, inline_
 from .loading import LOADED
 from .memory_format import in_format_of
 from .meta import a_twin, plan_of, set_plan, specialize_
+from .pretrained import expect_factors_
 from .switched import STEM, Switched, switched_modules
 from .transform import transform
 
@@ -15,6 +16,7 @@ __all__ = [
     "SiteGroup",
     "Switched",
     "a_twin",
+    "expect_factors_",
     "factorize",
     "factorize_",
     "holds_captured",

@@ -15,6 +15,7 @@ from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, in
 from ..tracing import Net, drop_dead_reads, regions, set_submodule, unwrap
 from .loading import follows_states_
 from .meta import set_plan, specialize_
+from .pretrained import watch_pretrained_
 from .switched import STEM, Switched
 
 
@@ -65,6 +66,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
             drop_dead_reads(graph, {part for matrix in located.values() for part in matrix.parts})
         region.net.refresh()
     _tell_ties(net)
+    watch_pretrained_(net, [name for row in plan.sites for name in located[row.site.name].names])
     set_plan(net, plan)
     follows_states_(net)
     specialize_(net)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +263,42 @@ def test_a_tied_model_is_saved_and_gone_on_with(stop, tmp_path):
     assert all(map(torch.equal, trainer.model.state_dict().values(), whole.model.state_dict().values()))
     sites = [part for name, part in net.named_modules(remove_duplicate=False) if name in ("first", "last")]
     assert sites[0].left is sites[1].left
+
+
+def language_model() -> nn.Module:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.GPT2Config(
+        vocab_size=40, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    ids = torch.randint(40, (2, 8))
+    example = {"input_ids": ids, "labels": ids}
+    return dr.transform(hf.GPT2LMHeadModel(config), example, form=dr.Form.LAYERS, rank=dr.Fixed(4))
+
+
+def test_checkpoints_in_low_are_gone_on_with_and_a_model_saved_in_low_is_told(tmp_path):
+    """Of a model with ``save_pretrained``, by which the Trainer saves both."""
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    torch.manual_seed(1)
+    given = {"rows": [{"input_ids": row, "labels": row} for row in torch.randint(40, (24, 8))], "num_train_epochs": 5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dr.DynrankWarning)
+        whole, _ = hugging_face(tmp_path, language_model(), **given)
+        whole.train()
+        net = language_model()
+        resume_from_(net, tmp_path / "checkpoint-3")
+        trainer, callback = hugging_face(tmp_path, net, **given)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    assert all(map(torch.equal, trainer.model.state_dict().values(), whole.model.state_dict().values()))
+    with pytest.warns(dr.DynrankWarning, match="save_pretrained writes factors in the place of"):
+        whole.save_model(str(tmp_path / "saved"))
+    dr.enter_(whole.model, dr.Phase.FULL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dr.DynrankWarning)
+        whole.save_model(str(tmp_path / "saved"))
 
 
 def test_a_callback_that_comes_after_the_trainer_prepares_the_model_as_well(tmp_path):
