@@ -154,11 +154,6 @@ def test_roles_that_nothing_tells_are_said_to_be_unknown() -> None:
         detector(leave=(dr.Role.HEAD,))
 
 
-def test_a_shared_factor_is_refused_in_words() -> None:
-    with pytest.raises(dr.PlanError, match="to share a factor takes a graph"):
-        detector(share_inputs=True)
-
-
 def test_it_is_saved_loaded_compressed_and_exported(tmp_path: Path) -> None:
     model, net, x = detector()
     dr.enter_(net, dr.Phase.LOW)
@@ -257,6 +252,37 @@ def test_a_default_config_generates_and_computes_as_the_model_does(name: str, tm
     for each in (net, small):  # tied factors are written once
         with pytest.warns(dr.DynrankWarning, match="save_pretrained writes factors in the place of"):
             each.save_pretrained(tmp_path)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_query_key_and_value_share_one_factor(name: str, tmp_path: Path) -> None:
+    model, example = transformer(name), {"input_ids": IDS, "labels": IDS.clone()}
+    net = dr.transform(model, example, form=LAYERS, rank=dr.Ratio(0.25), share_inputs=True).eval()
+    plan = dr.plan_of(net)
+    assert {3} <= {len(row.sharing) for row in plan.sites}
+    assert torch.equal(net(**example).logits, model(**example).logits)
+    dr.enter_(net, dr.Phase.LOW)
+    small = dr.truncate(net)
+    assert plan.low_params == sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in small.parameters())
+    assert torch.equal(generated(small, use_cache=True), generated(net, use_cache=False))
+    for each in (net, small):  # the factor is written once
+        with pytest.warns(dr.DynrankWarning, match="save_pretrained writes factors in the place of"):
+            each.save_pretrained(tmp_path)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_tied_embeddings_that_stay_dense_are_resized_in_every_phase(name: str) -> None:
+    model, example = transformer(name), {"input_ids": IDS, "labels": IDS.clone()}
+    dense = {"gpt2": ["*.wte", "*.wpe"], "qwen2": ["*.embed_tokens"]}[name]
+    net = dr.transform(model, example, form=LAYERS, rank=dr.Ratio(0.25), exclude=dense).eval()
+    for phase in (dr.Phase.FULL, dr.Phase.LOW):
+        dr.enter_(net, phase)
+        for each in (copy.deepcopy(net), dr.truncate(net)):
+            expected = each(**example).logits
+            each.tie_weights()  # type: ignore[operator]
+            each.resize_token_embeddings(44)  # type: ignore[operator]
+            assert each.get_output_embeddings().weight is each.get_input_embeddings().weight  # type: ignore[operator]
+            torch.testing.assert_close(each(**example).logits[..., :40], expected)
 
 
 def test_activation_checkpoints_and_other_attention_work_in_every_phase() -> None:

@@ -199,7 +199,7 @@ class _Watch:
 
     def __call__(self, module: Switched, args: Args, kwargs: Kwargs) -> None:
         use, seen = int(kwargs.get("use", 0)), self.seen
-        if seen.group.shared and use != STEM:
+        if module.after_stem and use != STEM:
             return  # what the sites that share a factor take is the shared input, or what the shared factor made of it
         op, x, at = module.ops[max(use, 0)], args[0], kwargs.get("at")
         if seen.of_inputs:

@@ -71,7 +71,7 @@ def site_model(rows: Sequence[PlannedSite], rank: int | None, element: DTypeLike
             else:
                 shapes = row.layout.factor_shapes(row.site.shape, rank)
                 for number, (stage, index) in enumerate(row.layout.stages(use.op, rank)):
-                    if shared and number == 0 and stem is not None:
+                    if shared and not row.site.by_code and number == 0 and stem is not None:
                         value, x = stem, stage.output_shape(x, shapes[index])
                         continue
                     value, x = _apply(graph, stage, value, x, shapes[index])

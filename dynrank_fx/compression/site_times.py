@@ -118,6 +118,8 @@ class SiteTimes:
 
     def _key(self, rows: Sequence[PlannedSite], rank: int) -> str:
         uses = [[row.layout.name, row.site.shape, row.site.to_json()["uses"]] for row in rows]
+        if len(rows) > 1 and rows[0].site.by_code:
+            uses.append(["each by itself"])
         where = [platform.node(), processor(), cores(), threads(), runtime().__version__, self.provider, self.element]
         said = json.dumps([where, uses, rank], default=list)
         return hashlib.sha256(said.encode()).hexdigest()

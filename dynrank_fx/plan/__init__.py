@@ -4,7 +4,7 @@ from .budget import Budget
 from .costs import break_even_rank, costs_of, curve_of, spectrum_of
 from .find import find_sites, why_not
 from .fit import fit_plan
-from .locate import Located, NodeUse, Reader, input_of, locate
+from .locate import Located, NodeUse, Reader, locate, may_share
 from .make import make_plan, plan_by
 from .options import PlanChoices, PlanOptions, chosen
 from .overrides import Override
@@ -41,9 +41,9 @@ __all__ = [
     "find_sites",
     "fit_plan",
     "fits",
-    "input_of",
     "locate",
     "make_plan",
+    "may_share",
     "plan_by",
     "ranks_by_policy",
     "spectrum_of",

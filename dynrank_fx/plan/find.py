@@ -33,9 +33,8 @@ def find_sites(
         if reason:
             skipped.append(Skipped(name, shape, reason, tuple(others)))
         else:
-            sites.append(
-                Site(name, shape, _uses(net, matrix, shapes or {}), tuple(others), _reads(matrix, shapes or {}))
-            )
+            uses, reads = _uses(net, matrix, shapes or {}), _reads(matrix, shapes or {})
+            sites.append(Site(name, shape, uses, tuple(others), reads, matrix.by_code))
     return tuple(sites), tuple(skipped)
 
 

@@ -80,6 +80,11 @@ class Located:
     read_outside: bool = False
     parts: set[fx.Node] = field(default_factory=set)
 
+    @property
+    def by_code(self) -> bool:
+        """Whether no graph applies it: untraced code calls the layers that do."""
+        return all(use.node is None for use in self.uses)
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -141,6 +146,16 @@ def input_of(matrix: Located) -> tuple[fx.Node, ...] | None:
         return None
     inputs = tuple(use.x for use in matrix.uses if use.op == LinearOp() and use.x is not None)
     return inputs if len(inputs) == len(graphs) else None
+
+
+def may_share(one: Located, other: Located) -> bool:
+    """Whether two weights may share a right factor: in a graph they read one input; where the model's own code calls
+    both layers, each applies the factor for itself, to whatever it reads.
+    """
+    if one.by_code and other.by_code:
+        uses = [*one.uses, *other.uses]
+        return len(one.names) == len(other.names) == 1 and all(use.op == LinearOp() for use in uses)
+    return input_of(one) is not None and input_of(one) == input_of(other)
 
 
 def _visit_module(region: Region, graph: fx.Graph, node: fx.Node, by_id: dict[int, Located]) -> None:

@@ -63,7 +63,7 @@ def plan_by(
     """As ``make_plan``, by options that are settled.
 
     located: what ``locate`` found in the net, if known already. graph: what it found in a graph of the same model: that
-    tells the roles of the weights where the net is none.
+    tells the roles of the weights, and which of them read one input, where the net is none.
     """
     located = locate(net) if located is None else located
     measured = None if example_inputs is None else measure(net, example_inputs)
@@ -75,7 +75,7 @@ def plan_by(
     reasons = _left_alone(sites, options, said, roles_of(graph or located) if options.leave else {})
     free = [site for site in sites if site.name not in reasons]
     refuse_non_finite((site.name for site in free), located)
-    groups = sharing_groups(free, located, said) if options.share_inputs else [[site] for site in free]
+    groups = sharing_groups(free, located, said, graph) if options.share_inputs else [[site] for site in free]
     layouts = [layout_for(group[0].uses[0].op, said[group[0].name].layout or options.conv_layout) for group in groups]
     total, flops = sum(p.numel() for p in net.parameters()), measured.flops if measured else None
     totals = {Metric.PARAMS: total, Metric.FLOPS: flops}
@@ -177,16 +177,19 @@ def _check_layouts(overrides: Mapping[str, Override], sites: Sequence[Site]) -> 
 
 
 def sharing_groups(
-    sites: Sequence[Site], located: Mapping[str, Located], overrides: Mapping[str, Override]
+    sites: Sequence[Site],
+    located: Mapping[str, Located],
+    overrides: Mapping[str, Override],
+    graph: Mapping[str, Located] | None = None,
 ) -> list[list[Site]]:
     """The sites that share a right factor together: plain linears of one input, dtype, device and override; any other
-    site by itself.
+    site by itself. graph: tells the inputs of the layers that the model's own code calls.
     """
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        matrix = located[site.name]
-        weight = matrix.parameter
-        inputs = input_of(matrix)
-        alike = (inputs, overrides[site.name], weight.dtype, weight.device, weight.requires_grad)
+        weight = located[site.name].parameter
+        matrix = (graph or {}).get(site.name) if site.by_code else located[site.name]
+        inputs = None if matrix is None else input_of(matrix)
+        alike = (inputs, site.by_code, overrides[site.name], weight.dtype, weight.device, weight.requires_grad)
         groups.setdefault(site.name if inputs is None else alike, []).append(site)
     return list(groups.values())

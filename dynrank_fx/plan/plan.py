@@ -37,8 +37,13 @@ class PlannedSite:
 
     @property
     def shares_right(self) -> bool:
-        """Whether another site of those that share it owns the ``right`` factor and applies it for this one."""
+        """Whether another site of those that share it owns the ``right`` factor."""
         return self.sharing[:1] not in ((), (self.site.name,))
+
+    @property
+    def takes_product(self) -> bool:
+        """Whether it takes what the owner of the shared ``right`` factor made of the input, in place of the input."""
+        return self.shares_right and not self.site.by_code
 
     @property
     def factor_names(self) -> tuple[str, ...]:
@@ -61,7 +66,7 @@ class PlannedSite:
             return None
         joins = self.site.reads * self.layout.join_flops(self.site.shape, self.rank)
         return joins + sum(
-            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank, last_only=self.shares_right)
+            self.layout.flops(use.op, use.input_shape, self.site.shape, self.rank, last_only=self.takes_product)
             for use in self.site.uses
             if use.input_shape is not None
         )

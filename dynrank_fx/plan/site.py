@@ -36,6 +36,8 @@ class Site:
         aliases: Its other names, where it is tied.
         reads: How often the model's code reads the dense matrix besides, which then has to be computed from the
             factors.
+        by_code: Whether the model's own code applies it, and no graph: a factor that it shares with others is then
+            applied for each of them.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Site:
     uses: tuple[Use, ...]
     aliases: tuple[str, ...] = ()
     reads: int = 0
+    by_code: bool = False
 
     @property
     def kind(self) -> str:
@@ -68,7 +71,8 @@ class Site:
     def to_json(self) -> JsonObject:
         uses = [{**op_to_json(use.op), "input_shape": use.input_shape} for use in self.uses]
         reads = {"reads": self.reads} if self.reads else {}
-        return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "uses": uses, **reads}
+        by_code = {"by_code": True} if self.by_code else {}
+        return {"name": self.name, "aliases": self.aliases, "shape": self.shape, "uses": uses, **reads, **by_code}
 
     @classmethod
     def from_json(cls, data: JsonObject) -> Site:
@@ -77,10 +81,9 @@ class Site:
             shape = use["input_shape"]
             op = op_from_json({k: v for k, v in use.items() if k != "input_shape"})
             uses.append(Use(op, None if shape is None else _shape(shape)))
-        aliases = tuple(map(_text, data["aliases"]))
-        return cls(
-            _text(data["name"]), _shape(data["shape"]), tuple(uses), aliases, operator.index(data.get("reads", 0))
-        )
+        aliases, reads = tuple(map(_text, data["aliases"])), operator.index(data.get("reads", 0))
+        by_code = data.get("by_code", False) is True
+        return cls(_text(data["name"]), _shape(data["shape"]), tuple(uses), aliases, reads, by_code)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from torch import nn
 from torch.fx.node import Argument
 
 from ..errors import PlanError
-from ..layouts import LAYOUTS
 from ..ops import Op, module_op
-from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, input_of, locate, why_not
+from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, locate, may_share, why_not
 from ..tracing import Net, drop_dead_reads, regions, set_submodule, unwrap
 from .loading import follows_states_
 from .meta import set_plan, specialize_
 from .pretrained import watch_pretrained_
-from .switched import STEM, Switched
+from .switched import STEM, TIED, Switched, switched_modules
 
 
 def factorize(net: nn.Module, plan: Plan) -> nn.Module:
@@ -55,7 +54,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
         reason = why_not(matrix)
         if reason:
             raise PlanError(f"the plan factors {row.site.name}, which must stay dense: {reason}")
-        if row.sharing and input_of(matrix) != input_of(located[row.sharing[0]]):
+        if row.sharing and not may_share(matrix, located[row.sharing[0]]):
             raise PlanError(f"{row.site.name} does not read the input of {row.sharing[0]} and cannot share its factor")
     for row in plan.sites:
         _put_site(net, row, located[row.site.name])
@@ -73,21 +72,14 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
 
 
 def _tell_ties(net: nn.Module) -> None:
-    """Hugging Face's models list the names of tied weights, which their files hold once: the factors too, by whatever
-    name they have, in this net and in what is made of it.
+    """Hugging Face's files hold a tied parameter once, and ask every module for the names to leave out: all modules of
+    a site but the first name its factors, and a site that shares the right factor of another names that.
     """
-    for holder in net.modules():
-        ties = getattr(holder, "_tied_weights_keys", None)
-        if not isinstance(ties, dict):
-            continue
-        more = {}
-        for name, source in ties.items():
-            path = str(name).removesuffix(".weight").removesuffix(".bias")
-            more[rf"{path}\.({_HELD})(\.weight|\.bias)?$"] = str(source)
-        vars(holder)["_tied_weights_keys"] = {**ties, **more}
-
-
-_HELD = "|".join(sorted(set().union(*(layout.factor_names for layout in LAYOUTS))))
+    for first, *others in switched_modules(net).values():
+        right = first.layout.factor_names[1:] if first.owner else ()
+        for module, names in ((first, right), *((other, first.layout.factor_names) for other in others)):
+            if names:  # in what is made of the net they may be layers
+                vars(module)[TIED] = {rf"({'|'.join(names)})(\.weight|\.bias)?$": ""}
 
 
 def _put_site(net: nn.Module, row: PlannedSite, matrix: Located) -> None:
@@ -177,11 +169,13 @@ def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
 
 
 def _share_input(net: nn.Module, names: tuple[str, ...], members: Sequence[Located]) -> None:
-    """These sites take the output of the shared factor, which is computed once in each graph."""
+    """These sites take the output of the shared factor, which is computed once in each graph; those that the model's
+    own code calls compute it each for itself.
+    """
     modules = [module for module in net.modules() if isinstance(module, Switched) and module.site in names]
     owner = next(module for module in modules if module.site == names[0])
     for module in modules:
-        module.share_right(names, owner)
+        module.share_right(names, owner, after_stem=not members[0].by_code)
     for region in regions(net):
         paths = {name: module for name, module in region.net.named_modules() if module in modules}
         for graph in dict.fromkeys(region.net.graphs.values()):

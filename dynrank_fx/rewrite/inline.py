@@ -16,7 +16,7 @@ from ..phase import Phase
 from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, meta_of, set_submodule, unwrap
 from .layers import as_layers_, as_sequence
 from .loading import forget_states_
-from .switched import STEM, Switched
+from .switched import STEM, TIED, Switched
 
 
 def inline(net: nn.Module) -> nn.Module:
@@ -224,13 +224,16 @@ def _open_untraced_sites(root: nn.Module, holders: Counter[int] | None) -> None:
             node = graph.create_node("call_module", "", (graph.placeholder("x"),))
             graph.output(node)
             _open_site(graph, node, module)
-            for key in (*module.parameter_names, "bias"):
-                holder.register_parameter(key, module._parameters[key])
+            factors = ("weight",) if module.phase == int(Phase.FULL) else module.layout.factor_names
+            for key in (*factors, "bias"):
+                holder.register_parameter(key, module.read(key))  # type: ignore[arg-type] # no buffer
             if module._buffers["base"] is not None:
                 holder.register_buffer("base", module._buffers["base"])
             plain = fx.GraphModule(holder, graph)
             plain.training = module.training
             opened = plain if holders is None else as_sequence(plain, holders)
+            if TIED in vars(module):
+                vars(opened)[TIED] = vars(module)[TIED]
             for hooks in _HOOKS:  # the very dictionaries: whoever put a hook there holds on to them
                 vars(opened)[hooks] = vars(module)[hooks]
             set_submodule(root, name, opened)

@@ -17,6 +17,7 @@ from ..ops import Op, Operand, Shape
 from ..phase import ALPHA, Phase
 
 _FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
+TIED = "_tied_weights_keys"  # Hugging Face's: the names of a module's parameters that another one holds too
 STEM = -1  # the call of the owner that applies a shared factor
 
 
@@ -29,9 +30,9 @@ class Switched(nn.Module):
     bare: the module stands where a bare parameter stood (``block.w``), whose name the dense weight keeps in
     ``state_dict``.
 
-    Of sites that read the same input and share one ``right``, the first owns ``right``, and its module
+    Of sites that read the same input and share one ``right``, the first owns ``right``. In a graph its module
     applies it for all: a call with ``use=STEM`` gives x in FULL and ``right`` of x in LOW, which the sites then take in
-    place of x.
+    place of x (after_stem). Where the model's own code calls them, each applies the owner's ``right`` for itself.
 
     Exactly one of ``weight`` and the factors is registered at a time, and in ADAPTOR the buffer ``base``; the
     other names hold None, so that the dictionaries keep their keys and torch.compile sees one setting per flag.
@@ -56,6 +57,7 @@ class Switched(nn.Module):
         self.phase = _FULL
         self.sharing: tuple[str, ...] = ()
         self.owner: tuple[Switched, ...] = ()  # in a tuple, so that it is no submodule
+        self.after_stem = False
         self.shape: Shape = tuple(weight.shape)
         # Not register_parameter: `weight` is also a property, which it would take for a clash.
         self._parameters["weight"] = weight
@@ -74,8 +76,11 @@ class Switched(nn.Module):
         return y
 
     def read(self, name: str) -> Tensor | None:
-        """A parameter or the base, by name."""
-        return self._buffers["base"] if name == "base" else self._parameters[name]
+        """A parameter or the base, by name; a factor that another site owns, from there."""
+        if name == "base":
+            return self._buffers["base"]
+        own = self._parameters[name]
+        return own if own is not None or not self.owner else self.owner[0]._parameters[name]
 
     def compute(
         self, read: Callable[[str], Operand], x: Operand, bias: Operand, use: int = 0, at: Operand = None
@@ -88,7 +93,7 @@ class Switched(nn.Module):
             stage, factor = first[0]
             return stage(x, read(factor))
         dense = x
-        for stage, factor in () if self.sharing else first:
+        for stage, factor in () if self.after_stem else first:
             x = stage(x, read(factor), None, at)
         if self.phase != _ADAPTOR:
             return op(x, read(name), bias, at)
@@ -103,9 +108,10 @@ class Switched(nn.Module):
         self._buffers["base"] = base
         self.phase = int(phase)
 
-    def share_right(self, names: tuple[str, ...], owner: Switched) -> None:
+    def share_right(self, names: tuple[str, ...], owner: Switched, *, after_stem: bool) -> None:
         """Become one of the sites that share the owner's ``right``."""
         self.sharing, self.owner = names, () if owner is self else (owner,)
+        self.after_stem = after_stem
 
     @property
     def rank(self) -> int:

@@ -76,18 +76,14 @@ def transform(
         raise PlanError(f"{form!r} is no form: give one of {names_of(Form)}")
     check_flags(PlanError, allow_empty=allow_empty)
     layers = form is Form.LAYERS or how is Capture.LAYERS
-    if layers and settled.share_inputs:
-        raise PlanError(
-            "to share a factor takes a graph, in which it stands before several layers: leave share_inputs or form out"
-        )
     way = Capture.LAYERS if layers else how
     net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=copy)
     located = locate(net)
     if plan is None:
         unreached = any(not matrix.uses for matrix in located.values())
         graph = None
-        if layers and (settled.leave or unreached):
-            graph = _graph_of(model, example_inputs, dynamic_shapes, how, needed=bool(settled.leave))
+        if layers and (settled.leave or settled.share_inputs or unreached):
+            graph = _graph_of(model, example_inputs, dynamic_shapes, how, settled)
         plan = plan_by(net, settled, example_inputs, located, graph)
     else:
         plan = fit_plan(net, plan, example_inputs, located)
@@ -105,8 +101,7 @@ def _graph_of(
     example_inputs: ExampleInputs | None,
     dynamic_shapes: DynamicShapes | None,
     how: Capture | None,
-    *,
-    needed: bool,
+    options: PlanOptions,
 ) -> Mapping[str, Located] | None:
     """The matrices of the model as a graph of it has them; None where there is no such graph."""
     if not isinstance(model, nn.Module):
@@ -115,13 +110,14 @@ def _graph_of(
     try:
         graph = capture(_tensors_only(model), example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=False)
     except CaptureError as error:
-        if needed:
-            warnings.warn(
-                "the roles of the weights are not known, and none is left dense by its role (name those by exclude): "
-                f"{error}",
-                DynrankWarning,
-                stacklevel=3,
-            )
+        unknown = {
+            "the roles of the weights are not known, and none is left dense by its role (name those by exclude)": (
+                options.leave
+            ),
+            "which weights read one input is not known, and none share a factor": options.share_inputs,
+        }
+        for sentence in (each for each, asked in unknown.items() if asked):
+            warnings.warn(f"{sentence}: {error}", DynrankWarning, stacklevel=3)
         return None
     return {name.removeprefix("model."): matrix for name, matrix in locate(graph).items()}
 

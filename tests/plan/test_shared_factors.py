@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
 from models import gradients, randomized
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
 from dynrank_fx.rewrite import switched_modules
@@ -224,3 +226,116 @@ def test_what_differs_in_override_dtype_or_training_is_not_packed():
         overrides={"up": dr.Override(rank=dr.Fixed(2))},
     )
     assert {row.sharing for row in dr.plan_of(net).sites} == {(), ("q.weight", "v.weight")}
+
+
+# In the form of layers nothing stands before several: each applies the one factor for itself
+
+
+def in_layers(ratio: float = 0.5, **more: object) -> tuple[nn.Module, Attention, Tensor]:
+    return made(ratio, form=dr.Form.LAYERS, **more)
+
+
+def test_in_layers_the_graph_tells_who_shares_and_it_computes_what_the_graph_does():
+    net, model, x = in_layers()
+    graph = made()[0]
+    assert type(net) is Attention
+    assert {row.site.name: row.sharing for row in dr.plan_of(net).sites} == {
+        row.site.name: row.sharing for row in dr.plan_of(graph).sites
+    }
+    assert torch.equal(net(x), model(x))
+    for each in (net, graph):
+        dr.enter_(each, dr.Phase.LOW)
+    torch.testing.assert_close(net(x), graph(x))
+    assert net.state_dict().keys() == graph.state_dict().keys()
+    expected = gradients(graph, x)
+    for name, gradient in gradients(net, x).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    net.zero_grad()
+    assert torch.compile(net, fullgraph=True, backend="eager")(x).equal(net(x))
+    low = net(x)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), low)
+        assert factors(twin, QKV)[1] is twin.q.right
+        twin.q.right.data.zero_()
+        assert not torch.equal(twin.k(x), net.k(x)), "it is the owner's"
+    other = (
+        torch.func.functional_call(net.k, {}, (x,)),
+        torch.func.functional_call(net, {"q.right": net.q.right * 2}, x),
+    )
+    assert torch.equal(other[0], net.k(x))
+    assert not torch.allclose(other[1], low)
+    dr.enter_(net, dr.Phase.FULL)
+    torch.testing.assert_close(net(x), low)
+
+
+def test_in_layers_the_plan_counts_the_factor_once_and_each_product_with_it():
+    net, _, x = in_layers()
+    graph = made()[0]
+    plan, of_graph = dr.plan_of(net), dr.plan_of(graph)
+    assert plan.low_params == of_graph.low_params
+    rank = {row.site.name: row.rank for row in plan.sites}
+    again = 2 * x.shape[0] * x.shape[1] * 12 * (2 * rank["k.weight"] + rank["up.weight"])  # for k, v and up
+    assert plan.low_flops == of_graph.low_flops + again
+    dr.enter_(net, dr.Phase.LOW)
+    assert sum(p.numel() for p in net.parameters()) == plan.low_params
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x)
+    assert counter.get_total_flops() == plan.low_flops
+    assert dr.Plan.from_json(plan.to_json()) == plan
+
+
+def test_in_layers_what_is_truncated_has_the_factor_once():
+    net, model, x = in_layers()
+    small = dr.truncate(net, [(x,)])
+    assert type(small) is Attention
+    assert [type(layer) for layer in small.k] == [nn.Linear, nn.Linear]
+    assert small.q.right.weight is small.k.right.weight is small.v.right.weight
+    assert sum(p.numel() for p in small.parameters()) == dr.plan_of(net).low_params
+    of_graph = dr.truncate(made()[0], [(x,)])
+    torch.testing.assert_close(small(x), of_graph(x), msg="calibrated on the same inputs")
+    plain = dr.inline(net)
+    assert torch.equal(plain(x), net(x))
+
+
+def test_in_layers_it_is_saved_loaded_exported_and_trained_as_the_graph_is(tmp_path):
+    net, model, x = in_layers(dtype=torch.float32)
+    graph = made(dtype=torch.float32)[0]
+    for each in (net, graph):
+        optimizer = torch.optim.AdamW(each.parameters(), lr=0.01)
+        for phase in (dr.Phase.FULL, dr.Phase.LOW, dr.Phase.FULL, dr.Phase.LOW):
+            dr.enter_(each, phase, optimizer)
+            for _ in range(2):
+                each(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    torch.testing.assert_close(net(x), graph(x))
+    dr.save(net, tmp_path / "net")
+    again = dr.load(tmp_path / "net", model, (x,))
+    assert type(again) is Attention
+    assert torch.equal(again(x), net(x))
+    report = dr.export_onnx(dr.truncate(net), (x,), tmp_path / "small.onnx")
+    assert report.params == sum(p.numel() for p in net.parameters())
+    fresh = in_layers(dtype=torch.float32)[0]
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(x), net(x))
+
+
+def test_in_layers_a_plan_of_a_graph_is_taken_and_counted_anew():
+    _, model, x = made()
+    plan = dr.plan_of(made()[0])
+    net = dr.transform(model, (x,), plan=plan, form=dr.Form.LAYERS)
+    assert dr.plan_of(net) == dr.plan_of(in_layers()[0])
+    assert dr.plan_of(dr.transform(model, (x,), plan=dr.plan_of(net))) == plan
+
+
+def test_in_layers_who_reads_one_input_is_not_known_without_a_graph():
+    class Branching(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.sum()) < 1e9 else x
+
+    torch.manual_seed(0)
+    with pytest.warns(dr.DynrankWarning, match="which weights read one input is not known, and none share a factor: "):
+        net = dr.transform(
+            Branching(), (torch.randn(2, 5, 12),), rank=dr.Fixed(2), share_inputs=True, form=dr.Form.LAYERS
+        )
+    assert {row.sharing for row in dr.plan_of(net).sites} == {()}
