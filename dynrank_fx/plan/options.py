@@ -26,7 +26,7 @@ class PlanOptions:
         multiple_of: Ranks are rounded up to multiples of it, 1 or more.
         conv_layout: The layout of convolutions; one that it does not serve takes ``ChannelLayout``.
         share_inputs: Whether linears that read one input (query, key and value; gate and up) share their right
-            factor, at a rank decided for all of them together.
+            factor, at a rank decided for all of them together. Where the net is of layers, each applies it for itself.
         leave: Roles whose weights stay dense, as far as the graphs tell them.
         allow_unprofitable: Whether a site is factored although its factors cost no less than the dense weight, in
             parameters or in FLOPs.

@@ -101,7 +101,8 @@ class Net(fx.GraphModule):
         self.specialize(self.setting)
         return self
 
-    @torch.compiler.disable(recursive=False)  # Dynamo counts by code objects: it is to begin at the setting's own
+    # Dynamo counts by code objects: it is to begin at that of the setting.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: as nn.Module's own
         try:
             return super().__call__(*args, **kwargs)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import dynrank_fx as dr
 from dynrank_fx.ops import EmbeddingOp, LinearOp
 from dynrank_fx.plan import locate
-from dynrank_fx.plan.locate import input_of
-from dynrank_fx.plan.locate import refuse_non_finite
+from dynrank_fx.plan.locate import input_of, refuse_non_finite
 
 
 class Everything(nn.Module):

@@ -258,12 +258,8 @@ def test_in_layers_the_graph_tells_who_shares_and_it_computes_what_the_graph_doe
         assert factors(twin, QKV)[1] is twin.q.right
         twin.q.right.data.zero_()
         assert not torch.equal(twin.k(x), net.k(x)), "it is the owner's"
-    other = (
-        torch.func.functional_call(net.k, {}, (x,)),
-        torch.func.functional_call(net, {"q.right": net.q.right * 2}, x),
-    )
-    assert torch.equal(other[0], net.k(x))
-    assert not torch.allclose(other[1], low)
+    given = torch.func.functional_call(net, {"q.right": torch.zeros_like(net.q.right)}, x)
+    assert not torch.allclose(given, low)
     dr.enter_(net, dr.Phase.FULL)
     torch.testing.assert_close(net(x), low)
 
@@ -285,7 +281,7 @@ def test_in_layers_the_plan_counts_the_factor_once_and_each_product_with_it():
 
 
 def test_in_layers_what_is_truncated_has_the_factor_once():
-    net, model, x = in_layers()
+    net, _, x = in_layers()
     small = dr.truncate(net, [(x,)])
     assert type(small) is Attention
     assert [type(layer) for layer in small.k] == [nn.Linear, nn.Linear]
