@@ -160,6 +160,7 @@ CASES = {
         lambda y: [(y[:, :, i].reshape(-1, 20), False) for i in range(3)],
     ),
     "shared factor": Case(QKV, vectors, raw, (("share_inputs", True),)),
+    "shared factor, of layers": Case(QKV, vectors, raw, (("share_inputs", True), ("form", dr.Form.LAYERS))),
     "embedding": Case(
         lambda: nn.Embedding(50, 16), lambda: (torch.randint(0, 20, (30, 4)),), raw, (("allow_unprofitable", True),)
     ),

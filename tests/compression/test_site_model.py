@@ -71,10 +71,11 @@ def test_sites_that_share_a_factor_are_timed_together() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.q(x) + self.k(x)
 
-    plan = dr.plan_of(dr.transform(QK(), (torch.randn(4, 16),), rank=dr.Fixed(3), share_inputs=True))
-    made = site_model(plan.sites, 3, np.float32)
-    assert made is not None
-    assert [len(made[0].graph.node), len(made[0].graph.output)] == [3, 2]
+    for form, products in ((dr.Form.GRAPH, 3), (dr.Form.LAYERS, 4)):  # of layers each applies the factor for itself
+        net = dr.transform(QK(), (torch.randn(4, 16),), rank=dr.Fixed(3), share_inputs=True, form=form)
+        made = site_model(dr.plan_of(net).sites, 3, np.float32)
+        assert made is not None
+        assert [len(made[0].graph.node), len(made[0].graph.output)] == [products, 2]
 
 
 @pytest.mark.parametrize(

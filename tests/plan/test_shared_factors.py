@@ -212,6 +212,19 @@ def test_a_plan_cannot_pack_what_reads_another_input():
         dr.transform(model, (x,), plan=dr.Plan.from_json(json.dumps(data)))
 
 
+def test_a_plan_cannot_pack_what_is_used_more_than_once():
+    """A graph has no one place where their factor could stand."""
+
+    class Twice(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    torch.manual_seed(0)
+    example = (torch.randn(3, 5, 12, dtype=torch.float64),)
+    with pytest.raises(dr.PlanError, match=r"k\.weight does not read the input of q\.weight|q\.weight does not read"):
+        dr.transform(Twice().double(), example, plan=dr.plan_of(made()[0]))
+
+
 def test_what_differs_in_override_dtype_or_training_is_not_packed():
     torch.manual_seed(0)
     model = Attention()
