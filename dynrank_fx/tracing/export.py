@@ -15,7 +15,16 @@ from torch.utils import _pytree as pytree
 from ..aliases import Args, Function, Kwargs
 from ..errors import CaptureError, first_line
 from .blame import origin
-from .inputs import DynamicShapes, ExampleInputs, batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
+from .inputs import (
+    NO_OTHER,
+    DynamicShapes,
+    ExampleInputs,
+    batch_size,
+    double_batch_of_one,
+    free_dimensions,
+    fresh,
+    split_inputs,
+)
 from .isolation import assignments_in_place, in_mode, named_keywords, quiet, slow_attention, unchecked_distributions
 from .net import Net, finished
 
@@ -161,7 +170,7 @@ def _pin_inputs(graph: fx.Graph) -> None:
         for node in placeholders:
             for test, operands, what in _bindings(graph, node, node.meta["val"]):
                 kept = graph.call_function(test, operands)
-                graph.call_function(torch._assert, (kept, f"the graph was exported for {what}, and serves no other"))
+                graph.call_function(torch._assert, (kept, f"the graph was exported for {what}, {NO_OTHER}"))
 
 
 def _pin_aliases(graph: fx.Graph, leaves: list[object]) -> None:
@@ -175,7 +184,7 @@ def _pin_aliases(graph: fx.Graph, leaves: list[object]) -> None:
             other = first.setdefault(id(leaf), node)
             if isinstance(leaf, Tensor) and other is not node:
                 same = graph.call_function(operator.is_, (node, other))
-                words = f"the graph was exported for {node.target} being {other.target}, and serves no other"
+                words = f"the graph was exported for {node.target} being {other.target}, {NO_OTHER}"
                 graph.call_function(torch._assert, (same, words))
 
 

@@ -28,6 +28,9 @@ DynamicShapes: TypeAlias = torch.export.ShapesCollection | dict[str, Any] | tupl
 
 _Nested = TypeVar("_Nested")
 
+NO_OTHER = "and serves no other: transform with such an example as is to be served, or with form=dr.Form.LAYERS"
+"""How the sentences end that refuse what a graph was not made for."""
+
 
 def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     """``(args, kwargs)`` from a tuple of arguments, a dict of keyword arguments, the pair ``(args, kwargs)``, or one

@@ -15,7 +15,7 @@ from ..aliases import Function, Kwargs
 from ..errors import CaptureError, first_line
 from ..ops import has_hooks
 from .blame import origin
-from .inputs import ExampleInputs, split_inputs
+from .inputs import NO_OTHER, ExampleInputs, split_inputs
 from .isolation import in_mode, same_values
 from .net import Net, finished
 
@@ -89,7 +89,7 @@ def _pin_optional(root: nn.Module, graph: fx.Graph, mode: bool, given: set[str])
         for nodes, test, words in ((tested, operator.is_not, "with"), (unused, operator.is_, "without")):
             for node in nodes:
                 kept = graph.call_function(test, (node, None))
-                text = f"the graph was traced {words} {node.target}, and serves no other"
+                text = f"the graph was traced {words} {node.target}, {NO_OTHER}"
                 graph.call_function(torch._assert, (kept, text))
 
 

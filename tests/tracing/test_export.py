@@ -72,7 +72,7 @@ class Switches(Loops):
             (torch.ones(3, 8), True, "b", None),
             (torch.ones(3, 8), True, "b", None),
             (torch.ones(3, 8), True, "b", torch.ones(8)),
-            "mask=None, and serves no other",
+            r"mask=None, and serves no other: transform with such an example .*form=dr\.Form\.LAYERS$",
         ),
     ],
 )
