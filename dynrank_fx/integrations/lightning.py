@@ -76,6 +76,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             by_itself=not clock.by_epochs,
             resume=self._restored,
             averages=[*self.averages, *_averages_of(trainer)],
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
             settings=self.settings,
         )
         self._restored = None

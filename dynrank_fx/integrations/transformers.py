@@ -110,6 +110,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             by_itself=not clock.by_epochs,
             resume=self._saved(args, state) if state.global_step else None,
             averages=self.averages,
+            scaler=getattr(optimizer, "scaler", None),
             settings=self.settings,
         )
 

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -93,8 +94,11 @@ class StepHook:
         self._handles: list[RemovableHandle] = [each.register_step_post_hook(self._after) for each in optimizers]
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if is_nested(optimizer):
-            return
+        if not is_nested(optimizer):
+            self.count(optimizer)
+
+    def count(self, optimizer: Optimizer) -> None:
+        """A step of this optimizer is done with."""
         before = min(self._done.values())
         self._done[id(optimizer)] += 1
         if min(self._done.values()) > before:
@@ -104,6 +108,33 @@ class StepHook:
         """Take the hooks off the optimizers."""
         for handle in self._handles:
             handle.remove()
+
+
+class SkipHook:
+    """Calls a function with the optimizer whenever a GradScaler is told to step it and does not.
+
+    A scaler has no hooks: its own ``step`` is called from one in its place.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, then: Callable[[Optimizer], None]) -> None:
+        self._step: Callable[..., float | None] = scaler.step
+        self._then: Callable[[Optimizer], None] | None = then
+        scaler.step = self._watched  # type: ignore[method-assign]
+
+    def _watched(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:  # Any: the optimizer's own
+        made: list[Optimizer] = []
+        handle = optimizer.register_step_pre_hook(lambda *_: made.append(optimizer))
+        try:
+            result = self._step(optimizer, *args, **kwargs)
+        finally:
+            handle.remove()
+        if not made and self._then is not None:
+            self._then(optimizer)
+        return result
+
+    def remove(self) -> None:
+        """Call it no more. The scaler's step stays in place, since another may have been put around it."""
+        self._then = None
 
 
 def refuse_second(optimizer: Optimizer) -> None:

@@ -99,6 +99,7 @@ def _phases(run: Run, task: Task, settings: Settings) -> Phases:
         lr_scheduler=run.lr_scheduler,
         clock=clock,
         lr_every_step=run.lr_every_step,
+        scaler=run.scaler,
         by_itself=False,
         settings=settings,
     )

@@ -34,7 +34,7 @@ from ..phases import (
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import meta_of, note, unwrap
-from .clock import Clock, StepHook, clock_of, refuse_processes, refuse_second
+from .clock import Clock, SkipHook, StepHook, clock_of, refuse_processes, refuse_second
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
 from .landing import Landing, epochs_to_cut
@@ -53,8 +53,9 @@ class Phases:
     one epoch, it is a twentieth of the run. A loop that has work to do between the last step of an epoch and the switch
     (evaluation, a scheduler by epochs) calls ``begin(epoch)`` at the start of every epoch, and then decides the time.
 
-    What counts are steps of the optimizers that are given. One that a ``GradScaler`` skips since gradients overflowed
-    is none, and those of an optimizer that is not given move no clock: where many are skipped, call ``begin``.
+    What counts are steps of the optimizers that are given; those of others move no clock. A step that a ``GradScaler``
+    skips, since gradients overflowed, counts where the scaler is given: the loop counts it as well. Without it the
+    clock is late by as many steps, and a run of few steps may end before its last tick.
 
     Args:
         net: What ``transform`` made.
@@ -69,6 +70,7 @@ class Phases:
         lr_every_step: Whether the scheduler is stepped after every optimizer step, and not after every epoch; by
             default so where there are no epochs.
         averages: What averages the net's weights (``AveragedModel``, ``ModelEmaV3``, a copy), to be brought along.
+        scaler: The ``GradScaler`` of the loop, whose skipped steps count.
         by_itself: Whether ticks begin by themselves; with False, ``begin`` begins each.
         clock: The ticks of the run, in place of ``epochs``, ``steps`` and ``every``: for hooks into other trainers.
         resume: What ``state_dict`` gave, to go on from; the net was brought into its phases by ``resume_phases_``.
@@ -103,6 +105,7 @@ class Phases:
         every: int | None = None,
         lr_every_step: bool | None = None,
         averages: object = (),
+        scaler: torch.amp.GradScaler | None = None,
         by_itself: bool = True,
         clock: Clock | None = None,
         resume: StateDict | None = None,
@@ -112,7 +115,12 @@ class Phases:
         refuse_processes()
         if not isinstance(net, nn.Module):
             raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
-        for name, given, kind in (("clock", clock, Clock), ("settings", settings, PhaseSettings)):
+        kinds = (
+            ("clock", clock, Clock),
+            ("settings", settings, PhaseSettings),
+            ("scaler", scaler, torch.amp.GradScaler),
+        )
+        for name, given, kind in kinds:
             if given is not None and not isinstance(given, kind):
                 raise ScheduleError(f"{name} is {given!r}: give a {kind.__name__}, or leave it out")
         check_flags(ScheduleError, by_itself=by_itself, lr_every_step=lr_every_step is not None and lr_every_step)
@@ -136,6 +144,7 @@ class Phases:
         for each in self.optimizers:
             note_steps(each)
         self._hook = StepHook(self.optimizers, self._stepped)
+        self._skips = SkipHook(scaler, self._skipped) if scaler is not None else None
         self.step, self._told = 0, False
         meta_of(unwrap(net)).pop(LOADED, None)
         self.history: list[EpochRecord] = []
@@ -198,6 +207,13 @@ class Phases:
         tick = len(self.history)
         if tick < self.clock.ticks and self.step >= self.clock.start(tick):
             self._begin(tick, stepped=True)
+
+    def _skipped(self, optimizer: Optimizer) -> None:
+        """In the place of a step that overflowed: it counts, and a landing has one less to come."""
+        if any(optimizer is each for each in self.optimizers):
+            if self.landing is not None:
+                self.landing.step(optimizer)
+            self._hook.count(optimizer)
 
     def _tell_where_nothing_begins(self) -> None:
         if not self.history and not self._told:
@@ -368,6 +384,8 @@ class Phases:
         """Take all hooks off the optimizer."""
         self.decay.remove()
         self._hook.remove()
+        if self._skips is not None:
+            self._skips.remove()
         if self.landing is not None:
             self.landing.remove()
         for rewarm in self._rewarms:

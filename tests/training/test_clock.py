@@ -168,6 +168,80 @@ def test_steps_of_several_optimizers_and_of_subclasses_count_once() -> None:
     assert len(steps) == 3
 
 
+def scaled(net: nn.Module, optimizer: Optimizer, steps: int, overflows: Any, phases: Any = None) -> list[dr.Phase]:
+    """A loop with a scaler, in which these steps overflow, and are skipped; the phase of each step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    phases = phases(scaler)
+    seen = []
+    for step in range(steps):
+        x, y = X[step % 3 * 8 :][:8], Y[step % 3 * 8 :][:8]
+        seen.append(dr.phases_of(net)["0.weight"])
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(net(x), y) * (float("inf") if step in overflows else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "overflows", [(), (0, 1, 2), (9, 19), (18, 19), range(20)], ids=["none", "first", "ticks", "cut", "all"]
+)
+def test_steps_that_a_scaler_skips_count_as_in_the_loop(overflows: Any) -> None:
+    """Ticks are where the loop has them, one may begin in the place of a step, and a landing is done in time."""
+    net = made()
+    optimizer = AdamW(net.parameters(), lr=0.01)
+    schedule = dr.schedules.warm_up(2)
+    made_phases = []
+
+    def phases(scaler: Any) -> None:
+        made_phases.append(dr.Phases(net, optimizer, schedule, steps=30, every=10, landing=True, scaler=scaler))
+
+    assert scaled(net, optimizer, 30, overflows, phases) == [FULL] * 20 + [LOW] * 10
+    (one,) = made_phases
+    assert one.step == 30
+    assert [record.step for record in one.history] == [0, 10, 20]
+    assert max(one.history[2].switch_error.values()) < 1e-5, "it landed before"
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in net.parameters()}
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_without_the_scaler_the_clock_is_late_by_the_steps_that_were_skipped() -> None:
+    net = made()
+    optimizer = AdamW(net.parameters(), lr=0.01)
+    schedule = dr.schedules.warm_up(2)
+    seen = scaled(net, optimizer, 30, (3, 4, 5), lambda scaler: dr.Phases(net, optimizer, schedule, steps=30, every=10))
+    assert seen == [FULL] * 23 + [LOW] * 7
+
+
+def test_of_several_optimizers_one_may_be_skipped_and_what_is_removed_counts_no_more() -> None:
+    net = made()
+    split = [[p for p in net.parameters() if (p.ndim > 1) is matrices] for matrices in (True, False)]
+    optimizers = [SGD(split[0], lr=0.1), SGD(split[1], lr=0.1)]
+    other = SGD([stranger := nn.Parameter(torch.zeros(1))], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    phases = dr.Phases(net, optimizers, alternating, steps=20, every=5, scaler=scaler)
+
+    def step(overflows: bool) -> None:
+        scaler.scale(nn.functional.mse_loss(net(X), Y) + stranger.sum() * float("inf")).backward()
+        for each in optimizers:
+            if overflows:
+                each.param_groups[0]["params"][0].grad.fill_(float("inf"))
+                overflows = False
+            scaler.step(each)
+            each.zero_grad()
+        scaler.step(other)
+        scaler.update()
+
+    for number in range(6):
+        step(overflows=number % 2 == 0)
+        assert phases.step == number + 1
+    assert [record.step for record in phases.history] == [0, 5]
+    phases.remove()
+    step(overflows=True)
+    assert phases.step == 6
+
+
 # Learning rates
 
 
@@ -280,6 +354,7 @@ def test_a_state_of_other_phases_and_one_that_was_forgotten_are_refused() -> Non
         ({"steps": 1.5}, r"a run cannot have 1\.5 steps"),
         ({"steps": 10, "every": 0}, "a tick cannot have 0 steps"),
         ({"epochs": 10, "every": 3}, "needs an end: give the steps of the run"),
+        ({"steps": 10, "scaler": 8.0}, r"scaler is 8\.0: give a GradScaler, or leave it out"),
     ],
 )
 def test_lengths_that_cannot_be(given: dict[str, Any], sentence: str) -> None:

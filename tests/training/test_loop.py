@@ -588,6 +588,17 @@ def test_an_overflow_in_float16_takes_no_step_and_lowers_the_scale() -> None:
     assert run.scaler.get_scale() == 2.0**15
 
 
+def test_a_landing_is_done_in_time_where_steps_overflow() -> None:
+    net = dr.transform(no_dropout(), (X[:2],), rank=dr.Fixed(2))
+    data = list(zip(X.split(4), Y.split(4), strict=True))
+    task = Task(data, lambda output, batch: 1e7 * F.mse_loss(output.float(), batch[1]), lambda batch: ((batch[0],), {}))
+    run = Run(net, SGD(net.parameters(), lr=1e-9), dr.schedules.warm_up(2))
+    assert fit(run, task, Settings(3, compile=False, amp=torch.float16, landing=True))
+    assert run.scaler is not None
+    assert run.scaler.get_scale() < 2.0**8, "it has overflowed in most of the steps before the cut"
+    assert 0 < max(run.history[2].switch_error.values()) < 1e-5
+
+
 # In steps
 
 
