@@ -33,7 +33,8 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 class PhasesCallback(PhasesHolder, TrainerCallback):
     """Enters the phases of a schedule at every tick, optimizer state along.
 
-    A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps.
+    A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps,
+    and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not.
 
     The arguments are those of ``PhasesHolder``.
 
@@ -99,7 +100,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         self._prepare(kwargs["model"])
         _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        clock = self._clock(args, state)
+        clock = self._clock(args, state).divided(self.schedule)
         self.phases = Phases(
             net_in(kwargs["model"]),
             getattr(optimizer, "optimizer", optimizer),  # Accelerate wraps torch's own, which has the hooks
@@ -146,8 +147,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             TransitionError: As ``enter_`` does.
         """
         assert self.phases is not None
-        epoch = int(state.epoch or 0)
-        if self.phases.clock.by_epochs and epoch >= len(self.phases.history):  # not one that a checkpoint has begun
+        if self.phases.is_due(epoch := int(state.epoch or 0)):
             self.phases.begin(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
