@@ -111,7 +111,8 @@ def train(
         _print_result(run, clock, folder, as_json)
         return
     if not clock.by_epochs:
-        length = f"{clock.steps} steps in {length}"
+        whole = f"{clock.steps} steps" if clock.parts == 1 else f"{clock.ticks // clock.parts} epochs"
+        length = f"{whole} in {length}"
     echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}", err=True)
     bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, unit=clock.unit)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar

@@ -116,7 +116,7 @@ def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
         "loss": history[-1].eval_loss,
         "truncated": cut["eval_metric"],
         "truncated_loss": cut["eval_loss"],
-        "spent": history[-1].spent / dense_epochs,
+        "spent": history[-1].spent / len(history) * epochs / dense_epochs,
         "phases": [record.phase for record in history],
         "metrics": [record.eval_metric for record in history],
         "effective_rank": [mean(record.effective_rank) for record in history],

@@ -105,11 +105,28 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         Raises:
             TransitionError: As ``enter_`` does.
         """
+        self._begin(trainer)
+        self._log(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
+        """Enter the phases of the epoch, where Lightning has not told of it: it goes on from the last step of the one
+        before.
+
+        Args:
+            trainer: The Lightning Trainer.
+            pl_module: The LightningModule, which holds the net.
+            *args: What Lightning tells of the batch.
+
+        Raises:
+            TransitionError: As ``enter_`` does.
+        """
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
         assert self.phases is not None
         if self.phases.is_due(epoch := trainer.current_epoch):
             self.phases.net.zero_grad()  # Lightning keeps the gradients of a step until the next one
             self.phases.begin(epoch)
-        self._log(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
         """Log what the last tick has brought, where phases go by steps.

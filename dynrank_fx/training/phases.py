@@ -187,7 +187,7 @@ class Phases:
             True where ``begin`` is to be called.
         """
         parts = self.clock.parts
-        first = parts > 1 and self.step == 0  # which has begun by itself; those to come wait for the call
+        first = parts > 1 and self.step == 0 and not self._waits  # it has begun by itself; from its call on others wait
         return self.clock.begins_epoch(epoch * parts) and (epoch * parts >= self.coming or first)
 
     def begin(self, epoch: int) -> EpochRecord:
