@@ -109,8 +109,9 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         self._log(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
-        """Enter the phases of the epoch, where Lightning has not told of it: it goes on from the last step of the one
-        before.
+        """Enter the phases of an epoch that Lightning has not told of.
+
+        It does not where it goes on from a checkpoint of the last step of the epoch before.
 
         Args:
             trainer: The Lightning Trainer.
