@@ -118,9 +118,7 @@ def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
         "truncated_loss": cut["eval_loss"],
         "spent": history[-1].spent / len(history) * epochs / dense_epochs,
         "phases": [record.phase for record in history],
-        "metrics": [
-            record.eval_metric for record in history if record.eval_metric is not None
-        ],  # of epochs, not of ticks
+        "metrics": [record.eval_metric for record in history if record.eval_metric is not None],  # one an epoch
         "effective_rank": [mean(record.effective_rank) for record in history],
         "params": [plan.total_params, plan.low_params],
         "reasons": [record.reasons for record in history],
