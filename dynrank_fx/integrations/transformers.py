@@ -100,7 +100,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         self._prepare(kwargs["model"])
         _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        clock = self._clock(args, state).divided(self.schedule)
+        clock = self._clock(args, state)
         self.phases = Phases(
             net_in(kwargs["model"]),
             getattr(optimizer, "optimizer", optimizer),  # Accelerate wraps torch's own, which has the hooks
@@ -120,7 +120,11 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         if args.max_steps > 0:
             return clock_of(None, state.max_steps, self.every)
         epochs = math.ceil(state.num_train_epochs)
-        return clock_of(epochs, max(1, math.ceil(state.max_steps / epochs)), self.every)
+        clock = clock_of(epochs, max(1, math.ceil(state.max_steps / epochs)), self.every)
+        divided = clock.divided(self.schedule)
+        if divided is not clock and not float(args.num_train_epochs).is_integer():  # the last epoch is a shorter one
+            return clock_of(None, state.max_steps)
+        return divided
 
     def _saved(self, args: TrainingArguments, state: TrainerState) -> StateDict:
         """The state of the phases in the checkpoint that the Trainer goes on from."""

@@ -149,24 +149,29 @@ class StepHook:
 
 
 class SkipHook:
-    """Calls a function with the optimizer whenever a GradScaler is told to step it and does not.
+    """Calls a function with the optimizer whenever a GradScaler is told to step one of these and does not.
 
     A scaler has no hooks: its own ``step`` is called from one in its place.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler, then: Callable[[Optimizer], None]) -> None:
+    def __init__(
+        self, scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer], then: Callable[[Optimizer], None]
+    ) -> None:
+        self._optimizers = optimizers
         self._step: Callable[..., float | None] = scaler.step
         self._then: Callable[[Optimizer], None] | None = then
         scaler.step = self._watched  # type: ignore[method-assign]
 
     def _watched(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:  # Any: the optimizer's own
+        if self._then is None or all(optimizer is not each for each in self._optimizers):
+            return self._step(optimizer, *args, **kwargs)
         made: list[Optimizer] = []
         handle = optimizer.register_step_pre_hook(lambda *_: made.append(optimizer))
         try:
             result = self._step(optimizer, *args, **kwargs)
         finally:
             handle.remove()
-        if not made and self._then is not None:
+        if not made:
             self._then(optimizer)
         return result
 

@@ -127,7 +127,10 @@ class Phases:
                 raise ScheduleError(f"{name} is {given!r}: give a {kind.__name__}, or leave it out")
         check_flags(ScheduleError, by_itself=by_itself, lr_every_step=lr_every_step is not None and lr_every_step)
         check_schedule(schedule)
-        self.clock = clock = clock or clock_of(epochs, steps, every).divided(schedule)
+        if clock is None:
+            clock = clock_of(epochs, steps, every)
+            clock = clock.divided(schedule) if by_itself else clock
+        self.clock = clock
         self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
         if not self.optimizers:
             raise TransitionError("phases go with an optimizer: give the one over the net's parameters, or all of them")
@@ -146,7 +149,7 @@ class Phases:
         for each in self.optimizers:
             note_steps(each)
         self._hook = StepHook(self.optimizers, self._stepped)
-        self._skips = SkipHook(scaler, self._skipped) if scaler is not None else None
+        self._skips = SkipHook(scaler, self.optimizers, self._skipped) if scaler is not None else None
         self.step, self._told = 0, False
         meta_of(unwrap(net)).pop(LOADED, None)
         self.history: list[EpochRecord] = []
@@ -233,10 +236,9 @@ class Phases:
 
     def _skipped(self, optimizer: Optimizer) -> None:
         """In the place of a step that overflowed: it counts, and a landing has one less to come."""
-        if any(optimizer is each for each in self.optimizers):
-            if self.landing is not None:
-                self.landing.step(optimizer)
-            self._hook.count(optimizer)
+        if self.landing is not None:
+            self.landing.step(optimizer)
+        self._hook.count(optimizer)
 
     def _tell_where_nothing_begins(self) -> None:
         if not self.history and not self._told:

@@ -219,6 +219,13 @@ def test_few_epochs_are_divided_and_gone_on_with(stop, tmp_path):
     assert all(map(torch.equal, trainer.model.state_dict().values(), whole.model.state_dict().values()))
 
 
+def test_of_epochs_that_are_no_whole_number_every_tick_comes(tmp_path):
+    trainer, callback = hugging_face(tmp_path, classifier(), InTurn(), num_train_epochs=2.4, save_strategy="no")
+    trainer.train()
+    assert trainer.state.max_steps == 8
+    assert [record.step for record in callback.history] == list(range(8))
+
+
 def test_a_resumed_training_whose_net_is_in_other_phases_is_refused(tmp_path):
     given = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     hugging_face(tmp_path, classifier(), dr.schedules.always(dr.Phase.LOW), **given)[0].train()

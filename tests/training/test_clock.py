@@ -276,6 +276,12 @@ def test_other_runs_are_divided_as_they_were(length: Any) -> None:
     assert clock.divided(Turning()) is clock
 
 
+def test_a_loop_that_begins_each_tick_has_whole_epochs() -> None:
+    net = made()
+    phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), Turning(), 3, steps=10, by_itself=False)
+    assert phases.clock == clock_of(3, 10)
+
+
 def test_a_schedule_that_counts_epochs_keeps_them() -> None:
     net = made()
     optimizer = SGD(net.parameters(), lr=0.1)
