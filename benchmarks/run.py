@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own fol
 from benchmarks.held import held
 from benchmarks.large import large
 from benchmarks.memory import memory
+from benchmarks.neighbours import neighbours
 from benchmarks.onnx_files import onnx
 from benchmarks.peak import peak
 from benchmarks.result import Result, Table, load_all, measured_here, save
@@ -66,6 +67,7 @@ BENCHMARKS = (
         "cutting", "How to cut a trained model, and which training leaves one that is cut best (takes hours).", cutting
     ),
     Benchmark("rivals", "The same trained network given to other compression tools, which must be installed.", rivals),
+    Benchmark("neighbours", "Training, the change of shapes and the result beside LoRA and pruning.", neighbours),
 )
 
 

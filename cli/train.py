@@ -79,7 +79,7 @@ def train(
 
     from dynrank_fx.phases import how_in, phases_of, rebuilt
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.training import Bar, clock_for, fit, plan_in, restore_run_, save_run
+    from dynrank_fx.training import Bar, clock_of_run, fit, plan_in, restore_run_, save_run
 
     from .modelfile import load_model_file
 
@@ -102,16 +102,17 @@ def train(
         ctx.with_resource(only_one(folder))
         _refuse_run(folder)  # of somebody who began meanwhile
         save_run(run, folder)
-        facts = {"epochs": clock_for(task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
+        facts = {"epochs": clock_of_run(run, task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
         write_run_file(folder, model_file, _plain(options), run=run.name, **facts)
-    clock = clock_for(task, settings)
+    clock = clock_of_run(run, task, settings)
     length = f"{clock.ticks} {clock.unit}s"
     if run.epoch >= clock.ticks:
         echo(f"{folder} has all its {length} already", err=as_json)
         _print_result(run, clock, folder, as_json)
         return
     if not clock.by_epochs:
-        length = f"{clock.steps} steps in {length}"
+        whole = f"{clock.steps} steps" if clock.parts == 1 else f"{clock.ticks // clock.parts} epochs"
+        length = f"{whole} in {length}"
     echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}", err=True)
     bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, unit=clock.unit)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar

@@ -49,7 +49,8 @@ def main(epochs: int = digits.epochs) -> None:
     module = Digits()
     trainer.fit(module, digits.train_data(), digits.eval_data())
     for record in callback.history:
-        print(f"epoch {record.epoch + 1:>2}  {record.phase:<12} compute so far {record.spent:.2f} dense epochs")
+        spent = f"compute so far {record.spent:.2f} dense {record.unit}s"
+        print(f"{record.unit} {record.epoch + 1:>2}  {record.phase:<12} {spent}")
     small = dr.truncate(module.net)
     correct = [digits.metric(small(batch[0]), batch) for batch in digits.eval_data()]
     print(f"held-out accuracy of the truncated model: {torch.stack(correct).mean():.2%}")

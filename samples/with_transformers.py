@@ -62,7 +62,8 @@ def main(epochs: int = 4, count: int = 2000) -> None:
         trainer = Trainer(net(), arguments, train_dataset=Windows(count), callbacks=[callback])
         loss = trainer.train().training_loss
     for record in callback.history:
-        print(f"epoch {record.epoch + 1:>2}  {record.phase:<12} compute so far {record.spent:.2f} dense epochs")
+        spent = f"compute so far {record.spent:.2f} dense {record.unit}s"
+        print(f"{record.unit} {record.epoch + 1:>2}  {record.phase:<12} {spent}")
     print(f"mean training loss {loss:.3f}")
     pieces = Windows(64)
     small = dr.truncate(trainer.model, [{name: ids[None] for name, ids in pieces[i].items()} for i in range(64)])

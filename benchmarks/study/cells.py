@@ -116,9 +116,9 @@ def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
         "loss": history[-1].eval_loss,
         "truncated": cut["eval_metric"],
         "truncated_loss": cut["eval_loss"],
-        "spent": history[-1].spent / dense_epochs,
+        "spent": history[-1].spent / len(history) * epochs / dense_epochs,
         "phases": [record.phase for record in history],
-        "metrics": [record.eval_metric for record in history],
+        "metrics": [record.eval_metric for record in history if record.eval_metric is not None],  # one an epoch
         "effective_rank": [mean(record.effective_rank) for record in history],
         "params": [plan.total_params, plan.low_params],
         "reasons": [record.reasons for record in history],

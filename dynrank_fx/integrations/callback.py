@@ -20,7 +20,7 @@ class PhasesHolder:
     Args:
         schedule: Which phase each site is in, epoch by epoch; see ``dynrank_fx.schedules``.
         every: Optimizer steps from one decision of the schedule to the next; by default an epoch or, in a run that is
-            given in steps or has one epoch, a twentieth of it.
+            given in steps or has one epoch, a twentieth of it. ``auto`` goes by parts of two to five epochs.
         averages: Averages of the net's weights that come along at every switch, as in ``enter_``. Lightning's own
             callbacks for averages are found by themselves.
         **choices: Fields of ``PhaseSettings``, by name; the others are those of the practical preset.

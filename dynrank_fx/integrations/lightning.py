@@ -40,7 +40,8 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
     """Enters the phases of a schedule at every tick, optimizer state along.
 
     A tick is an epoch; where ``max_steps`` ends the training, or it has one epoch, it is a twentieth of the optimizer
-    steps. Of several optimizers each is taken to make a step for a batch, and Lightning counts all of them.
+    steps, and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not. Of several
+    optimizers each is taken to make a step for a batch, and Lightning counts all of them.
 
     The arguments are those of ``PhasesHolder``.
 
@@ -65,7 +66,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             ScheduleError: Where the training has no end.
         """
         refuse_processes(trainer.world_size)
-        configs, clock = trainer.lr_scheduler_configs, self._clock(trainer)
+        configs, clock = trainer.lr_scheduler_configs, self._clock(trainer).divided(self.schedule)
         self.phases = Phases(
             net_in(pl_module),
             trainer.optimizers,
@@ -76,6 +77,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             by_itself=not clock.by_epochs,
             resume=self._restored,
             averages=[*self.averages, *_averages_of(trainer)],
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
             settings=self.settings,
         )
         self._restored = None
@@ -103,12 +105,29 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         Raises:
             TransitionError: As ``enter_`` does.
         """
+        self._begin(trainer)
+        self._log(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
+        """Enter the phases of an epoch that Lightning has not told of.
+
+        It does not where it goes on from a checkpoint of the last step of the epoch before.
+
+        Args:
+            trainer: The Lightning Trainer.
+            pl_module: The LightningModule, which holds the net.
+            *args: What Lightning tells of the batch.
+
+        Raises:
+            TransitionError: As ``enter_`` does.
+        """
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
         assert self.phases is not None
-        epoch = trainer.current_epoch
-        if self.phases.clock.by_epochs and epoch >= len(self.phases.history):  # not one that a checkpoint has begun
+        if self.phases.is_due(epoch := trainer.current_epoch):
             self.phases.net.zero_grad()  # Lightning keeps the gradients of a step until the next one
             self.phases.begin(epoch)
-        self._log(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
         """Log what the last tick has brought, where phases go by steps.

@@ -34,7 +34,8 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 class PhasesCallback(PhasesHolder, TrainerCallback):
     """Enters the phases of a schedule at every tick, optimizer state along.
 
-    A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps.
+    A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps,
+    and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not.
 
     The arguments are those of ``PhasesHolder``.
 
@@ -111,6 +112,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             by_itself=not clock.by_epochs,
             resume=self._saved(args, state) if state.global_step else None,
             averages=self.averages,
+            scaler=getattr(optimizer, "scaler", None),
             settings=self.settings,
         )
 
@@ -138,7 +140,11 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         if args.max_steps > 0:
             return clock_of(None, state.max_steps, self.every)
         epochs = math.ceil(state.num_train_epochs)
-        return clock_of(epochs, max(1, math.ceil(state.max_steps / epochs)), self.every)
+        clock = clock_of(epochs, max(1, math.ceil(state.max_steps / epochs)), self.every)
+        divided = clock.divided(self.schedule)
+        if divided is not clock and not float(args.num_train_epochs).is_integer():  # the last epoch is a shorter one
+            return clock_of(None, state.max_steps)
+        return divided
 
     def _saved(self, args: TrainingArguments, state: TrainerState) -> StateDict:
         """The state of the phases in the checkpoint that the Trainer goes on from."""
@@ -165,8 +171,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             TransitionError: As ``enter_`` does.
         """
         assert self.phases is not None
-        epoch = int(state.epoch or 0)
-        if self.phases.clock.by_epochs and epoch >= len(self.phases.history):  # not one that a checkpoint has begun
+        if self.phases.is_due(epoch := int(state.epoch or 0)):
             self.phases.begin(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:

@@ -24,6 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 from ..checks import is_number
 from ..errors import ScheduleError
@@ -54,6 +55,9 @@ class Auto:
     tail: float
     collapse: float
     reserve: float
+
+    within_epochs: ClassVar[bool] = True
+    """It counts no epochs, so that a run of few of them asks it several times in each."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

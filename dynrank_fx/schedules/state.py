@@ -39,7 +39,8 @@ class TrainState:
     """What a schedule may look at: all that is known at the start of a tick.
 
     A tick is an epoch. In a run that is counted in optimizer steps, or has one epoch only, it is a number of steps, by
-    default a twentieth of the run; what is said of epochs is then said of ticks.
+    default a twentieth of the run; what is said of epochs is then said of ticks. So it is where up to five epochs are
+    divided, for a schedule with a true attribute ``within_epochs``: one that does not count them.
 
     Attributes:
         epoch: The epoch that begins, counted from 0.

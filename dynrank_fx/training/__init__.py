@@ -3,7 +3,7 @@
 from .clock import Clock, clock_of, refuse_processes
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
 from .facts import cost_of, train_state
-from .loop import clock_for, fit
+from .loop import clock_for, clock_of_run, fit
 from .phases import Phases, resume_phases_
 from .presets import Preset, paper_cifar10, paper_cifar100, practical
 from .rewarm import rewarm_
@@ -28,6 +28,7 @@ __all__ = [
     "autocast",
     "clock_for",
     "clock_of",
+    "clock_of_run",
     "cost_of",
     "decays_in_a_known_way",
     "evaluate",

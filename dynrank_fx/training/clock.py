@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -13,9 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_epochs, is_whole
 from ..errors import ScheduleError, TransitionError
+from ..schedules import Schedule
 
 TICKS = 20
 """Of a run that is counted in steps, or has one epoch only: in so many a schedule has room to act."""
+
+FEW = 5
+"""Epochs that are so few are divided into as many ticks, for a schedule that does not count them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Clock:
         by_epochs: Whether a tick is an epoch.
         per_epoch: Optimizer steps of an epoch; None where the run has none, or nobody said.
         steps: Optimizer steps of the run; None where nobody said.
+        parts: The ticks of each epoch, where epochs are divided; they differ by a step where they do not divide it.
     """
 
     ticks: int
@@ -36,6 +42,7 @@ class Clock:
     by_epochs: bool
     per_epoch: int | None = None
     steps: int | None = None
+    parts: int = 1
 
     @property
     def unit(self) -> str:
@@ -44,8 +51,40 @@ class Clock:
 
     def start(self, tick: int) -> int:
         """The optimizer steps that are done when a tick begins; 0 where nobody said."""
+        if self.parts > 1 and self.per_epoch is not None:
+            epoch, part = divmod(tick, self.parts)
+            return epoch * self.per_epoch + part * self.per_epoch // self.parts
         steps = tick * (self.every or 0)
         return steps if self.steps is None else min(steps, self.steps)
+
+    def begins_epoch(self, tick: int) -> bool:
+        """Whether this tick is the first of an epoch, of a run that goes by them."""
+        return self.by_epochs or (self.parts > 1 and tick % self.parts == 0)
+
+    def ends_epoch(self, tick: int) -> bool:
+        """Whether an epoch ends with this tick; the last one ends with the run."""
+        return self.begins_epoch(tick + 1) or tick + 1 == self.ticks
+
+    def divided(self, schedule: Schedule) -> Clock:
+        """This clock, with few epochs divided into ticks where the schedule does not count them (``within_epochs``)."""
+        few = self.by_epochs and 1 < self.ticks <= FEW and self.per_epoch is not None
+        if not few or not getattr(schedule, "within_epochs", False):
+            return self
+        assert self.per_epoch is not None
+        parts = min(self.per_epoch, math.ceil(TICKS / self.ticks))
+        return replace(
+            self,
+            ticks=self.ticks * parts,
+            every=math.ceil(self.per_epoch / parts),
+            by_epochs=parts == 1,
+            parts=parts,
+        )
+
+    def whole(self) -> Clock:
+        """This clock with its epochs undivided again."""
+        if self.parts == 1:
+            return self
+        return replace(self, ticks=self.ticks // self.parts, every=self.per_epoch, by_epochs=True, parts=1)
 
     def scheduler_steps(self, tick: int, every_step: bool) -> int | None:
         """How often a learning-rate scheduler has been stepped when a tick begins; None where that is not known."""
@@ -93,8 +132,11 @@ class StepHook:
         self._handles: list[RemovableHandle] = [each.register_step_post_hook(self._after) for each in optimizers]
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if is_nested(optimizer):
-            return
+        if not is_nested(optimizer):
+            self.count(optimizer)
+
+    def count(self, optimizer: Optimizer) -> None:
+        """A step of this optimizer is done with."""
         before = min(self._done.values())
         self._done[id(optimizer)] += 1
         if min(self._done.values()) > before:
@@ -104,6 +146,38 @@ class StepHook:
         """Take the hooks off the optimizers."""
         for handle in self._handles:
             handle.remove()
+
+
+class SkipHook:
+    """Calls a function with the optimizer whenever a GradScaler is told to step one of these and does not.
+
+    A scaler has no hooks: its own ``step`` is called from one in its place.
+    """
+
+    def __init__(
+        self, scaler: torch.amp.GradScaler, optimizers: Sequence[Optimizer], then: Callable[[Optimizer], None]
+    ) -> None:
+        self._optimizers = optimizers
+        self._step: Callable[..., float | None] = scaler.step
+        self._then: Callable[[Optimizer], None] | None = then
+        scaler.step = self._watched  # type: ignore[method-assign]
+
+    def _watched(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:  # Any: the optimizer's own
+        if self._then is None or all(optimizer is not each for each in self._optimizers):
+            return self._step(optimizer, *args, **kwargs)
+        made: list[Optimizer] = []
+        handle = optimizer.register_step_pre_hook(lambda *_: made.append(optimizer))
+        try:
+            result = self._step(optimizer, *args, **kwargs)
+        finally:
+            handle.remove()
+        if not made:
+            self._then(optimizer)
+        return result
+
+    def remove(self) -> None:
+        """Call it no more. The scaler's step stays in place, since another may have been put around it."""
+        self._then = None
 
 
 def refuse_second(optimizer: Optimizer) -> None:

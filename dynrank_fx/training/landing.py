@@ -75,6 +75,14 @@ class Landing:
         self.bases = {site: basis for site, basis in self.bases.items() if site in self.left}
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self.step(optimizer)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """After a step of the optimizer, or one that was skipped, which brings the cut as near.
+
+        Args:
+            optimizer: The one whose weights are prepared.
+        """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} if self._several else None
         for group in self._groups:
             left = self.left.get(group.name, 0)

@@ -83,15 +83,21 @@ def fit(
 
 
 def clock_for(task: Task, settings: Settings) -> Clock:
-    """The clock of a run on these data."""
+    """The clock of a run on these data, its epochs undivided."""
     if settings.epochs is None:
         return replace(clock_of(None, settings.steps), per_epoch=_steps(task, settings))
     return clock_of(settings.epochs, _steps(task, settings))
 
 
+def clock_of_run(run: Run, task: Task, settings: Settings) -> Clock:
+    """The clock of this run. One that was begun before epochs were divided goes on in them."""
+    clock, begun = clock_for(task, settings), [*run.history, *([run.record] if run.record is not None else [])]
+    return clock if begun and begun[0].unit == "epoch" else clock.divided(run.schedule)
+
+
 def _phases(run: Run, task: Task, settings: Settings) -> Phases:
     """The schedule at work from where the run stands."""
-    clock = clock_for(task, settings)
+    clock = clock_of_run(run, task, settings)
     phases = Phases(
         run.net,
         run.optimizer,
@@ -99,6 +105,7 @@ def _phases(run: Run, task: Task, settings: Settings) -> Phases:
         lr_scheduler=run.lr_scheduler,
         clock=clock,
         lr_every_step=run.lr_every_step,
+        scaler=run.scaler,
         by_itself=False,
         settings=settings,
     )
@@ -117,7 +124,7 @@ def _phases(run: Run, task: Task, settings: Settings) -> Phases:
 def _begin_epoch(run: Run, settings: Settings, phases: Phases) -> None:
     if run.history and phases.clock.by_epochs:
         phases.clock = replace(phases.clock, every=_optimizer_steps(run.history[-1].steps, settings))
-    phases.begin(run.epoch)
+    phases.begin_tick(run.epoch)
     run.record = phases.note(seconds=0.0)
     run.totals = torch.zeros(3, dtype=torch.float64, device=settings.device)
     _restart_peak(settings)
@@ -302,15 +309,15 @@ def _update(run: Run, task: Task, settings: Settings, batches: int) -> None:
 def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> None:
     loss, metric, batches = run.totals.tolist()
     run.note(steps=round(batches), loss=loss / batches, metric=metric / batches if task.metric else None)
-    # One epoch has many ticks, and one evaluation, as any other has.
-    if clock.by_epochs or settings.epochs is None or run.epoch + 1 == clock.ticks:
+    ends = settings.epochs is None or clock.ends_epoch(run.epoch)
+    if ends:  # an epoch of many ticks has one evaluation, as any other has
         run.note(**evaluate(run.net, task, settings))
     run.note(memory=_memory(run, settings))
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
         run.note(effective_rank={name: effective_rank(s) for name, s in spectra.items()})
         run.note(stable_rank={name: stable_rank(s) for name, s in spectra.items()})
-    if clock.by_epochs or isinstance(run.lr_scheduler, ReduceLROnPlateau):
+    if clock.by_epochs or (isinstance(run.lr_scheduler, ReduceLROnPlateau) and (ends or clock.parts == 1)):
         _step_scheduler(run, task)
     if run.epoch + 1 == clock.ticks and task.eval_data is not None:
         run.note(truncated=_truncated(run, task, settings))

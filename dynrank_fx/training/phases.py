@@ -34,7 +34,7 @@ from ..phases import (
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import meta_of, note, unwrap
-from .clock import Clock, StepHook, clock_of, refuse_processes, refuse_second
+from .clock import Clock, SkipHook, StepHook, clock_of, refuse_processes, refuse_second
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
 from .landing import Landing, epochs_to_cut
@@ -50,11 +50,14 @@ class Phases:
 
     With ``steps`` the loop needs no other line: the schedule decides when the ``Phases`` is made, and again at every
     tick, right after the optimizer step before it. A tick is an epoch; in a run that is given in steps alone, or has
-    one epoch, it is a twentieth of the run. A loop that has work to do between the last step of an epoch and the switch
-    (evaluation, a scheduler by epochs) calls ``begin(epoch)`` at the start of every epoch, and then decides the time.
+    one epoch, it is a twentieth of the run. Up to five epochs are divided into twenty ticks in all for a schedule that
+    does not count epochs (``within_epochs``, as of ``auto``). A loop that has work to do between the last step of an
+    epoch and the switch (evaluation, a scheduler by epochs) calls ``begin(epoch)`` at the start of every epoch, and
+    then decides the time.
 
-    What counts are steps of the optimizers that are given. One that a ``GradScaler`` skips since gradients overflowed
-    is none, and those of an optimizer that is not given move no clock: where many are skipped, call ``begin``.
+    What counts are steps of the optimizers that are given; those of others move no clock. A step that a ``GradScaler``
+    skips, since gradients overflowed, counts where the scaler is given: the loop counts it as well. Without it the
+    clock is late by as many steps, and a run of few steps may end before its last tick.
 
     Args:
         net: What ``transform`` made.
@@ -69,6 +72,7 @@ class Phases:
         lr_every_step: Whether the scheduler is stepped after every optimizer step, and not after every epoch; by
             default so where there are no epochs.
         averages: What averages the net's weights (``AveragedModel``, ``ModelEmaV3``, a copy), to be brought along.
+        scaler: The ``GradScaler`` of the loop, whose skipped steps count.
         by_itself: Whether ticks begin by themselves; with False, ``begin`` begins each.
         clock: The ticks of the run, in place of ``epochs``, ``steps`` and ``every``: for hooks into other trainers.
         resume: What ``state_dict`` gave, to go on from; the net was brought into its phases by ``resume_phases_``.
@@ -103,6 +107,7 @@ class Phases:
         every: int | None = None,
         lr_every_step: bool | None = None,
         averages: object = (),
+        scaler: torch.amp.GradScaler | None = None,
         by_itself: bool = True,
         clock: Clock | None = None,
         resume: StateDict | None = None,
@@ -112,12 +117,20 @@ class Phases:
         refuse_processes()
         if not isinstance(net, nn.Module):
             raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
-        for name, given, kind in (("clock", clock, Clock), ("settings", settings, PhaseSettings)):
+        kinds = (
+            ("clock", clock, Clock),
+            ("settings", settings, PhaseSettings),
+            ("scaler", scaler, torch.amp.GradScaler),
+        )
+        for name, given, kind in kinds:
             if given is not None and not isinstance(given, kind):
                 raise ScheduleError(f"{name} is {given!r}: give a {kind.__name__}, or leave it out")
         check_flags(ScheduleError, by_itself=by_itself, lr_every_step=lr_every_step is not None and lr_every_step)
-        self.clock = clock = clock or clock_of(epochs, steps, every)
         check_schedule(schedule)
+        if clock is None:
+            clock = clock_of(epochs, steps, every)
+            clock = clock.divided(schedule) if by_itself else clock
+        self.clock = clock
         self.optimizers: tuple[Optimizer, ...] = optimizers_in(optimizer)
         if not self.optimizers:
             raise TransitionError("phases go with an optimizer: give the one over the net's parameters, or all of them")
@@ -136,36 +149,56 @@ class Phases:
         for each in self.optimizers:
             note_steps(each)
         self._hook = StepHook(self.optimizers, self._stepped)
+        self._skips = SkipHook(scaler, self.optimizers, self._skipped) if scaler is not None else None
         self.step, self._told = 0, False
         meta_of(unwrap(net)).pop(LOADED, None)
         self.history: list[EpochRecord] = []
         self.transition = Transition(())
         self._by_itself = by_itself and clock.every is not None
+        self._waits = False  # whether the first tick of an epoch waits for begin()
         try:
             if resume is not None:
                 self.load_state_dict(resume)
             elif self._by_itself and _RESUMED not in meta_of(unwrap(net)):
-                self._begin(0)
+                self.begin_tick(0)
         except BaseException:
             self.remove()
             raise
 
     def __repr__(self) -> str:
-        clock, tick = self.clock, len(self.history)
+        clock, tick = self.clock, self.coming
         if tick >= clock.ticks:
             coming = "no decision to come"
-        elif self._by_itself:
+        elif self._by_itself and not (self._waits and clock.begins_epoch(tick)):
             coming = f"the next decision after step {clock.start(tick)}"
         else:
-            coming = f"the next decision by begin({tick})"
+            coming = f"the next decision by begin({tick // clock.parts})"
         return f"Phases({clock.unit} {tick} of {clock.ticks}, step {self.step}, {phase_label(self.net)}; {coming})"
+
+    @property
+    def coming(self) -> int:
+        """The tick that begins next."""
+        return self.history[-1].epoch + 1 if self.history else 0
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether this epoch is one that ``begin`` begins, and not one that a checkpoint has begun.
+
+        Args:
+            epoch: The epoch, counted from 0.
+
+        Returns:
+            True where ``begin`` is to be called.
+        """
+        parts = self.clock.parts
+        first = parts > 1 and self.step == 0 and not self._waits  # it has begun by itself; from its call on others wait
+        return self.clock.begins_epoch(epoch * parts) and (epoch * parts >= self.coming or first)
 
     def begin(self, epoch: int) -> EpochRecord:
         """Bring the net into the phases of this epoch, and the optimizer along.
 
         Args:
-            epoch: The epoch (or tick) that begins, counted from 0. Where ticks are epochs, those to come wait for this
-                call too.
+            epoch: The epoch that begins, counted from 0; the tick, in a run without epochs. Those to come wait for this
+                call too, and ticks within an epoch go on to begin by themselves.
 
         Returns:
             The record of the epoch.
@@ -174,10 +207,11 @@ class Phases:
             ScheduleError: For an epoch that is not of the run.
             TransitionError: As ``enter_`` does.
         """
-        check_epoch(epoch, self.clock.ticks)
-        begun = self._by_itself and len(self.history) == epoch + 1 == 1 and self.step == 0
+        check_epoch(epoch, self.clock.ticks // self.clock.parts)
+        begun = self._by_itself and self.coming == epoch + 1 == 1 and self.step == 0
         self._by_itself = self._by_itself and not self.clock.by_epochs
-        return self.history[0] if begun else self._begin(epoch)
+        self._waits = self.clock.parts > 1
+        return self.history[0] if begun else self.begin_tick(epoch * self.clock.parts)
 
     def _stepped(self) -> None:
         """After every optimizer step: the next tick, where it is time."""
@@ -195,9 +229,16 @@ class Phases:
                 "the net is in the phases of a checkpoint, but where the run stood is not known: give Phases the state "
                 "by load_state_dict, or as resume="
             )
-        tick = len(self.history)
-        if tick < self.clock.ticks and self.step >= self.clock.start(tick):
-            self._begin(tick, stepped=True)
+        tick = self.coming
+        waits = self._waits and self.clock.begins_epoch(tick)
+        if tick < self.clock.ticks and self.step >= self.clock.start(tick) and not waits:
+            self.begin_tick(tick, stepped=True)
+
+    def _skipped(self, optimizer: Optimizer) -> None:
+        """In the place of a step that overflowed: it counts, and a landing has one less to come."""
+        if self.landing is not None:
+            self.landing.step(optimizer)
+        self._hook.count(optimizer)
 
     def _tell_where_nothing_begins(self) -> None:
         if not self.history and not self._told:
@@ -209,10 +250,21 @@ class Phases:
                 stacklevel=2,
             )
 
-    def _begin(self, tick: int, stepped: bool = False) -> EpochRecord:
-        """stepped: right after an optimizer step, before the scheduler's."""
+    def begin_tick(self, tick: int, stepped: bool = False) -> EpochRecord:
+        """As ``begin``, of a tick, where an epoch may have several.
+
+        Args:
+            tick: The tick that begins, counted from 0.
+            stepped: Whether it begins right after an optimizer step, before the scheduler's.
+
+        Returns:
+            The record of the tick.
+
+        Raises:
+            TransitionError: As ``enter_`` does.
+        """
         meta_of(unwrap(self.net)).pop(_RESUMED, None)
-        del self.history[tick:]  # one that is begun again after a stop
+        self.history = [each for each in self.history if each.epoch < tick]  # one may be begun again after a stop
         started = time.perf_counter()
         clock = self.clock
         if clock.every is not None:
@@ -253,10 +305,19 @@ class Phases:
             tick,
             self.clock.ticks,
             self._rates(tick, stepped),
-            rates=[record.lr for record in self.history],
+            rates=self._rates_so_far(tick),
             spent=self.history[-1].spent if self.history else 0.0,
             unit=self.clock.unit,
         )
+
+    def _rates_so_far(self, tick: int) -> list[float]:
+        """The learning rates of the ticks before this one; of one that never began, where an epoch was shorter than
+        was said, that of the tick before it.
+        """
+        rates: list[float] = []
+        for record in self.history:
+            rates += rates[-1:] * (record.epoch - len(rates)) + [record.lr]
+        return rates + rates[-1:] * (tick - len(rates))
 
     def _rates(self, tick: int, stepped: bool) -> tuple[float, ...]:
         """The learning rate of this tick and of all that follow; empty where it is not known."""
@@ -317,6 +378,7 @@ class Phases:
             "step": self.step,
             "rewarm": [self._rewarms[0].steps, *lefts] if any(lefts) else None,
             "landing": self.landing.state() if self.landing is not None else None,
+            "waits": self._waits,
         }
 
     def load_hooks_state(self, state: StateDict) -> None:
@@ -327,6 +389,7 @@ class Phases:
         """
         # Before steps were counted, a state was that of the end of an epoch.
         self.step = state.get("step", self.clock.start(len(self.history)))
+        self._waits = state.get("waits", False)
         if self._rewarms and state.get("rewarm"):
             steps, *lefts = state["rewarm"]
             for rewarm, left in zip(self._rewarms, lefts, strict=True):
@@ -361,6 +424,8 @@ class Phases:
             )
         if history:
             self.history = history
+            if history[0].unit == "epoch":  # a run that was begun before epochs were divided goes on in them
+                self.clock = self.clock.whole()
         meta_of(unwrap(self.net)).pop(_RESUMED, None)
         self.load_hooks_state(state)
 
@@ -368,6 +433,8 @@ class Phases:
         """Take all hooks off the optimizer."""
         self.decay.remove()
         self._hook.remove()
+        if self._skips is not None:
+            self._skips.remove()
         if self.landing is not None:
             self.landing.remove()
         for rewarm in self._rewarms:

@@ -28,6 +28,7 @@ NAMES = [
     "study",
     "cutting",
     "rivals",
+    "neighbours",
 ]
 LONG = ("peak", "sites")  # for make fuzz
 CHEAP = ("held", "peak", "truncation", "startup", "scale", "sites", "phases")

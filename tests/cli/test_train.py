@@ -290,6 +290,23 @@ def test_a_run_in_steps_that_is_stopped_ends_as_if_never_stopped(
     assert checkpoint("r") == checkpoint("whole")
 
 
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 9], ids=["first", "epoch's last", "evaluation", "within", "later"])
+def test_few_epochs_of_auto_are_divided_and_one_that_is_stopped_ends_as_if_never_stopped(
+    write: Run, run: Run, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Four epochs of 3 steps are 12 ticks; the evaluation after each epoch calls loss() as well."""
+    options = ["--no-compile", "--leave", "none"]
+    told = run("train", write(), *options, "--out", "whole").stderr
+    assert "; 4 epochs in 12 ticks" in told
+    assert [record["step"] for record in history("whole")] == list(range(12))
+    assert [tick for tick, record in enumerate(history("whole")) if "eval_loss" in record] == [2, 5, 8, 11]
+    assert history("whole")[-1]["phase"] == "LOW"
+    first = stopped(monkeypatch, step, "train", "model.py", *options, "--out", "r")
+    assert re.search(r"stopped in tick \d+ of 12 after \d steps, and saved", first.stderr)
+    run("train", "model.py", "--out", "r", "--resume")
+    assert checkpoint("r") == checkpoint("whole")
+
+
 def test_accumulated_batches_are_one_of_the_steps(write: Run, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass over 3 batches is two steps, of two and of one."""
     write('def lr_scheduler(optimizer): return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9), "step"')
@@ -335,7 +352,7 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(
 ) -> None:
     monkeypatch.setenv("STOP_AT", "6")
     monkeypatch.setenv("STOPS", "2")
-    result = CliRunner().invoke(cli, ["train", write(), "--no-compile", "--out", "r"])
+    result = CliRunner().invoke(cli, ["train", write(), "--no-compile", "--schedule", "low", "--out", "r"])
     assert result.exit_code == 1
     assert result.stderr.endswith("Aborted!\n")
     assert (checkpoint("r")[1]["epoch"], checkpoint("r")[1]["step"]) == (1, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import schemas  # noqa: F401 (torchvision, which Lightning imports, asks for its ops on a torch that has none)
 import torch
-from plain_loop import SCHEDULE, a_net, assert_same, data, reference
+from plain_loop import SCHEDULE, InTurn, a_net, assert_same, data, reference
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -45,7 +46,7 @@ def lightning(epochs: int, folder: Path, **more: Any) -> tuple[Any, Any]:
 
     from dynrank_fx.integrations.lightning import PhasesCallback
 
-    callback = PhasesCallback(SCHEDULE, every=more.pop("every", None))
+    callback = PhasesCallback(more.pop("schedule", SCHEDULE), every=more.pop("every", None))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return Trainer(max_epochs=epochs, callbacks=[callback], default_root_dir=folder, **quiet, **more), callback
 
@@ -169,13 +170,14 @@ def test_several_optimizers_step_together(length, tmp_path):
 class Stream:
     """Batches without an end, and where they stand: what Lightning asks of a loader to go on within an epoch."""
 
-    ahead = 1  # what has no length is fetched one batch ahead
+    ahead = 1  # Lightning fetches what has no length one batch ahead
+    batch = 8
 
     def __init__(self) -> None:
         self.given = 0
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        batches = list(DataLoader(data(), 8))
+        batches = list(DataLoader(data(), self.batch))
         while True:
             self.given += 1
             yield batches[(self.given - 1) % len(batches)]
@@ -248,6 +250,55 @@ def test_a_stream_is_trained_on_in_steps_and_gone_on_with_between_two_of_them(st
     assert all(map(torch.equal, again.net.state_dict().values(), whole.net.state_dict().values()))
 
 
+@pytest.mark.parametrize("phases", [True, False], ids=["phases", "dense"])
+@pytest.mark.parametrize("kind", ["no place", "its place", "and a length"])
+def test_where_a_stream_goes_on_is_lightnings_and_the_loaders(kind, phases, tmp_path):
+    """Also where nobody switches phases: a loader without a place begins again, and of one with a place but no length
+    the batch is lost that Lightning had fetched ahead. With both it is exact.
+    """
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from dynrank_fx.integrations.lightning import PhasesCallback, resume_from_
+
+    class Counted(Stream):
+        ahead = 0
+
+        def __iter__(self) -> Iterator[list[Tensor]]:
+            for x, y in super().__iter__():
+                yield [x, y, torch.tensor(self.given)]
+
+    class Long(Counted):
+        def __len__(self) -> int:
+            return 100
+
+    def loader() -> Any:
+        if kind == "no place":
+            return DataLoader(list(itertools.islice(Counted(), 12)), batch_size=None)
+        return Counted() if kind == "its place" else Long()
+
+    def trained(checkpoint: Path | None) -> list[int]:
+        module, seen = lightning_module(), list[int]()
+        step = module.training_step
+
+        def seeing(batch: list[Tensor], index: int = 0) -> Tensor:
+            seen.append(int(batch[2]))
+            return step(batch, index)
+
+        module.training_step = seeing
+        trainer, _ = lightning(-1, tmp_path, max_steps=12, every=4)
+        if not phases:
+            trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, PhasesCallback)]
+        elif checkpoint is not None:
+            resume_from_(module.net, checkpoint)
+        trainer.callbacks.append(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1))
+        trainer.fit(module, loader(), ckpt_path=checkpoint, weights_only=False)
+        return seen
+
+    assert trained(None) == list(range(1, 13))
+    first = {"no place": 1, "its place": 9, "and a length": 8}[kind]
+    assert trained(tmp_path / "step=7.ckpt") == list(range(first, first + 5))
+
+
 @pytest.mark.parametrize("length", [{}, {"max_steps": 6}])
 def test_one_epoch_and_a_training_that_its_steps_end_are_divided_into_ticks(length, tmp_path):
     trainer, callback = lightning(1 if not length else 9, tmp_path, enable_checkpointing=False, **length)
@@ -256,8 +307,67 @@ def test_one_epoch_and_a_training_that_its_steps_end_are_divided_into_ticks(leng
     assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW", "LOW"]
 
 
-def test_an_epoch_that_a_checkpoint_has_begun_goes_on(tmp_path):
-    """After 7 of 15 steps, within the third epoch, with the landing before the cut under way."""
+def test_steps_that_overflow_in_float16_count(tmp_path):
+    from pytorch_lightning.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-10)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer, callback = lightning(-1, tmp_path, max_steps=20, every=4, enable_checkpointing=False, plugins=[plugin])
+    trainer.fit(lightning_module(), Stream())
+    assert scaler.get_scale() < 2.0**45, "it has overflowed"
+    assert [(record.phase, record.step) for record in callback.history] == [
+        ("LOW", 0),
+        ("FULL", 4),
+        ("FULL", 8),
+        ("LOW", 12),
+        ("LOW", 16),
+    ]
+    assert callback.phases.step == 20
+    assert max(callback.history[3].switch_error.values()) < 1e-3, "it landed before"
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_few_epochs_are_divided_and_gone_on_with(stop, tmp_path):
+    """Two epochs of six steps, each of them a tick; the first of an epoch begins with it, after its validation."""
+    from pytorch_lightning import Callback
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from dynrank_fx.integrations.lightning import resume_from_
+
+    validated = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            validated.append(len(callback.history))
+
+    class Loader(Stream):
+        ahead, batch = 0, 4
+
+        def __len__(self) -> int:
+            return 6
+
+    trainer, callback = lightning(2, tmp_path, schedule=InTurn())
+    trainer.callbacks += [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop, save_top_k=-1), Look()]
+    whole = lightning_module()
+    trainer.fit(whole, Loader())
+    assert [record.step for record in callback.history] == list(range(12))
+    assert [record.phase for record in callback.history] == ["LOW", "LOW", "FULL", "FULL"] * 3
+    assert validated == [6, 12]
+    assert_same(whole.net, reference(2, InTurn(), batch=4))
+
+    again, file = lightning_module(), tmp_path / f"step={stop}.ckpt"
+    resume_from_(again.net, file)
+    trainer, callback = lightning(2, tmp_path, schedule=InTurn(), enable_checkpointing=False)
+    trainer.fit(again, Loader(), ckpt_path=file, weights_only=False)
+    assert len(callback.history) == 12
+    assert all(map(torch.equal, again.net.state_dict().values(), whole.net.state_dict().values()))
+
+
+@pytest.mark.parametrize("stop", [6, 7, 9])
+def test_an_epoch_that_a_checkpoint_has_begun_goes_on(stop, tmp_path):
+    """After 7 of 15 steps, within the third epoch, with the landing before the cut under way; and after the last step
+    of an epoch, where Lightning does not tell that the next one begins.
+    """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from dynrank_fx.integrations.lightning import resume_from_
@@ -269,13 +379,13 @@ def test_an_epoch_that_a_checkpoint_has_begun_goes_on(tmp_path):
             return 3
 
     trainer, _ = lightning(5, tmp_path)
-    trainer.callbacks.append(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1))
+    trainer.callbacks.append(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop, save_top_k=-1))
     whole = lightning_module()
     trainer.fit(whole, Loader())
     again = lightning_module()
-    resume_from_(again.net, tmp_path / "step=7.ckpt")
+    resume_from_(again.net, tmp_path / f"step={stop}.ckpt")
     trainer, callback = lightning(5, tmp_path, enable_checkpointing=False)
-    trainer.fit(again, Loader(), ckpt_path=tmp_path / "step=7.ckpt", weights_only=False)
+    trainer.fit(again, Loader(), ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=False)
     assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
     assert all(map(torch.equal, again.net.state_dict().values(), whole.net.state_dict().values()))
 

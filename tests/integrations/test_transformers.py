@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import schemas  # noqa: F401 (torchvision, which transformers imports, asks for its ops on a torch that has none)
 import torch
-from plain_loop import SCHEDULE, assert_same, data
+from plain_loop import SCHEDULE, InTurn, assert_same, data
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -199,6 +199,32 @@ def test_one_epoch_is_divided_into_ticks(tmp_path):
     assert [record.step for record in callback.history] == list(range(0, 24, 2))
     assert callback.history[0].phase == "FULL"
     assert callback.history[-1].phase == "LOW"
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5, 6, 7])
+def test_few_epochs_are_divided_and_gone_on_with(stop, tmp_path):
+    """Three epochs of three steps, each of them a tick."""
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    given: Any = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    whole, expected = hugging_face(tmp_path, classifier(), InTurn(), **given)
+    whole.train()
+    assert [record.step for record in expected.history] == list(range(9))
+    assert [record.phase for record in expected.history] == (["LOW", "LOW", "FULL", "FULL"] * 3)[:9]
+
+    net, folder = classifier(), tmp_path / f"checkpoint-{stop}"
+    resume_from_(net, folder)
+    trainer, callback = hugging_face(tmp_path, net, InTurn(), **given)
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert [record.phases for record in callback.history] == [record.phases for record in expected.history]
+    assert all(map(torch.equal, trainer.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def test_of_epochs_that_are_no_whole_number_every_tick_comes(tmp_path):
+    trainer, callback = hugging_face(tmp_path, classifier(), InTurn(), num_train_epochs=2.4, save_strategy="no")
+    trainer.train()
+    assert trainer.state.max_steps == 8
+    assert [record.step for record in callback.history] == list(range(8))
 
 
 def test_a_resumed_training_whose_net_is_in_other_phases_is_refused(tmp_path):

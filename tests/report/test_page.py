@@ -76,11 +76,11 @@ def page(run: Run, path: Path, title: str = "a run", about: About | None = None)
 
 
 def test_the_page_of_a_run_says_what_its_history_says(tmp_path):
-    run = trained(dr.schedules.auto(0.8))
+    run = trained(dr.schedules.auto(0.8), epochs=6)
     text = page(run, tmp_path / "r.html")
     last, plan = run.history[-1], dr.plan_of(run.net)
     for cell in (
-        f"{last.spent / 4:.1%}",
+        f"{last.spent / 6:.1%}",
         f"{plan.total_params:,}",
         f"{last.eval_metric:.2%}",
         f"{last.eval_loss:.4f}",

@@ -124,6 +124,7 @@ def test_one_epoch_gives_auto_as_much_room_as_twenty() -> None:
         return full / 200
 
     assert 0.2 < share_full(epochs=20, steps=5) == share_full(epochs=1, steps=100) == share_full(steps=100)
+    assert share_full(steps=100) == share_full(epochs=2, steps=50) == share_full(epochs=4, steps=25)
 
 
 def test_a_loop_that_begins_its_one_epoch_ticks_within_it() -> None:
@@ -166,6 +167,224 @@ def test_steps_of_several_optimizers_and_of_subclasses_count_once() -> None:
     second.step()
     first.step()
     assert len(steps) == 3
+
+
+def scaled(net: nn.Module, optimizer: Optimizer, steps: int, overflows: Any, phases: Any = None) -> list[dr.Phase]:
+    """A loop with a scaler, in which these steps overflow, and are skipped; the phase of each step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    phases = phases(scaler)
+    seen = []
+    for step in range(steps):
+        x, y = X[step % 3 * 8 :][:8], Y[step % 3 * 8 :][:8]
+        seen.append(dr.phases_of(net)["0.weight"])
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(net(x), y) * (float("inf") if step in overflows else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "overflows", [(), (0, 1, 2), (9, 19), (18, 19), range(20)], ids=["none", "first", "ticks", "cut", "all"]
+)
+def test_steps_that_a_scaler_skips_count_as_in_the_loop(overflows: Any) -> None:
+    """Ticks are where the loop has them, one may begin in the place of a step, and a landing is done in time."""
+    net = made()
+    optimizer = AdamW(net.parameters(), lr=0.01)
+    schedule = dr.schedules.warm_up(2)
+    made_phases = []
+
+    def phases(scaler: Any) -> None:
+        made_phases.append(dr.Phases(net, optimizer, schedule, steps=30, every=10, landing=True, scaler=scaler))
+
+    assert scaled(net, optimizer, 30, overflows, phases) == [FULL] * 20 + [LOW] * 10
+    (one,) = made_phases
+    assert one.step == 30
+    assert [record.step for record in one.history] == [0, 10, 20]
+    assert max(one.history[2].switch_error.values()) < 1e-5, "it landed before"
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in net.parameters()}
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_without_the_scaler_the_clock_is_late_by_the_steps_that_were_skipped() -> None:
+    net = made()
+    optimizer = AdamW(net.parameters(), lr=0.01)
+    schedule = dr.schedules.warm_up(2)
+    seen = scaled(net, optimizer, 30, (3, 4, 5), lambda scaler: dr.Phases(net, optimizer, schedule, steps=30, every=10))
+    assert seen == [FULL] * 23 + [LOW] * 7
+
+
+def test_of_several_optimizers_one_may_be_skipped_and_what_is_removed_counts_no_more() -> None:
+    net = made()
+    split = [[p for p in net.parameters() if (p.ndim > 1) is matrices] for matrices in (True, False)]
+    optimizers = [SGD(split[0], lr=0.1), SGD(split[1], lr=0.1)]
+    other = SGD([stranger := nn.Parameter(torch.zeros(1))], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    phases = dr.Phases(net, optimizers, alternating, steps=20, every=5, scaler=scaler)
+
+    def step(overflows: bool) -> None:
+        scaler.scale(nn.functional.mse_loss(net(X), Y) + stranger.sum() * float("inf")).backward()
+        for each in optimizers:
+            if overflows:
+                each.param_groups[0]["params"][0].grad.fill_(float("inf"))
+                overflows = False
+            scaler.step(each)
+            each.zero_grad()
+        scaler.step(other)
+        scaler.update()
+
+    for number in range(6):
+        step(overflows=number % 2 == 0)
+        assert phases.step == number + 1
+    assert [record.step for record in phases.history] == [0, 5]
+    phases.remove()
+    step(overflows=True)
+    assert phases.step == 6
+
+
+# Few epochs
+
+
+class Turning:
+    """FULL and LOW in turn, whatever the ticks are."""
+
+    within_epochs = True
+
+    def __call__(self, state: dr.TrainState) -> dr.Phase:
+        return alternating(state)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "parts"), [(2, 50, 10), (3, 100, 7), (5, 100, 4), (5, 3, 3), (3, 7, 7), (4, 1, 1)]
+)
+def test_few_epochs_are_divided_for_a_schedule_that_does_not_count_them(epochs: int, steps: int, parts: int) -> None:
+    clock = clock_of(epochs, steps).divided(Turning())
+    starts = [clock.start(tick) for tick in range(clock.ticks + 1)]
+    assert clock.ticks == parts * epochs
+    assert starts[::parts] == [epoch * steps for epoch in range(epochs + 1)], "every epoch begins with a tick"
+    lengths = {b - a for a, b in itertools.pairwise(starts)}
+    assert lengths <= {steps // parts, -(-steps // parts)}
+    assert [clock.begins_epoch(tick) for tick in range(parts)] == [True] + [False] * (parts - 1)
+    assert [clock.ends_epoch(tick) for tick in range(parts)] == [False] * (parts - 1) + [True]
+    assert clock.whole() == clock_of(epochs, steps)
+
+
+@pytest.mark.parametrize("length", [(6, 100), (3, None), (3, 100, 20), (1, 100), (None, 100)])
+def test_other_runs_are_divided_as_they_were(length: Any) -> None:
+    clock = clock_of(*length)
+    assert clock.divided(Turning()) is clock
+
+
+def test_a_loop_that_begins_each_tick_has_whole_epochs() -> None:
+    net = made()
+    phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), Turning(), 3, steps=10, by_itself=False)
+    assert phases.clock == clock_of(3, 10)
+
+
+def test_a_schedule_that_counts_epochs_keeps_them() -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    schedule = dr.schedules.join([dr.schedules.always(FULL), dr.schedules.always(LOW)], [2])
+    phases = dr.Phases(net, optimizer, schedule, 5, steps=10)
+    seen = []
+    for step in range(50):
+        seen.append(dr.phases_of(net)["0.weight"])
+        train(net, optimizer, 1, step)
+    assert seen == [FULL] * 20 + [LOW] * 30
+    assert [record.unit for record in phases.history] == ["epoch"] * 5
+
+
+def in_epochs(begins: bool, stop: int | None = None) -> tuple[Any, list[Any], list[Any]]:
+    """Three epochs of ten steps, in 21 ticks, with a scheduler of epochs. stop: where it is saved and gone on with."""
+    told: list[Any] = []
+
+    class Told(Turning):
+        def __call__(self, state: dr.TrainState) -> dr.Phase:
+            if len(told) == state.epoch:
+                told.append((state.epochs, state.lr, state.lrs))
+            return FULL if state.epoch % 3 else LOW
+
+    def parts(net: nn.Module, resume: Any = None) -> Any:
+        optimizer = AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+        scheduler = StepLR(optimizer, 1, 0.5)
+        choices: Any = {"decay": dr.Decay.PRODUCT, "landing": True, "rewarm": 2, "resume": resume}
+        return dr.Phases(net, optimizer, Told(), 3, scheduler, steps=10, **choices), net, optimizer, scheduler
+
+    now = parts(made())
+    for step in range(30):
+        if step == stop:
+            states = copy.deepcopy([part.state_dict() for part in now])
+            again = made()
+            dr.resume_phases_(again, states[0])
+            again.load_state_dict(states[1])
+            now = parts(again, states[0])
+            for part, state in zip(now[2:], states[2:], strict=True):
+                part.load_state_dict(state)
+        phases, net, optimizer, scheduler = now
+        if step % 10 == 0 and begins:
+            before = dr.phases_of(net)
+            record = phases.begin(step // 10)
+            assert record.epoch == 7 * (step // 10)
+            assert step == 0 or before["0.weight"] is FULL or record.epoch % 3, "it has waited for the call"
+        train(net, optimizer, 1, step)
+        if step % 10 == 9:
+            scheduler.step()
+    records = [record.with_figures(switch_seconds=0.0) for record in now[0].history]
+    return now[1].state_dict(), records, told
+
+
+def test_ticks_within_epochs_begin_by_themselves_and_epochs_by_the_loop_where_it_begins_them() -> None:
+    weights, records, told = in_epochs(begins=True)
+    alone, recorded, told_alone = in_epochs(begins=False)
+    assert records == recorded
+    assert told == told_alone
+    assert [record.step for record in records] == [10 * (i // 7) + i % 7 * 10 // 7 for i in range(21)]
+    rates = [0.01 * 0.5 ** (i // 7) for i in range(21)]
+    assert [record.lr for record in records] == pytest.approx(rates)
+    assert all(ticks == 21 and lrs == pytest.approx(rates) for ticks, _, lrs in told)
+    assert all(map(torch.equal, weights.values(), alone.values()))
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("stop", [1, 4, 10, 11, 17, 20])
+def test_a_run_of_divided_epochs_goes_on_from_between_any_two_steps_bit_by_bit(stop: int, begins: bool) -> None:
+    weights, records, _ = in_epochs(begins)
+    again, recorded, _ = in_epochs(begins, stop)
+    assert all(map(torch.equal, weights.values(), again.values()))
+    assert [record.phases for record in recorded] == [record.phases for record in records]
+
+
+def test_an_epoch_that_is_shorter_than_was_said_leaves_out_its_last_ticks() -> None:
+    net, told = made(), []
+
+    class Told(Turning):
+        def __call__(self, state: dr.TrainState) -> dr.Phase:
+            told.append((state.epoch, len(state.lrs)))
+            return LOW
+
+    optimizer = SGD(net.parameters(), lr=0.1)
+    phases = dr.Phases(net, optimizer, Told(), 2, steps=10)
+    for epoch in range(2):
+        phases.begin(epoch)
+        train(net, optimizer, 6)
+    assert [record.epoch for record in phases.history] == [*range(7), *range(10, 17)]
+    assert [record.step for record in phases.history] == [*range(7), *range(10, 17)]
+    assert {count for _, count in told} == {20}, "the learning rates are known all the same"
+    assert repr(phases).startswith("Phases(tick 17 of 20, step 16, LOW; the next decision after step 17")
+
+
+def test_a_state_in_whole_epochs_goes_on_in_them() -> None:
+    """As it was written before they were divided."""
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    state = dr.Phases(net, optimizer, alternating, 3, steps=10).state_dict()
+    net = made()
+    dr.resume_phases_(net, state)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    phases = dr.Phases(net, optimizer, Turning(), 3, steps=10, resume=state)
+    train(net, optimizer, 30)
+    assert [record.phase for record in phases.history] == ["LOW", "FULL", "LOW"]
 
 
 # Learning rates
@@ -280,6 +499,7 @@ def test_a_state_of_other_phases_and_one_that_was_forgotten_are_refused() -> Non
         ({"steps": 1.5}, r"a run cannot have 1\.5 steps"),
         ({"steps": 10, "every": 0}, "a tick cannot have 0 steps"),
         ({"epochs": 10, "every": 3}, "needs an end: give the steps of the run"),
+        ({"steps": 10, "scaler": 8.0}, r"scaler is 8\.0: give a GradScaler, or leave it out"),
     ],
 )
 def test_lengths_that_cannot_be(given: dict[str, Any], sentence: str) -> None:

@@ -588,6 +588,17 @@ def test_an_overflow_in_float16_takes_no_step_and_lowers_the_scale() -> None:
     assert run.scaler.get_scale() == 2.0**15
 
 
+def test_a_landing_is_done_in_time_where_steps_overflow() -> None:
+    net = dr.transform(no_dropout(), (X[:2],), rank=dr.Fixed(2))
+    data = list(zip(X.split(4), Y.split(4), strict=True))
+    task = Task(data, lambda output, batch: 1e7 * F.mse_loss(output.float(), batch[1]), lambda batch: ((batch[0],), {}))
+    run = Run(net, SGD(net.parameters(), lr=1e-9), dr.schedules.warm_up(2))
+    assert fit(run, task, Settings(3, compile=False, amp=torch.float16, landing=True))
+    assert run.scaler is not None
+    assert run.scaler.get_scale() < 2.0**8, "it has overflowed in most of the steps before the cut"
+    assert 0 < max(run.history[2].switch_error.values()) < 1e-5
+
+
 # In steps
 
 
@@ -617,6 +628,57 @@ def test_steps_in_place_of_epochs_are_those_of_a_plain_loop() -> None:
         optimizer.step()
     assert [record.phases for record in phases.history] == [record.phases for record in run.history]
     assert all(map(torch.equal, net.state_dict().values(), run.net.state_dict().values()))
+
+
+def test_few_epochs_are_divided_for_a_schedule_that_does_not_count_them() -> None:
+    """Three epochs of five steps, each of them a tick: evaluated, and the rate stepped, once an epoch."""
+
+    class InTurn:
+        within_epochs = True
+
+        def __call__(self, state: dr.TrainState) -> dr.Phase:
+            return FULL if state.epoch % 4 > 1 else LOW
+
+    task = replace(TASK, train_data=list(zip(X.split(4), Y.split(4), strict=True)), eval_data=[(X, Y)])
+    run = a_run(made(), InTurn())
+    run.lr_scheduler = MultiStepLR(run.optimizer, [1, 2], 0.5)
+    torch.manual_seed(5)
+    assert fit(run, task, replace(EAGER, landing=True))
+    assert [record.step for record in run.history] == list(range(15))
+    assert [record.lr for record in run.history] == [0.05] * 5 + [0.025] * 5 + [0.0125] * 5
+    assert [record.epoch for record in run.history if record.eval_loss is not None] == [4, 9, 14]
+
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.05, momentum=0.9)
+    scheduler = MultiStepLR(optimizer, [1, 2], 0.5)
+    phases = dr.Phases(net, optimizer, InTurn(), 3, scheduler, steps=5, landing=True)
+    torch.manual_seed(5)
+    for epoch in range(3):
+        phases.begin(epoch)
+        for batch in task.train_data:
+            optimizer.zero_grad()
+            loss(net(batch[0]), batch).backward()
+            optimizer.step()
+        scheduler.step()
+    assert [record.phases for record in phases.history] == [record.phases for record in run.history]
+    assert all(map(torch.equal, net.state_dict().values(), run.net.state_dict().values()))
+
+
+def test_a_plateau_is_waited_for_by_epochs_that_are_divided() -> None:
+    run = a_run(made(), dr.schedules.auto())
+    run.lr_scheduler = ReduceLROnPlateau(run.optimizer, patience=0, threshold=1e9)
+    assert fit(run, TASK, EAGER)
+    assert len(run.history) == 6
+    assert run.lr_scheduler.last_epoch == 3
+
+
+def test_a_run_in_whole_epochs_goes_on_in_them() -> None:
+    """As one that was begun before they were divided."""
+    run = a_run(made())
+    assert not fit(run, TASK, EAGER, should_stop=lambda: run.epoch == 1)
+    run.schedule = dr.schedules.auto()
+    assert fit(run, TASK, EAGER)
+    assert [record.unit for record in run.history] == ["epoch"] * 3
 
 
 def test_epochs_of_a_scheduler_need_data_with_a_length() -> None:
