@@ -37,6 +37,7 @@ from .net import (
     unwrap,
 )
 from .shell import own_, shell
+from .state import load_state_
 
 __all__ = [
     "ROUNDING",
@@ -64,6 +65,7 @@ __all__ = [
     "in_order",
     "is_captured",
     "joined",
+    "load_state_",
     "measure",
     "meta_of",
     "named_keywords",
