@@ -15,7 +15,16 @@ from torch.utils import _pytree as pytree
 from ..aliases import Args, Function, Kwargs
 from ..errors import CaptureError, first_line
 from .blame import origin
-from .inputs import DynamicShapes, ExampleInputs, batch_size, double_batch_of_one, free_dimensions, fresh, split_inputs
+from .inputs import (
+    DynamicShapes,
+    ExampleInputs,
+    batch_size,
+    double_batch_of_one,
+    free_dimensions,
+    fresh,
+    shapes_by_argument,
+    split_inputs,
+)
 from .isolation import assignments_in_place, in_mode, named_keywords, quiet, slow_attention, unchecked_distributions
 from .net import Net, finished
 
@@ -32,7 +41,8 @@ def export_both_modes(
         raise CaptureError(f"torch.export needs example inputs to trace {type(model).__name__}; pass example_inputs")
     args, kwargs = double_batch_of_one(*fresh(split_inputs(example_inputs)))
     if dynamic_shapes is not None:
-        programs = _programs(root, args, kwargs, dynamic_shapes)
+        shapes = shapes_by_argument(root, split_inputs(example_inputs), dynamic_shapes)
+        programs = _programs(root, args, kwargs, shapes)
     else:
         try:
             with _ShortFormulas():

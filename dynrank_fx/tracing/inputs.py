@@ -56,6 +56,51 @@ def check_shapes(dynamic_shapes: DynamicShapes | None) -> None:
         raise CaptureError(f"{dynamic_shapes!r} are no dynamic shapes: give them as torch.export takes them")
 
 
+def arguments(module: nn.Module, inputs: Inputs) -> Kwargs:
+    """The inputs by the names of forward's parameters, in order, those of ``**kwargs`` by their own names."""
+    args, kwargs = inputs
+    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    bound.pop(_catcher(module), None)
+    return {**bound, **{name: value for name, value in kwargs.items() if name not in bound}}
+
+
+def _catcher(module: nn.Module) -> str:
+    """The name of forward's ``**kwargs``, or empty."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return next((each.name for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD), "")
+
+
+def shapes_by_argument(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> Kwargs:
+    """``dynamic_shapes`` of torch.export by the names of all ``arguments``, in whichever of its forms they were given.
+
+    Those of ``forward(self, **batch)`` stand by themselves, or nested as torch does it: ``{"batch": {"ids": ...}}``.
+    Raises CaptureError where they are not those of the arguments.
+    """
+    given, caught = arguments(module, inputs), _catcher(module)
+    if isinstance(dynamic_shapes, torch.export.ShapesCollection):
+        try:
+            dynamic_shapes = dynamic_shapes.dynamic_shapes(module, *inputs)
+        except ValueError as error:
+            raise CaptureError(
+                "the ShapesCollection has a tensor that is none of the example inputs: give it their own tensors"
+            ) from error
+    if isinstance(dynamic_shapes, tuple | list):
+        bound = inspect.signature(module.forward).bind(*inputs[0], **inputs[1]).arguments
+        names = list(bound if len(bound) == len(dynamic_shapes) else given)
+        if len(names) != len(dynamic_shapes):
+            raise CaptureError(f"there are {len(dynamic_shapes)} dynamic shapes: give one for each of {list(given)}")
+        dynamic_shapes = dict(zip(names, dynamic_shapes, strict=True))
+    shapes = dict(dynamic_shapes or {})
+    if caught and caught not in given and isinstance(shapes.get(caught), Mapping):
+        shapes |= shapes.pop(caught)
+    if unknown := [name for name in shapes if name not in given]:
+        raise CaptureError(
+            f"there are dynamic shapes for {unknown[0]!r}, which is none of the arguments given: name them as in "
+            f"{list(given)}"
+        )
+    return {name: shapes.get(name) for name in given}
+
+
 def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
     """The inputs with the keyword arguments in the order of forward, and the defaults of those left out between them:
     torch.export binds the arguments of a GraphModule by their order, whatever their names.
