@@ -14,7 +14,18 @@ from torch.utils import _pytree as pytree
 
 from ..aliases import Kwargs
 from ..errors import ExportError
-from ..tracing import Inputs, arguments, batch_size, fresh, joined, quiet, same_buffers
+from ..tracing import (
+    Inputs,
+    arguments,
+    as_dicts,
+    batch_size,
+    fresh,
+    joined,
+    leaves_with_paths,
+    mapped,
+    quiet,
+    same_buffers,
+)
 from ..tracing import tensors as leaves_of
 
 if TYPE_CHECKING:
@@ -31,7 +42,7 @@ def names_of_tensors(module: nn.Module, inputs: Inputs) -> list[str]:
     """What each tensor of the inputs is called, in their order: ``batch_ids`` for ``batch["ids"]``."""
     args, kwargs = inputs
     given = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
-    return [joined(path) for path, leaf in pytree.tree_flatten_with_path(given)[0] if isinstance(leaf, Tensor)]
+    return [joined(path) for path, leaf in leaves_with_paths(given) if isinstance(leaf, Tensor)]
 
 
 def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[str, object]:
@@ -58,14 +69,14 @@ def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[st
         axes = dynamic.get(joined(path), {}) if isinstance(leaf, Tensor) else {}
         return dict.fromkeys(axes, torch.export.Dim.AUTO) or None
 
-    shapes: dict[str, object] = pytree.tree_map_with_path(free, arguments(module, inputs))
+    shapes: dict[str, object] = pytree.tree_map_with_path(free, as_dicts(arguments(module, inputs)))
     return shapes
 
 
 def names_of_dims(module: nn.Module, inputs: Inputs, shapes: Kwargs) -> dict[str, dict[int, str]]:
     """The names that a ``torch.export.Dim`` gives to dimensions, by tensor. shapes: see ``shapes_by_argument``."""
     names: dict[str, dict[int, str]] = {}
-    for path, leaf in pytree.tree_flatten_with_path(arguments(module, inputs))[0]:
+    for path, leaf in leaves_with_paths(arguments(module, inputs)):
         axes: object = shapes
         for key in path:
             axes = dict(_entries(axes)).get(astuple(key)[0])
@@ -178,17 +189,14 @@ def with_sizes(shapes: Iterable[Shape], inputs: Inputs, sizes: Mapping[str, int]
     """The inputs with other sizes of these free dimensions: slices of the example over again."""
     axes = iter(shapes)
 
-    def resized(leaf: object) -> object:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def resized(leaf: Tensor) -> Tensor:
         for axis, name in enumerate(next(axes)):
             if name in sizes:
                 places = torch.arange(sizes[name], device=leaf.device) % leaf.shape[axis]  # type: ignore[index]
                 leaf = leaf.index_select(axis, places)
         return leaf
 
-    args, kwargs = pytree.tree_map(resized, inputs)
-    return args, kwargs
+    return mapped(resized, inputs)
 
 
 def movable_axes(module: nn.Module, inputs: Inputs) -> list[set[int]]:

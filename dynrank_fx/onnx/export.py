@@ -22,6 +22,7 @@ from ..tracing import (
     DynamicShapes,
     ExampleInputs,
     Inputs,
+    as_dicts,
     batch_size,
     check_shapes,
     in_order,
@@ -176,7 +177,7 @@ def export_onnx(
             raise ExportError(f"metadata are texts by name, not {key!r}: {value!r}; write it as a text")
     check_shapes(dynamic_shapes)
     plain = _in_evaluation(module)
-    inputs = in_order(plain, split_inputs(example_inputs))
+    inputs = in_order(plain, as_dicts(split_inputs(example_inputs)))
     large = bytes_of(plain) > MAX_BYTES
     if large and external_data is False:
         raise ExportError(
@@ -188,13 +189,13 @@ def export_onnx(
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes: Kwargs | None = None
-    names: Dynamic | None = dynamic
+    free = dynamic
     if dynamic is not None:
         shapes = named_shapes(plain, inputs, dynamic)
     elif dynamic_shapes is not None:
         shapes = shapes_by_argument(plain, inputs, dynamic_shapes)
-        names = names_of_dims(plain, inputs, shapes)
-    draft = Draft(opset, shapes, names, input_names, output_names, precision, external_data, metadata or {})
+        free = names_of_dims(plain, inputs, shapes)
+    draft = Draft(opset, shapes, free, input_names, output_names, precision, external_data, metadata or {})
     allowed = precision.tolerance if tolerance is None else tolerance
 
     def made(draft: Draft, *, only_batch: bool, required: bool) -> ExportReport:
@@ -206,7 +207,7 @@ def export_onnx(
                 sizes = batch_sizes if written.free else (batch_size(inputs) or 1,)
                 cases = _cases(inputs, sizes, limits)
                 cases += _of_other_sizes(plain, inputs, written, required=required)
-                cases += [_as_large(split_inputs(each), written, inputs) for each in more_inputs]
+                cases += [_as_large(as_dicts(split_inputs(each)), written, inputs) for each in more_inputs]
                 opened = session(beside, providers)
                 agreements = compare(opened, plain, cases, allowed, written.feeds)
                 provider = opened.get_providers()[0]
@@ -231,12 +232,12 @@ def export_onnx(
     if shapes is None:
         with contextlib.suppress(_TooFreeError):
             return made(draft, only_batch=False, required=False)
-    if dynamic_shapes is not None and names:
+    if shapes is not None and dynamic is None and free:
         with contextlib.suppress(RestrictedError):
             return made(draft, only_batch=True, required=False)
         # A size that is computed from another cannot be tried without it.
-        derived = any(not name.isidentifier() for axes in names.values() for name in axes.values())
-        return made(replace(draft, shapes=without_names(draft.shapes)), only_batch=True, required=not derived)
+        derived = any(not name.isidentifier() for axes in free.values() for name in axes.values())
+        return made(replace(draft, shapes=without_names(shapes)), only_batch=True, required=not derived)
     return made(draft, only_batch=True, required=dynamic is not None)
 
 

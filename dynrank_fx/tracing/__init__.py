@@ -17,11 +17,11 @@ from .inputs import (
     joined,
     shapes_by_argument,
     split_inputs,
-    tensors,
     with_batch,
 )
 from .isolation import named_keywords, quiet, same_buffers, same_values, slow_attention
 from .measure import flop_counter, measure
+from .nested import as_dicts, leaves, leaves_with_paths, mapped, tensors
 from .net import (
     Net,
     Region,
@@ -52,6 +52,7 @@ __all__ = [
     "Original",
     "Region",
     "arguments",
+    "as_dicts",
     "attribute",
     "batch_size",
     "capture",
@@ -68,7 +69,10 @@ __all__ = [
     "in_order",
     "is_captured",
     "joined",
+    "leaves",
+    "leaves_with_paths",
     "load_state_",
+    "mapped",
     "measure",
     "meta_of",
     "named_keywords",
