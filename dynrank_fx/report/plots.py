@@ -25,7 +25,7 @@ _SHADE = {Phase.FULL: "#f2c14e", Phase.LOW: "#dbe6f0", Phase.ADAPTOR: "#c9b6de"}
 
 def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
     """Effective rank of every site, and loss with the held-out metric, over the epochs of a run, thinned if many."""
-    history = thinned(history)
+    history, count = thinned(history), len(history)
     figure = blank_figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].effective_rank)))
     ranks, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     epochs = [record.epoch + 1 for record in history]
@@ -49,7 +49,8 @@ def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
     loss = known(record.loss for record in history)
     losses.plot(epochs, loss, color="#333333", marker="o", markersize=3, label="loss")
     losses.set_ylabel("training loss")
-    losses.set_xlabel(history[0].unit)
+    of = f" ({len(history)} of {count:,} are shown, evenly spread)" if len(history) < count else ""
+    losses.set_xlabel(f"{history[0].unit}{of}")
     whole_epochs(losses)
     if history[-1].eval_metric is not None:
         metric = losses.twinx()

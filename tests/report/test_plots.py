@@ -76,6 +76,12 @@ def test_the_picture_says_what_it_shows(tmp_path: Path) -> None:
     assert "<!-- layers.1.query (2 of 2) -->" in (tmp_path / "spectra.svg").read_text()
 
 
+@pytest.mark.parametrize(("epochs", "label"), [(300, "epoch"), (1400, "epoch (300 of 1,400 are shown, evenly spread)")])
+def test_a_picture_of_a_long_run_says_that_it_is_thinned(epochs: int, label: str, tmp_path: Path) -> None:
+    plot_run(history(epochs, 2), tmp_path / "run.svg")
+    assert f"<!-- {label} -->" in (tmp_path / "run.svg").read_text()
+
+
 def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:
     with pytest.raises(DynrankError, match=r"^there is no matrix whose spectrum could be drawn$"):
         plot_spectra([], tmp_path / "p.png")
