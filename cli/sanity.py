@@ -71,15 +71,12 @@ def _no_lower_loss(file: ModelFile, model: nn.Module, batches: Sequence[Batch]) 
 def _figures(file: ModelFile, batches: Iterable[Batch]) -> list[tuple[float, float]]:
     """Mean and deviation of each input of floats."""
     import torch
-    from torch.utils import _pytree as pytree
+
+    from dynrank_fx.tracing import tensors
 
     by_place: list[list[Tensor]] = []
     for batch in batches:
-        floats = [
-            leaf
-            for leaf in pytree.tree_leaves(file.inputs(batch))
-            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel() > 1
-        ]
+        floats = [each for each in tensors(file.inputs(batch)) if each.is_floating_point() and each.numel() > 1]
         by_place.extend([] for _ in range(len(floats) - len(by_place)))
         for place, leaf in enumerate(floats):
             by_place[place].append(leaf.detach().flatten().double().cpu())

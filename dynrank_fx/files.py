@@ -153,7 +153,8 @@ def scratch(prefix: str) -> contextlib.AbstractContextManager[Path]:
     """A folder in the system's temporary one, gone at the end; those of killed processes go first."""
     parent = Path(tempfile.gettempdir())
     _clear(parent, f"{prefix}*")
-    return _held(Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
+    # Another process may take it for a dead one's before it is locked here, and clear it away.
+    return _held(Path(tempfile.mkdtemp(prefix=prefix, dir=parent)), wait=True)
 
 
 def _clear(parent: Path, pattern: str) -> None:
@@ -165,16 +166,17 @@ def _clear(parent: Path, pattern: str) -> None:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[Path]:
-    """The folder, made empty, with its lock, and gone at the end. Raises BlockingIOError where another holds it."""
+def _held(folder: Path, *, wait: bool = False) -> Iterator[Path]:
+    """The folder, made empty, with its lock, and gone at the end. Raises BlockingIOError where another holds it, unless
+    it is to wait for that one.
+    """
     with contextlib.ExitStack() as stack:
         while True:
-            if folder.is_dir():
-                with _lock(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError), _lock(folder, wait=wait):
+                shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o777)
             try:
-                stack.enter_context(_lock(folder))
+                stack.enter_context(_lock(folder, wait=wait))
                 break
             except FileNotFoundError:  # somebody took it for a dead process's before it was locked
                 continue

@@ -8,8 +8,10 @@ import os
 import re
 import socket
 import stat
+import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -372,6 +374,29 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, what: st
         assert code == 9
     assert {each.read_text() for each in both} == {"new"}
     assert number > 8
+
+
+def test_several_at_once_do_not_take_each_others_scratch_for_that_of_the_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks are of open files, so that threads stand for processes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    interval = sys.getswitchinterval()
+
+    def work(_: int) -> bool:
+        for _ in range(50):
+            with files.scratch("undo-") as folder:
+                (folder / "file").touch()
+                assert names(folder) == ["file"]
+        return True
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert all(pool.map(work, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert names(tmp_path) == []
 
 
 def test_scratch_of_killed_processes_is_cleared_and_that_of_living_ones_is_not(

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..aliases import Output
 from ..errors import CalibrationError, CaptureError, reason
-from ..tracing import ExampleInputs, fresh, same_values, split_inputs
+from ..tracing import ExampleInputs, fresh, mapped, same_values, split_inputs, tensors
 
 
 def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None = None) -> list[ExampleInputs]:
@@ -30,11 +29,11 @@ def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None
         data = [split_inputs(batch) for batch in data]
     except CaptureError as error:
         raise CalibrationError(f"a calibration batch is none: {error}") from error
-    if not data or not any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(data)):
+    if not any(tensor.numel() for tensor in tensors(data)):
         raise CalibrationError("the calibration data are empty: give at least one batch of inputs")
     for number, batch in enumerate(data):
-        for leaf in pytree.tree_leaves(batch):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        for tensor in tensors(batch):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CalibrationError(f"calibration batch {number} holds numbers that are not finite: take them out")
         if like is not None:
             _check_dimensions(batch, number, like)
@@ -43,10 +42,7 @@ def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None
 
 def _check_dimensions(batch: ExampleInputs, number: int, like: ExampleInputs) -> None:
     """Many a layer takes any number of dimensions, and would calibrate on the wrong ones without a word."""
-    given, wanted = (
-        [leaf.ndim for leaf in pytree.tree_leaves(split_inputs(each)) if isinstance(leaf, Tensor)]
-        for each in (batch, like)
-    )
+    given, wanted = ([tensor.ndim for tensor in tensors(split_inputs(each))] for each in (batch, like))
     if len(given) == len(wanted) and given != wanted:
         raise CalibrationError(
             f"the tensors of calibration batch {number} have {_listed(given)} dimensions and those of the example "
@@ -63,7 +59,7 @@ def call(module: nn.Module, batch: ExampleInputs, number: int) -> Output:
     too. Raises CalibrationError, naming the batch, where that fails.
     """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), fresh(split_inputs(batch)))
+    args, kwargs = mapped(lambda t: t.to(device), fresh(split_inputs(batch)))
     try:
         with same_values(module):
             return module(*args, **kwargs)

@@ -48,16 +48,20 @@ class _Sums:
     def begin(self) -> None:
         self.products = torch.zeros(self.size, dtype=torch.float64, device=self.group.owner.outline.device)
 
-    def ended(self, others: Iterable[Covariance]) -> Covariance:
-        """The covariance; the matrix is another's where it is the same, as for sites that read one input."""
+    def ended(self, known: dict[tuple[object, ...], list[Tensor]]) -> Covariance:
+        """The covariance; the matrix is one of the known where it is the same, as for sites that read one input."""
         layout, products = self.group.layout, self.products
         assert isinstance(layout, TwoFactors)
         for total, n in self.sums.values():
             products -= total[..., :, None] * total[..., None, :] / n
         del self.products
         matrix = (products / max(self.count, 1)).to(torch.promote_types(self.group.owner.outline.dtype, torch.float32))
-        alike = (other.matrix for other in others if other.count == self.count and other.of_inputs)
-        matrix = next((other for other in alike if torch.equal(other, matrix)), matrix)
+        # Equal ones have an equal trace: few are compared as a whole.
+        alike = known.setdefault((self.count, matrix.shape, float(matrix.diagonal(dim1=-2, dim2=-1).sum())), [])
+        same = [other for other in alike if self.of_inputs and torch.equal(other, matrix)]
+        matrix = same[0] if same else matrix
+        if self.of_inputs and not same:
+            alike.append(matrix)
         return Covariance(self.group.names, layout, self.rows, self.of_inputs, matrix, self.count, self.sums)
 
 
@@ -104,12 +108,13 @@ def calibrate(
     groups = site_groups(root, [name for name in known if name in chosen])
     plain = {group.name: why for group in groups if (why := _why_plain(group.sites[0])) is not None}
     seen: dict[str, Covariance] = {}
+    matrices: dict[tuple[object, ...], list[Tensor]] = {}
     order: dict[str, None] = {}
     with evaluating(root), same_buffers(root), torch.no_grad():
         for some in _passes(root, [_unseen(group) for group in groups if group.name not in plain]):
             _run(root, data, some, order)
             for each in some:
-                seen[each.group.name] = each.ended(seen.values())
+                seen[each.group.name] = each.ended(matrices)
     plain |= {name: "the calibration data never reach it" for name, each in seen.items() if each.count == 0}
     covariances = {name: each for each in seen.values() if each.count for name in each.sites}
     reasons = {name: plain[group.name] for group in groups if group.name in plain for name in group.names}
@@ -149,11 +154,13 @@ def _passes(root: nn.Module, deciding: Sequence[_Sums]) -> Iterable[list[_Sums]]
     least, most = _BYTES
     weights = sum(parameter.nbytes for parameter in root.parameters())
     turn: list[_Sums] = []
+    held = 0
     for each in deciding:
-        if turn and sum(some.nbytes for some in turn) + each.nbytes > min(max(least, weights // 4), most):
+        if turn and held + each.nbytes > min(max(least, weights // 4), most):
             yield turn
-            turn = []
+            turn, held = [], 0
         turn.append(each)
+        held += each.nbytes
     if turn:
         yield turn
 

@@ -13,7 +13,7 @@ from ..checks import check_flags
 from ..errors import CalibrationError, DynrankWarning
 from ..layouts import Factors, Layout
 from ..phase import Phase
-from ..phases import RankUnit, enter_, phases_of, rank_units, replan_
+from ..phases import RankUnit, enter_, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
 from ..rewrite import Switched, a_twin, inline_, plan_of, switched_modules
 from ..tracing import ExampleInputs, own_, same_values, unwrap
@@ -126,7 +126,8 @@ def apply_ranks_(
     in_turn: Sequence[ExampleInputs] | None = None,
 ) -> list[Cut]:
     """Cut every site to its rank; None makes it dense. in_turn: batches to calibrate one site after the other on."""
-    changing = {name for name, phase in phases_of(net).items() if phase is not Phase.LOW or _differs(net, name, ranks)}
+    sites = {name: modules[0] for name, modules in switched_modules(net).items()}
+    changing = {name for name, site in sites.items() if site.phase != int(Phase.LOW) or site.rank != ranks[name]}
     enter_(net, dict.fromkeys(changing, Phase.FULL))
     replan_(net, plan_of(net).with_ranks({name: r for name, r in ranks.items() if r is not None}))
     low = {name: Phase.LOW for name in changing if ranks[name] is not None}
@@ -175,10 +176,6 @@ def ranks_of(
     return ranks
 
 
-def _differs(net: nn.Module, name: str, ranks: Mapping[str, int | None]) -> bool:
-    return switched_modules(net)[name][0].rank != ranks[name]
-
-
 def _turns(low: Mapping[str, Phase], known: Calibration | None, sequential: bool) -> list[dict[str, Phase]]:
     """The sites to cut together: all of them, or one after the other in the order of their calls."""
     if known is None or not sequential:
@@ -188,7 +185,8 @@ def _turns(low: Mapping[str, Phase], known: Calibration | None, sequential: bool
         seen = known.covariances.get(first)
         names = [name for name in (seen.sites if seen else (first,)) if name in low]
         turns.append(dict.fromkeys(names, Phase.LOW))
-    rest = {name: phase for name, phase in low.items() if not any(name in turn for turn in turns)}
+    taken = set().union(*turns)
+    rest = {name: phase for name, phase in low.items() if name not in taken}
     return [turn for turn in (*turns, rest) if turn]
 
 

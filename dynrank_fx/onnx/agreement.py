@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..checks import is_list, is_number, is_whole
 from ..errors import ExportError, reason
-from ..tracing import Inputs, batch_size, joined, same_buffers, same_values, slow_attention, tensors
+from ..tracing import (
+    Inputs,
+    batch_size,
+    joined,
+    leaves,
+    leaves_with_paths,
+    same_buffers,
+    same_values,
+    slow_attention,
+    tensors,
+)
 from .session import Feeds, Session
 
 # The largest error as a share of the output's largest value, by the coarsest type that takes part: about a thousand
@@ -66,10 +75,10 @@ def onnx_inputs(
     inputs = session.get_inputs()
     called = {argument: spec.name for argument, spec in zip(names, inputs, strict=False)}
     specs = dict(zip(names or [spec.name for spec in inputs], inputs, strict=True))
-    leaves = [("", leaf) for leaf in pytree.tree_leaves(list(args))]
-    leaves += [(joined(path), leaf) for path, leaf in pytree.tree_flatten_with_path(dict(kwargs))[0]]
-    chosen = {name: leaf for name, leaf in leaves if name in specs and isinstance(leaf, Tensor)}
-    others = [leaf for name, leaf in leaves if name not in chosen and isinstance(leaf, Tensor)]
+    named = [("", leaf) for leaf in leaves(list(args))]
+    named += [(joined(path), leaf) for path, leaf in leaves_with_paths(dict(kwargs))]
+    chosen = {name: leaf for name, leaf in named if name in specs and isinstance(leaf, Tensor)}
+    others = [leaf for name, leaf in named if name not in chosen and isinstance(leaf, Tensor)]
     unnamed = [name for name in specs if name not in chosen]
     spare = len(others) - len(unnamed)
     sizes: dict[str, int] = {}

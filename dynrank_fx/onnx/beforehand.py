@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ExportError, reason
-from ..tracing import ExampleInputs, evaluating, fresh, in_order, slow_attention, split_inputs, tensors
+from ..tracing import ExampleInputs, as_dicts, evaluating, fresh, in_order, slow_attention, split_inputs, tensors
 from .dynamic import Dynamic, named_shapes
 from .precision import Precision
 from .session import Provider, session_of
@@ -57,7 +57,7 @@ def check_names(
 
     The model runs once, where its outputs have to be counted.
     """
-    inputs = in_order(module, split_inputs(example_inputs))
+    inputs = in_order(module, as_dicts(split_inputs(example_inputs)))
     if dynamic is not None:
         named_shapes(module, inputs, dynamic)
     if input_names:

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 _FOLD_LIMIT = 1024  # elements of a constant worth computing ahead, such as a shape; onnxruntime folds the rest itself
 
 
+class RestrictedError(ExportError):
+    """torch.export does not free a dimension as it was asked to: the model takes some sizes of it alone, or one."""
+
+
 def converted(
     module: nn.Module,
     inputs: Inputs,
@@ -84,11 +88,12 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
             shapes: Any = dynamic_shapes  # Any: its annotation forgets the ShapesCollection
             program = torch.export.export(module, *inputs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch.export runs forward, and fails in ways of its own
-            fixed = re.search(r"Constraints violated \((.+?)\)", str(error))
+            fixed = re.search(r"Constraints violated \((.+)\)!", str(error))
             if fixed is not None:
-                raise ExportError(
-                    f"the model fixes {fixed[1]} at the size in the example: leave that dimension out of the free "
-                    "ones, change what depends on it, or name it by dynamic in place of a Dim"
+                which = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"dimension \2 of \1", fixed[1])
+                raise RestrictedError(
+                    f"the model fixes or restricts {which}: leave that dimension out of the free ones, or change "
+                    "what depends on it"
                 ) from error
             where = f"{origin(error, module)} ({reason(error)})"
             raise ExportError(f"torch.export cannot trace {where}: change the model or its inputs") from error

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..aliases import Kwargs
 from ..errors import ExportError
 from ..seals import blank_seals, seal
-from ..tracing import DynamicShapes, Inputs
+from ..tracing import Inputs
 from ..version import __version__
 from .convert import converted, parameter_count, renamed
 from .dynamic import Dynamic, Shape, name_dimensions_, names_of_tensors, shapes_in, sizes_in
@@ -31,10 +32,10 @@ MAX_BYTES = 2**31 - 2**24
 
 @dataclass(frozen=True)
 class Draft:
-    """What a file is to be, as ``export_onnx`` was asked; shapes: those that are free, dynamic: their names."""
+    """What a file is to be, as ``export_onnx`` was asked. shapes: the free ones by argument, dynamic: their names."""
 
     opset: int | None
-    shapes: DynamicShapes | None
+    shapes: Kwargs | None
     dynamic: Dynamic | None
     input_names: Sequence[str]
     output_names: Sequence[str]
@@ -68,7 +69,7 @@ def write_draft(path: Path, plain: nn.Module, inputs: Inputs, draft: Draft, *, o
     """Convert the module and write it. only_batch: no other dimension is to be free."""
     model, free = converted(cast(plain, draft.precision), inputs, draft.shapes, draft.opset, only_batch=only_batch)
     renamed(model, lambda name: name.removeprefix("module.") if draft.precision is not Precision.FLOAT32 else name)
-    if draft.dynamic is not None:
+    if draft.dynamic:
         name_dimensions_(model, draft.dynamic, names_of_tensors(plain, inputs))
     if draft.precision is Precision.INT8_WEIGHTS:
         int8_weights_(model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,18 @@ from torch.utils import _pytree as pytree
 
 from ..aliases import Kwargs
 from ..errors import ExportError
-from ..tracing import Inputs, batch_size, fresh, joined, quiet, same_buffers
+from ..tracing import (
+    Inputs,
+    arguments,
+    as_dicts,
+    batch_size,
+    fresh,
+    joined,
+    leaves_with_paths,
+    mapped,
+    quiet,
+    same_buffers,
+)
 from ..tracing import tensors as leaves_of
 
 if TYPE_CHECKING:
@@ -26,21 +38,11 @@ Shape: TypeAlias = tuple[int | str, ...]
 """The sizes of an input of a file, the free ones by name."""
 
 
-def arguments(module: nn.Module, inputs: Inputs) -> Kwargs:
-    """The inputs by the names of forward's parameters, in order, those of ``**kwargs`` by their own names."""
-    args, kwargs = inputs
-    signature = inspect.signature(module.forward)
-    bound = signature.bind(*args, **kwargs).arguments
-    caught = {name for name in bound if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD}
-    named = {name: value for name, value in bound.items() if name not in caught}
-    return {**named, **{name: value for name, value in kwargs.items() if name not in named}}
-
-
 def names_of_tensors(module: nn.Module, inputs: Inputs) -> list[str]:
     """What each tensor of the inputs is called, in their order: ``batch_ids`` for ``batch["ids"]``."""
     args, kwargs = inputs
     given = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
-    return [joined(path) for path, leaf in pytree.tree_flatten_with_path(given)[0] if isinstance(leaf, Tensor)]
+    return [joined(path) for path, leaf in leaves_with_paths(given) if isinstance(leaf, Tensor)]
 
 
 def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[str, object]:
@@ -67,8 +69,35 @@ def named_shapes(module: nn.Module, inputs: Inputs, dynamic: Dynamic) -> dict[st
         axes = dynamic.get(joined(path), {}) if isinstance(leaf, Tensor) else {}
         return dict.fromkeys(axes, torch.export.Dim.AUTO) or None
 
-    shapes: dict[str, object] = pytree.tree_map_with_path(free, arguments(module, inputs))
+    shapes: dict[str, object] = pytree.tree_map_with_path(free, as_dicts(arguments(module, inputs)))
     return shapes
+
+
+def names_of_dims(module: nn.Module, inputs: Inputs, shapes: Kwargs) -> dict[str, dict[int, str]]:
+    """The names that a ``torch.export.Dim`` gives to dimensions, by tensor. shapes: see ``shapes_by_argument``."""
+    names: dict[str, dict[int, str]] = {}
+    for path, leaf in leaves_with_paths(arguments(module, inputs)):
+        axes: object = shapes
+        for key in path:
+            axes = dict(_entries(axes)).get(astuple(key)[0])
+        dims = {axis: dim.__name__ for axis, dim in _entries(axes) if isinstance(dim, torch.export.Dim)}
+        if dims and isinstance(leaf, Tensor):
+            names[joined(path)] = dims
+    return names
+
+
+def _entries(shapes: object) -> Iterable[tuple[Any, object]]:  # Any: keys of a mapping
+    """What is in one level of dynamic shapes, by key or place."""
+    if isinstance(shapes, Mapping):
+        return shapes.items()
+    return enumerate(shapes) if isinstance(shapes, tuple | list) else ()
+
+
+def without_names(shapes: Kwargs) -> Kwargs:
+    """The same shapes, each ``torch.export.Dim`` free as far as the model leaves it free."""
+    auto = torch.export.Dim.AUTO
+    free: Kwargs = pytree.tree_map(lambda dim: auto if isinstance(dim, torch.export.Dim) else dim, shapes)
+    return free
 
 
 def _is_named(axes: object) -> bool:
@@ -91,7 +120,9 @@ def name_dimensions_(model: ModelProto, dynamic: Dynamic, tensors: Sequence[str]
                     "change what depends on that size (an example of size 1 counts as one that depends on it)"
                 )
             names[dim.dim_param] = name
-    _rename_(model, names)
+    free = {dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim}
+    others = (free - names.keys()) & set(names.values())
+    _rename_(model, names | {name: f"other_{name}" for name in others})
 
 
 _OF_TORCH = re.compile(r"s\d+")  # the name that torch.export gives to a size without one
@@ -158,17 +189,14 @@ def with_sizes(shapes: Iterable[Shape], inputs: Inputs, sizes: Mapping[str, int]
     """The inputs with other sizes of these free dimensions: slices of the example over again."""
     axes = iter(shapes)
 
-    def resized(leaf: object) -> object:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def resized(leaf: Tensor) -> Tensor:
         for axis, name in enumerate(next(axes)):
             if name in sizes:
                 places = torch.arange(sizes[name], device=leaf.device) % leaf.shape[axis]  # type: ignore[index]
                 leaf = leaf.index_select(axis, places)
         return leaf
 
-    args, kwargs = pytree.tree_map(resized, inputs)
-    return args, kwargs
+    return mapped(resized, inputs)
 
 
 def movable_axes(module: nn.Module, inputs: Inputs) -> list[set[int]]:

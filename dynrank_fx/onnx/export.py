@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
-from ..aliases import JsonObject
+from ..aliases import JsonObject, Kwargs
 from ..checks import check_flags, checked_path, is_list, is_whole, names_of
 from ..errors import CaptureError, ExportError, reason
 from ..rewrite import holds_captured, inline_
@@ -22,18 +22,30 @@ from ..tracing import (
     DynamicShapes,
     ExampleInputs,
     Inputs,
+    as_dicts,
     batch_size,
     check_shapes,
     in_order,
     quiet,
+    shapes_by_argument,
     shell,
     split_inputs,
     unwrap,
     with_batch,
 )
 from .agreement import Agreement, check_batch_sizes, check_tolerance, compare
+from .convert import RestrictedError
 from .draft import MAX_BYTES, Draft, Written, bytes_of, write_draft
-from .dynamic import Dynamic, Shape, named_shapes, other_sizes, sizes_in, with_sizes
+from .dynamic import (
+    Dynamic,
+    Shape,
+    named_shapes,
+    names_of_dims,
+    other_sizes,
+    sizes_in,
+    with_sizes,
+    without_names,
+)
 from .file import check_file, check_place, replacing_file
 from .precision import Precision
 from .session import Provider, check_provider, session
@@ -118,7 +130,8 @@ def export_onnx(
         example_inputs: A tuple of positional arguments, a dict of keyword arguments, or the pair ``(args, kwargs)``.
         path: The file to write.
         opset: The version of ONNX's operators; by default what torch's exporter takes.
-        dynamic_shapes: As in ``torch.export``; by default every dimension that the model leaves free is free, under
+        dynamic_shapes: As in ``torch.export``; a ``Dim`` gives its name, and may be one of which the model takes some
+            sizes alone, such as multiples of 4. By default every dimension that the model leaves free is free, under
             one name in all inputs (``batch``, ``sequence``, ``height`` and so on), and is compared at another size too.
         dynamic: In its place, free dimensions by argument, under a name, such as ``{"x": {0: "batch"}}``. A tensor
             inside an argument has the names of both, ``batch_ids`` for ``batch["ids"]``.
@@ -141,6 +154,7 @@ def export_onnx(
     Raises:
         ExportError: Where the file cannot be made or does not agree; there is then no new file, and one that was there
             is as it was.
+        CaptureError: For inputs or dynamic shapes that are none.
     """
     check_batch_sizes(batch_sizes)
     _check_providers(providers)
@@ -163,7 +177,7 @@ def export_onnx(
             raise ExportError(f"metadata are texts by name, not {key!r}: {value!r}; write it as a text")
     check_shapes(dynamic_shapes)
     plain = _in_evaluation(module)
-    inputs = in_order(plain, split_inputs(example_inputs))
+    inputs = in_order(plain, as_dicts(split_inputs(example_inputs)))
     large = bytes_of(plain) > MAX_BYTES
     if large and external_data is False:
         raise ExportError(
@@ -174,11 +188,17 @@ def export_onnx(
         raise ExportError(f"{precision!r} is no precision of a file: give one of {names_of(Precision)}")
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
-    shapes = dynamic_shapes if dynamic is None else named_shapes(plain, inputs, dynamic)
-    draft = Draft(opset, shapes, dynamic, input_names, output_names, precision, external_data, metadata or {})
+    shapes: Kwargs | None = None
+    free = dynamic
+    if dynamic is not None:
+        shapes = named_shapes(plain, inputs, dynamic)
+    elif dynamic_shapes is not None:
+        shapes = shapes_by_argument(plain, inputs, dynamic_shapes)
+        free = names_of_dims(plain, inputs, shapes)
+    draft = Draft(opset, shapes, free, input_names, output_names, precision, external_data, metadata or {})
     allowed = precision.tolerance if tolerance is None else tolerance
 
-    def made(only_batch: bool) -> ExportReport:
+    def made(draft: Draft, *, only_batch: bool, required: bool) -> ExportReport:
         with replacing_file(Path(path)) as beside:
             written = write_draft(beside, plain, inputs, draft, only_batch=only_batch)
             try:
@@ -186,8 +206,8 @@ def export_onnx(
                 limits = [written.rows.get(name) for name in written.feeds]
                 sizes = batch_sizes if written.free else (batch_size(inputs) or 1,)
                 cases = _cases(inputs, sizes, limits)
-                cases += _of_other_sizes(plain, inputs, written, required=dynamic is not None)
-                cases += [_as_large(split_inputs(each), written, inputs) for each in more_inputs]
+                cases += _of_other_sizes(plain, inputs, written, required=required)
+                cases += [_as_large(as_dicts(split_inputs(each)), written, inputs) for each in more_inputs]
                 opened = session(beside, providers)
                 agreements = compare(opened, plain, cases, allowed, written.feeds)
                 provider = opened.get_providers()[0]
@@ -211,8 +231,14 @@ def export_onnx(
 
     if shapes is None:
         with contextlib.suppress(_TooFreeError):
-            return made(only_batch=False)
-    return made(only_batch=True)
+            return made(draft, only_batch=False, required=False)
+    if shapes is not None and dynamic is None and free:
+        with contextlib.suppress(RestrictedError):
+            return made(draft, only_batch=True, required=False)
+        # A size that is computed from another cannot be tried without it.
+        derived = any(not name.isidentifier() for axes in free.values() for name in axes.values())
+        return made(replace(draft, shapes=without_names(shapes)), only_batch=True, required=not derived)
+    return made(draft, only_batch=True, required=dynamic is not None)
 
 
 class _TooFreeError(ExportError):

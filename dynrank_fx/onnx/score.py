@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..aliases import Batch, Output
 from ..errors import ExportError, reason
-from ..tracing import Inputs, evaluating, tensors
+from ..tracing import Inputs, evaluating, mapped, tensors
 from .agreement import onnx_inputs
 from .session import Provider, session
 
@@ -89,14 +88,12 @@ def score_onnx(
 def _like(output: Output, arrays: Sequence[np.ndarray]) -> Output:
     """What a file gave, in the form of the module's output: a file has the tensors of it, in order."""
     values = iter(arrays)
-    return pytree.tree_map_only(Tensor, lambda _: torch.from_numpy(np.asarray(next(values))), output)
+    return mapped(lambda _: torch.from_numpy(np.asarray(next(values))), output)
 
 
 def _rows(output: Output, order: Tensor) -> Output:
     """The rows of an output in another order."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: t[order.to(t.device)] if t.ndim and len(t) == len(order) else t, output
-    )
+    return mapped(lambda t: t[order.to(t.device)] if t.ndim and len(t) == len(order) else t, output)
 
 
 def _answers(output: Output, before: set[int] | None) -> set[int] | None:

@@ -11,6 +11,7 @@ from .. import files
 from ..errors import DynrankError
 from ..phase import Phase
 from ..schedules import EpochRecord
+from ..text import printable
 from .matrices import MatrixRow
 
 if TYPE_CHECKING:
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 MOST_EPOCHS = 300  # in a picture of some 900 dots
 _LEGEND_LINE = 0.16  # inches: a legend higher than its axes would leave them no room
+_LABEL = 60  # characters
 _SHADE = {Phase.FULL: "#f2c14e", Phase.LOW: "#dbe6f0", Phase.ADAPTOR: "#c9b6de"}
 
 
 def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
     """Effective rank of every site, and loss with the held-out metric, over the epochs of a run, thinned if many."""
-    history = thinned(history)
+    history, count = thinned(history), len(history)
     figure = blank_figure(9, max(7, 2 * _LEGEND_LINE * len(history[0].effective_rank)))
     ranks, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     epochs = [record.epoch + 1 for record in history]
@@ -40,7 +42,7 @@ def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
             markersize=3,
             linewidth=1.4,
             color=colour_of(index, len(history[0].effective_rank)),
-            label=site.removesuffix(".weight"),
+            label=label_of(site),
         )
     ranks.set_ylabel("effective rank")
     ranks.set_title("Effective rank of each site")
@@ -49,7 +51,8 @@ def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
     loss = known(record.loss for record in history)
     losses.plot(epochs, loss, color="#333333", marker="o", markersize=3, label="loss")
     losses.set_ylabel("training loss")
-    losses.set_xlabel(history[0].unit)
+    of = f" ({len(history)} of {count:,} are shown, evenly spread)" if len(history) < count else ""
+    losses.set_xlabel(f"{history[0].unit}{of}")
     whole_epochs(losses)
     if history[-1].eval_metric is not None:
         metric = losses.twinx()
@@ -73,7 +76,7 @@ def plot_spectra(rows: Sequence[MatrixRow], path: Path) -> None:
             [max(value / top, 1e-4) for value in row.spectrum],
             linewidth=1.2,
             color=colour_of(index, len(rows)),
-            label=f"{row.name.removesuffix('.weight')} ({row.effective_rank:.0f} of {count})",
+            label=f"{label_of(row.name)} ({row.effective_rank:.0f} of {count})",
         )
     axes.set_yscale("log")
     axes.set_xlabel("index of the singular value, as a share of their number")
@@ -124,6 +127,12 @@ def explain_shades(figure: Figure, history: Sequence[EpochRecord]) -> None:
 def known(values: Iterable[float | None]) -> list[float]:
     """The values, with a gap in a line where one is not known."""
     return [math.nan if value is None else value for value in values]
+
+
+def label_of(name: str) -> str:
+    """What a site is called in a picture, where a long name would leave no room."""
+    label = printable(name.removesuffix(".weight"))
+    return label if len(label) <= _LABEL else f"{label[: _LABEL // 2]}…{label[-_LABEL // 2 :]}"
 
 
 def colour_of(index: int, count: int) -> object:

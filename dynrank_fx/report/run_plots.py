@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..phase import Phase
 from ..schedules import EpochRecord
-from .plots import blank_figure, colour_of, explain_shades, known, shade_phases, whole_epochs
+from .plots import blank_figure, colour_of, explain_shades, known, label_of, shade_phases, whole_epochs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ def rank_map(history: History, limits: Mapping[str, int]) -> Figure:
     for column, record in enumerate(history):
         full = [row for row, site in enumerate(sites) if record.phases[site] is Phase.FULL]
         axes.plot([column] * len(full), full, "o", markersize=2, color="white", markeredgecolor="black", linewidth=0.4)
-    axes.set_yticks(range(len(sites)), [site.removesuffix(".weight") for site in sites], fontsize=7)
+    axes.set_yticks(range(len(sites)), [label_of(site) for site in sites], fontsize=7)
     marks = range(0, len(history), -(-len(history) // 24))
     axes.set_xticks(marks, [str(history[i].epoch + 1) for i in marks], fontsize=7)
     axes.set_xlabel(f"{history[0].unit} (a dot: the site was FULL)")
@@ -45,7 +45,7 @@ def rank_curves(history: History) -> Figure:
     explain_shades(figure, history)
     epochs = [record.epoch + 1 for record in history]
     for index, site in enumerate(sites):
-        label = site.removesuffix(".weight") if len(sites) <= _MOST_LINES else None
+        label = label_of(site) if len(sites) <= _MOST_LINES else None
         values = [record.effective_rank[site] for record in history]
         axes.plot(epochs, values, linewidth=1, color=colour_of(index, len(sites)), label=label)
     mean = [sum(record.effective_rank.values()) / len(sites) for record in history]
@@ -77,7 +77,7 @@ def switch_spectra(history: History) -> Figure | None:
             at = [(i + 1) / len(values) for i in range(len(values))]
             axes.plot(at, [max(v / top, 1e-4) for v in values], style, linewidth=1.3, label=label)
         axes.set_yscale("log")
-        axes.set_title(f"{site.removesuffix('.weight')}, {history[0].unit} {epoch + 1}", fontsize=7)
+        axes.set_title(f"{label_of(site)}, {history[0].unit} {epoch + 1}", fontsize=7)
         axes.tick_params(labelsize=6)
     for axes in list(grid.flat)[len(shown) :]:
         axes.set_visible(False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from torch import nn
+from torch import fx, nn
 from torch.fx.node import Argument
 
 from ..errors import PlanError
@@ -58,8 +58,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
             raise PlanError(f"{row.site.name} does not read the input of {row.sharing[0]} and cannot share its factor")
     for row in plan.sites:
         _put_site(net, row, located[row.site.name])
-    for names in dict.fromkeys(row.sharing for row in plan.sites if row.sharing):
-        _share_input(net, names, [located[name] for name in names])
+    _share_inputs(net, {row.sharing: located[row.sharing[0]] for row in plan.sites if row.sharing})
     for region in regions(net):
         for graph in dict.fromkeys(region.net.graphs.values()):
             drop_dead_reads(graph, {part for matrix in located.values() for part in matrix.parts})
@@ -168,25 +167,33 @@ def _call_site(use: NodeUse, path: str, net: nn.Module) -> None:
     graph.erase_node(node)
 
 
-def _share_input(net: nn.Module, names: tuple[str, ...], members: Sequence[Located]) -> None:
-    """These sites take the output of the shared factor, which is computed once in each graph; those that the model's
-    own code calls compute it each for itself.
+def _share_inputs(net: nn.Module, groups: Mapping[tuple[str, ...], Located]) -> None:
+    """The sites of each group take the output of their shared factor, which is computed once in each graph; those that
+    the model's own code calls compute it each for itself. groups: the names, with the first of each.
     """
-    modules = [module for module in net.modules() if isinstance(module, Switched) and module.site in names]
-    owner = next(module for module in modules if module.site == names[0])
-    for module in modules:
-        module.share_right(names, owner, after_stem=not members[0].by_code)
+    if not groups:
+        return
+    sites = switched_modules(net)
+    for names, first in groups.items():
+        for module in (module for name in names for module in sites[name]):
+            module.share_right(names, sites[names[0]][0], after_stem=not first.by_code)
     for region in regions(net):
-        paths = {name: module for name, module in region.net.named_modules() if module in modules}
+        paths = {
+            name: module
+            for name, module in region.net.named_modules()
+            if isinstance(module, Switched) and module.after_stem
+        }
+        owners = {module.sharing: name for name, module in paths.items() if not module.owner}
         for graph in dict.fromkeys(region.net.graphs.values()):
-            calls = [node for node in graph.nodes if node.op == "call_module" and node.target in paths]
-            if not calls:
-                continue
-            target = next(name for name, module in paths.items() if module is owner)
-            with graph.inserting_before(calls[0]):
-                stem = graph.call_module(target, (calls[0].args[0],), {"use": STEM})
-            for node in calls:
-                node.args = (stem, *node.args[1:])
+            calls: dict[tuple[str, ...], list[fx.Node]] = {}
+            for node in graph.nodes:
+                if node.op == "call_module" and node.target in paths:
+                    calls.setdefault(paths[node.target].sharing, []).append(node)
+            for names, nodes in calls.items():
+                with graph.inserting_before(nodes[0]):
+                    stem = graph.call_module(owners[names], (nodes[0].args[0],), {"use": STEM})
+                for node in nodes:
+                    node.args = (stem, *node.args[1:])
 
 
 def _read_site(reader: Reader, path: str, attr: str) -> None:

@@ -7,6 +7,7 @@ from .inputs import (
     DynamicShapes,
     ExampleInputs,
     Inputs,
+    arguments,
     batch_size,
     check_shapes,
     double_batch_of_one,
@@ -14,12 +15,13 @@ from .inputs import (
     fresh,
     in_order,
     joined,
+    shapes_by_argument,
     split_inputs,
-    tensors,
     with_batch,
 )
 from .isolation import named_keywords, quiet, same_buffers, same_values, slow_attention
 from .measure import flop_counter, measure
+from .nested import as_dicts, leaves, leaves_with_paths, mapped, tensors
 from .net import (
     Net,
     Region,
@@ -37,6 +39,7 @@ from .net import (
     unwrap,
 )
 from .shell import own_, shell
+from .state import load_state_
 
 __all__ = [
     "ROUNDING",
@@ -48,6 +51,8 @@ __all__ = [
     "Net",
     "Original",
     "Region",
+    "arguments",
+    "as_dicts",
     "attribute",
     "batch_size",
     "capture",
@@ -64,6 +69,10 @@ __all__ = [
     "in_order",
     "is_captured",
     "joined",
+    "leaves",
+    "leaves_with_paths",
+    "load_state_",
+    "mapped",
     "measure",
     "meta_of",
     "named_keywords",
@@ -75,6 +84,7 @@ __all__ = [
     "same_buffers",
     "same_values",
     "set_submodule",
+    "shapes_by_argument",
     "shell",
     "slow_attention",
     "split_inputs",

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from ..aliases import Function, Output
@@ -22,6 +21,7 @@ from ..errors import first_line
 from .gradients import Sketch, sketched_gradients, wrong_gradient
 from .inputs import ExampleInputs, fresh, split_inputs
 from .isolation import quiet, same_buffers, same_randomness, same_values, slow_attention
+from .nested import leaves, mapped
 from .net import same_modes, set_mode
 from .shell import shell
 
@@ -163,12 +163,12 @@ def effect(
             watch(given, checkpoints)
         training = [tensor for tensor in tensors_in(given) if tensor.requires_grad]
         gradients = sketched_gradients(model, training) if mode else {}
-    return Effect(pytree.tree_map_only(Tensor, Tensor.detach, given), changed, gradients, inputs_train)
+    return Effect(mapped(Tensor.detach, given), changed, gradients, inputs_train)
 
 
 def tensors_in(given: object) -> Iterator[Tensor]:
     """All of them, those in the fields of dataclasses too."""
-    for leaf in pytree.tree_leaves(given):
+    for leaf in leaves(given):
         if isinstance(leaf, Tensor):
             yield leaf
         elif dataclasses.is_dataclass(leaf):
@@ -180,7 +180,7 @@ def run(model: nn.Module, example_inputs: ExampleInputs, *, grad: bool = False) 
     args, kwargs = fresh(split_inputs(example_inputs))
     if grad:
         made: dict[int, Tensor] = {}  # one tensor stays one
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: made.setdefault(id(t), _with_grad(t)), (args, kwargs))
+        args, kwargs = mapped(lambda t: made.setdefault(id(t), _with_grad(t)), (args, kwargs))
     with same_randomness():
         return model(*args, **kwargs)
 
@@ -193,7 +193,7 @@ def apart(a: object, b: object) -> float:
     """The largest difference as a share of the largest value: 0 for the same bits (NaN being NaN), infinite where the
     outputs have other parts, shapes or dtypes.
     """
-    leaves_a, leaves_b = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    leaves_a, leaves_b = leaves(a), leaves(b)
     if len(leaves_a) != len(leaves_b):
         return float("inf")
     return max(map(_leaves_apart, leaves_a, leaves_b), default=0.0)

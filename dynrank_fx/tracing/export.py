@@ -23,9 +23,11 @@ from .inputs import (
     double_batch_of_one,
     free_dimensions,
     fresh,
+    shapes_by_argument,
     split_inputs,
 )
 from .isolation import assignments_in_place, in_mode, named_keywords, quiet, slow_attention, unchecked_distributions
+from .nested import as_dicts, leaves
 from .net import Net, finished
 
 
@@ -39,9 +41,10 @@ def export_both_modes(
     """
     if example_inputs is None:
         raise CaptureError(f"torch.export needs example inputs to trace {type(model).__name__}; pass example_inputs")
-    args, kwargs = double_batch_of_one(*fresh(split_inputs(example_inputs)))
+    args, kwargs = as_dicts(double_batch_of_one(*fresh(split_inputs(example_inputs))))
     if dynamic_shapes is not None:
-        programs = _programs(root, args, kwargs, dynamic_shapes)
+        shapes = shapes_by_argument(root, as_dicts(split_inputs(example_inputs)), dynamic_shapes)
+        programs = _programs(root, args, kwargs, shapes)
     else:
         try:
             with _ShortFormulas():
@@ -50,7 +53,7 @@ def export_both_modes(
             programs = _programs(root, args, kwargs, free_dimensions(args, kwargs, only_first=True))
     graphs = {mode: lift(programs[mode], root, prefix="train" if mode else "eval") for mode in (True, False)}
     for graph in graphs.values():
-        _pin_aliases(graph, pytree.tree_leaves((args, kwargs)))
+        _pin_aliases(graph, leaves((args, kwargs)))
     same = alike(graphs[True], graphs[False], root)
     return finished(root, graphs[True], None if same else graphs[False], model)
 

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ..aliases import Args, Kwargs
 from ..errors import CaptureError
+from .nested import mapped, tensors
 
 # What a model takes may be anything: only the model itself knows.
 Inputs: TypeAlias = tuple[Args, Kwargs]
@@ -34,7 +34,7 @@ NO_OTHER = "and serves no other: transform with such an example as is to be serv
 
 def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     """``(args, kwargs)`` from a tuple of arguments, a dict of keyword arguments, the pair ``(args, kwargs)``, or one
-    tensor. Any mapping serves for a dict; pytree would not look into one of another kind.
+    tensor. Any mapping serves for a dict.
 
     Raises CaptureError for anything else.
     """
@@ -57,6 +57,52 @@ def check_shapes(dynamic_shapes: DynamicShapes | None) -> None:
     kinds = (type(None), torch.export.ShapesCollection, dict, tuple, list)
     if not isinstance(dynamic_shapes, kinds):
         raise CaptureError(f"{dynamic_shapes!r} are no dynamic shapes: give them as torch.export takes them")
+
+
+def arguments(module: nn.Module, inputs: Inputs) -> Kwargs:
+    """The inputs by the names of forward's parameters, in order, those of ``**kwargs`` by their own names."""
+    args, kwargs = inputs
+    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    bound.pop(_catcher(module), None)
+    return {**bound, **{name: value for name, value in kwargs.items() if name not in bound}}
+
+
+def _catcher(module: nn.Module) -> str:
+    """The name of forward's ``**kwargs``, or empty."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return next((each.name for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD), "")
+
+
+def shapes_by_argument(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes) -> Kwargs:
+    """``dynamic_shapes`` of torch.export by the names of all ``arguments``, in whichever of its forms they were given.
+
+    Those of ``forward(self, **batch)`` stand by themselves, or nested as torch does it: ``{"batch": {"ids": ...}}``.
+    Raises CaptureError where they are not those of the arguments.
+    """
+    given, caught = arguments(module, inputs), _catcher(module)
+    shapes: Any = dynamic_shapes  # Any: a tree of whatever a dimension may be
+    if isinstance(shapes, torch.export.ShapesCollection):
+        try:
+            shapes = shapes.dynamic_shapes(module, *inputs)
+        except ValueError as error:
+            raise CaptureError(
+                "the ShapesCollection has a tensor that is none of the example inputs: give it their own tensors"
+            ) from error
+    if isinstance(shapes, tuple | list):
+        bound = inspect.signature(module.forward).bind(*inputs[0], **inputs[1]).arguments
+        names = list(bound if len(bound) == len(shapes) else given)
+        if len(names) != len(shapes):
+            raise CaptureError(f"there are {len(shapes)} dynamic shapes: give one for each of {list(given)}")
+        shapes = dict(zip(names, shapes, strict=True))
+    shapes = dict(shapes or {})
+    if caught and caught not in given and isinstance(shapes.get(caught), Mapping):
+        shapes |= shapes.pop(caught)
+    if unknown := [name for name in shapes if name not in given]:
+        raise CaptureError(
+            f"there are dynamic shapes for {unknown[0]!r}, which is none of the arguments given: name them as in "
+            f"{list(given)}"
+        )
+    return {name: shapes.get(name) for name in given}
 
 
 def in_order(module: nn.Module, inputs: Inputs) -> Inputs:
@@ -83,13 +129,12 @@ def fresh(example_inputs: _Nested) -> _Nested:
     def copied(tensor: Tensor) -> Tensor:
         return copies.setdefault(id(tensor), tensor.detach().clone())
 
-    same: _Nested = pytree.tree_map_only(Tensor, copied, example_inputs)
-    return same
+    return mapped(copied, example_inputs)
 
 
 def batch_size(inputs: Inputs) -> int | None:
     """The first dimension of the first tensor that has one."""
-    return next((leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    return next((tensor.shape[0] for tensor in tensors(inputs) if tensor.ndim), None)
 
 
 def double_batch_of_one(args: Args, kwargs: Kwargs) -> Inputs:
@@ -102,9 +147,9 @@ def free_dimensions(args: Args, kwargs: Kwargs, *, only_first: bool = False) -> 
     model allows it.
     """
     shapes = torch.export.ShapesCollection()
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            shapes[leaf] = dict.fromkeys(range(1 if only_first else leaf.ndim), torch.export.Dim.AUTO)
+    for tensor in tensors((args, kwargs)):
+        if tensor.ndim:
+            shapes[tensor] = dict.fromkeys(range(1 if only_first else tensor.ndim), torch.export.Dim.AUTO)
     return shapes
 
 
@@ -118,11 +163,10 @@ def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None, limits: S
     present = batch_size(inputs)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
-    given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    below = {id(leaf): limit for leaf, limit in zip(given, limits, strict=False)}
+    below = {id(leaf): limit for leaf, limit in zip(tensors(inputs), limits, strict=False)}
 
-    def resized(leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != present:
+    def resized(leaf: Tensor) -> Tensor:
+        if not leaf.ndim or leaf.shape[0] != present:
             return leaf
         if generator is None:
             return leaf.detach()[torch.arange(batch) % leaf.shape[0]]
@@ -136,16 +180,10 @@ def with_batch(inputs: Inputs, batch: int, *, seed: int | None = None, limits: S
             return drawn.to(leaf.device, leaf.dtype)
         return leaf.detach()[torch.randint(leaf.shape[0], (batch,), generator=generator)]
 
-    done: dict[int, object] = {}  # one tensor stays one
-    args, kwargs = pytree.tree_map(lambda leaf: done.setdefault(id(leaf), resized(leaf)), inputs)
-    return args, kwargs
+    done: dict[int, Tensor] = {}  # one tensor stays one
+    return mapped(lambda leaf: done.setdefault(id(leaf), resized(leaf)), inputs)
 
 
 def joined(path: Sequence[Any]) -> str:  # Any: pytree's kinds of keys, dataclasses without a common base
     """``batch_ids_0`` for ``batch["ids"][0]``, as torch.export names its inputs."""
     return "_".join(str(astuple(key)[0]) for key in path)
-
-
-def tensors(values: object) -> list[Tensor]:
-    """The tensors in nested values, in order."""
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Target
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
@@ -19,6 +18,7 @@ from ..errors import CaptureError, first_line
 from ..ops import Shape, module_op
 from .inputs import ExampleInputs, fresh, split_inputs
 from .isolation import same_buffers, same_randomness, same_values, slow_attention
+from .nested import leaves
 from .net import Net, same_modes, untraced
 
 
@@ -170,7 +170,7 @@ def _placeholders(graph: fx.Graph, args: Args, kwargs: Kwargs) -> list[object]:
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
         spec = codegen.pytree_info.in_spec
         order = spec.child(1).context if spec.num_children == 2 else list(kwargs)
-        return pytree.tree_leaves((args, {name: kwargs[name] for name in order}))
+        return leaves((args, {name: kwargs[name] for name in order}))
     values: list[object] = []
     given = list(args)
     for node in graph.nodes:

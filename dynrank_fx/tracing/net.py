@@ -6,17 +6,19 @@ import contextlib
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Never, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ..aliases import Args, Kwargs, Output, StateDict
 from ..errors import CaptureError, DynrankError
 from .pickling import GraphData, graph_from_data, graph_to_data
+from .state import load_state_
 
 Forward: TypeAlias = Callable[..., Output]
 
@@ -122,6 +124,12 @@ class Net(fx.GraphModule):
                 f"a graph of {type(self).__name__} has no {name!r}: transform(..., form=dr.Form.LAYERS) makes a net "
                 "that keeps the model's own methods and attributes"
             ) from None
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """As in torch, whose own takes a time that grows with the square of the number of layers."""
+        return load_state_(self, state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any) -> None:  # Any: torch's own
         # A site that replaced a bare parameter keeps that parameter's name.

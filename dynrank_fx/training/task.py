@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch.utils import _pytree as pytree
 
 from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
-from ..tracing import Inputs, batch_size, evaluating, unwrap
+from ..tracing import Inputs, batch_size, evaluating, mapped, tensors, unwrap
 from .settings import Settings
 
 # What torch and Python raise where a batch does not fit the model.
@@ -83,17 +81,8 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
 
 
 def _on_device(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch there. pytree would not look into a mapping of another kind than a dict, as tokenizers give them."""
-
-    def moved(values: object) -> object:
-        return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), values)
-
-    if not isinstance(batch, MutableMapping) or not pytree.tree_is_leaf(batch):
-        return moved(batch)
-    twin = copy.copy(batch)
-    for key, value in batch.items():
-        twin[key] = moved(value)
-    return twin
+    """The batch there."""
+    return mapped(lambda t: t.to(device, non_blocking=True), batch)
 
 
 def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) -> None:
@@ -102,7 +91,7 @@ def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) 
         with torch.no_grad():
             net(*args, **kwargs)
     except _BY_A_BATCH as why:
-        given = [f"{t.dtype} {tuple(t.shape)}" for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [f"{t.dtype} {tuple(t.shape)}" for t in tensors((args, kwargs))]
         raise DynrankError(
             f"the model does not accept a batch of the data ({', '.join(given) or 'without a tensor'}): "
             f"{first_line(why)}"
@@ -159,7 +148,7 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
     with evaluating(net):
         for batch in batches_of(task.eval_data, task, "eval_data()"):
             output, batch = apply(net, task, settings, batch)
-            size = batch_size(((), dict(batch) if isinstance(batch, Mapping) else {"batch": batch})) or 1
+            size = batch_size(((), {"batch": batch})) or 1
             loss = loss_of(task, settings, output, batch).double()
             sums += size * torch.stack([loss, metric_of(task, output, batch, loss)])
             count += size

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.onnx.dynamic import (
-    arguments,
     movable_axes,
     name_dimensions_,
     name_free_,
     named_shapes,
+    names_of_dims,
     other_sizes,
     sizes_in,
     with_sizes,
@@ -75,7 +75,6 @@ def test_other_sizes_repeat_the_example() -> None:
     assert kwargs["scale"] == 2.0
     (x,), _ = with_sizes(SHAPES, INPUTS, {"width": 2, "batch": 1})
     assert x.tolist() == [[0, 1]]
-    assert list(arguments(Two(), INPUTS)) == ["x", "y", "scale"]
 
 
 def test_the_file_has_the_names_wherever_the_size_occurs() -> None:
@@ -183,6 +182,95 @@ def test_a_named_size_may_be_restricted_to_multiples(tmp_path: Path) -> None:
     report = dr.export_onnx(Upscaled(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", dynamic=dynamic)
     assert report.shapes == {"x": ("n", 3, "h", "w")}
     assert "n, h and w free (x is n x 3 x h x w)" in str(report)
+
+
+Dim = torch.export.Dim
+N, H, W = Dim("n"), Dim("h"), Dim("w")
+
+
+def test_the_names_of_dims_are_found_wherever_tensors_are() -> None:
+    class Nested(nn.Module):
+        def forward(self, x: Any, *more: Any, **rest: Any) -> Any:
+            return x, more, rest
+
+    a = torch.zeros(2, 3)
+    inputs: Any = (({"ids": a, "pair": [a, a]}, a), {"last": a, "scale": 1.0})
+    shapes = {
+        "x": {"ids": {0: N, 1: 2 * H}, "pair": [(N, None), None]},
+        "more": ({1: Dim.AUTO},),
+        "last": {0: 2, 1: W},
+        "scale": None,
+    }
+    assert names_of_dims(Nested(), inputs, shapes) == {
+        "x_ids": {0: "n", 1: "2*h"},
+        "x_pair_0": {0: "n"},
+        "last": {1: "w"},
+    }
+
+
+class Places(nn.Module):
+    """Takes up to 9 places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.places[: x.shape[1]]
+
+
+class CaughtPlaces(Places):
+    def forward(self, **batch: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(batch["x"]) * batch["y"]
+
+
+IMAGE, TEXT = torch.randn(2, 3, 8, 8), torch.randn(2, 9, 4)
+COLLECTION = torch.export.ShapesCollection()
+COLLECTION[IMAGE] = {0: N, 2: H}
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "shapes", "named"),
+    [
+        (Upscaled, (IMAGE,), {"x": {0: N, 2: H, 3: W}}, {"x": ("n", 3, "h", "w")}),
+        (Upscaled, (IMAGE,), ((N, None, H, 8),), {"x": ("n", 3, "h", 8)}),
+        (Upscaled, (IMAGE,), COLLECTION, {"x": ("n", 3, "h", 8)}),
+        (Upscaled, (IMAGE,), {"x": {0: N, 2: 4 * H, 3: Dim("w", max=64)}}, {"x": ("n", 3, "4*h", "w")}),
+        (Places, (TEXT,), {"x": {0: N, 1: W}}, {"x": ("n", "w", 4)}),
+        (Places, (TEXT[:1],), {"x": {0: N, 1: W}}, {"x": ("n", "w", 4)}),
+        (Places, (TEXT,), {"x": {0: N, 1: Dim("width"), 2: 4}}, {"x": ("n", "width", 4)}),
+        (
+            CaughtPlaces,
+            {"x": TEXT, "y": TEXT},
+            {"batch": {"x": {0: N, 1: W}, "y": {0: N, 1: W}}},
+            {"x": ("n", "w", 4), "y": ("n", "w", 4)},
+        ),
+    ],
+)
+def test_a_dim_may_be_restricted_by_the_model_and_gives_its_name(
+    module: Any, inputs: Any, shapes: Any, named: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    report = dr.export_onnx(module(), inputs, tmp_path / "m.onnx", dynamic_shapes=shapes)
+    assert report.shapes == named
+
+
+def test_a_name_of_the_users_is_not_given_to_another_size(tmp_path: Path) -> None:
+    shapes = {"input": {2: Dim("width"), 3: Dim.AUTO}}
+    report = dr.export_onnx(nn.Conv2d(3, 4, 3), IMAGE, tmp_path / "m.onnx", dynamic_shapes=shapes)
+    assert report.shapes == {"input": (2, 3, "width", "other_width")}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sentence"),
+    [
+        ({"input": {1: W}}, "^the model fixes dimension 1 of input at 24: leave 'w' out"),
+        ({"input": {1: Dim.DYNAMIC}}, "^the model fixes or restricts dimension 1 of input: leave that dimension out"),
+    ],
+)
+def test_a_size_that_the_model_fixes_is_told(perceptron: Any, shapes: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(dr.ExportError, match=sentence):
+        dr.export_onnx(*perceptron, tmp_path / "m.onnx", dynamic_shapes=shapes)
 
 
 @pytest.mark.parametrize(

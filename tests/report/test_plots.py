@@ -11,6 +11,7 @@ from dynrank_fx.errors import DynrankError, StoreError
 from dynrank_fx.phase import Phase
 from dynrank_fx.report import plot_run, plot_spectra
 from dynrank_fx.report.matrices import MatrixRow
+from dynrank_fx.report.plots import label_of
 from dynrank_fx.schedules import EpochRecord
 
 
@@ -74,6 +75,18 @@ def test_the_picture_says_what_it_shows(tmp_path: Path) -> None:
         assert text.count(f"<!-- {part} -->") == 1
     plot_spectra(spectra(2, 2.0, 1.0), tmp_path / "spectra.svg")
     assert "<!-- layers.1.query (2 of 2) -->" in (tmp_path / "spectra.svg").read_text()
+
+
+def test_a_long_name_leaves_room_and_an_escape_is_spelt_out() -> None:
+    assert label_of("layers.0.query.weight") == "layers.0.query"
+    assert label_of("a" * 100 + "b" * 200 + ".weight") == "a" * 30 + "…" + "b" * 30
+    assert label_of("\x1b[31mred.weight") == "\\x1b[31mred"
+
+
+@pytest.mark.parametrize(("epochs", "label"), [(300, "epoch"), (1400, "epoch (300 of 1,400 are shown, evenly spread)")])
+def test_a_picture_of_a_long_run_says_that_it_is_thinned(epochs: int, label: str, tmp_path: Path) -> None:
+    plot_run(history(epochs, 2), tmp_path / "run.svg")
+    assert f"<!-- {label} -->" in (tmp_path / "run.svg").read_text()
 
 
 def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 
 import dynrank_fx as dr
 from dynrank_fx.tracing import (
+    arguments,
     batch_size,
     double_batch_of_one,
     free_dimensions,
     fresh,
     in_order,
     joined,
+    shapes_by_argument,
     split_inputs,
     tensors,
     with_batch,
@@ -205,3 +207,48 @@ def test_nested_inputs_are_named_as_torch_export_names_them():
     paths = [path for path, _ in pytree.tree_flatten_with_path({"batch": batch})[0]]
     assert [joined(path) for path in paths] == ["batch_ids_0", "batch_ids_1"]
     assert list(torch.export.export(Nested(), (batch,)).graph_signature.user_inputs) == [joined(p) for p in paths]
+
+
+class Caught(nn.Module):
+    def forward(self, x: Tensor, *, scale: float = 1.0, **batch: Tensor) -> Tensor:
+        return x * scale + batch["y"]
+
+
+LEFT, RIGHT = torch.ones(2, 3), torch.ones(2, 3)
+CALL = ((LEFT,), {"y": RIGHT, "scale": 2.0})
+ROWS = {0: torch.export.Dim("rows")}
+COLLECTION = torch.export.ShapesCollection()
+COLLECTION[RIGHT] = ROWS
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ({"x": ROWS, "y": ROWS, "scale": None}, [ROWS, ROWS]),
+        ({"x": ROWS, "batch": {"y": ROWS}}, [ROWS, ROWS]),
+        ({"y": ROWS}, [None, ROWS]),
+        ((ROWS, None, {"y": ROWS}), [ROWS, ROWS]),
+        (COLLECTION, [None, ROWS]),
+        ({}, [None, None]),
+    ],
+)
+def test_dynamic_shapes_of_every_form_are_by_argument(shapes, expected):
+    assert list(arguments(Caught(), CALL)) == ["x", "scale", "y"]
+    given = shapes_by_argument(Caught(), CALL, shapes)
+    assert given == {"x": expected[0], "scale": None, "y": expected[1]}
+    if None not in expected:
+        net = dr.capture(Caught(), CALL, how=dr.Capture.EXPORT, dynamic_shapes=shapes)
+        assert torch.equal(net(torch.ones(6, 3), y=torch.ones(6, 3), scale=2.0), torch.full((6, 3), 3.0))
+
+
+def test_dynamic_shapes_of_other_arguments_are_refused_in_a_sentence():
+    other = torch.export.ShapesCollection()
+    other[torch.ones(1)] = ROWS
+    for shapes, sentence in (
+        ({"z": ROWS}, r"^there are dynamic shapes for 'z', .* name them as in \['x', 'scale', 'y'\]$"),
+        ({"batch": {"z": ROWS}}, "^there are dynamic shapes for 'z'"),
+        ((ROWS,), "^there are 1 dynamic shapes: give one for each of"),
+        (other, "^the ShapesCollection has a tensor that is none of the example inputs"),
+    ):
+        with pytest.raises(dr.CaptureError, match=sentence):
+            shapes_by_argument(Caught(), CALL, shapes)
