@@ -135,6 +135,8 @@ def recalibrate_(module: nn.Module, batches: Iterable[ExampleInputs], *, like: n
     if not norms:
         return 0
     statistics = [each for norm in norms for each in norm.statistics]
+    for each in statistics:
+        each.nan_to_num_(0.0, 0.0, 0.0)  # the first batch has a weight of 1, which leaves nothing but what is infinite
     with batch_statistics(norms) as weigh:
         seen = 0
         for number, batch in used:

@@ -89,6 +89,11 @@ def recover_(
                     lost.backward()
                 optimizer.step()
                 scheduler.step()
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in chosen):
+                raise CalibrationError(
+                    "the recovery came to weights that are not finite: look for a gradient that overflows, or leave "
+                    "the recovery out"
+                )
         except BaseException:
             with torch.no_grad():
                 for parameter, value in zip(chosen, before, strict=True):

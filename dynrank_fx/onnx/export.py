@@ -25,6 +25,7 @@ from ..tracing import (
     batch_size,
     check_shapes,
     in_order,
+    infinite_statistic,
     quiet,
     shell,
     split_inputs,
@@ -163,6 +164,11 @@ def export_onnx(
             raise ExportError(f"metadata are texts by name, not {key!r}: {value!r}; write it as a text")
     check_shapes(dynamic_shapes)
     plain = _in_evaluation(module)
+    if (what := infinite_statistic(plain)) is not None:
+        raise ExportError(
+            f"{what} is not finite, as after a training that has diverged: load sound weights, or give the batch norms "
+            "new statistics by recalibrate_"
+        )
     inputs = in_order(plain, split_inputs(example_inputs))
     large = bytes_of(plain) > MAX_BYTES
     if large and external_data is False:

@@ -37,6 +37,7 @@ from .net import (
     unwrap,
 )
 from .shell import own_, shell
+from .statistics import infinite_statistic, is_statistic
 
 __all__ = [
     "ROUNDING",
@@ -62,7 +63,9 @@ __all__ = [
     "free_dimensions",
     "fresh",
     "in_order",
+    "infinite_statistic",
     "is_captured",
+    "is_statistic",
     "joined",
     "measure",
     "meta_of",

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..tracing import is_statistic
+
 
 def infinite_buffers(net: nn.Module) -> frozenset[str]:
-    """Those that are not finite: before training these are masks, which may be so, and nothing that it measures."""
-    return frozenset(name for name, buffer in net.named_buffers() if not torch.isfinite(buffer).all())
+    """Those that are not finite before training, as masks may be, but the statistics of batch norms never."""
+    named = net.named_buffers()
+    return frozenset(name for name, buffer in named if not is_statistic(name) and not torch.isfinite(buffer).all())
 
 
 def not_finite(net: nn.Module, optimizers: Iterable[Optimizer], *, but: frozenset[str]) -> str | None:

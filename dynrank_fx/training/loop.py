@@ -58,6 +58,9 @@ def fit(
     if settings.amp is torch.float16 and run.scaler is None:
         run.scaler = torch.amp.GradScaler(torch.device(settings.device).type)
     run.phases = phases = _phases(run, task, settings)
+    if (what := phases.diverged()) is not None:
+        phases.remove()
+        raise DynrankError(f"{what} is not finite before the first step: begin with sound weights")
     endless = _passes(run, task)
     try:
         while run.epoch < phases.clock.ticks:
