@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from dynrank_fx import files
 from dynrank_fx.cli.main import cli
 
 READERS = {
@@ -92,3 +93,11 @@ def test_files_of_another_run_are_told(swapped: tuple[str, ...], sentence: str) 
         shutil.copy(f"second/{name}", f"first/{name}")
     for reader in READERS:
         assert refusal(reader).startswith(sentence)
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_run_is_read_while_another_process_trains_in_it(run: Callable[..., Result]) -> None:
+    with files.only_one(Path("first")):
+        for name in (*RUNNING, "report"):
+            run(*READERS[name])
+        assert sorted(Path("first").glob(".*")) == [Path("first/.lock")]
