@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from dynrank_fx.text import json_text
 
 from .options import given_path, json_option
 from .streams import echo
@@ -64,6 +65,6 @@ def bench(
         repeats=repeats,
     )
     if as_json:
-        echo(json.dumps({"machine": onnx_machine(), "timings": [each.to_json() for each in timings]}, indent=1))
+        echo(json_text({"machine": onnx_machine(), "timings": [each.to_json() for each in timings]}))
     else:
         echo(f"{table(timings)}\n\n{onnx_machine()}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from click.core import ParameterSource
 
 from dynrank_fx.errors import ExportError, StoreError
 from dynrank_fx.files import check_file_place, finish
+from dynrank_fx.text import json_text
 
 from .options import (
     Option,
@@ -168,7 +168,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
     finally:  # after the file is there, and also where it could not be
         if not as_json:
             echo(f"{result}\n")
-    echo(json.dumps({**result.to_json(), "warnings": warnings, "file": written}, indent=1) if as_json else said)
+    echo(json_text({**result.to_json(), "warnings": warnings, "file": written}) if as_json else said)
 
 
 def _written(

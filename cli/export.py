@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from dynrank_fx.text import json_text
 
 from .options import (
     Option,
@@ -62,4 +63,4 @@ def export(source: Path, out: Path, model_file: Path | None, calibrate: int, as_
         metadata=final.metadata,
         **arguments,
     )
-    echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+    echo(json_text(report.to_json()) if as_json else str(report))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import click
 
 from dynrank_fx.aliases import JsonObject
 from dynrank_fx.files import check_file_place
+from dynrank_fx.text import json_text
 
 from .options import given_path, json_option
 from .runs import RUN_FILE, read_own_run, read_run_file
@@ -47,7 +47,7 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
     said = verdict(history, plan, about)
     if as_json:
         last = {name: value for name, value in history[-1].to_json().items() if name != "switch_spectra"}
-        echo(json.dumps({"page": str(path), "verdict": said, "next": about.then, "last": last}, indent=1))
+        echo(json_text({"page": str(path), "verdict": said, "next": about.then, "last": last}))
     else:
         echo(" ".join(said))
     echo(f"wrote {path}; open it in a browser", err=True)

@@ -94,11 +94,12 @@ def _is_far(mine: tuple[float, float], its: tuple[float, float]) -> bool:
 def _loss(file: ModelFile, model: nn.Module, batches: Sequence[Batch]) -> float:
     import torch
 
-    from dynrank_fx.tracing import evaluating
+    from dynrank_fx.tracing import evaluating, same_buffers
 
     losses = []
     with torch.no_grad(), evaluating(model):
         for batch in batches:
             args, kwargs = file.inputs(batch)
-            losses.append(float(file.loss(model(*args, **kwargs), batch)))
+            with same_buffers(model):
+                losses.append(float(file.loss(model(*args, **kwargs), batch)))
     return sum(losses) / max(len(losses), 1)

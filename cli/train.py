@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from dynrank_fx.aliases import Batch, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
+from dynrank_fx.text import json_text
 
 from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
@@ -142,7 +142,7 @@ def _print_result(run: Run, clock: Clock, folder: Path, as_json: bool) -> None:
     last = run.history[-1].to_json() if run.history else {}
     last.pop("switch_spectra", None)
     data = {"run": str(folder), "epoch": run.epoch, "epochs": clock.ticks, "step": run.step, "last": last}
-    echo(json.dumps(data, indent=1))
+    echo(json_text(data))
 
 
 def _versions() -> dict[str, str]:

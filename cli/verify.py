@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dynrank_fx.errors import ExportError
+from dynrank_fx.text import json_text
 
 from .options import Option, calibrate_option, given_path, json_option, weights_option
 from .streams import echo
@@ -80,7 +80,7 @@ def verify(
         verdict = compare_onnx(*files, batch_sizes=batches or (1, 2, 5), provider=provider, tolerance=tolerance)
     scores = _scores((one, other), final, provider) if metric and final is not None else {}
     if as_json:
-        echo(json.dumps({**verdict.to_json(), "metric": scores}, indent=1))
+        echo(json_text({**verdict.to_json(), "metric": scores}))
     else:
         echo("\n".join([str(verdict), *(f"metric {value:.4f}  {name}" for name, value in scores.items())]))
     if not verdict.same:

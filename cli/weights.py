@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynrank_fx.errors import StoreError, first_line
+from dynrank_fx.seals import check_zip
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,17 +53,19 @@ def load_weights_(model: nn.Module, path: Path) -> str:
 def _state_in(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a file by name, and in words what else a checkpoint has. Raises StoreError."""
     import torch
-    from safetensors.torch import load_file
 
+    from dynrank_fx.store import read_tensors
+
+    if path.suffix == ".safetensors":
+        return read_tensors(path), []
+    check_zip(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path), []
         content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {path}: give a state_dict of the model") from error
     except Exception as error:  # of torch.load or of safetensors, which raise many kinds
         why = "it holds more than tensors" if "weights_only" in str(error) else first_line(error)[:200]
-        if path.suffix != ".safetensors" and path.is_file() and not _by_torch(path):
+        if path.is_file() and not _by_torch(path):
             why = "torch.save did not write it"
         raise StoreError(
             f"{path} could not be loaded into model() ({why}): save the model's state_dict alone"

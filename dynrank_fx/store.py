@@ -68,6 +68,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     return read(path)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of any safetensors file, on the CPU; those that ``write`` wrote are checked.
+
+    Raises StoreError for a missing or damaged file.
+    """
+    tensors, metadata = _opened(path)
+    return read(path)[0] if metadata.get("format") == _FORMAT else tensors
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
@@ -76,15 +85,18 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
+def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
     except FileNotFoundError as error:
         raise StoreError(f"there is no file {path}") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} is damaged or not a safetensors file ({error}); use an earlier copy") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
+    tensors, metadata = _opened(path)
     if metadata.get("format") != _FORMAT:
         raise StoreError(f"{path} was not written by dynrank-fx, or its header is damaged")
     if metadata.get("version") not in _KNOWN:

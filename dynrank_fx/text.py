@@ -1,9 +1,12 @@
-"""Plain text for plans and reports: tables, how a size has changed, and what a terminal may be shown."""
+"""Plain text for plans and reports: tables, how a size has changed, JSON, and what a terminal may be shown."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -27,3 +30,17 @@ def change(before: int, after: int) -> str:
 def printable(text: str) -> str:
     """The text with the control characters that a terminal obeys, other than tabs and new lines, spelt out."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def finite(value: Any) -> Any:  # Any: whatever JSON holds, and what the user noted
+    """The value with None for each number that is not finite, as JSON has none, and with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: object) -> str:
+    """The value as JSON that every reader takes."""
+    return json.dumps(finite(value), indent=1, allow_nan=False)

@@ -134,12 +134,16 @@ def recalibrate_(module: nn.Module, batches: Iterable[ExampleInputs], *, like: n
         norms = _moved(module, norms, like, used[0])
     if not norms:
         return 0
+    statistics = [each for norm in norms for each in norm.statistics]
+    for each in statistics:
+        each.nan_to_num_(0.0, 0.0, 0.0)  # the first batch has a weight of 1, which leaves nothing but what is infinite
     with batch_statistics(norms) as weigh:
         seen = 0
         for number, batch in used:
             seen += rows[number]
             weigh(rows[number] / seen)  # the mean over all rows so far
-            _observed(module, batch, number)
+            with same_buffers(module, but=statistics):  # a streaming position, which forward moves, stays
+                _observed(module, batch, number)
     return len(norms)
 
 

@@ -110,7 +110,7 @@ def calibrate(
     seen: dict[str, Covariance] = {}
     matrices: dict[tuple[object, ...], list[Tensor]] = {}
     order: dict[str, None] = {}
-    with evaluating(root), same_buffers(root), torch.no_grad():
+    with evaluating(root), torch.no_grad():
         for some in _passes(root, [_unseen(group) for group in groups if group.name not in plain]):
             _run(root, data, some, order)
             for each in some:
@@ -176,13 +176,14 @@ def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[_Sums
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         for number, batch in enumerate(data):
-            try:
-                call(root, batch, number)
-            except CalibrationError as error:
-                for handle in handles:
-                    handle.remove()
-                call(root, batch, number)
-                raise error.__cause__ or error from None  # the model takes the batch: what failed is ours
+            with same_buffers(root):  # each batch finds the model as it is
+                try:
+                    call(root, batch, number)
+                except CalibrationError as error:
+                    for handle in handles:
+                        handle.remove()
+                    call(root, batch, number)
+                    raise error.__cause__ or error from None  # the model takes the batch: what failed is ours
             for seen in watched:
                 if not float(seen.products.abs().amax()) < torch.finfo(torch.float32).max:
                     side = "inputs" if seen.of_inputs else "outputs"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..phases import LatencyOf, RankUnit, rank_units
 from ..plan import Budget, RankPolicy
 from ..rewrite import a_twin, inline_, plan_of
-from ..tracing import ExampleInputs
+from ..tracing import ExampleInputs, same_buffers
 from .batches import call
 from .batchnorms import recalibrate_
 from .covariance import Calibration
@@ -165,5 +165,8 @@ class Candidates:
     def _distance(self, candidate: Candidate) -> float:
         """Of its outputs to the dense model's, on the first calibration batches."""
         assert self.data is not None
-        some = list(enumerate(self.data[:_PROBES]))
-        return sum(float(distance(call(candidate.module, b, i), call(self.dense, b, i))) for i, b in some) / len(some)
+        some, total = list(enumerate(self.data[:_PROBES])), 0.0
+        for number, batch in some:
+            with same_buffers(candidate.module), same_buffers(self.dense):  # both begin where the model is
+                total += float(distance(call(candidate.module, batch, number), call(self.dense, batch, number)))
+        return total / len(some)

@@ -10,7 +10,7 @@ from torch import nn
 from ..phase import Phase
 from ..phases import phases_of
 from ..rewrite import inline_, plan_of
-from ..tracing import ExampleInputs, shell
+from ..tracing import ExampleInputs, same_buffers, shell
 from .batchnorms import recalibrate_
 from .truncation import truncate
 
@@ -52,7 +52,8 @@ def deployed(
         module = truncate(net, batches or None)
         if batches:
             recalibrate_(module, batches, like=inline_(shell(net.eval())))
-        score = None if metric is None else metric(module)
+        with same_buffers(module):
+            score = None if metric is None else metric(module)
     metadata = {"dynrank_plan": plan_of(net).to_json()}
     if score is not None:
         metadata["dynrank_metric"] = f"{score:.6g}"

@@ -70,24 +70,30 @@ def recover_(
     before = [parameter.detach().clone() for parameter in chosen]
     losses: list[float] = []
     groups = [{"params": [p], "lr": _SHARE * max(float(p.detach().square().mean().sqrt()), 1e-4)} for p in chosen]
-    with _training(module, chosen), same_buffers(module):
+    with _training(module, chosen):
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2
         )
         try:
             for step in range(steps):
-                lost = _lost(module, dense, data, step % len(data), loss)
-                losses.append(float(lost.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise CalibrationError(
-                        f"the loss of the recovery is {losses[-1]} at step {step}: look for a loss that overflows, or "
-                        "leave the recovery out"
-                    )
-                optimizer.zero_grad()
-                lost.backward()
+                with same_buffers(module), same_buffers(dense):  # to the end of backward, which may need them
+                    lost = _lost(module, dense, data, step % len(data), loss)
+                    losses.append(float(lost.detach()))
+                    if not math.isfinite(losses[-1]):
+                        raise CalibrationError(
+                            f"the loss of the recovery is {losses[-1]} at step {step}: look for a loss that overflows, "
+                            "or leave the recovery out"
+                        )
+                    optimizer.zero_grad()
+                    lost.backward()
                 optimizer.step()
                 scheduler.step()
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in chosen):
+                raise CalibrationError(
+                    "the recovery came to weights that are not finite: look for a gradient that overflows, or leave "
+                    "the recovery out"
+                )
         except BaseException:
             with torch.no_grad():
                 for parameter, value in zip(chosen, before, strict=True):

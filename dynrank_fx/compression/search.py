@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import PlanError
 from ..plan import Budget, Metric, RankPolicy
 from ..rewrite import plan_of
-from ..tracing import own_
+from ..tracing import own_, same_buffers
 from .candidates import Candidate, Candidates
 from .model_times import ModelTimes
 from .recover import Loss, recover_
@@ -137,7 +137,8 @@ class Search:
         """Whether the metric has fallen by at most so much; not where it is no number."""
         assert self.metric is not None
         assert self.score is not None
-        value = self.metric(tried.module)
+        with same_buffers(tried.module):
+            value = self.metric(tried.module)
         within = bool(value >= self.score - drop)
         self.candidates.tell(f"{what}: metric {float(value):.4f}, {'within' if within else 'below'} what is allowed")
         return within
@@ -193,7 +194,8 @@ def budget_of(shares: Mapping[Metric, float], even: bool = False) -> Budget:
 
 def scored(metric: Score, module: nn.Module) -> float:
     """The score of a module. Raises PlanError for what is no finite number."""
-    said = metric(module)
+    with same_buffers(module):
+        said = metric(module)
     try:
         value = float(said)
     except (TypeError, ValueError) as error:

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .. import files
+from ..aliases import Json
 from ..checks import checked_path, is_number, is_whole
 from ..errors import CalibrationError, StoreError
 from ..onnx import Provider, bound, runtime, session_of, threads
@@ -64,9 +65,9 @@ class SiteTimes:
         self.cache = None if self.cache is None else checked_path(self.cache)
         if self.cache is not None and self.cache.is_file():
             try:
-                self._known = {key: _times_in(each) for key, each in json.loads(self.cache.read_text()).items()}
-            except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-                self._known = {}  # a cache that cannot be read is measured anew
+                self._known = _cached(json.loads(self.cache.read_text()))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                self._known = {}  # what is damaged, or of an earlier version, is measured anew
 
     def pair(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
         """Times of a site, dense and factored, measured in turn or taken from the cache.
@@ -112,7 +113,7 @@ class SiteTimes:
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(self.cache, alone=False) as beside:
-                beside.write_text(json.dumps(self._known))
+                beside.write_text(json.dumps({"times": self._known, "sha256": _digest(self._known)}))
         except (OSError, StoreError):
             return
 
@@ -136,6 +137,18 @@ class SiteTimes:
         once = interleaved(first, second, repeats=3)
         inner = max(1, round(_SECONDS / max(once.first, 1e-7)))
         return interleaved(first, second, repeats=self.repeats, inner=min(inner, 200))
+
+
+def _cached(content: Json) -> dict[str, list[float] | None]:
+    """The times in a cache. Raises ValueError where they are not as they were written."""
+    times: dict[str, list[float] | None] = {key: _times_in(each) for key, each in content["times"].items()}
+    if content["sha256"] != _digest(times):
+        raise ValueError("the digest is another one")
+    return times
+
+
+def _digest(times: Mapping[str, Sequence[float] | None]) -> str:
+    return hashlib.sha256(json.dumps(times, sort_keys=True).encode()).hexdigest()
 
 
 def _times_in(entry: object) -> list[float] | None:

@@ -9,12 +9,12 @@ from typing import Unpack
 from torch import nn
 
 from ..checks import check_flags, is_number, is_whole
-from ..errors import ExportError, PlanError
+from ..errors import CalibrationError, ExportError, PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, Cost, PlanChoices, PlannedSite, PlanOptions, RankPolicy, Ratio, chosen
 from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
-from ..tracing import Capture, ExampleInputs, Form, shell, unwrap
+from ..tracing import Capture, ExampleInputs, Form, infinite_statistic, shell, unwrap
 from .batches import checked_batches
 from .calibration import calibrate
 from .candidates import Candidates
@@ -88,11 +88,15 @@ def compress(
     Raises:
         PlanError: For a budget that cannot be met (the least one that can is said), and for options that do not go
             together.
-        CalibrationError: For calibration data that do not serve.
+        CalibrationError: For calibration data that do not serve, and statistics of batch norms that are not finite.
         CaptureError: Where the model cannot be captured.
     """
     policy, drop = _parts(budget)
-    unwrap(model)  # which refuses what is no module
+    if (what := infinite_statistic(unwrap(model))) is not None:
+        raise CalibrationError(
+            f"{what} is not finite, as after a training that has diverged: load sound weights, or give the batch norms "
+            "new statistics by recalibrate_"
+        )
     check_flags(PlanError, sequential=sequential)
     if times is not None and not isinstance(times, SiteTimes):
         raise PlanError(f"times is {times!r}: give SiteTimes(), or None to measure nothing")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import TransitionError
+from ..aliases import StateDict
+from ..checks import checked_path
+from ..errors import StoreError, TransitionError, first_line
 from ..phases import averages_in
 from ..rewrite import switched_modules
 from ..schedules import EpochRecord, Schedule
+from ..seals import check_zip
 from ..tracing import is_captured
 from ..training import Phases, PhaseSettings, practical
 
@@ -43,7 +50,7 @@ class PhasesHolder:
 
     @property
     def history(self) -> list[EpochRecord]:
-        """A record of every epoch (or tick) begun; empty before training has begun."""
+        """A record of every epoch (or tick) begun, or of the last ones after a resume; empty before training."""
         return self.phases.history if self.phases is not None else []
 
 
@@ -63,3 +70,34 @@ def net_in(module: nn.Module) -> nn.Module:
         if is_captured(part) and switched_modules(part):
             return part
     raise TransitionError("the model holds no net with sites: give the trainer what transform made of it")
+
+
+def read_pickled(path: str | Path) -> StateDict:
+    """What ``torch.save`` wrote, as tensors and plain values: nothing in the file is run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The dict that it holds.
+
+    Raises:
+        StoreError: For what is no such file, for a damaged one, and for one that holds objects which only running code
+            would read.
+    """
+    path = checked_path(path)
+    check_zip(path)
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no checkpoint {path}") from error
+    except pickle.UnpicklingError as error:
+        raise StoreError(
+            f"{path} is damaged, or holds objects that only running code would read ({first_line(error)}): if "
+            "you trust it, allow their classes by torch.serialization.add_safe_globals first"
+        ) from error
+    except Exception as error:  # of zip, of pickle, or of torch
+        raise StoreError(f"{path} could not be read as a checkpoint ({first_line(error)})") from error
+    if not isinstance(data, Mapping):
+        raise StoreError(f"{path} holds a {type(data).__name__}, and is no checkpoint")
+    return dict(data)

@@ -8,18 +8,17 @@ phases before: ``resume_from_(net, path)``.
 from __future__ import annotations
 
 import math
-import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from ..aliases import StateDict
-from ..errors import ScheduleError, StoreError, TransitionError, first_line
+from ..errors import ScheduleError, TransitionError
 from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
-from .callback import PhasesHolder, net_in
+from .callback import PhasesHolder, net_in, read_pickled
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -140,8 +139,9 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
         self._log(pl_module)
 
     def _log(self, pl_module: nn.Module) -> None:
-        if len(self.history) > self._logged:
-            self._logged = len(self.history)
+        assert self.phases is not None
+        if self.phases.begun > self._logged:
+            self._logged = self.phases.begun
             pl_module.log("dynrank/spent", self.history[-1].spent)  # type: ignore[operator]
 
     def state_dict(self) -> StateDict:
@@ -171,23 +171,14 @@ def resume_from_(net: nn.Module, checkpoint: str | Path) -> None:
         checkpoint: Lightning's checkpoint file.
 
     Raises:
-        StoreError: For what is no such file, and for one that holds objects which only running code would read.
+        StoreError: For what is no such file, for a damaged one, and for one that holds objects which only running code
+            would read.
         TransitionError: For a checkpoint without phases.
         PlanError: For ranks that a site cannot have.
     """
-    try:
-        data = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise StoreError(f"there is no checkpoint {checkpoint}") from error
-    except pickle.UnpicklingError as error:
-        raise StoreError(
-            f"{checkpoint} is damaged, or holds objects that only running code would read ({first_line(error)}): if "
-            "you trust it, allow their classes by torch.serialization.add_safe_globals first"
-        ) from error
-    except Exception as error:  # of zip, of pickle, or of torch
-        raise StoreError(f"{checkpoint} could not be read as a checkpoint ({first_line(error)})") from error
-    for name, state in data.get("callbacks", {}).items():
-        if name.startswith("PhasesCallback"):
+    callbacks = read_pickled(checkpoint).get("callbacks")
+    for name, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        if str(name).startswith("PhasesCallback"):
             resume_phases_(net, state)
             return
     raise TransitionError(f"{checkpoint} has no state of a PhasesCallback: it is of a training without phases")

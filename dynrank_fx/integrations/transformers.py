@@ -1,7 +1,7 @@
 """A schedule of phases in a Hugging Face Trainer: ``Trainer(..., callbacks=[PhasesCallback(schedule)])``.
 
 The Trainer's model is the net that ``transform`` made, or holds it. The state of the phases is in every checkpoint
-folder, as ``phases.pt``. To go on from one, bring the net into its phases before the Trainer is made:
+folder, as ``phases.safetensors``. To go on from one, bring the net into its phases before the Trainer is made:
 ``resume_from_(net, folder)``.
 """
 
@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .. import files, store
 from ..aliases import StateDict
-from ..errors import TransitionError
+from ..checks import checked_path
+from ..errors import StoreError, TransitionError
 from ..randomness import random_state, set_random_state
 from ..rewrite import expect_factors_
 from ..tracing import Net, meta_of
-from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
-from .callback import PhasesHolder, net_in
+from ..training import Clock, Phases, clock_of, flatten, refuse_processes, resume_phases_, unflatten
+from .callback import PhasesHolder, net_in, read_pickled
 
-FILE = "phases.pt"
+FILE = "phases.safetensors"
+_OLD_FILE = "phases.pt"  # of earlier versions
 _PREPARED = "dynrank_prepared"  # the attribute of a model that was
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
@@ -96,6 +99,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         Raises:
             TransitionError: Where the model holds no net of ``transform``, a checkpoint lacks the state of the phases,
                 or several processes train.
+            StoreError: Where that state is damaged, or of another checkpoint.
         """
         refuse_processes(args.world_size)
         self._prepare(kwargs["model"])
@@ -148,12 +152,19 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
 
     def _saved(self, args: TrainingArguments, state: TrainerState) -> StateDict:
         """The state of the phases in the checkpoint that the Trainer goes on from."""
-        file = Path(self.resume_from or _checkpoint(args, state)) / FILE
-        if not file.exists():
+        folder = Path(self.resume_from or _checkpoint(args, state))
+        found = _phases_in(folder)
+        if found is None:
             raise TransitionError(
-                f"{file} is missing: give the callback the checkpoint that the Trainer resumes from as its resume_from"
+                f"{folder / FILE} is missing: give the callback the checkpoint that the Trainer resumes from as its "
+                "resume_from"
             )
-        saved: StateDict = torch.load(file, map_location="cpu", weights_only=True)
+        saved, step = found
+        if step not in (None, state.global_step):
+            raise StoreError(
+                f"{folder / FILE} is of step {step}, and the Trainer's checkpoint of step {state.global_step}: put "
+                "back the file that belongs to it"
+            )
         return saved
 
     def on_epoch_begin(
@@ -182,10 +193,14 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             state: The TrainerState.
             control: The TrainerControl.
             **kwargs: What the Trainer tells besides.
+
+        Raises:
+            StoreError: Where the disk refuses.
         """
         folder = _checkpoint(args, state)
         if self.phases is not None and folder.is_dir():
-            torch.save(self.phases.state_dict(), folder / FILE)
+            tree, tensors = flatten(self.phases.state_dict(), "phases")
+            store.write(folder / FILE, tensors, {"phases": tree, "step": state.global_step})
 
 
 def _refuse_checkpointing(**settings: object) -> None:
@@ -258,9 +273,25 @@ def resume_from_(net: nn.Module, folder: str | Path) -> None:
 
     Raises:
         TransitionError: For a folder without the state of the phases.
+        StoreError: For one that is damaged or of something else.
         PlanError: For ranks that a site cannot have.
     """
-    file = Path(folder) / FILE
-    if not file.exists():
+    found = _phases_in(checked_path(folder))
+    if found is None:
         raise TransitionError(f"{folder} has no {FILE}: it is of a training without phases")
-    resume_phases_(net, torch.load(file, map_location="cpu", weights_only=True))
+    resume_phases_(net, found[0])
+
+
+def _phases_in(folder: Path) -> tuple[StateDict, int | None] | None:
+    """The state of the phases in a checkpoint folder, and its step, where it is known; None where there is none.
+
+    Raises StoreError for a file that is damaged or of something else.
+    """
+    file = folder / FILE
+    files.finish(file)
+    if not file.exists():
+        return (read_pickled(folder / _OLD_FILE), None) if (folder / _OLD_FILE).exists() else None
+    tensors, info = store.read(file)
+    if not isinstance(info, dict) or "phases" not in info:
+        raise StoreError(f"{file} holds no phases: put back the file that was in the checkpoint")
+    return unflatten(info["phases"], tensors), info.get("step")

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from ..errors import ExportError, reason
-from ..tracing import ExampleInputs, as_dicts, evaluating, fresh, in_order, slow_attention, split_inputs, tensors
+from ..tracing import (
+    ExampleInputs,
+    as_dicts,
+    evaluating,
+    fresh,
+    in_order,
+    same_buffers,
+    slow_attention,
+    split_inputs,
+    tensors,
+)
 from .dynamic import Dynamic, named_shapes
 from .precision import Precision
 from .session import Provider, session_of
@@ -64,7 +74,7 @@ def check_names(
         _check_count("input", input_names, len(tensors(inputs)))
     if output_names:
         args, kwargs = fresh(inputs)
-        with torch.no_grad(), slow_attention(), evaluating(module):
+        with torch.no_grad(), slow_attention(), evaluating(module), same_buffers(module):
             try:
                 outputs = module(*args, **kwargs)
             except Exception as error:  # of the user's forward

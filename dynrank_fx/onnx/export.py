@@ -26,6 +26,7 @@ from ..tracing import (
     batch_size,
     check_shapes,
     in_order,
+    infinite_statistic,
     quiet,
     shapes_by_argument,
     shell,
@@ -177,6 +178,11 @@ def export_onnx(
             raise ExportError(f"metadata are texts by name, not {key!r}: {value!r}; write it as a text")
     check_shapes(dynamic_shapes)
     plain = _in_evaluation(module)
+    if (what := infinite_statistic(plain)) is not None:
+        raise ExportError(
+            f"{what} is not finite, as after a training that has diverged: load sound weights, or give the batch norms "
+            "new statistics by recalibrate_"
+        )
     inputs = in_order(plain, as_dicts(split_inputs(example_inputs)))
     large = bytes_of(plain) > MAX_BYTES
     if large and external_data is False:

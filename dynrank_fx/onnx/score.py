@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..aliases import Batch, Output
 from ..errors import ExportError, reason
-from ..tracing import Inputs, evaluating, mapped, tensors
+from ..tracing import Inputs, evaluating, mapped, same_buffers, tensors
 from .agreement import onnx_inputs
 from .session import Provider, session
 
@@ -58,7 +58,8 @@ def score_onnx(
             args, kwargs = inputs(batch)
             feeds = [onnx_inputs(each, args, kwargs) for each in opened]  # before the model may write to them
             try:
-                output = module(*args, **kwargs)
+                with same_buffers(module):  # the files start from the same state each time
+                    output = module(*args, **kwargs)
             except Exception as error:  # of the user's forward
                 raise ExportError(
                     f"the model does not take a batch of the data ({reason(error)}): mend inputs(batch) or the data"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..phase import Phase
 from ..plan import break_even_rank, find_sites, locate
 from ..rewrite import switched_modules
 from ..seals import check_seal
-from ..text import text_table
+from ..text import json_text, text_table
 from ..tracing import ExampleInputs, is_captured, measure, meta_of
 
 
@@ -157,4 +156,4 @@ def matrices_table(rows: tuple[MatrixRow, ...]) -> str:
 
 def matrices_json(rows: tuple[MatrixRow, ...]) -> str:
     """The rows as JSON, spectra included."""
-    return json.dumps([vars(row) for row in rows], indent=1)
+    return json_text([vars(row) for row in rows])

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from ..aliases import Json, JsonObject
 from ..phase import Phase, summary
+from ..text import finite
 
 Spectra: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Singular values before and after, largest first."""
@@ -116,7 +117,7 @@ class EpochRecord:
         values["switch_spectra"] = {site: [list(s) for s in both] for site, both in self.switch_spectra.items()}
         unknown = [name for name in _LATER if getattr(self, _KNOWN_WITH.get(name, name)) in (None, {})]
         known = {name: value for name, value in values.items() if name not in unknown}
-        plain: JsonObject = _finite(known | dict(self.more))
+        plain: JsonObject = finite(known | dict(self.more))
         return plain
 
     @classmethod
@@ -143,14 +144,6 @@ class EpochRecord:
 
 def _floats(values: Iterable[float | None]) -> tuple[float, ...]:
     return tuple(math.nan if value is None else value for value in values)
-
-
-def _finite(value: Any) -> Any:  # Any: whatever JSON holds, and what the user noted
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _FIELDS = tuple(each.name for each in fields(EpochRecord) if each.name != "more")

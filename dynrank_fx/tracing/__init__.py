@@ -40,6 +40,7 @@ from .net import (
 )
 from .shell import own_, shell
 from .state import load_state_
+from .statistics import infinite_statistic, is_statistic
 
 __all__ = [
     "ROUNDING",
@@ -67,7 +68,9 @@ __all__ = [
     "free_dimensions",
     "fresh",
     "in_order",
+    "infinite_statistic",
     "is_captured",
+    "is_statistic",
     "joined",
     "leaves",
     "leaves_with_paths",

@@ -34,9 +34,10 @@ def same_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
-    """What forward does to the buffers inside is undone."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def same_buffers(model: nn.Module, *, but: Iterable[Tensor] = ()) -> Iterator[None]:
+    """What forward does to the buffers inside is undone, except to these."""
+    kept = {id(buffer) for buffer in but}
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in kept]
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     held = [(module, dict(module._buffers)) for module in modules]
     try:

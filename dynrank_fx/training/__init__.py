@@ -9,6 +9,7 @@ from .presets import Preset, paper_cifar10, paper_cifar100, practical
 from .rewarm import rewarm_
 from .run import CHECKPOINT, Run, history_in, plan_in, read_run, restore_run_, save_run, weights_in
 from .settings import PhaseSettings, Settings
+from .state_tree import flatten, unflatten
 from .task import Task, autocast, evaluate
 from .watch import Bar, Watcher, Watchers
 
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate",
     "factor_decay_",
     "fit",
+    "flatten",
     "history_in",
     "paper_cifar10",
     "paper_cifar100",
@@ -46,5 +48,6 @@ __all__ = [
     "rewarm_",
     "save_run",
     "train_state",
+    "unflatten",
     "weights_in",
 ]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..aliases import StateDict
+from ..errors import StoreError
 from ..layouts import Factors, Layout, at_least_float32, full_precision
 from ..phase import Phase
 from ..phases import Optimizers, optimizers_in, phases_in
@@ -64,10 +65,14 @@ class Landing:
         return {"left": self.left, "bases": self.bases}
 
     def load(self, state: StateDict) -> None:
-        """Go on from there."""
+        """Go on from there. Raises StoreError for a state that is of something else."""
         devices = {group.name: group.owner.outline.device for group in self._groups}
-        self.left = dict(state["left"])
-        self.bases = {site: tuple(each.to(devices[site]) for each in basis) for site, basis in state["bases"].items()}
+        try:
+            left = {site: int(steps) for site, steps in state["left"].items()}
+            bases = {site: tuple(each.to(devices[site]) for each in basis) for site, basis in state["bases"].items()}
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise StoreError("the state of the landing is of another net, or damaged: give an earlier copy") from error
+        self.left, self.bases = left, bases
 
     def begin(self, left: Mapping[str, int]) -> None:
         """Steps of FULL until the cut by site, from now on."""

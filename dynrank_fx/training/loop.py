@@ -57,8 +57,10 @@ def fit(
         forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
     if settings.amp is torch.float16 and run.scaler is None:
         run.scaler = torch.amp.GradScaler(torch.device(settings.device).type)
-    _buffers(run)  # as they are before the first step
     run.phases = phases = _phases(run, task, settings)
+    if (what := phases.diverged()) is not None:
+        phases.remove()
+        raise DynrankError(f"{what} is not finite before the first step: begin with sound weights")
     endless = _passes(run, task)
     try:
         while run.epoch < phases.clock.ticks:
@@ -192,32 +194,13 @@ def _train_epoch(
 
 def _refuse_diverged(run: Run) -> None:
     """Before a checkpoint: what is not finite must not take the place of the last good one."""
-    what = "the loss" if not math.isfinite(run.totals[0]) else _not_finite(run)
+    assert run.phases is not None
+    what = run.phases.diverged() if math.isfinite(run.totals[0]) else "the loss"
     if what is not None:
         raise DynrankError(
             f"the training diverged in epoch {run.epoch + 1}, where {what} is not finite: lower the learning rate; the "
             "last checkpoint is from before that"
         )
-
-
-def _not_finite(run: Run) -> str | None:
-    """The first weight, buffer or state of the optimizer that is not finite, but for what was not when it began."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in run.net.named_parameters()}
-    state = [
-        (f"the optimizer's {key} of {names.get(parameter, 'a parameter')}", value)
-        for parameter, values in run.optimizer.state.items()
-        for key, value in values.items()
-    ]
-    held = [*((name, p) for p, name in names.items()), *_buffers(run), *state]
-    return next((name for name, t in held if isinstance(t, Tensor) and not torch.isfinite(t).all()), None)
-
-
-def _buffers(run: Run) -> list[tuple[str, Tensor]]:
-    """Those that hold what is measured in training; a mask may be infinite from the start."""
-    if run.unbounded is None:
-        named = run.net.named_buffers()
-        run.unbounded = frozenset(name for name, buffer in named if not torch.isfinite(buffer).all())
-    return [(name, buffer) for name, buffer in run.net.named_buffers() if name not in run.unbounded]
 
 
 def _of_tick(run: Run, phases: Phases, endless: Iterator[Batch]) -> Iterator[Batch]:

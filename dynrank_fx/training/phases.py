@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..aliases import StateDict
-from ..checks import check_flags, check_schedule
+from ..aliases import JsonObject, StateDict
+from ..checks import check_flags, check_schedule, is_list, is_number, is_whole
 from ..errors import DynrankWarning, ScheduleError, StoreError, TransitionError
 from ..phase import Phase, summary
 from ..phases import (
@@ -37,11 +38,14 @@ from ..tracing import meta_of, note, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_processes, refuse_second
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
+from .finite import infinite_buffers, not_finite
 from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm
 from .settings import PhaseSettings
 
 _POINTS = 64  # of a spectrum in a record
+_KEPT = 1_000_000  # letters of the records in a state, as JSON
+_NO_STATE = "the state holds no history of phases: give what Phases.state_dict() gave"
 _RESUMED = "dynrank_resumed"  # in the meta of a net that is in the phases of a checkpoint
 
 
@@ -153,6 +157,8 @@ class Phases:
         self.step, self._told = 0, False
         meta_of(unwrap(net)).pop(LOADED, None)
         self.history: list[EpochRecord] = []
+        self._earlier: list[float] = []  # learning rates of the ticks before the first of the history
+        self._unbounded = infinite_buffers(net)
         self.transition = Transition(())
         self._by_itself = by_itself and clock.every is not None
         self._waits = False  # whether the first tick of an epoch waits for begin()
@@ -166,7 +172,7 @@ class Phases:
             raise
 
     def __repr__(self) -> str:
-        clock, tick = self.clock, self.coming
+        clock, tick = self.clock, self.begun
         if tick >= clock.ticks:
             coming = "no decision to come"
         elif self._by_itself and not (self._waits and clock.begins_epoch(tick)):
@@ -176,8 +182,8 @@ class Phases:
         return f"Phases({clock.unit} {tick} of {clock.ticks}, step {self.step}, {phase_label(self.net)}; {coming})"
 
     @property
-    def coming(self) -> int:
-        """The tick that begins next."""
+    def begun(self) -> int:
+        """How many ticks have begun, those before the history's first one too."""
         return self.history[-1].epoch + 1 if self.history else 0
 
     def is_due(self, epoch: int) -> bool:
@@ -191,7 +197,7 @@ class Phases:
         """
         parts = self.clock.parts
         first = parts > 1 and self.step == 0 and not self._waits  # it has begun by itself; from its call on others wait
-        return self.clock.begins_epoch(epoch * parts) and (epoch * parts >= self.coming or first)
+        return self.clock.begins_epoch(epoch * parts) and (epoch * parts >= self.begun or first)
 
     def begin(self, epoch: int) -> EpochRecord:
         """Bring the net into the phases of this epoch, and the optimizer along.
@@ -208,7 +214,7 @@ class Phases:
             TransitionError: As ``enter_`` does.
         """
         check_epoch(epoch, self.clock.ticks // self.clock.parts)
-        begun = self._by_itself and self.coming == epoch + 1 == 1 and self.step == 0
+        begun = self._by_itself and self.begun == epoch + 1 == 1 and self.step == 0
         self._by_itself = self._by_itself and not self.clock.by_epochs
         self._waits = self.clock.parts > 1
         return self.history[0] if begun else self.begin_tick(epoch * self.clock.parts)
@@ -229,7 +235,7 @@ class Phases:
                 "the net is in the phases of a checkpoint, but where the run stood is not known: give Phases the state "
                 "by load_state_dict, or as resume="
             )
-        tick = self.coming
+        tick = self.begun
         waits = self._waits and self.clock.begins_epoch(tick)
         if tick < self.clock.ticks and self.step >= self.clock.start(tick) and not waits:
             self.begin_tick(tick, stepped=True)
@@ -262,9 +268,10 @@ class Phases:
 
         Raises:
             TransitionError: As ``enter_`` does.
+            ScheduleError: For a tick of which the state that training goes on from has no record.
         """
+        self._forget(tick)
         meta_of(unwrap(self.net)).pop(_RESUMED, None)
-        self.history = [each for each in self.history if each.epoch < tick]  # one may be begun again after a stop
         started = time.perf_counter()
         clock = self.clock
         if clock.every is not None:
@@ -297,6 +304,17 @@ class Phases:
         self.history.append(record)
         return record
 
+    def _forget(self, tick: int) -> None:
+        """The records of a tick that is begun again after a stop, and of those after it."""
+        if 0 < tick <= len(self._earlier):
+            raise ScheduleError(
+                f"{self.clock.unit} {tick} cannot begin again, since the state that training goes on from has no "
+                f"record of the one before it, but only from {len(self._earlier)} on: begin a later one, or 0"
+            )
+        while self.history and self.history[-1].epoch >= tick:
+            self.history.pop()
+        del self._earlier[tick:]
+
     def _state(self, tick: int, stepped: bool) -> TrainState:
         """What the schedule is told."""
         return state_at(
@@ -314,7 +332,7 @@ class Phases:
         """The learning rates of the ticks before this one; of one that never began, where an epoch was shorter than
         was said, that of the tick before it.
         """
-        rates: list[float] = []
+        rates = [*self._earlier]
         for record in self.history:
             rates += rates[-1:] * (record.epoch - len(rates)) + [record.lr]
         return rates + rates[-1:] * (tick - len(rates))
@@ -367,6 +385,14 @@ class Phases:
         sites = switched_modules(unwrap(self.net))
         return {name: sites[name][0].spectrum().flatten().sort(descending=True).values for name in names}
 
+    def diverged(self) -> str | None:
+        """What has become infinite or not a number since the ``Phases`` was made: a training that has diverged.
+
+        Returns:
+            The name of the first weight, buffer or state of the optimizer that is not finite; None where all are.
+        """
+        return not_finite(self.net, self.optimizers, but=self._unbounded)
+
     def hooks_state(self) -> StateDict:
         """Where the steps, a re-warm-up and a landing stand.
 
@@ -386,24 +412,51 @@ class Phases:
 
         Args:
             state: What ``hooks_state`` gave.
+
+        Raises:
+            StoreError: For a state that is of something else.
         """
         # Before steps were counted, a state was that of the end of an epoch.
-        self.step = state.get("step", self.clock.start(len(self.history)))
-        self._waits = state.get("waits", False)
-        if self._rewarms and state.get("rewarm"):
+        step, rewarm = state.get("step", self.clock.start(self.begun)), state.get("rewarm") or ()
+        if not is_whole(step) or not is_list(rewarm) or not all(map(is_whole, rewarm)):
+            raise StoreError(_NO_STATE)
+        self.step = step
+        self._waits = bool(state.get("waits", False))
+        if self._rewarms and rewarm:
             steps, *lefts = state["rewarm"]
-            for rewarm, left in zip(self._rewarms, lefts, strict=True):
-                rewarm.restart(steps, left)
+            if len(lefts) != len(self._rewarms):
+                raise StoreError(
+                    f"the state is of {len(lefts)} optimizers, and Phases has {len(self._rewarms)}: give the same ones"
+                )
+            for each, left in zip(self._rewarms, lefts, strict=True):
+                each.restart(steps, left)
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 
     def state_dict(self) -> StateDict:
         """What a checkpoint needs beside the net's and the optimizer's state, between any two steps.
 
+        It stays small however long the run is: it has the last records, as many as take a megabyte, and of earlier
+        ticks the learning rate alone. Where all records are wanted after a stop, keep them beside it
+        (``record.to_json()``).
+
         Returns:
             Plain values and tensors, for ``load_state_dict``.
+
+        Warns:
+            DynrankWarning: Where weights, buffers or the optimizer's state are not finite, and the checkpoint is
+                none to go on from.
         """
-        return {"history": [record.to_json() for record in self.history], **self.hooks_state()}
+        what = self.diverged()
+        if what is not None:
+            warnings.warn(
+                f"{what} is not finite, as in a training that has diverged: a checkpoint of now is none to go on from",
+                DynrankWarning,
+                stacklevel=2,
+            )
+        history = _last(self.history)
+        rates = self._rates_so_far(self.begun)[: history[0]["epoch"]] if history else []
+        return {"history": history, "rates": rates, **self.hooks_state()}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Go on from a checkpoint.
@@ -416,14 +469,14 @@ class Phases:
         Raises:
             StoreError: For a state that is of something else, or of other phases than the net is in.
         """
-        history = _history_in(state)
+        earlier, history = _history_in(state)
         if history and history[-1].phases != phases_of(self.net):
             raise StoreError(
                 "the net is in other phases than the state is of: call resume_phases_(net, state) before its weights "
                 "are loaded and Phases is made"
             )
         if history:
-            self.history = history
+            self._earlier, self.history = earlier, history
             if history[0].unit == "epoch":  # a run that was begun before epochs were divided goes on in them
                 self.clock = self.clock.whole()
         meta_of(unwrap(self.net)).pop(_RESUMED, None)
@@ -462,12 +515,37 @@ def _at(spectrum: Tensor, chosen: list[int], count: int) -> tuple[float, ...]:
     return tuple(float(f"{value:.4g}") for value in padded[chosen].tolist())
 
 
-def _history_in(state: StateDict) -> list[EpochRecord]:
-    """The records in what ``Phases.state_dict`` gave. Raises StoreError for what is of something else."""
+def _last(history: Sequence[EpochRecord]) -> list[JsonObject]:
+    """The last records, for a state."""
+    kept, size = list[JsonObject](), 0
+    for record in reversed(history):
+        said = record.to_json()
+        size += len(json.dumps(said, default=str))
+        if kept and size > _KEPT:
+            break
+        kept.append(said)
+    return kept[::-1]
+
+
+def _history_in(state: StateDict) -> tuple[list[float], list[EpochRecord]]:
+    """The records in what ``Phases.state_dict`` gave, and the learning rates before them. Raises StoreError for what is
+    of something else.
+    """
     try:
-        return [EpochRecord.from_json(record) for record in state["history"]]
-    except (LookupError, TypeError, AttributeError) as error:
-        raise StoreError("the state holds no history of phases: give what Phases.state_dict() gave") from error
+        history = [EpochRecord.from_json(record) for record in state["history"]]
+        earlier = [*state.get("rates", ())]
+        sound = all(map(_is_record, history)) and all(map(is_number, earlier))
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise StoreError(_NO_STATE) from error
+    if not sound or (earlier and (not history or history[0].epoch != len(earlier))):
+        raise StoreError(_NO_STATE)
+    return earlier, history
+
+
+def _is_record(record: EpochRecord) -> bool:
+    """Whether what training goes on from is there."""
+    whole = is_whole(record.epoch) and all(is_whole(rank, 1) for rank in record.ranks.values())
+    return whole and is_number(record.lr) and is_number(record.spent, 0)
 
 
 def phase_label(net: nn.Module) -> str:
@@ -489,7 +567,7 @@ def resume_phases_(net: nn.Module, state: StateDict) -> None:
         PlanError: For ranks that a site cannot have.
         TransitionError: For sites that the net does not have.
     """
-    history, root = _history_in(state), unwrap(net)
+    (_, history), root = _history_in(state), unwrap(net)
     if not history:
         return
     last = history[-1]

@@ -60,8 +60,6 @@ class Run:
     """Of this run alone: its files are known by it."""
     log: Log | None = None
     """Its history as far as it is on the disk."""
-    unbounded: frozenset[str] | None = None
-    """Buffers that were not finite when training began, such as masks."""
 
     @property
     def current(self) -> EpochRecord:

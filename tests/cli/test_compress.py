@@ -235,3 +235,36 @@ def test_the_file_to_come_is_checked_before_the_work(
     monkeypatch.setattr(compression, "compress", None)
     given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "-o", "m.onnx")
     assert sentence in refused(*given, *options)
+
+
+STREAMING = """
+    class Streaming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(48, 64), nn.Linear(64, 8)
+            self.register_buffer("position", torch.zeros(()))
+        def forward(self, x):
+            self.position.add_(1.0)
+            return self.last(torch.relu(self.first(x.flatten(1)))) + self.position
+
+    def model():
+        torch.manual_seed(0)
+        return Streaming()
+"""
+
+
+def test_a_module_that_unpickling_would_change_is_refused_and_an_onnx_file_holds_it(
+    write: Run, run: Run, refused: Run, folder: Path
+) -> None:
+    """Its graph changes a buffer in place; torch traces such a graph again, which runs that once and drops it."""
+    command = ("compress", write(STREAMING), "--budget", "params=0.6", "--no-timing", "-o")
+    sentence = refused(*command, "m.pt")
+    assert sentence == (
+        "m.pt cannot hold this model: once it is loaded, position has another value; give an .onnx file"
+    )
+    assert [path.name for path in folder.iterdir() if path.suffix != ".py" and path.name != "__pycache__"] == []
+    run(*command, "m.onnx")
+    run("export", "model.py", "-o", "dense.onnx")
+    x = {"x": np.zeros((2, 3, 4, 4), np.float32)}
+    cut, dense = (onnxruntime.InferenceSession(name).run(None, x)[0] for name in ("m.onnx", "dense.onnx"))
+    assert np.abs(np.asarray(cut) - np.asarray(dense)).max() < 0.5, "at the first position both"

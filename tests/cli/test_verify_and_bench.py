@@ -147,6 +147,10 @@ def test_files_are_scored_themselves_beside_pytorch(write: Run, run: Run, refuse
     assert list(data["metric"]) == ["int8.onnx in onnxruntime", "m.onnx in onnxruntime", "model.py in PyTorch"]
     assert data["same"] is True
     assert "add --model MODEL.PY" in refused("verify", "int8.onnx", "m.onnx", "--metric")
+    write("metric = lambda output, batch: float('nan')")
+    said = run("verify", "m.onnx", "m.onnx", "--metric", "--model", "model.py", "--json").stdout
+    assert set(json.loads(said)["metric"].values()) == {None}
+    assert "NaN" not in said
     write("del metric")
     assert "model.py has no metric(output, batch), which --metric needs" in refused(
         "verify", "m.onnx", "model.py", "--metric"

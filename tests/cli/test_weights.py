@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
+from dynrank_fx import store
 from dynrank_fx.cli.weights import load_weights_
 from dynrank_fx.errors import StoreError
 
@@ -111,6 +112,18 @@ def test_what_is_no_state_dict(content: object, sentence: str) -> None:
     torch.save(content, "w.pt")
     with pytest.raises(StoreError, match=sentence):
         loaded("w.pt")
+
+
+def test_a_flipped_bit_is_told_of_what_torch_save_and_transform_wrote(trained: Tied, tmp_path: Path) -> None:
+    store.write(tmp_path / "weights.safetensors", trained.state_dict(), {})
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    for path in tmp_path.iterdir():
+        assert same(loaded(str(path)), trained)
+        data = path.read_bytes()
+        place = data.index(trained.mid.weight.detach().numpy().tobytes()) + 9
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(StoreError, match=r"is damaged"):
+            loaded(str(path))
 
 
 @pytest.mark.parametrize("command", [["transform", "--dry-run"], ["inspect"], ["train", "--epochs", "1"]])

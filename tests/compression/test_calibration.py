@@ -306,3 +306,26 @@ def test_what_cannot_be_asked_for(given: dict[str, Any], sentence: str) -> None:
     net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (x,), rank=Fixed(2))
     with pytest.raises(CalibrationError, match=sentence):
         dr.calibrate(net, [(x,)], **given)
+
+
+def test_each_batch_finds_the_model_as_it_is() -> None:
+    """The inputs of a site behind a counter are those of the first call, whatever batches came before."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.register_buffer("position", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.position.add_(1.0)
+            return self.last(self.first(x) * self.position)
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    net = dr.transform(Counting(), (x,), rank=Fixed(4)).eval()
+    once, thrice = dr.calibrate(net, [(x,)]), dr.calibrate(net, [(x,)] * 3)
+    for site in ("first.weight", "last.weight"):
+        weight = net.get_submodule(site.removesuffix(".weight")).weight
+        torch.testing.assert_close(thrice.spectrum(site, weight), once.spectrum(site, weight))
+    assert float(net.position) == 0

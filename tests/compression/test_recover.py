@@ -63,6 +63,13 @@ def test_a_loss_that_overflows_leaves_the_module_as_it_was(small: nn.Module) -> 
     assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
 
 
+def test_a_gradient_that_overflows_in_the_last_step_leaves_the_module_as_it_was(small: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    with pytest.raises(CalibrationError, match=r"^the recovery came to weights that are not finite: look for a gradie"):
+        recover_(small, Pictured(), pictures(), 1, loss=lambda z, number: (z - z.detach()).abs().sum().sqrt())
+    assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+
+
 def test_a_loss_without_a_gradient_is_told_and_leaves_the_module_as_it_was(small: nn.Module) -> None:
     before = {name: p.detach().clone() for name, p in small.named_parameters()}
     steps = iter(range(10))

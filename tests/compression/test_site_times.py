@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,14 @@ def test_a_site_is_timed_where_it_runs_and_a_cache_keeps_its_times(tmp_path: Pat
     again = SiteTimes(cache=cache)
     again._measured = None  # type: ignore[method-assign,assignment]
     assert again.pair(sites, paying_limit(sites)) == pair
-    cache.write_text("no JSON")
-    assert SiteTimes(cache=cache)._known == {}
+    data = cache.read_text()
+    times = json.loads(data)["times"]
+    assert SiteTimes(cache=cache)._known == times
+    digit = data.index("[") + 5
+    flipped = data[:digit] + chr(ord(data[digit]) ^ 1) + data[digit + 1 :]
+    for damaged in ("no JSON", flipped, json.dumps(times), "[]", "3", json.dumps({"times": times}), '{"times": 3}'):
+        cache.write_text(damaged)
+        assert SiteTimes(cache=cache)._known == {}, "it is measured anew"
 
 
 def planned(model: nn.Module, x: torch.Tensor, **choices: Any) -> tuple[PlannedSite, ...]:

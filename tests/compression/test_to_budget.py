@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from compressing import SaidTimes, batches, error, params, perceptron
-from torch import nn
+from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.compression import MaxDrop, SiteTimes, compress
+from dynrank_fx.compression import MaxDrop, SiteTimes, compress, deployed
 from dynrank_fx.compression.recover import distance
 from dynrank_fx.errors import PlanError
 
@@ -249,3 +249,33 @@ def test_what_is_done_is_told_as_it_is_done() -> None:
 def test_the_capture_can_be_chosen() -> None:
     found = compress(perceptron(), batches()[0], dr.Budget(params=0.5), how=dr.Capture.MODULES)
     assert "modules" in found.plan.capture.lower() or "layer" in found.plan.capture.lower(), found.plan.capture
+
+
+class Streaming(nn.Module):
+    """Counts its calls in a buffer, which its outputs depend on, and has a batch norm behind what is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Linear(64, 48)
+        self.register_buffer("position", torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.position.add_(1.0)
+        return self.last(torch.relu(self.norm(self.first(x)))) * self.position
+
+
+@pytest.mark.parametrize("budget", [dr.Budget(params=0.5), MaxDrop(1e9)], ids=["a budget", "a fall"])
+def test_what_a_model_counts_in_a_buffer_stays_where_it_was(budget: Any) -> None:
+    """Calibration, the comparison of candidates, scores and the recovery all run it."""
+    model = Streaming().eval()
+    asked = {"metric": lambda net: net(*batches()[0]).mean().item(), "recover_steps": 2}
+    found = compress(model, batches()[0], budget, batches(), **asked)
+    assert found.module.position == model.position == 3
+    assert any(cut.loses for cut in found.cuts)
+    once = Streaming().eval()
+    assert found.metrics is not None
+    assert found.metrics[0] == pytest.approx(once(*batches()[0]).mean().item())
+    net = dr.transform(model, batches()[0], rank=dr.Fixed(3))
+    final = deployed(net, batches(), metric=lambda module: module(*batches()[0]).mean().item())
+    assert final.module.position == net.position == model.position == 3

@@ -133,6 +133,10 @@ def test_it_is_told_what_is_missing(tmp_path):
     torch.save({"callbacks": {}, "hyper_parameters": Path("somewhere")}, tmp_path / "code.ckpt")
     with pytest.raises(dr.StoreError, match="only running code would read"):
         resume_from_(a_net(), tmp_path / "code.ckpt")
+    for holds in ([3], {"callbacks": [3]}, {"callbacks": {"PhasesCallback": 3}}):
+        torch.save(holds, tmp_path / "odd.ckpt")
+        with pytest.raises(dr.DynrankError, match=r"is no checkpoint|has no state of|holds no history of phases"):
+            resume_from_(a_net(), tmp_path / "odd.ckpt")
     bad = ((None, "there is no checkpoint"), (b"", "could not be read"), (b"junk" * 9, "could not be read"))
     for content, match in bad:
         if content is not None:
@@ -427,6 +431,36 @@ def test_a_checkpoint_without_phases_is_none_to_go_on_from():
     assert callback.state_dict() == {}, "nothing has begun"
     callback.load_state_dict({})
     assert callback._restored is None
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of a training after two epochs."""
+    trainer, _ = lightning(2, tmp_path, enable_checkpointing=False)
+    trainer.fit(lightning_module(), DataLoader(data(), 8))
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    return tmp_path / "c.ckpt"
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_told(checkpoint):
+    from dynrank_fx.integrations.lightning import resume_from_
+
+    whole = checkpoint.read_bytes()
+    weight = torch.load(checkpoint, weights_only=True)["state_dict"]["net.0.bias"].numpy().tobytes()
+    for part in (b"PhasesCallback", b"history", weight):
+        place = whole.index(part)
+        checkpoint.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(dr.StoreError, match="is damaged"):
+            resume_from_(a_net(), checkpoint)
+
+
+def test_a_checkpoint_of_a_training_that_has_diverged_is_told(tmp_path):
+    trainer, _ = lightning(1, tmp_path, enable_checkpointing=False)
+    trainer.fit(lightning_module(), DataLoader(data(), 8))
+    moments = next(iter(trainer.optimizers[0].state.values()))
+    moments["exp_avg"].fill_(float("nan"))
+    with pytest.warns(dr.DynrankWarning, match=r"the optimizer's exp_avg of \S+ is not finite, as in a training that"):
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
 
 
 def test_the_sample_runs(monkeypatch, capsys):

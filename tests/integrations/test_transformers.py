@@ -126,7 +126,7 @@ def test_a_checkpoint_of_another_folder_is_found_where_the_callback_is_told(tmp_
     net = classifier()
     resume_from_(net, folder)
     trainer, callback = hugging_face(tmp_path / "second", net)
-    with pytest.raises(dr.TransitionError, match=r"phases\.pt is missing: give the callback the checkpoint"):
+    with pytest.raises(dr.TransitionError, match=r"phases\.safetensors is missing: give the callback the checkpoint"):
         trainer.train(resume_from_checkpoint=str(folder))
     net = classifier()
     resume_from_(net, folder)
@@ -134,6 +134,109 @@ def test_a_checkpoint_of_another_folder_is_found_where_the_callback_is_told(tmp_
     callback.resume_from = folder
     trainer.train(resume_from_checkpoint=str(folder))
     assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+
+
+# The file of the phases
+
+
+def in_low(folder: Path, steps: int = 2) -> Path:
+    """A checkpoint folder of a Trainer that trained so many steps."""
+    schedule = dr.schedules.always(dr.Phase.LOW)
+    hugging_face(folder, classifier(), schedule, max_steps=steps, save_strategy="steps", save_steps=steps)[0].train()
+    return folder / f"checkpoint-{steps}"
+
+
+def refusal(folder: Path) -> str:
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    net = classifier()
+    with pytest.raises(dr.DynrankError) as caught:
+        resume_from_(net, folder)
+    assert set(dr.phases_of(net).values()) == {dr.Phase.FULL}, "nothing was changed"
+    return str(caught.value)
+
+
+def test_a_damaged_or_foreign_file_of_phases_is_a_sentence(tmp_path):
+    from dynrank_fx import store
+
+    folder = in_low(tmp_path)
+    file = folder / "phases.safetensors"
+    data = file.read_bytes()
+    for place in range(0, len(data), 101):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        assert "is damaged" in refusal(folder) or "was not written by dynrank-fx" in refusal(folder)
+    for content in (b"", bytes(len(data)), data[: len(data) // 2]):
+        file.write_bytes(content)
+        assert f"{file} is damaged or not a safetensors file" in refusal(folder)
+    store.write(file, {"x": torch.ones(2)}, {"plan": "of a net"})
+    assert refusal(folder) == f"{file} holds no phases: put back the file that was in the checkpoint"
+    store.write(file, {}, {"phases": {"dict": [["history", [3]]]}, "step": 2})
+    assert refusal(folder).startswith("the state holds no history of phases")
+
+
+def test_the_file_of_phases_of_another_checkpoint_is_told(tmp_path):
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    (in_low(tmp_path / "b", 3) / "phases.safetensors").rename(in_low(tmp_path / "a") / "phases.safetensors")
+    net = classifier()
+    resume_from_(net, tmp_path / "a" / "checkpoint-2")
+    trainer, _ = hugging_face(tmp_path / "a", net, dr.schedules.always(dr.Phase.LOW), max_steps=4)
+    with pytest.raises(dr.StoreError, match=r"\.safetensors is of step 3, and the Trainer's checkpoint of step 2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_the_file_of_an_earlier_version_goes_on_and_a_damaged_one_is_told(tmp_path):
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    folder = in_low(tmp_path)
+    torch.save({"history": [], "step": 0, "rewarm": None, "landing": None}, folder / "phases.pt")
+    resume_from_(classifier(), folder)  # the new one counts
+    callback = hugging_face(tmp_path, classifier(), dr.schedules.always(dr.Phase.LOW), max_steps=4)[1]
+    state = callback._saved(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=2))
+    (folder / "phases.safetensors").unlink()
+    torch.save({"history": state["history"]}, folder / "phases.pt")
+    net = classifier()
+    resume_from_(net, folder)
+    assert set(dr.phases_of(net).values()) == {dr.Phase.LOW}
+    data = bytearray((folder / "phases.pt").read_bytes())
+    data[data.index(b"history") + 2] ^= 1
+    (folder / "phases.pt").write_bytes(data)
+    assert "phases.pt is damaged (in " in refusal(folder)
+    torch.save({"history": [Path()]}, folder / "phases.pt")
+    assert "only running code would read" in refusal(folder)
+
+
+def test_a_kill_while_the_file_of_phases_is_written_leaves_none_or_a_whole_one(tmp_path, monkeypatch):
+    from dynrank_fx import files
+
+    trainer, callback = hugging_face(tmp_path, classifier(), max_steps=2, save_strategy="no")
+    trainer.train()
+    (tmp_path / "checkpoint-2").mkdir()
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_save(trainer.args, trainer.state, None)
+    monkeypatch.undo()
+    assert not (tmp_path / "checkpoint-2" / "phases.safetensors").exists()
+    callback.on_save(trainer.args, trainer.state, None)
+    assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["phases.safetensors"]
+
+
+def test_a_checkpoint_of_a_training_that_has_diverged_is_told(tmp_path):
+    """``running_var`` is infinite, which no loss shows in training."""
+    torch.manual_seed(0)
+    model = Classifier()
+    model.layers.insert(1, nn.BatchNorm1d(32))
+    net = dr.transform(model, {"x": torch.randn(4, 16), "labels": torch.randint(8, (4,))})
+    trainer, callback = hugging_face(tmp_path, net, max_steps=2, save_strategy="no")
+    trainer.train()
+    next(b for name, b in net.named_buffers() if name.endswith("running_var")).fill_(float("inf"))
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.warns(dr.DynrankWarning, match=r"running_var is not finite, as in a training that has diverged"):
+        callback.on_save(trainer.args, trainer.state, None)
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -375,7 +478,7 @@ def test_a_trainer_is_told_what_is_missing(tmp_path):
     trainer, _ = hugging_face(tmp_path, Classifier())
     with pytest.raises(dr.TransitionError, match="the model holds no net with sites"):
         trainer.train()
-    with pytest.raises(dr.TransitionError, match=r"has no phases\.pt"):
+    with pytest.raises(dr.TransitionError, match=r"has no phases\.safetensors"):
         resume_from_(classifier(), tmp_path)
 
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import random
 import re
+import runpy
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import onnx
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from work import MODEL, Outcome, apart, command
 
 import dynrank_fx as dr
+from dynrank_fx.cli.weights import load_weights_
+from dynrank_fx.compression import SiteTimes
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,74 @@ def _report(folder: Path) -> object:
     return re.sub(r"/\S+", "", (folder / "page.html").read_text(encoding="utf-8"))
 
 
-def _loaded(folder: Path) -> object:
-    from work import MODEL
+def _model() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The model of the model file, and its example inputs."""
+    space = runpy.run_path(str(MODEL))
+    return space["model"](), space["example_inputs"]()
 
-    space: dict[str, object] = {}
-    exec(MODEL.read_text(encoding="utf-8"), space)
-    net = dr.load(folder / "net", space["model"](), space["example_inputs"]())  # type: ignore[operator]
+
+def _net() -> nn.Module:
+    return dr.transform(*_model(), rank=dr.Fixed(2))
+
+
+def _loaded(folder: Path) -> object:
+    return _state(dr.load(folder / "net", *_model()))
+
+
+def _state(net: nn.Module) -> object:
     tensors = {name: tensor.numpy().tobytes() for name, tensor in net.state_dict().items()}
     return tensors, json.dumps(dr.plan_of(net).to_json())
+
+
+def _make_checkpoints(folder: Path) -> None:
+    """What the callbacks of the trainers write, after two steps; without their trainers, which take their time."""
+    from dynrank_fx.integrations.transformers import PhasesCallback
+
+    net, (x,) = _net(), _model()[1]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    schedule = dr.schedules.interleave(low=1, full=1)
+    callback = PhasesCallback(schedule)
+    callback.phases = dr.Phases(net, optimizer, schedule, steps=6, every=1, landing=True)
+    for _ in range(2):
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (folder / "trainer" / "checkpoint-2").mkdir(parents=True)
+    callback.on_save(SimpleNamespace(output_dir=folder / "trainer"), SimpleNamespace(global_step=2), None)  # type: ignore[arg-type]
+    saved = {"callbacks": {"PhasesCallback": callback.phases.state_dict()}, "state_dict": net.state_dict()}
+    torch.save(saved, folder / "lightning.ckpt")
+
+
+def _resumed_by(trainer: str, path: str) -> Callable[[Path], object]:
+    def read(folder: Path) -> object:
+        net = _net()
+        importlib.import_module(f"dynrank_fx.integrations.{trainer}").resume_from_(net, folder / path)
+        return dr.phases_of(net), json.dumps(dr.plan_of(net).to_json())
+
+    return read
+
+
+def _times(folder: Path) -> object:
+    """The times in a cache. One that is damaged is measured anew, which is as good as a refusal."""
+    known = SiteTimes(cache=folder / "times.json")._known
+    if not known:
+        raise dr.StoreError("there are no times in it")
+    return known
+
+
+def _weighted(name: str) -> Callable[[Path], object]:
+    def read(folder: Path) -> object:
+        model, _ = _model()
+        load_weights_(model, folder / name)
+        return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+    return read
 
 
 TOLD = "is not as dynrank-fx wrote it"
 RUN = ("run/checkpoint.safetensors", "run/run.json", "run/history.jsonl")
 NET = ("net/weights.safetensors", "net/plan.json")
+PHASES = "trainer/checkpoint-2/phases.safetensors"
 BESIDE = ("large.onnx", "large.onnx.data")
 READERS = (
     Reader("train --resume", ("half/checkpoint.safetensors", "half/run.json", "half/history.jsonl"), _resumed),
@@ -106,6 +167,11 @@ READERS = (
     Reader("inspect a net", NET, _said("inspect", "net", "--model", MODEL)),
     Reader("load", NET, _loaded),
     Reader("train --from", NET, _said("train", MODEL, "--from", "net", "--epochs", 1, "--no-compile", "--out", "new")),
+    Reader("--weights of torch", ("weights.pt",), _weighted("weights.pt")),
+    Reader("--weights of transform", ("dense/weights.safetensors",), _weighted("dense/weights.safetensors")),
+    Reader("cache of times", ("times.json",), _times),
+    Reader("Hugging Face", (PHASES,), _resumed_by("transformers", "trainer/checkpoint-2")),
+    Reader("Lightning", ("lightning.ckpt",), _resumed_by("lightning", "lightning.ckpt")),
     Reader("export a .pt", ("small.pt",), _export("small.pt", "--model", MODEL)),
     Reader("verify", ("small.onnx",), _said("verify", "small.onnx", "small.pt", "--model", MODEL)),
     Reader("inspect a file", ("small.onnx",), _said("inspect", "small.onnx")),
@@ -123,6 +189,13 @@ def make(folder: Path) -> None:
         command(*train, "--checkpoint-steps", 2, "--out", folder / "half")
     del os.environ["STOP_AT"]
     command("transform", MODEL, "--rank", 0.25, "--out", folder / "net")
+    command("transform", MODEL, "--out", folder / "dense")
+    torch.save(_model()[0].state_dict(), folder / "weights.pt")
+    times = SiteTimes(cache=folder / "times.json", repeats=1)
+    times.pair(dr.plan_of(_net()).sites[:1], 2)
+    times.save()
+    with contextlib.suppress(ImportError):  # where the trainers are not installed
+        _make_checkpoints(folder)
     for name in ("small.onnx", "small.pt"):
         command("compress", MODEL, "--budget", "params=0.6", "--no-timing", "-o", folder / name)
     command("export", MODEL, "--external-data", "-o", folder / "large.onnx")
@@ -173,6 +246,7 @@ def campaign(count: int, seed: int = 0) -> list[Flip]:
         made = apart(lambda: make(original), 300)
         assert made.kind == "done", made.said
         pairs = [(reader, file) for reader in READERS for file in reader.files if (original / file).exists()]
+        chance.shuffle(pairs)
 
         @functools.cache
         def should(reader: Reader) -> object:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,12 +101,16 @@ def warm_up() -> None:
     import onnxruntime  # noqa: F401
     import torch
 
+    sys.path.append(str(Path(__file__).parents[1] / "zoo"))
+    importlib.import_module("schemas")  # before torchvision, which the trainers import
+
     import dynrank_fx
 
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(dynrank_fx.__path__, "dynrank_fx."):
-        if "integrations" not in module.name and not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):
+            with suppress(ImportError):  # of trainers that are not installed
+                importlib.import_module(module.name)
     assert "torch" in sys.modules
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None), torch.no_grad():
         program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))

@@ -113,6 +113,9 @@ def test_buffers_that_are_written_to_or_replaced_inside_are_the_same_tensors_wit
     for name, buffer in model.named_buffers():
         assert buffer is held[name]
         assert torch.equal(buffer, before[name])
+    with same_buffers(model, but=[model.kept]):
+        model(torch.randn(3, 4))
+    assert [int(model.kept[0]), int(model.replaced[0])] == [1, 0]
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -155,3 +155,24 @@ def test_a_full_disk_leaves_the_checkpoint_and_what_it_counts_on(
     assert len(went_on(tmp_path).history) == 2
     save_run(run, tmp_path)
     assert lines(tmp_path) == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # a fork beside torch's threads, which it does not use
+def test_a_run_can_be_read_at_any_moment_of_its_training(tmp_path: Path) -> None:
+    run = run_of(1)
+    save_run(run, tmp_path)
+    trainer = os.fork()
+    if trainer == 0:
+        try:
+            for _ in range(150):
+                train(run, 1)
+                save_run(run, tmp_path)
+        finally:
+            os._exit(0)
+    epochs = []
+    while os.waitpid(trainer, os.WNOHANG)[0] == 0:
+        _, info = read_run(tmp_path)
+        assert len(info["history"]) == info["epoch"]
+        epochs.append(info["epoch"])
+    assert epochs == sorted(epochs)
+    assert read_run(tmp_path)[1]["epoch"] == 151

@@ -424,6 +424,16 @@ def test_what_else_a_checkpoint_holds_and_is_not_finite_is_told_and_never_saved(
     assert saved == [1]
 
 
+@pytest.mark.parametrize("what", ["0.bias", "1.running_var"])
+def test_what_is_not_finite_before_the_first_step_is_told_as_that(what: str) -> None:
+    model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
+    model.state_dict()[what][3] = torch.inf
+    run = a_run(dr.transform(model, (X[:2],), rank=dr.Fixed(2)), always(FULL))
+    message = refusal(lambda: fit(run, TASK, EAGER))
+    assert message == f"{what} is not finite before the first step: begin with sound weights"
+    assert not run.optimizer._optimizer_step_post_hooks
+
+
 def test_no_batch_is_told() -> None:
     loader = DataLoader(TensorDataset(X[:5], Y[:5]), batch_size=8, drop_last=True)
     assert refusal(lambda: fit(a_run(made()), replace(TASK, train_data=loader), EAGER)) == (
