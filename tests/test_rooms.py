@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dynrank_fx"
 # A file imports only from floors below its own room's, or from its own room. docs/architecture.md shows the same table.
 FLOORS = (
     ("ground", "ops"),
-    ("layouts", "schedules", "tracing"),
+    ("layouts", "processes", "schedules", "tracing"),
     ("plan",),
     ("rewrite",),
     ("onnx", "phases", "report"),

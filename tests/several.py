@@ -1,0 +1,89 @@
+"""Work done by several processes together, as the tests of training in several processes need it.
+
+Each test starts its own, with gloo over a file, so that no port is asked for. A process that fails, or takes too long,
+ends the others, and none is left behind.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+SECONDS = 120  # for all of a test's work
+_STARTING = multiprocessing.get_context("forkserver")
+_STARTING.set_forkserver_preload(["dynrank_fx", "dynrank_fx.rewrite", "dynrank_fx.training", "torch._dynamo"])
+
+
+def in_processes(work: Callable[..., Any], *args: object, count: int = 2, seconds: float = SECONDS) -> list[Any]:
+    """What ``work(rank, *args)`` returns in each of so many processes, by rank. It is a function of a module's, and
+    what it takes and returns can be pickled. The group is there when it is called.
+
+    Raises AssertionError with the traceback of the process that failed first.
+    """
+    results = _STARTING.Queue()
+    with TemporaryDirectory() as folder:
+        started = [
+            _STARTING.Process(target=_one, args=(work, rank, count, folder, results, args, seconds), daemon=True)
+            for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        try:
+            return _collected(results, started, seconds)
+        finally:
+            for process in started:
+                process.join(timeout=10)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _collected(results: Any, started: list[Any], seconds: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    end = time.monotonic() + seconds
+    while len(found) < len(started):
+        try:
+            rank, failure, value = results.get(timeout=0.5)
+        except queue.Empty:
+            gone = [i for i, p in enumerate(started) if p.exitcode not in (None, 0) and i not in found]
+            assert not gone, f"process {gone[0]} ended with {started[gone[0]].exitcode}"
+            assert time.monotonic() < end, f"{len(started) - len(found)} processes were not done in {seconds} s"
+            continue
+        assert failure is None, f"process {rank}:\n{failure}"
+        found[rank] = pickle.loads(value)
+    return [found[rank] for rank in range(len(started))]
+
+
+def _one(work: Callable[..., Any], rank: int, count: int, folder: str, results: Any, args: Any, seconds: float) -> None:
+    os.setpgid(0, 0)
+    faulthandler.dump_traceback_later(seconds, exit=True)  # where it hangs
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(Path(folder) / "store"), count)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds / 2)
+    )
+    try:
+        # Pickled here: a queue would send a tensor as memory of this process, which is about to end.
+        results.put((rank, None, pickle.dumps(work(rank, *args))))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+    finally:
+        results.close()
+        results.join_thread()
+        faulthandler.cancel_dump_traceback_later()
+        # Not destroy_process_group, which waits for those that are gone; nor Python's own end, which waits for threads.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os._exit(0)
