@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..errors import TransitionError
+from .together import ALONE, Processes, started
 
 _ARGUMENTS = (
     "param",
@@ -47,7 +48,7 @@ _PLACED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """Along which axis the parameters of a module were sharded, by name: for when they come again."""
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_part(tensor: object) -> bool:
     """Whether this is the part of a tensor that several processes hold together: a DTensor."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
@@ -69,7 +70,7 @@ def whole(tensor: Tensor) -> Tensor:
     part: Any = tensor.detach()  # Any: a DTensor
     kind = part.device_mesh.device_type
     if part.to_local().device.type != kind:  # offloaded: the backend sends from where the mesh is
-        part = _like(part, part.to_local().to(kind))
+        part = Outline.of(part).around(part.to_local().to(kind))  # type: ignore[union-attr]
     full: Tensor = part.full_tensor()
     # Alone in its mesh the part is the whole, and it stays the parameter's.
     return full.clone() if full.data_ptr() == part.to_local().data_ptr() else full
@@ -93,22 +94,41 @@ def part_as(value: Tensor, like: Tensor, axis: int | None = None) -> Tensor:
         value.detach().to(like.device_mesh.device_type), like.device_mesh, placements, src_data_rank=None
     ).to_local()
     kept = torch.empty(local.shape, dtype=local.dtype, device=like.to_local().device).copy_(local)
-    return DTensor.from_local(
-        kept, like.device_mesh, placements, run_check=False, shape=value.shape, stride=_contiguous(value.shape)
-    )
+    return Outline(like.device_mesh, tuple(placements), value.shape, _contiguous(value.shape)).around(kept)
 
 
-def _like(part: Any, local: Tensor) -> Any:  # Any: a DTensor
-    """The same tensor with this local part."""
-    return type(part).from_local(
-        local, part.device_mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
-    )
+@dataclass(frozen=True)
+class Outline:
+    """What makes a tensor in parts of what each process has of it."""
+
+    mesh: Any  # Any: a DeviceMesh
+    placements: tuple[Any, ...]  # Any: torch's
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Any) -> Outline | None:  # Any: a DTensor, of which torch tells no more
+        """That of a tensor; None of a plain one."""
+        if not is_part(tensor):
+            return None
+        return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tuple(tensor.stride()))
+
+    def around(self, local: Tensor) -> Tensor:
+        """The tensor of which this process has that."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+    def __str__(self) -> str:
+        return f"{tuple(self.shape)} in parts {self.placements} of {self.mesh.size()}"
 
 
-def part_of(local: Tensor, like: Tensor) -> Tensor:
-    """The tensor that has this local part where another has its own."""
-    part: Tensor = _like(like, local)
-    return part
+def outlined(value: object) -> object:
+    """What all processes have alike of a value: of a tensor in parts its shape and how it is cut, else itself."""
+    outline = Outline.of(value)
+    return value if outline is None else f"{value.dtype} {outline}"  # type: ignore[attr-defined]
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -151,6 +171,23 @@ class Shards:
             _check(group)
         self._index = {(id(module), name): held for held in self for module, name in held.holders}
 
+    @property
+    def processes(self) -> Processes:
+        """Those that hold the parts. Raises TransitionError where they are no single group."""
+        meshes = {id(group.mesh_info.mesh): group.mesh_info.mesh for group in self.groups}
+        everyone, alone = started(), [mesh for mesh in meshes.values() if mesh.size() == 1]
+        if all(mesh.size() == everyone.count for mesh in meshes.values()):
+            return everyone
+        if len(alone) == len(meshes):
+            return ALONE
+        groups = {id(mesh.get_group()): mesh.get_group() for mesh in meshes.values() if mesh.ndim == 1}
+        if len(groups) != 1 or any(mesh.ndim > 1 for mesh in meshes.values()):
+            raise TransitionError(
+                f"the net is sharded over a part of the {everyone.count} processes in more than one way, so that no "
+                "group is known that holds all of it: shard all of it over one mesh, or over all processes"
+            )
+        return Processes(next(iter(groups.values())))
+
     def __bool__(self) -> bool:
         return bool(self.groups)
 
@@ -183,22 +220,29 @@ class Shards:
         """What FSDP holds as this parameter of the module; None where it holds nothing of it."""
         return self._index.get((id(module), name))
 
-    def refuse(self, modules: Sequence[nn.Module], name: str, site: str) -> None:
-        """Raise TransitionError for a parameter of these modules that no other can take the place of."""
-        held = self.held(modules[0], name)
-        if held is None:
-            return
-        if held.param.is_dtensor:
-            raise TransitionError(
-                f"{site} is sharded along a second mesh (tensor parallelism) too, and its phase cannot be changed "
-                "there: leave it dense (exclude), or parallelise its factors by a plan of their own"
-            )
-        strangers = {id(module) for module, _ in held.holders} ^ {id(module) for module in modules}
-        if strangers:
-            raise TransitionError(
-                f"{site} is tied to modules outside of its FSDP group, which would keep the old weight: "
-                "call fully_shard on all that hold it together, fully_shard([one, other]) or on a module above both"
-            )
+    def refuse(self, name: str, modules: Sequence[nn.Module], parameters: Sequence[str]) -> None:
+        """Raise TransitionError where no others can take the place of these parameters of all these modules.
+
+        name: what the message calls them.
+        """
+        for held in (self.held(modules[0], each) for each in parameters):
+            if held is None:
+                if is_part(modules[0]._parameters.get(parameters[0])):
+                    raise TransitionError(
+                        f"{name} is a DTensor that fully_shard knows nothing of, and only what it shards can be "
+                        "switched: leave the weight dense (exclude), or parallelise after the last switch"
+                    )
+                continue
+            if held.param.is_dtensor:
+                raise TransitionError(
+                    f"{name} is sharded along a second mesh (tensor parallelism) too, where its phase cannot be "
+                    "changed: leave the weight dense (exclude), or parallelise after the last switch"
+                )
+            if {id(module) for module, _ in held.holders} != {id(module) for module in modules}:
+                raise TransitionError(
+                    f"{name} is tied to modules outside of its FSDP group, which would keep the old weight: shard all "
+                    "that hold it together, by fully_shard([one, other]) or on a module above both"
+                )
 
     def axis(self, module: nn.Module, name: str, shape: Sequence[int], like: Tensor) -> int:
         """Along which axis a new parameter of the module is cut: as it was when there was one of this name, else 0."""

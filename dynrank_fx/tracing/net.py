@@ -94,8 +94,7 @@ class Net(fx.GraphModule):
 
     @property
     def _generated(self) -> type[Net]:
-        """The class of this object alone, which fx makes to hold its code; fully_shard puts one of its own before it.
-        """
+        """The class of this object alone, which fx makes to hold its code; fully_shard puts another before it."""
         kinds = type(self).__mro__
         return kinds[kinds.index(Net) - 1]
 
