@@ -10,6 +10,7 @@ whoever changed them.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -79,8 +80,7 @@ def let_go(wrappers: Sequence[DistributedDataParallel]) -> Iterator[Callable[[],
     """
     builtin = [_builtin_hook(wrapper) for wrapper in wrappers]
     for wrapper in wrappers:
-        wrapper.reducer = wrapper.logger = None  # its hooks and buckets go with it
-        wrapper._module_parameters = []
+        _drop_reducer(wrapper)
 
     def again() -> None:
         for wrapper, hook in zip(wrappers, builtin, strict=True):
@@ -93,10 +93,26 @@ def let_go(wrappers: Sequence[DistributedDataParallel]) -> Iterator[Callable[[],
         raise
 
 
+def _drop_reducer(wrapper: DistributedDataParallel) -> None:
+    """Take the reducer's hooks off, and leave nobody who holds it, nor the parameters and buckets that it holds.
+
+    torch.compile copies all attributes of the module that it is given to a function, the reducer among them.
+    """
+    reducer = weakref.ref(wrapper.reducer)
+    wrapper._remove_autograd_hooks()
+    wrapper.reducer = wrapper.logger = None
+    for held in (wrapper._module_parameters, wrapper.modules_buffers, wrapper.named_module_buffers):
+        held.clear()
+    if reducer() is not None:
+        for holder in gc.get_referrers(reducer()):
+            if isinstance(holder, dict) and holder.get("reducer") is reducer():
+                holder |= {"reducer": None, "logger": None}
+
+
 def _make_again(wrapper: DistributedDataParallel, builtin: dist.BuiltinCommHookType | None) -> None:
     """The same object, with another reducer: what ``__setstate__`` does, and what that leaves out."""
     ignored, mixed = wrapper.parameters_to_ignore, wrapper.mixed_precision
-    wrapper._module_parameters = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
+    wrapper._module_parameters[:] = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
     parameters, sparse = wrapper._build_params_for_reducer()
     if mixed is not None:
         _setup_mixed_precision_params(mixed, wrapper.module)
