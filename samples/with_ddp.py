@@ -1,4 +1,4 @@
-"""Phases in several processes: torchrun --standalone --nproc-per-node 2 samples/with_ddp.py"""
+"""Phases in several processes; it is run by ``torchrun --standalone --nproc-per-node 2 samples/with_ddp.py``."""
 
 from __future__ import annotations
 
