@@ -2,7 +2,19 @@
 be equal is compared.
 """
 
+from .asked import as_first_, check_same, processes_of, whole_weights
 from .digests import Digest, digest_of, unequal
 from .together import ALONE, Processes, started
 
-__all__ = ["ALONE", "Digest", "Processes", "digest_of", "started", "unequal"]
+__all__ = [
+    "ALONE",
+    "Digest",
+    "Processes",
+    "as_first_",
+    "check_same",
+    "digest_of",
+    "processes_of",
+    "started",
+    "unequal",
+    "whole_weights",
+]
