@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
-from ..processes import Processes, as_first_, check_same, processes_of, whole_weights
+from ..processes import Processes, as_first_, check_same, in_group, whole_weights
 from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs, unwrap
 from .batches import call, checked_batches
 
@@ -134,7 +134,7 @@ def recalibrate_(
     Raises:
         CalibrationError: As ``calibrate`` does; the statistics are then as they were.
     """
-    processes = processes_of(group, CalibrationError)
+    processes = in_group(group, CalibrationError)
     with processes.all_or_none(CalibrationError, "recalibrate_"):
         root = unwrap(module)
         if like is not None:
@@ -142,7 +142,8 @@ def recalibrate_(
         given = {"the argument like": like is not None} | whole_weights(processes, root, CalibrationError)
     check_same(processes, given, CalibrationError)
     as_first_(processes, root.buffers())
-    return recalibrated_(module, checked_batches(batches, processes=processes), like, processes)
+    called = module if processes.count == 1 else root  # not by way of DDP, which would wait for the others
+    return recalibrated_(called, checked_batches(batches, processes=processes), like, processes)
 
 
 @torch.no_grad()

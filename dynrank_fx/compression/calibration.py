@@ -22,7 +22,7 @@ from ..checks import is_list, is_number
 from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
-from ..processes import ALONE, Processes, as_first_, check_same, processes_of, whole_weights
+from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import STEM, SiteGroup, Switched, site_groups, switched_modules
 from ..tracing import ExampleInputs, evaluating, is_captured, regions, same_buffers, untraced, unwrap
 from .activation_rows import has_input_rows, has_output_rows, input_rows, output_rows, outputs_along_rows
@@ -102,7 +102,7 @@ def calibrate(
             where there is no batch, a batch does not fit the model, or numbers are not finite. What fails in one
             process fails in all.
     """
-    processes = processes_of(group, CalibrationError)
+    processes = in_group(group, CalibrationError)
     with processes.all_or_none(CalibrationError, "calibrate"):
         root, chosen = _asked(net, sites, shrink)
         given: dict[str, object] = {"the argument sites": chosen, "the argument shrink": shrink}

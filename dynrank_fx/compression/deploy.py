@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from ..errors import CalibrationError
 from ..phase import Phase
 from ..phases import phases_of
-from ..processes import processes_of
+from ..processes import in_group
 from ..rewrite import inline_, plan_of
 from ..tracing import ExampleInputs, same_buffers, shell
 from .batchnorms import recalibrate_
@@ -55,7 +55,7 @@ def deployed(
     if set(phases_of(net).values()) <= {Phase.LOW}:
         module, score = truncate(net, group=group), measured
     else:
-        calibrating = any(processes_of(group, CalibrationError).gathered(bool(batches)))
+        calibrating = any(in_group(group, CalibrationError).gathered(bool(batches)))
         module = truncate(net, batches if calibrating else None, group=group)
         if calibrating:
             recalibrate_(module, batches, like=inline_(shell(net.eval())), group=group)

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from ..aliases import Output
 from ..checks import is_list, is_whole
 from ..errors import CalibrationError
-from ..processes import ALONE, Processes, as_first_, check_same, processes_of, whole_weights
+from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..tracing import ExampleInputs, same_buffers, tensors, unwrap
 from .batches import call, checked_batches
 
@@ -49,8 +49,7 @@ def recover_(
         names: The parameters to train; all by default.
         group: The processes that fine-tune together, such as ``torch.distributed.group.WORLD``: each has the same
             module and gives its own batches, of which some may have none. A step takes one batch from each and lowers
-            the mean of their losses, as DistributedDataParallel does; do not wrap the module. By default this process
-            alone.
+            the mean of their losses, as DistributedDataParallel does. By default this process alone.
 
     Returns:
         The loss of every step, the mean over the processes.
@@ -59,7 +58,7 @@ def recover_(
         CalibrationError: For data and names that do not fit, and where the loss is not finite or has no gradient; the
             module is then as it was.
     """
-    processes = processes_of(group, CalibrationError)
+    processes = in_group(group, CalibrationError)
     with processes.all_or_none(CalibrationError, "recover_"):
         root = unwrap(module)
         chosen = _chosen(root, dense, steps, loss, names)
@@ -68,7 +67,8 @@ def recover_(
     check_same(processes, given, CalibrationError)
     as_first_(processes, root.buffers())
     data = checked_batches(batches, processes=processes)
-    return recovered_(module, dense, data, steps, loss, [parameter for _, parameter in chosen], processes)
+    called = module if processes.count == 1 else root  # not by way of DDP, which would wait for the others
+    return recovered_(called, dense, data, steps, loss, [parameter for _, parameter in chosen], processes)
 
 
 def _chosen(

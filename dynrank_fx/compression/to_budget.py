@@ -14,7 +14,7 @@ from ..errors import CalibrationError, ExportError, PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, Cost, PlanChoices, PlannedSite, PlanOptions, RankPolicy, Ratio, chosen
-from ..processes import Processes, as_first_, check_same, processes_of, whole_weights
+from ..processes import Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
 from ..tracing import Capture, ExampleInputs, Form, infinite_statistic, shell, unwrap
 from .batches import checked_batches
@@ -98,7 +98,7 @@ def compress(
         CalibrationError: For calibration data that do not serve, and statistics of batch norms that are not finite.
         CaptureError: Where the model cannot be captured.
     """
-    processes = processes_of(group, PlanError)
+    processes = in_group(group, PlanError)
     with processes.all_or_none(PlanError, "compress"):
         policy, drop = _parts(budget)
         settled = chosen(options, choices)

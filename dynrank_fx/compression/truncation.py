@@ -16,7 +16,7 @@ from ..layouts import Factors, Layout
 from ..phase import Phase
 from ..phases import RankUnit, enter_, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
-from ..processes import ALONE, Processes, as_first_, check_same, processes_of, whole_weights
+from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import Switched, a_twin, inline_, plan_of, switched_modules
 from ..tracing import ExampleInputs, own_, same_values, unwrap
 from .batches import checked_batches
@@ -87,7 +87,7 @@ def truncate(
     Warns:
         DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
-    processes = processes_of(group, CalibrationError)
+    processes = in_group(group, CalibrationError)
     with processes.all_or_none(CalibrationError, "truncate"):
         check_flags(CalibrationError, sequential=sequential)
         with same_values(unwrap(net)):

@@ -2,19 +2,27 @@
 be equal is compared.
 """
 
-from .asked import as_first_, check_same, processes_of, whole_weights
+from .agreement import agree
+from .asked import as_first_, check_same, in_group, whole_weights
 from .digests import Digest, digest_of, unequal
 from .together import ALONE, Processes, started
+from .wrappers import check_wrapper, ignored_by, let_go, processes_of, wrappers_of
 
 __all__ = [
     "ALONE",
     "Digest",
     "Processes",
+    "agree",
     "as_first_",
     "check_same",
+    "check_wrapper",
     "digest_of",
+    "ignored_by",
+    "in_group",
+    "let_go",
     "processes_of",
     "started",
     "unequal",
     "whole_weights",
+    "wrappers_of",
 ]

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import DynrankError
-from .digests import digest_of, unequal
+from .agreement import agree
+from .digests import digest_of
 from .together import ALONE, Processes
 
 
-def processes_of(group: dist.ProcessGroup | None, error: type[DynrankError]) -> Processes:
+def in_group(group: dist.ProcessGroup | None, error: type[DynrankError]) -> Processes:
     """The processes of a group that a caller gave; ``ALONE`` for None. Raises such an error for what is no group."""
     if group is None:
         return ALONE
@@ -27,14 +28,9 @@ def processes_of(group: dist.ProcessGroup | None, error: type[DynrankError]) -> 
 
 def check_same(processes: Processes, values: Mapping[str, object], error: type[DynrankError]) -> None:
     """Raises such an error, in all processes, for the first of these values that is not the same in all."""
-    found = None if processes.count == 1 else unequal(processes.gathered(digest_of(values)))
-    if found is not None:
-        name, ranks = found
-        which = f"process{'es' if ranks[1:] else ''} {', '.join(map(str, ranks))}"
-        raise error(
-            f"{name} is not the same in {which} of {processes.count} as in the rest: give all of them the same model "
-            "and the same arguments, and to each its own data"
-        )
+    if processes.count > 1:
+        when = "give all of them the same model and the same arguments, and to each its own data"
+        agree(processes, digest_of(values), error, when)
 
 
 def whole_weights(processes: Processes, net: nn.Module, error: type[DynrankError]) -> dict[str, object]:

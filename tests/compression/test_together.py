@@ -284,14 +284,17 @@ def test_the_first_measures_keeps_the_times_and_tells(made: tuple[Made, Made, Pa
 
 def test_what_fails_in_one_fails_in_both_with_a_sentence(made: tuple[Made, Made, Path]) -> None:
     first, second = made[0]["refused"], made[1]["refused"]
-    same = "of 2 as in the rest: give all of them the same model and the same arguments, and to each its own data"
+    same = (
+        "is not the same in all processes, in process 1 of 2 it is another: give all of them the same model and the "
+        "same arguments, and to each its own data"
+    )
     equal = {
-        "another weight": f"CalibrationError: k.weight is not the same in process 1 {same}",
+        "another weight": f"CalibrationError: k.weight {same}",
         "no data": "CalibrationError: the calibration data are empty: give at least one batch of inputs",
-        "data in one alone": f"CalibrationError: the kind of calibration is not the same in process 1 {same}",
-        "another argument": f"CalibrationError: the argument shrink is not the same in process 1 {same}",
-        "other steps": f"CalibrationError: the argument steps is not the same in process 1 {same}",
-        "another budget": f"PlanError: the budget is not the same in process 1 {same}",
+        "data in one alone": f"CalibrationError: the kind of calibration {same}",
+        "another argument": f"CalibrationError: the argument shrink {same}",
+        "other steps": f"CalibrationError: the argument steps {same}",
+        "another budget": f"PlanError: the budget {same}",
     }
     assert {name: first[name] for name in equal} == {name: second[name] for name in equal} == equal
     there = "failed in process 1 of 2, and nothing was done in any:"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import distribute_module, init_device_mesh
 
 from dynrank_fx.errors import CalibrationError, PlanError
-from dynrank_fx.processes import ALONE, as_first_, check_same, processes_of, whole_weights
+from dynrank_fx.processes import ALONE, as_first_, check_same, in_group, whole_weights
 
 
 def _said(call: Any) -> str:
@@ -24,7 +24,7 @@ def _said(call: Any) -> str:
 
 
 def _everything(rank: int) -> dict[str, Any]:
-    both = processes_of(dist.group.WORLD, PlanError)
+    both = in_group(dist.group.WORLD, PlanError)
     done: dict[str, Any] = {"count": both.count}
     own = [torch.full((2, 3), float(rank)), torch.tensor(rank), torch.full((3, 2), rank + 0.1).T]
     as_first_(both, own)
@@ -32,7 +32,7 @@ def _everything(rank: int) -> dict[str, Any]:
     check_same(both, {"a": torch.ones(2), "b": 3}, PlanError)
     done["unequal"] = _said(lambda: check_same(both, {"a": torch.ones(2), "b": rank}, PlanError))
     alone = dist.new_group([0])
-    done["of another group"] = _said(lambda: processes_of(alone, PlanError))
+    done["of another group"] = _said(lambda: in_group(alone, PlanError))
     net = nn.Linear(4, 4)
     done["whole"] = list(whole_weights(both, net, PlanError))
     distribute_module(net, init_device_mesh("cpu", (2,)))
@@ -45,7 +45,7 @@ def test_two_processes() -> None:
     for done in (first, second):
         assert done["count"] == 2
         assert done["values"] == [[[0.0] * 3] * 2, 0, [pytest.approx([0.1] * 3)] * 2]
-        assert done["unequal"].startswith("PlanError: b is not the same in process 1 of 2 as in the rest: give all of")
+        assert done["unequal"].startswith("PlanError: b is not the same in all processes, in process 1 of 2 it is anot")
         assert done["whole"] == ["weight", "bias"]
         assert done["in parts"].startswith("CalibrationError: weight lies in parts over the processes, and only whole")
     assert first["of another group"] == "nothing"
@@ -55,7 +55,7 @@ def test_two_processes() -> None:
 def test_alone_there_is_nothing_to_agree_on() -> None:
     value = torch.ones(2)
     as_first_(ALONE, [value])
-    check_same(processes_of(None, PlanError), {"value": value}, PlanError)
+    check_same(in_group(None, PlanError), {"value": value}, PlanError)
     assert whole_weights(ALONE, nn.Linear(2, 2), PlanError) == {}
     with pytest.raises(PlanError, match=r"^group is 'world', and no group of processes that this one is in"):
-        processes_of("world", PlanError)  # type: ignore[arg-type]
+        in_group("world", PlanError)  # type: ignore[arg-type]
