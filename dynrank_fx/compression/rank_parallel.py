@@ -51,7 +51,9 @@ def rank_parallel_plan(module: nn.Module) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {}
     for modules in switched_modules(root).values():
         if modules[0].phase != int(Phase.LOW):
-            raise PlanError(f"{modules[0].site} is in {Phase(modules[0].phase).name}: enter LOW first, or truncate the net")
+            raise PlanError(
+                f"{modules[0].site} is in {Phase(modules[0].phase).name}: enter LOW first, or truncate the net"
+            )
         if len(modules) == 1 and _is_whole_site(modules[0]):
             plan |= {path: _Site() for path, part in root.named_modules() if part is modules[0]}
     for first, second in _pairs(root):
@@ -93,16 +95,17 @@ def _pairs_of_graph(part: fx.GraphModule) -> Iterator[tuple[str, str]]:
     for first, nodes in calls.items():
         holder, _, name = first.rpartition(".")
         second = f"{holder}.{_OTHER.get(name)}".lstrip(".")
-        users = [user for node in nodes for user in node.users]
-        if second in calls and set(users) == set(calls[second]) and len(users) == len(calls[second]):
-            if _fit(part.get_submodule(first), part.get_submodule(second)):
-                yield first, second
+        users = {user for node in nodes for user in node.users}
+        follows = second in calls and users == set(calls[second])
+        if follows and _fit(part.get_submodule(first), part.get_submodule(second)):
+            yield first, second
 
 
 def _fit(first: nn.Module, second: nn.Module) -> bool:
     """Whether these are the factors of a linear layer."""
-    both = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-    return both and first.bias is None and first.out_features == second.in_features  # type: ignore[union-attr]
+    if not (isinstance(first, nn.Linear) and isinstance(second, nn.Linear)):
+        return False
+    return first.bias is None and first.out_features == second.in_features
 
 
 class _First(ColwiseParallel):
@@ -120,7 +123,8 @@ class _Site(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Switched)
         _check_rank(module.rank, device_mesh)
-        return distribute_module(module, device_mesh, self._partition, _replicated, _added_up)
+        # What these two give takes the place of the inputs and the output, which torch's annotations do not say.
+        return distribute_module(module, device_mesh, self._partition, _replicated, _added_up)  # type: ignore[arg-type]
 
     def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for factor, axis in (("left", 1), ("right", 0)):

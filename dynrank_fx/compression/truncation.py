@@ -159,7 +159,8 @@ def apply_ranks_(
     be the same on equal machines; to be so on all, the factors are then those of the first.
     """
     sites = {name: modules[0] for name, modules in switched_modules(net).items()}
-    changing = {name for name, site in sites.items() if site.phase != int(Phase.LOW) or site.rank != ranks[name]}
+    # In the order of the sites: that of a set is another in every process.
+    changing = [name for name, site in sites.items() if site.phase != int(Phase.LOW) or site.rank != ranks[name]]
     with processes.all_or_none(CalibrationError, "a cut"):
         dense = enter_(net, dict.fromkeys(changing, Phase.FULL))
         replan_(net, plan_of(net).with_ranks({name: r for name, r in ranks.items() if r is not None}))
