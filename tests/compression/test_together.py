@@ -6,6 +6,9 @@ The truth is one process that has all batches. Everything runs in one start of t
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +323,18 @@ def test_what_fails_in_one_fails_in_both_with_a_sentence(made: tuple[Made, Made,
     assert second["a budget that is too small"].startswith("PlanError: choosing the ranks failed in process 0 of 2")
 
 
+@pytest.mark.fuzz
+def test_processes_that_are_started_apart_do_the_same(tmp_path: Path) -> None:
+    """Where each has an order of its own in its sets, as under torchrun."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, *command], check=True, timeout=300, env=environment)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    for name in RESULTS:
+        alike(first[name], second[name], 0.0)
+    alike(first["compressed"]["state"], second["compressed"]["state"], 0.0)
+
+
 @pytest.mark.parametrize("group", ["world", True, 2])
 def test_what_is_no_group_of_processes(group: Any) -> None:
     sentence = r"^group is .*, and no group of processes that this one is in: give torch\.distributed\.group\.WORLD"
@@ -331,3 +346,11 @@ def test_what_is_no_group_of_processes(group: Any) -> None:
         dr.recover_(net, net, x, 1, group=group)
     with pytest.raises(dr.PlanError, match=sentence):
         dr.compress(perceptron(), batches()[0], dr.Budget(params=0.5), batches(), group=group)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    _said_once(dist.get_rank())
+    all_of_it = done(lambda data: data[dist.get_rank() :: 2], dist.group.WORLD, FirstTimes({}))
+    torch.save(all_of_it, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
