@@ -55,6 +55,6 @@ def as_first_(processes: Processes, tensors: Iterable[Tensor]) -> None:
         return
     own = list(tensors)
     first = processes.from_one(0, lambda: own, DynrankError, "sending tensors")
-    for each, value in zip(own, first, strict=True):
-        if each is not value:
+    if not processes.first:
+        for each, value in zip(own, first, strict=True):
             each.copy_(value)

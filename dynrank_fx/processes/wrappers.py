@@ -34,8 +34,14 @@ def wrappers_of(net: nn.Module) -> list[DistributedDataParallel]:
     given = [module for module in net.modules() if isinstance(module, DistributedDataParallel)]
     if given:
         return given
-    alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    kinds = _with_subclasses(DistributedDataParallel)
+    alive: list[Any] = [each for each in gc.get_objects() if type(each) in kinds]  # Any: the collector knows no types
     return [wrapper for wrapper in alive if any(module is net for module in wrapper.modules())]
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    """Looked up for every object there is, which is faster than to ask each for its kinds."""
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
 
 
 def processes_of(wrappers: Sequence[DistributedDataParallel]) -> Processes:
