@@ -215,7 +215,7 @@ def _refusals(rank: int) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Made, Path]:
     folder = tmp_path_factory.mktemp("times")
-    first, second = in_processes(_everything, folder)
+    first, second = in_processes(_everything, folder, seconds=300)
     return first, second, folder
 
 
