@@ -7,6 +7,7 @@ from .compression import MaxDrop as MaxDrop
 from .compression import SiteTimes as SiteTimes
 from .compression import calibrate as calibrate
 from .compression import compress as compress
+from .compression import rank_parallel_plan as rank_parallel_plan
 from .compression import recalibrate_ as recalibrate_
 from .compression import recover_ as recover_
 from .compression import truncate as truncate

@@ -171,7 +171,7 @@ def test_other_commands_of_a_page_name_what_is_there(name):
     for block in BLOCKS[name]:
         assert block.language in ("python", "sh", "text"), f"{name}:{block.line}"
         for program, *words in block.commands:
-            assert program in ("dynrank-fx", "make", "pip"), f"{name}:{block.line}: {program}"
+            assert program in ("dynrank-fx", "make", "pip", "torchrun"), f"{name}:{block.line}: {program}"
             assert program != "make" or re.search(rf"^{words[0]}:", makefile, re.M), words
     for script in re.findall(
         r"`(?:python )?((?:samples|benchmarks|tests|dynrank_fx|cli)/[\w/.-]+)(?![\w/.:-])", TEXTS[name]

@@ -66,6 +66,7 @@ PUBLIC = [
     "phases_of",
     "plan_of",
     "randomize_",
+    "rank_parallel_plan",
     "recalibrate_",
     "recover_",
     "replan_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +51,12 @@ def test_own_loop_learns(samples):
 def test_pipeline_shows_the_factors_as_nodes(samples):
     targets = runpy.run_path(str(samples / "pipeline.py"), run_name="pipeline")["main"]()
     assert {"0.left", "0.right", "3.left", "3.right"} <= set(targets)
+
+
+def test_tensor_parallelism_sends_once_each_way_for_a_site():
+    """Started as a user does, so that each process has an order of its own in its sets."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "samples/tensor_parallel.py"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "split: up.right, up.left, down.right, down.left" in done.stdout
+    assert "outputs and gradients agree; 2 all-reduces forward, 2 backward" in done.stdout

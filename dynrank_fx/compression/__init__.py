@@ -5,6 +5,7 @@ from .calibration import calibrate
 from .candidates import Candidates
 from .covariance import Calibration
 from .deploy import Deployed, deployed
+from .rank_parallel import rank_parallel_plan
 from .recover import recover_
 from .result import Compressed
 from .site_times import SiteTimes
@@ -22,6 +23,7 @@ __all__ = [
     "compress",
     "cut_",
     "deployed",
+    "rank_parallel_plan",
     "recalibrate_",
     "recover_",
     "truncate",

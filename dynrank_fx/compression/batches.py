@@ -9,13 +9,35 @@ from torch import Tensor, nn
 
 from ..aliases import Output
 from ..errors import CalibrationError, CaptureError, reason
+from ..processes import ALONE, Processes
 from ..tracing import ExampleInputs, fresh, mapped, same_values, split_inputs, tensors
 
 
-def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None = None) -> list[ExampleInputs]:
+def checked_batches(
+    batches: Iterable[ExampleInputs], like: ExampleInputs | None = None, processes: Processes = ALONE
+) -> list[ExampleInputs]:
     """The batches as a list. like: example inputs. Raises CalibrationError for none, for numbers that are not finite,
-    and for tensors of other dimensions than those of the example inputs.
+    and for tensors of other dimensions than those of the example inputs. Of several processes some may have none.
     """
+    with processes.all_or_none(CalibrationError, "reading the calibration data"):
+        data = _listed_batches(batches)
+        for number, batch in enumerate(data):
+            _check_batch(batch, number, like)
+    if not any(processes.gathered(any(tensor.numel() for tensor in tensors(data)))):
+        raise CalibrationError("the calibration data are empty: give at least one batch of inputs")
+    return data
+
+
+def dealt(data: Sequence[ExampleInputs], most: int, processes: Processes) -> list[ExampleInputs]:
+    """This process's part of so many batches of all processes, which give one after the other in turn; the first so
+    many where it is alone.
+    """
+    counts = processes.gathered(len(data))
+    turns = sorted((number, rank) for rank, count in enumerate(counts) for number in range(min(count, most)))[:most]
+    return list(data[: sum(rank == processes.rank for _, rank in turns)])
+
+
+def _listed_batches(batches: Iterable[ExampleInputs]) -> list[ExampleInputs]:
     if isinstance(batches, Tensor | Mapping):  # whose rows, or names, would be taken for batches
         kind = "one tensor" if isinstance(batches, Tensor) else "one mapping"
         raise CalibrationError(f"calibration data of {kind} are no batches: give a list of them")
@@ -26,18 +48,17 @@ def checked_batches(batches: Iterable[ExampleInputs], like: ExampleInputs | None
             f"calibration data of type {type(batches).__name__} are no batches: give a list"
         ) from error
     try:
-        data = [split_inputs(batch) for batch in data]
+        return [split_inputs(batch) for batch in data]
     except CaptureError as error:
         raise CalibrationError(f"a calibration batch is none: {error}") from error
-    if not any(tensor.numel() for tensor in tensors(data)):
-        raise CalibrationError("the calibration data are empty: give at least one batch of inputs")
-    for number, batch in enumerate(data):
-        for tensor in tensors(batch):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CalibrationError(f"calibration batch {number} holds numbers that are not finite: take them out")
-        if like is not None:
-            _check_dimensions(batch, number, like)
-    return data
+
+
+def _check_batch(batch: ExampleInputs, number: int, like: ExampleInputs | None) -> None:
+    for tensor in tensors(batch):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CalibrationError(f"calibration batch {number} holds numbers that are not finite: take them out")
+    if like is not None:
+        _check_dimensions(batch, number, like)
 
 
 def _check_dimensions(batch: ExampleInputs, number: int, like: ExampleInputs) -> None:

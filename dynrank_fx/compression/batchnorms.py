@@ -10,9 +10,11 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
+from ..processes import Processes, as_first_, check_same, in_group, whole_weights
 from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs, unwrap
 from .batches import call, checked_batches
 
@@ -106,7 +108,13 @@ def batch_statistics(norms: Sequence[Norm]) -> Iterator[Callable[[float], None]]
 
 
 @torch.no_grad()
-def recalibrate_(module: nn.Module, batches: Iterable[ExampleInputs], *, like: nn.Module | None = None) -> int:
+def recalibrate_(
+    module: nn.Module,
+    batches: Iterable[ExampleInputs],
+    *,
+    like: nn.Module | None = None,
+    group: ProcessGroup | None = None,
+) -> int:
     """Give the batch norms of a truncated module the means and variances that its inputs now have over the batches.
 
     Their statistics were those of the dense model's outputs, of which a cut takes some variance away. A batch counts
@@ -117,41 +125,89 @@ def recalibrate_(module: nn.Module, batches: Iterable[ExampleInputs], *, like: n
         module: The truncated module.
         batches: Batches of inputs, each as ``example_inputs``.
         like: The module before the cut, where there is one: batch norms that no cut site feeds keep what they have.
+        group: The processes that do so together, such as ``torch.distributed.group.WORLD``: each has the same module
+            and gives its own batches, of which some may have none. By default this process alone.
 
     Returns:
         How many batch norms were given new statistics.
 
     Raises:
-        CalibrationError: As ``calibrate`` does.
+        CalibrationError: As ``calibrate`` does; the statistics are then as they were.
     """
-    data = checked_batches(batches)
+    processes = in_group(group, CalibrationError)
+    with processes.all_or_none(CalibrationError, "recalibrate_"):
+        root = unwrap(module)
+        if like is not None:
+            unwrap(like)  # which refuses what is no module
+        given = {"the argument like": like is not None} | whole_weights(processes, root, CalibrationError)
+    check_same(processes, given, CalibrationError)
+    as_first_(processes, root.buffers())
+    called = module if processes.count == 1 else root  # not by way of DDP, which would wait for the others
+    return recalibrated_(called, checked_batches(batches, processes=processes), like, processes)
+
+
+@torch.no_grad()
+def recalibrated_(
+    module: nn.Module, data: Sequence[ExampleInputs], like: nn.Module | None, processes: Processes
+) -> int:
+    """As ``recalibrate_``, of arguments that were checked."""
     rows = [batch_size(split_inputs(batch)) or 1 for batch in data]
-    most = max(rows)
+    most = max(processes.gathered(max(rows, default=0)))
     used = [(number, batch) for number, batch in enumerate(data) if rows[number] > 1 or most == 1]
     norms = norms_of(unwrap(module))
     if like is not None:
-        unwrap(like)  # which refuses what is no module
-        norms = _moved(module, norms, like, used[0])
+        before = like
+        having = processes.gathered(bool(used)).index(True)
+        moved = processes.from_one(having, lambda: _moved(module, norms, before, used[0]), CalibrationError, "a look")
+        norms = [norm for norm, has in zip(norms, moved, strict=True) if has]
     if not norms:
         return 0
     statistics = [each for norm in norms for each in norm.statistics]
-    for each in statistics:
-        each.nan_to_num_(0.0, 0.0, 0.0)  # the first batch has a weight of 1, which leaves nothing but what is infinite
-    with batch_statistics(norms) as weigh:
-        seen = 0
-        for number, batch in used:
-            seen += rows[number]
-            weigh(rows[number] / seen)  # the mean over all rows so far
-            with same_buffers(module, but=statistics):  # a streaming position, which forward moves, stays
-                _observed(module, batch, number)
+    kept = [each.clone() for each in statistics]
+    try:
+        with processes.all_or_none(CalibrationError, "recalibrate_"):
+            seen = _observe_all(module, used, norms, [rows[number] for number, _ in used])
+        _average_(statistics, seen, processes)
+    except BaseException:
+        for each, value in zip(statistics, kept, strict=True):
+            each.copy_(value)
+        raise
     return len(norms)
 
 
-def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, ExampleInputs]) -> list[Norm]:
-    """The batch norms whose input is another one than in the module before the cut, on one batch."""
+def _observe_all(
+    module: nn.Module, batches: Sequence[tuple[int, ExampleInputs]], norms: Sequence[Norm], rows: Sequence[int]
+) -> int:
+    """Give the norms the mean of what the batches have, each counted by its rows; how many rows that are."""
+    statistics = [each for norm in norms for each in norm.statistics]
+    for each in statistics:
+        each.nan_to_num_(0.0, 0.0, 0.0)  # the first batch has a weight of 1, which leaves nothing but what is infinite
+    seen = 0
+    with batch_statistics(norms) as weigh:
+        for (number, batch), more in zip(batches, rows, strict=True):
+            seen += more
+            weigh(more / seen)  # the mean over all rows so far
+            with same_buffers(module, but=statistics):  # a streaming position, which forward moves, stays
+                _observed(module, batch, number)
+    return seen
+
+
+def _average_(statistics: Sequence[Tensor], rows: int, processes: Processes) -> None:
+    """The mean over the processes, each counted by the rows that it has seen."""
+    if processes.count == 1:
+        return
+    total = torch.tensor(float(rows), dtype=torch.float64)
+    sums = [each.double() * rows for each in statistics]
+    processes.sum_([total, *sums])
+    for each, summed in zip(statistics, sums, strict=True):
+        each.copy_(summed / float(total))
+
+
+def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, ExampleInputs]) -> list[bool]:
+    """Whether the input of each batch norm is another one than in the module before the cut, on one batch."""
     before = norms_of(like)
     if len(before) != len(norms):
-        return norms
+        return [True] * len(norms)
     number, batch = first
     seen = []
     for part, some in ((module, norms), (like, before)):
@@ -159,7 +215,7 @@ def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[i
             weigh(1.0)
             _observed(part, batch, number)
             seen.append([torch.cat([value.double() for value in norm.statistics]) for norm in some])
-    return [norm for norm, now, then in zip(norms, *seen, strict=True) if not torch.allclose(now, then, rtol=1e-5)]
+    return [not torch.allclose(now, then, rtol=1e-5) for now, then in zip(*seen, strict=True)]
 
 
 def _observed(module: nn.Module, batch: ExampleInputs, number: int) -> None:

@@ -1,17 +1,20 @@
 """Collecting what the outputs of sites hold, over calibration data: see ``covariance`` for what decides a cut.
 
 Sums are kept in float64, one matrix of products per site, and added batch by batch. Sites go in turns, each a pass over
-the data, so that these sums stay small beside the weights.
+the data, so that these sums stay small beside the weights. Several processes add up theirs at the end of a pass, in one
+message; all else of the cut is made of these sums, as if one process had seen all data.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Kwargs
@@ -19,6 +22,7 @@ from ..checks import is_list, is_number
 from ..errors import CalibrationError
 from ..layouts import TwoFactors
 from ..ops import ConvOp, LinearOp, MatmulOp, Op
+from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import STEM, SiteGroup, Switched, site_groups, switched_modules
 from ..tracing import ExampleInputs, evaluating, is_captured, regions, same_buffers, untraced, unwrap
 from .activation_rows import has_input_rows, has_output_rows, input_rows, output_rows, outputs_along_rows
@@ -71,6 +75,7 @@ def calibrate(
     *,
     sites: Collection[str] | None = None,
     shrink: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> Calibration:
     """Run the net on data, and collect what the outputs of its sites hold, for a cut that keeps the outputs.
 
@@ -84,14 +89,31 @@ def calibrate(
             of W Wᵀ, at the trace of C, that is added to the covariance C of the outputs. By default k / (k + rows seen)
             for k outputs: as much as C itself where there are hardly any data, and next to nothing where there are
             plenty.
+        group: The processes that calibrate together, such as ``torch.distributed.group.WORLD``: each has the same net
+            and gives its own batches, of which some may have none, and what all have seen is added up. By default this
+            process alone.
 
     Returns:
-        What is known of the outputs, for ``truncate`` and ``enter_(..., split=calibration.split)``.
+        What is known of the outputs, for ``truncate`` and ``enter_(..., split=calibration.split)``; the same in all
+            processes.
 
     Raises:
         CalibrationError: For a module that ``transform`` did not make, a site or a number that cannot be, and
-            where there is no batch, a batch does not fit the model, or numbers are not finite.
+            where there is no batch, a batch does not fit the model, or numbers are not finite. What fails in one
+            process fails in all.
     """
+    processes = in_group(group, CalibrationError)
+    with processes.all_or_none(CalibrationError, "calibrate"):
+        root, chosen = _asked(net, sites, shrink)
+        given: dict[str, object] = {"the argument sites": chosen, "the argument shrink": shrink}
+        given |= whole_weights(processes, root, CalibrationError)
+    check_same(processes, given, CalibrationError)
+    data = checked_batches(batches, processes=processes)
+    return calibrated(root, data, chosen, shrink, processes)
+
+
+def _asked(net: nn.Module, sites: Collection[str] | None, shrink: float | None) -> tuple[nn.Module, list[str]]:
+    """The net itself and the names of the sites. Raises CalibrationError for what cannot be."""
     root = unwrap(net)
     if not switched_modules(root) and not is_captured(root):
         raise CalibrationError(
@@ -104,15 +126,28 @@ def calibrate(
     chosen = known.keys() if sites is None else dict.fromkeys(asked)
     if unknown := [name for name in chosen if name not in known]:
         raise CalibrationError(f"the net has no site {unknown[0]!r}: its sites are named like {next(iter(known), '')}")
-    data = checked_batches(batches)
-    groups = site_groups(root, [name for name in known if name in chosen])
+    return root, [name for name in known if name in chosen]
+
+
+def calibrated(
+    root: nn.Module,
+    data: Sequence[ExampleInputs],
+    sites: Collection[str] | None = None,
+    shrink: float | None = None,
+    processes: Processes = ALONE,
+) -> Calibration:
+    """As ``calibrate``, of arguments that were checked."""
+    known = switched_modules(root)
+    groups = site_groups(root, [name for name in known if sites is None or name in sites])
     plain = {group.name: why for group in groups if (why := _why_plain(group.sites[0])) is not None}
     seen: dict[str, Covariance] = {}
     matrices: dict[tuple[object, ...], list[Tensor]] = {}
     order: dict[str, None] = {}
-    with evaluating(root), torch.no_grad():
+    with evaluating(root), torch.no_grad(), _buffers_of_first(root, processes):
         for some in _passes(root, [_unseen(group) for group in groups if group.name not in plain]):
-            _run(root, data, some, order)
+            with processes.all_or_none(CalibrationError, "calibration"):
+                _run(root, data, some, order)
+            _add_up(some, order, processes)
             for each in some:
                 seen[each.group.name] = each.ended(matrices)
     plain |= {name: "the calibration data never reach it" for name, each in seen.items() if each.count == 0}
@@ -163,6 +198,35 @@ def _passes(root: nn.Module, deciding: Sequence[_Sums]) -> Iterable[list[_Sums]]
         held += each.nbytes
     if turn:
         yield turn
+
+
+@contextmanager
+def _buffers_of_first(root: nn.Module, processes: Processes) -> Iterator[None]:
+    """Within it all processes have the first one's buffers: each has statistics of its own after training."""
+    if processes.count == 1:
+        yield
+        return
+    with same_buffers(root):
+        as_first_(processes, root.buffers())
+        yield
+
+
+def _add_up(watched: Sequence[_Sums], order: dict[str, None], processes: Processes) -> None:
+    """What all processes have seen in one pass, and the order of the calls where one of them saw none."""
+    if processes.count == 1:
+        return
+    seen = processes.gathered((list(order), [list(each.sums) for each in watched]))
+    order |= dict.fromkeys(name for names, _ in seen for name in names)
+    for number, each in enumerate(watched):
+        for key in dict.fromkeys(key for _, keys in seen for key in keys[number]):
+            each.sums[key] = each.sums.pop(key, (each.products.new_zeros(each.size[:-1]), 0))  # all in one order
+    counts = torch.tensor([n for each in watched for n in (each.count, *(n for _, n in each.sums.values()))])
+    totals = [total for each in watched for total, _ in each.sums.values()]
+    processes.sum_([counts, *(each.products for each in watched), *totals])
+    summed = iter(counts.tolist())
+    for each in watched:
+        each.count = next(summed)
+        each.sums = {key: (total, next(summed)) for key, (total, _) in each.sums.items()}
 
 
 def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[_Sums], order: dict[str, None]) -> None:

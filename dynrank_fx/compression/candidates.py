@@ -3,7 +3,7 @@
 A budget needs to know what an error in each site does to the model. That is measured with one site cut at a time, and
 holds only as far as such errors add up, which at small sizes they do not. So several answers are tried: ranks by these
 sensitivities at a quarter of the rank, by those at the ranks first found, by none, and one ratio for all. Each is cut
-and run on the calibration data.
+and run on the calibration data. Of several processes the first decides, on what all have measured.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import CalibrationError
 from ..phases import LatencyOf, RankUnit, rank_units
 from ..plan import Budget, RankPolicy
+from ..processes import ALONE, Processes
 from ..rewrite import a_twin, inline_, plan_of
 from ..tracing import ExampleInputs, same_buffers
-from .batches import call
-from .batchnorms import recalibrate_
+from .batches import call, dealt
+from .batchnorms import recalibrated_
 from .covariance import Calibration
 from .recover import distance
 from .truncation import Cut, added_biases, apply_ranks_, ranks_of
@@ -50,7 +53,7 @@ class Candidates:
 
     data, known: calibration batches and what they tell of the net; None for cuts by plain SVD. latency: measured times
     of sites, see ``rank_units``. sequential: as in ``truncate``. low: ranks of the weights that were factored before.
-    tell: is told what is tried.
+    tell: is told what is tried. processes: those that try them together, each on its own data.
     """
 
     net: nn.Module
@@ -62,6 +65,7 @@ class Candidates:
     sequential: bool = False
     low: Mapping[str, int] = field(default_factory=dict)
     tell: Callable[[str], None] = lambda said: None
+    processes: Processes = ALONE
     _measured: dict[tuple[str, int], float] = field(default_factory=dict)
     _spectra: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -95,8 +99,12 @@ class Candidates:
 
     def ranks(self, policy: RankPolicy, margin: float | None, weights: Mapping[str, float]) -> Ranks:
         """What the policy says. weights: see ``sensitivities``."""
-        units = self._units(latency=self.latency, margin=margin, weights=weights)
-        return ranks_of(self.net, policy, self.known, units)
+
+        def decided() -> Ranks:
+            units = self._units(latency=self.latency, margin=margin, weights=weights)
+            return ranks_of(self.net, policy, self.known, units)
+
+        return self.processes.from_one(0, decided, CalibrationError, "choosing the ranks")
 
     def cut(self, ranks: Ranks) -> Candidate:
         """The net at these ranks."""
@@ -107,13 +115,14 @@ class Candidates:
         cut to a rank, over the share of its own outputs that this takes away. at: the ranks; by default, and for sites
         that are dense, a quarter.
         """
+        with self.processes.all_or_none(CalibrationError, "looking at the spectra"):
+            units = self._units()
+            ranks = [at.get(unit.names[0]) or max(1, unit.curve.max_rank // 4) for unit in units]
+            energies = [unit.curve.spectrum().square().sum(0) for unit in units]
         effects = {}
-        units = self._units()
-        for number, unit in enumerate(units):
+        for number, (unit, rank, energy) in enumerate(zip(units, ranks, energies, strict=True)):
             if number % max(1, len(units) // 5) == 0:
                 self.tell(f"measuring what an error in a weight does to the outputs: {number + 1} of {len(units)}")
-            energy = unit.curve.spectrum().square().sum(0)
-            rank = at.get(unit.names[0]) or max(1, unit.curve.max_rank // 4)
             lost = float(energy[rank:].sum() / energy.sum().clamp_min(1e-30))
             effects[unit.names[0]] = self._moved(unit, rank) / max(lost, 1e-6)
         return effects
@@ -145,11 +154,13 @@ class Candidates:
     def _cut(
         self, ranks: Mapping[str, int | None], data: Sequence[ExampleInputs] | None, sequential: bool
     ) -> Candidate:
-        twin = a_twin(self.net)
-        cuts = apply_ranks_(twin, ranks, self.known, data if sequential else None)
-        module = inline_(twin, layers=True)
+        with self.processes.all_or_none(CalibrationError, "a cut"):
+            twin = a_twin(self.net)
+        cuts = apply_ranks_(twin, ranks, self.known, data if sequential else None, self.processes)
+        with self.processes.all_or_none(CalibrationError, "a cut"):
+            module = inline_(twin, layers=True)
         if data is not None and any(cut.loses for cut in cuts):
-            recalibrate_(module, data, like=self.dense)
+            recalibrated_(module, data, self.dense, self.processes)
         return Candidate(module, tuple(cuts))
 
     def _moved(self, unit: RankUnit, rank: int) -> float:
@@ -158,15 +169,23 @@ class Candidates:
         key = (unit.names[0], rank)
         if key not in self._measured:
             ranks = {row.site.name: rank if row.site.name in unit.names else None for row in plan_of(self.net).sites}
-            self._measured[key] = self._distance(self._cut(ranks, self.data[:_PROBES], sequential=False))
+            self._measured[key] = self._distance(self._cut(ranks, self._probes, sequential=False))
         return self._measured[key]
+
+    @cached_property
+    def _probes(self) -> list[ExampleInputs]:
+        """The first calibration batches."""
+        assert self.data is not None
+        return dealt(self.data, _PROBES, self.processes)
 
     @torch.no_grad()
     def _distance(self, candidate: Candidate) -> float:
         """Of its outputs to the dense model's, on the first calibration batches."""
-        assert self.data is not None
-        some, total = list(enumerate(self.data[:_PROBES])), 0.0
-        for number, batch in some:
-            with same_buffers(candidate.module), same_buffers(self.dense):  # both begin where the model is
-                total += float(distance(call(candidate.module, batch, number), call(self.dense, batch, number)))
-        return total / len(some)
+        total, probes = 0.0, self._probes
+        with self.processes.all_or_none(CalibrationError, "comparing outputs"):
+            for number, batch in enumerate(probes):
+                with same_buffers(candidate.module), same_buffers(self.dense):  # both begin where the model is
+                    total += float(distance(call(candidate.module, batch, number), call(self.dense, batch, number)))
+        sums = torch.tensor([total, len(probes)], dtype=torch.float64)
+        self.processes.sum_([sums])
+        return float(sums[0] / sums[1])

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from ..errors import CalibrationError
 from ..phase import Phase
 from ..phases import phases_of
+from ..processes import in_group
 from ..rewrite import inline_, plan_of
 from ..tracing import ExampleInputs, same_buffers, shell
 from .batchnorms import recalibrate_
@@ -29,6 +32,7 @@ def deployed(
     *,
     metric: Callable[[nn.Module], float | None] | None = None,
     measured: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> Deployed:
     """The net with all of its sites in factors.
 
@@ -41,17 +45,20 @@ def deployed(
         batches: Calibration batches, each as the example inputs; without any the cut is a plain SVD.
         metric: Of a module; it may say None where there is nothing to score on.
         measured: The metric at the end of training of the net with its sites in LOW.
+        group: The processes that do so together, as of ``truncate``, each with its own batches; ``metric`` says the
+            same in all.
 
     Raises:
         PlanError: For a module that ``transform`` did not make.
         CalibrationError: For batches that do not fit the model.
     """
     if set(phases_of(net).values()) <= {Phase.LOW}:
-        module, score = truncate(net), measured
+        module, score = truncate(net, group=group), measured
     else:
-        module = truncate(net, batches or None)
-        if batches:
-            recalibrate_(module, batches, like=inline_(shell(net.eval())))
+        calibrating = any(in_group(group, CalibrationError).gathered(bool(batches)))
+        module = truncate(net, batches if calibrating else None, group=group)
+        if calibrating:
+            recalibrate_(module, batches, like=inline_(shell(net.eval())), group=group)
         with same_buffers(module):
             score = None if metric is None else metric(module)
     metadata = {"dynrank_plan": plan_of(net).to_json()}

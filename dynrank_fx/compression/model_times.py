@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import ExportError
 from ..onnx import Precision, bound, cast, converted, onnx_inputs, session_of
+from ..processes import ALONE, Processes
 from ..timing import Pair, interleaved
 from ..tracing import ExampleInputs, in_order, split_inputs
 from .site_times import SiteTimes
@@ -18,29 +19,37 @@ _SECONDS, _SLOW = 2e-3, 2e-2  # so long at least is one measurement; what takes 
 
 
 class ModelTimes:
-    """Times on the target of ``sites``, at the shapes of the example inputs.
+    """Times on the target of ``sites``, at the shapes of the example inputs. Of several processes the first measures,
+    while the others wait, and tells them.
 
     dense: seconds of the dense model; None where it does not become an ONNX file, and ``why`` then says why. Raises
     ExportError for a provider that does not come up.
     """
 
-    def __init__(self, dense: nn.Module, example_inputs: ExampleInputs, sites: SiteTimes) -> None:
+    def __init__(
+        self, dense: nn.Module, example_inputs: ExampleInputs, sites: SiteTimes, processes: Processes = ALONE
+    ) -> None:
         self.sites = sites
-        self._module, self._inputs = dense, split_inputs(example_inputs)
-        self.dense: float | None = None
-        self.why = ""
+        self._module, self._inputs, self._processes = dense, split_inputs(example_inputs), processes
+        self.dense: float | None
+        self.dense, self.why = processes.from_one(0, self._of_dense, ExportError, "timing the dense model")
+
+    def _of_dense(self) -> tuple[float | None, str]:
         try:
-            model = self._onnx(dense)
+            model = self._onnx(self._module)
         except ExportError as error:
-            self.why = str(error)
-        else:
-            self._run_dense = self._runner(model)
-            self.dense = interleaved(self._run_dense, self._run_dense, repeats=11).first
+            return None, str(error)
+        self._run_dense = self._runner(model)
+        return interleaved(self._run_dense, self._run_dense, repeats=11).first, ""
 
     def pair(self, module: nn.Module) -> Pair | None:
         """The dense model (first) and another (second); None where the dense one cannot be run."""
         if self.dense is None:
             return None
+        return self._processes.from_one(0, lambda: self._pair(module), ExportError, "timing the model")
+
+    def _pair(self, module: nn.Module) -> Pair:
+        assert self.dense is not None
         run = self._runner(self._onnx(module))
         inner = max(1, min(50, round(_SECONDS / self.dense)))
         repeats = 15 if self.dense < _SLOW else 5

@@ -9,10 +9,12 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..aliases import Output
 from ..checks import is_list, is_whole
 from ..errors import CalibrationError
+from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..tracing import ExampleInputs, same_buffers, tensors, unwrap
 from .batches import call, checked_batches
 
@@ -30,6 +32,7 @@ def recover_(
     *,
     loss: Loss | None = None,
     names: Sequence[str] | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[float]:
     """Fine-tune a truncated module in evaluation mode: dropout off, batch norms as they are.
 
@@ -44,16 +47,35 @@ def recover_(
         loss: (output, number of the calibration batch it is of) to a loss. By default the distance to the dense model's
             outputs, Σ ‖z − y‖² / ‖y − ȳ‖² over its floating-point outputs, ȳ being the mean over the batch.
         names: The parameters to train; all by default.
+        group: The processes that fine-tune together, such as ``torch.distributed.group.WORLD``: each has the same
+            module and gives its own batches, of which some may have none. A step takes one batch from each and lowers
+            the mean of their losses, as DistributedDataParallel does. By default this process alone.
 
     Returns:
-        The loss of every step.
+        The loss of every step, the mean over the processes.
 
     Raises:
         CalibrationError: For data and names that do not fit, and where the loss is not finite or has no gradient; the
             module is then as it was.
     """
-    data = checked_batches(batches)
-    wanted = dict(unwrap(module).named_parameters())
+    processes = in_group(group, CalibrationError)
+    with processes.all_or_none(CalibrationError, "recover_"):
+        root = unwrap(module)
+        chosen = _chosen(root, dense, steps, loss, names)
+        given = {"the argument steps": steps, "the parameters to train": [name for name, _ in chosen]}
+        given |= whole_weights(processes, root, CalibrationError)
+    check_same(processes, given, CalibrationError)
+    as_first_(processes, root.buffers())
+    data = checked_batches(batches, processes=processes)
+    called = module if processes.count == 1 else root  # not by way of DDP, which would wait for the others
+    return recovered_(called, dense, data, steps, loss, [parameter for _, parameter in chosen], processes)
+
+
+def _chosen(
+    root: nn.Module, dense: nn.Module, steps: int, loss: Loss | None, names: Sequence[str] | None
+) -> list[tuple[str, nn.Parameter]]:
+    """What is to be trained. Raises CalibrationError for arguments that cannot be."""
+    wanted = dict(root.named_parameters())
     unwrap(dense)  # which refuses what is no module
     if loss is not None and not callable(loss):
         raise CalibrationError(f"loss is {loss!r}: give a function, or leave it out")
@@ -65,11 +87,23 @@ def recover_(
         )
     if not is_whole(steps):
         raise CalibrationError(f"a recovery of {steps!r} steps is none: give 0 or more")
-    chosen = [wanted[name] for name in wanted if name in asked]
-    chosen = [parameter for parameter in chosen if parameter.is_floating_point()]
+    return [(name, p) for name, p in wanted.items() if name in asked and p.is_floating_point()]
+
+
+def recovered_(
+    module: nn.Module,
+    dense: nn.Module,
+    data: Sequence[ExampleInputs],
+    steps: int,
+    loss: Loss | None,
+    chosen: Sequence[nn.Parameter],
+    processes: Processes = ALONE,
+) -> list[float]:
+    """As ``recover_``, of arguments that were checked."""
     before = [parameter.detach().clone() for parameter in chosen]
     losses: list[float] = []
     groups = [{"params": [p], "lr": _SHARE * max(float(p.detach().square().mean().sqrt()), 1e-4)} for p in chosen]
+    givers = sum(processes.gathered(bool(data)))
     with _training(module, chosen):
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -77,18 +111,18 @@ def recover_(
         )
         try:
             for step in range(steps):
-                with same_buffers(module), same_buffers(dense):  # to the end of backward, which may need them
-                    lost = _lost(module, dense, data, step % len(data), loss)
-                    losses.append(float(lost.detach()))
-                    if not math.isfinite(losses[-1]):
-                        raise CalibrationError(
-                            f"the loss of the recovery is {losses[-1]} at step {step}: look for a loss that overflows, "
-                            "or leave the recovery out"
-                        )
-                    optimizer.zero_grad()
-                    lost.backward()
+                optimizer.zero_grad()
+                with processes.all_or_none(CalibrationError, "the recovery"):
+                    lost = _backward(module, dense, data, step, loss)
+                losses.append(_mean_(chosen, lost, givers, processes))
+                if not math.isfinite(losses[-1]):
+                    raise CalibrationError(
+                        f"the loss of the recovery is {losses[-1]} at step {step}: look for a loss that overflows, "
+                        "or leave the recovery out"
+                    )
                 optimizer.step()
                 scheduler.step()
+            as_first_(processes, chosen)  # machines that are not equal may round in other ways
             if not all(bool(torch.isfinite(parameter).all()) for parameter in chosen):
                 raise CalibrationError(
                     "the recovery came to weights that are not finite: look for a gradient that overflows, or leave "
@@ -100,6 +134,36 @@ def recover_(
                     parameter.copy_(value)
             raise
     return losses
+
+
+def _backward(
+    module: nn.Module, dense: nn.Module, data: Sequence[ExampleInputs], step: int, loss: Loss | None
+) -> float:
+    """The loss of one step, and its gradients; 0 and none where there are no data here."""
+    if not data:
+        return 0.0
+    with same_buffers(module), same_buffers(dense):  # to the end of backward, which may need them
+        lost = _lost(module, dense, data, step % len(data), loss)
+        value = float(lost.detach())
+        if math.isfinite(value):
+            lost.backward()
+    return value
+
+
+@torch.no_grad()
+def _mean_(chosen: Sequence[nn.Parameter], lost: float, givers: int, processes: Processes) -> float:
+    """The mean loss of the processes that have data, and the mean of the gradients in the place of each one's own."""
+    if processes.count == 1:
+        return lost
+    total = torch.tensor(lost, dtype=torch.float64)
+    reached = torch.tensor([parameter.grad is not None for parameter in chosen], dtype=torch.int32)
+    for parameter in chosen:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    gradients = [parameter.grad for parameter in chosen if parameter.grad is not None]
+    processes.sum_([total, reached, *gradients])
+    for parameter, count in zip(chosen, reached.tolist(), strict=True):
+        parameter.grad = None if parameter.grad is None or not count else parameter.grad / givers
+    return float(total) / givers
 
 
 def _lost(module: nn.Module, dense: nn.Module, data: Sequence[ExampleInputs], number: int, loss: Loss | None) -> Tensor:

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 from ..errors import PlanError
 from ..plan import Budget, Metric, RankPolicy
+from ..processes import ALONE, Processes
 from ..rewrite import plan_of
 from ..tracing import own_, same_buffers
 from .candidates import Candidate, Candidates
 from .model_times import ModelTimes
-from .recover import Loss, recover_
+from .recover import Loss, recovered_
 from .result import NOISE, Compressed, compressed
 
 _MARGINS = (0.0, 0.15, 0.35, 1.0)
@@ -23,8 +25,8 @@ _MARGINS = (0.0, 0.15, 0.35, 1.0)
 _TIGHTENINGS = 3
 _BISECTIONS = 8
 
-Score: TypeAlias = Callable[[nn.Module], float]
-"""The score of a module; larger is better."""
+Score: TypeAlias = Callable[[nn.Module], float | tuple[float, float]]
+"""The score of a module, larger is better; or (score, how many examples it is of)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class Search:
         own_(cut.module, self.candidates.net)
         if data is not None and self.recover_steps and any(site.loses for site in cut.cuts):
             self.candidates.tell(f"fine-tuning the result for {self.recover_steps} steps")
-            recover_(cut.module, self.candidates.dense, data, self.recover_steps, loss=self.loss)
+            trained = [p for p in cut.module.parameters() if p.is_floating_point()]
+            dense, processes = self.candidates.dense, self.candidates.processes
+            recovered_(cut.module, dense, data, self.recover_steps, self.loss, trained, processes)
         return cut
 
     def told(self, candidate: Candidate) -> Compressed:
@@ -137,10 +141,9 @@ class Search:
         """Whether the metric has fallen by at most so much; not where it is no number."""
         assert self.metric is not None
         assert self.score is not None
-        with same_buffers(tried.module):
-            value = self.metric(tried.module)
-        within = bool(value >= self.score - drop)
-        self.candidates.tell(f"{what}: metric {float(value):.4f}, {'within' if within else 'below'} what is allowed")
+        value = _mean_score(self.metric, tried.module, self.candidates.processes)
+        within = value >= self.score - drop
+        self.candidates.tell(f"{what}: metric {value:.4f}, {'within' if within else 'below'} what is allowed")
         return within
 
     def within_both(self, result: Compressed, drop: float) -> Compressed:
@@ -192,14 +195,34 @@ def budget_of(shares: Mapping[Metric, float], even: bool = False) -> Budget:
     return Budget(shares.get(Metric.PARAMS), shares.get(Metric.FLOPS), shares.get(Metric.LATENCY), even)
 
 
-def scored(metric: Score, module: nn.Module) -> float:
-    """The score of a module. Raises PlanError for what is no finite number."""
-    with same_buffers(module):
-        said = metric(module)
-    try:
-        value = float(said)
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"the metric is {said!r} and no number: return one") from error
+def scored(metric: Score, module: nn.Module, processes: Processes = ALONE) -> float:
+    """The score of a module, the mean over the processes. Raises PlanError for what is no finite number."""
+    value = _mean_score(metric, module, processes)
     if not math.isfinite(value):
         raise PlanError(f"the metric is {value}, which nothing can be compared with: see that it is a finite number")
     return value
+
+
+def _mean_score(metric: Score, module: nn.Module, processes: Processes) -> float:
+    """The mean over the processes, each counted by the examples that its score is of, or once."""
+    with processes.all_or_none(PlanError, "scoring"):
+        with same_buffers(module):
+            said = metric(module)
+        value, count = _numbers(said)
+    if processes.count == 1:
+        return value
+    sums = torch.tensor([value * count if count else 0.0, count], dtype=torch.float64)
+    processes.sum_([sums])
+    return float(sums[0] / sums[1])
+
+
+def _numbers(said: float | tuple[float, float]) -> tuple[float, float]:
+    """(score, how many examples it is of). Raises PlanError for what is none."""
+    value, count = said if isinstance(said, tuple) and len(said) == 2 else (said, 1)
+    try:
+        score, weight = float(value), float(count)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"the metric is {said!r} and no number: return one") from error
+    if not (math.isfinite(weight) and weight >= 0):
+        raise PlanError(f"the metric is of {weight} examples: return (score, count) with a count of 0 or more")
+    return score, weight

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Unpack
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from ..checks import check_flags, is_number, is_whole
 from ..errors import CalibrationError, ExportError, PlanError
 from ..phase import Phase
 from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, Cost, PlanChoices, PlannedSite, PlanOptions, RankPolicy, Ratio, chosen
+from ..processes import Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
 from ..tracing import Capture, ExampleInputs, Form, infinite_statistic, shell, unwrap
 from .batches import checked_batches
-from .calibration import calibrate
+from .calibration import calibrated
 from .candidates import Candidates
 from .model_times import ModelTimes
 from .recover import Loss
@@ -58,6 +60,7 @@ def compress(
     form: Form = Form.GRAPH,
     how: Capture | None = None,
     progress: Callable[[str], None] | None = None,
+    group: ProcessGroup | None = None,
     **choices: Unpack[PlanChoices],
 ) -> Compressed:
     """Cut a trained model to a budget so that its outputs change least, and measure what became of it.
@@ -71,7 +74,7 @@ def compress(
         options: What may be factored, and how. The budget decides the ranks, so that ``rank`` and
             ``allow_unprofitable`` say nothing here; of a net of ``transform`` only ``multiple_of`` is read, since it
             has a plan already.
-        metric: Scores a module; larger is better.
+        metric: Scores a module; larger is better. It gives a number, or (number, how many examples it is of).
         recover_steps: How many steps the cut model is fine-tuned for, as ``recover_`` does.
         loss: What the fine-tuning lowers, in place of the distance to the dense model's outputs; see ``recover_``.
         times: Measures sites where the model is to run. A site that is not faster factored then stays dense, and the
@@ -80,10 +83,14 @@ def compress(
         form: What the result is, as in ``transform``: a graph module, or a model of its own class.
         how: The kind of capture, as in ``transform``; for a model that is no net yet.
         progress: Is called with a sentence whenever something begins or has been tried.
+        group: The processes that compress together, such as ``torch.distributed.group.WORLD``: each has the same model
+            and gives its own batches, of which some may have none (an empty list). ``metric`` scores each process's own
+            data, and the mean over the processes counts, each by its examples. The first decides, measures times, keeps
+            their file and calls ``progress``. By default this process alone.
         **choices: Fields of ``PlanOptions``, a shorthand for options.
 
     Returns:
-        The compressed model, with what it costs and what it lost.
+        The compressed model, with what it costs and what it lost; the same in all processes.
 
     Raises:
         PlanError: For a budget that cannot be met (the least one that can is said), and for options that do not go
@@ -91,61 +98,100 @@ def compress(
         CalibrationError: For calibration data that do not serve, and statistics of batch norms that are not finite.
         CaptureError: Where the model cannot be captured.
     """
-    policy, drop = _parts(budget)
-    if (what := infinite_statistic(unwrap(model))) is not None:
-        raise CalibrationError(
-            f"{what} is not finite, as after a training that has diverged: load sound weights, or give the batch norms "
-            "new statistics by recalibrate_"
-        )
+    processes = in_group(group, PlanError)
+    with processes.all_or_none(PlanError, "compress"):
+        policy, drop = _parts(budget)
+        settled = chosen(options, choices)
+        _check_options(calibration is None, metric, recover_steps, loss, times, sequential, progress)
+        if drop is not None and metric is None:
+            raise PlanError("a budget of the metric's fall takes a metric, and data to score on: give both")
+        _check_planning(model, settled, "rank" in choices)
+        given: dict[str, object] = {
+            "the budget": policy if policy is None or isinstance(policy, Budget) else type(policy).__qualname__,
+            "the fall of the metric": drop,
+            "the argument recover_steps": recover_steps,
+            "the argument sequential": sequential,
+        }
+        more = {"calibration": calibration, "metric": metric, "loss": loss, "times": times}
+        given |= {f"whether there is the argument {name}": value is not None for name, value in more.items()}
+    check_same(processes, given, PlanError)
+    data = None if calibration is None else checked_batches(calibration, example_inputs, processes)
+    tell = progress if progress is not None and processes.first else _silent
+    tell("capturing the model")
+    with processes.all_or_none(PlanError, "capturing the model"):
+        net, low = _in_full(model, example_inputs, settled, form, how)
+        weights = whole_weights(processes, net, PlanError)
+    check_same(processes, {"the plan": plan_of(net).to_json()} | weights, PlanError)
+    as_first_(processes, net.buffers())  # after training each process has statistics of its own
+    dense = inline_(shell(net))
+    score = None
+    if metric is not None:
+        whose = "the model, part of which is of low rank already" if low else "the dense model"
+        tell(f"scoring {whose}")
+        score = scored(metric, dense, processes)
+        tell(f"its metric is {score:.4f}")
+    if data is not None:
+        tell(f"calibrating on {sum(processes.gathered(len(data)))} batches")
+    known = None if data is None else calibrated(net, data, processes=processes)
+    if times is not None:
+        tell(f"timing the dense model by {times.provider}")
+    whole = None if times is None else _timed(dense, example_inputs, times, processes)
+    latency = _latency(whole, tell)
+    candidates = Candidates(net, dense, data, known, latency, settled.multiple_of, sequential, low, tell, processes)
+    search = Search(candidates, policy, drop, metric, score, recover_steps, loss, whole)
+    best = search.result()
+    if times is not None and processes.first:
+        times.save()
+    if metric is None or score is None:
+        return best
+    best = replace(best, metrics=(score, scored(metric, best.module, processes)))
+    return best if drop is None or policy is None else search.within_both(best, drop)
+
+
+def _silent(said: str) -> None:
+    """For a caller who is told nothing."""
+
+
+def _check_options(
+    without_data: bool,
+    metric: Score | None,
+    recover_steps: int,
+    loss: Loss | None,
+    times: SiteTimes | None,
+    sequential: bool,
+    progress: Callable[[str], None] | None,
+) -> None:
+    """Raises PlanError for arguments that cannot be, or not without data."""
     check_flags(PlanError, sequential=sequential)
     if times is not None and not isinstance(times, SiteTimes):
         raise PlanError(f"times is {times!r}: give SiteTimes(), or None to measure nothing")
     for name, given in (("metric", metric), ("loss", loss), ("progress", progress)):
         if given is not None and not callable(given):
             raise PlanError(f"{name} is {given!r}: give a function, or leave it out")
-    data = None if calibration is None else checked_batches(calibration, like=example_inputs)
-    if sequential and data is None:
+    if sequential and without_data:
         raise PlanError("to calibrate one layer after the other takes calibration data, and there are none: give some")
     if not is_whole(recover_steps):
         raise PlanError(f"a recovery of {recover_steps!r} steps is none: give 0 or more")
-    if recover_steps and data is None:
+    if recover_steps and without_data:
         raise PlanError("to recover takes calibration data, and there are none: give some, or leave the recovery out")
-    if drop is not None and metric is None:
-        raise PlanError("a budget of the metric's fall takes a metric, and data to score on: give both")
-    if "rank" in choices:
+
+
+def _check_planning(model: nn.Module, settled: PlanOptions, ranks: bool) -> None:
+    """Raises for a model that no plan can serve, and for options that its plan leaves no room for. ranks: whether a
+    rank policy is given beside the budget.
+    """
+    if (what := infinite_statistic(unwrap(model))) is not None:
+        raise CalibrationError(
+            f"{what} is not finite, as after a training that has diverged: load sound weights, or give the batch norms "
+            "new statistics by recalibrate_"
+        )
+    if ranks:
         raise PlanError("the budget decides the ranks: leave out rank, or give the policy as the budget")
-    settled = chosen(options, choices)
     if holds_captured(unwrap(model)) and settled != PlanOptions(multiple_of=settled.multiple_of):
         raise PlanError(
             f"{type(model).__name__} has its plan, which says what is factored: leave out the options of planning but "
             "multiple_of, or compress the original model"
         )
-    tell = progress or (lambda said: None)
-    tell("capturing the model")
-    net, low = _in_full(model, example_inputs, settled, form, how)
-    dense = inline_(shell(net))
-    score = None
-    if metric is not None:
-        whose = "the model, part of which is of low rank already" if low else "the dense model"
-        tell(f"scoring {whose}")
-        score = scored(metric, dense)
-        tell(f"its metric is {score:.4f}")
-    if data is not None:
-        tell(f"calibrating on {len(data)} batches")
-    known = None if data is None else calibrate(net, data)
-    if times is not None:
-        tell(f"timing the dense model by {times.provider}")
-    whole = None if times is None else _timed(dense, example_inputs, times)
-    latency = _latency(whole, tell)
-    candidates = Candidates(net, dense, data, known, latency, settled.multiple_of, sequential, low, tell)
-    search = Search(candidates, policy, drop, metric, score, recover_steps, loss, whole)
-    best = search.result()
-    if times is not None:
-        times.save()
-    if metric is None or score is None:
-        return best
-    best = replace(best, metrics=(score, scored(metric, best.module)))
-    return best if drop is None or policy is None else search.within_both(best, drop)
 
 
 def _parts(
@@ -190,9 +236,9 @@ def _in_full(
     return net, low
 
 
-def _timed(dense: nn.Module, example_inputs: ExampleInputs, times: SiteTimes) -> ModelTimes:
+def _timed(dense: nn.Module, example_inputs: ExampleInputs, times: SiteTimes, processes: Processes) -> ModelTimes:
     try:
-        return ModelTimes(dense, example_inputs, times)
+        return ModelTimes(dense, example_inputs, times, processes)
     except ExportError as error:
         raise ExportError(f"{error}, or measure no times (`--no-timing`, in Python times=None)") from error
 

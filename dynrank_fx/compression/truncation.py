@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..checks import check_flags
 from ..errors import CalibrationError, DynrankWarning
@@ -15,10 +16,11 @@ from ..layouts import Factors, Layout
 from ..phase import Phase
 from ..phases import RankUnit, enter_, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
+from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import Switched, a_twin, inline_, plan_of, switched_modules
 from ..tracing import ExampleInputs, own_, same_values, unwrap
 from .batches import checked_batches
-from .calibration import calibrate
+from .calibration import calibrated
 from .covariance import Calibration
 
 _NOTHING = 1e-4  # the change of a weight that is rounding
@@ -53,6 +55,7 @@ def truncate(
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
+    group: ProcessGroup | None = None,
 ) -> nn.Module:
     """The evaluation graph of the net with every site factored for good, as an ordinary torch module.
 
@@ -68,25 +71,45 @@ def truncate(
             then cost no less than its dense weight becomes dense.
         sequential: Whether sites are calibrated one after the other, each on what the sites before it give after their
             cut; it takes as many passes over the batches as there are sites.
+        group: The processes that cut together, such as ``torch.distributed.group.WORLD``: each has the same net and
+            gives its own batches, of which some may have none (an empty list). The cut is as of one process with all
+            batches; ranks and factors are the first one's, bit by bit. By default this process alone.
 
     Returns:
-        The truncated module, in evaluation mode.
+        The truncated module, in evaluation mode; the same in all processes.
 
     Raises:
         PlanError: For a module that ``transform`` did not make.
         TransitionError: For non-finite weights.
-        CalibrationError: For data that are empty, not finite or do not fit the model.
+        CalibrationError: For data that are empty, not finite or do not fit the model, and for nets or arguments that
+            are not the same in all processes. What fails in one process fails in all.
 
     Warns:
         DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
-    check_flags(CalibrationError, sequential=sequential)
+    processes = in_group(group, CalibrationError)
+    with processes.all_or_none(CalibrationError, "truncate"):
+        check_flags(CalibrationError, sequential=sequential)
+        with same_values(unwrap(net)):
+            twin = a_twin(net)
+        given: dict[str, object] = {
+            "the kind of calibration": _kind(calibration),
+            "the argument sequential": sequential,
+        }
+        given |= {"the argument rank": rank is not None} | whole_weights(processes, unwrap(net), CalibrationError)
+    check_same(processes, given, CalibrationError)
+    as_first_(processes, twin.buffers())  # after training each process has statistics of its own
     with same_values(unwrap(net)):
-        twin = a_twin(net)
-        cuts = cut_(twin, calibration, rank=rank, sequential=sequential)
-    for sentence in cut_plainly(cuts):
+        cuts = cut_(twin, calibration, rank=rank, sequential=sequential, processes=processes)
+    for sentence in cut_plainly(cuts) if processes.first else ():
         warnings.warn(sentence, DynrankWarning, stacklevel=2)
     return own_(inline_(twin, layers=True), net)
+
+
+def _kind(calibration: Calibration | Iterable[ExampleInputs] | None) -> str:
+    if calibration is None:
+        return "none"
+    return "what calibrate made" if isinstance(calibration, Calibration) else "batches"
 
 
 def cut_plainly(cuts: Sequence[Cut]) -> list[str]:
@@ -107,16 +130,20 @@ def cut_(
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
+    processes: Processes = ALONE,
 ) -> list[Cut]:
     """Bring every site into its last form, in the net itself; the arguments are those of ``truncate``."""
     if not switched_modules(net):
         return []
     if sequential and (calibration is None or isinstance(calibration, Calibration)):
         raise CalibrationError("to calibrate the sites one after the other takes batches: give a list of inputs")
-    data = None if calibration is None or isinstance(calibration, Calibration) else checked_batches(calibration)
-    known = calibrate(net, data) if data is not None else calibration
+    known, data = calibration, None
+    if not (calibration is None or isinstance(calibration, Calibration)):
+        data = checked_batches(calibration, processes=processes)
+        known = calibrated(net, data, processes=processes)
     assert known is None or isinstance(known, Calibration)
-    return apply_ranks_(net, ranks_of(net, rank, known), known, data if sequential else None)
+    ranks = processes.from_one(0, lambda: ranks_of(net, rank, known), CalibrationError, "choosing the ranks")
+    return apply_ranks_(net, ranks, known, data if sequential else None, processes)
 
 
 def apply_ranks_(
@@ -124,24 +151,42 @@ def apply_ranks_(
     ranks: Mapping[str, int | None],
     known: Calibration | None,
     in_turn: Sequence[ExampleInputs] | None = None,
+    processes: Processes = ALONE,
 ) -> list[Cut]:
-    """Cut every site to its rank; None makes it dense. in_turn: batches to calibrate one site after the other on."""
+    """Cut every site to its rank; None makes it dense. in_turn: batches to calibrate one site after the other on.
+
+    Every process cuts by itself, so that none waits in the midst of it for one that has failed. What comes of it would
+    be the same on equal machines; to be so on all, the factors are then those of the first.
+    """
     sites = {name: modules[0] for name, modules in switched_modules(net).items()}
-    changing = {name for name, site in sites.items() if site.phase != int(Phase.LOW) or site.rank != ranks[name]}
-    enter_(net, dict.fromkeys(changing, Phase.FULL))
-    replan_(net, plan_of(net).with_ranks({name: r for name, r in ranks.items() if r is not None}))
+    # In the order of the sites: that of a set is another in every process.
+    changing = [name for name, site in sites.items() if site.phase != int(Phase.LOW) or site.rank != ranks[name]]
+    with processes.all_or_none(CalibrationError, "a cut"):
+        dense = enter_(net, dict.fromkeys(changing, Phase.FULL))
+        replan_(net, plan_of(net).with_ranks({name: r for name, r in ranks.items() if r is not None}))
+    as_first_(processes, _values(sites, [change.site for change in dense.changes]))
     low = {name: Phase.LOW for name in changing if ranks[name] is not None}
     errors: dict[str, float] = {}
     for some in _turns(low, known, in_turn is not None):
-        cutter = _Cutter(known if in_turn is None else calibrate(net, in_turn, sites=list(some)))
-        errors |= {change.site: change.error for change in enter_(net, some, split=cutter).changes}
-        cutter.fold_(net)
+        seen = known if in_turn is None else calibrated(net, in_turn, list(some), processes=processes)
+        with processes.all_or_none(CalibrationError, "a cut"):
+            cutter = _Cutter(seen)
+            errors |= {change.site: change.error for change in enter_(net, some, split=cutter).changes}
+        as_first_(processes, _values(sites, some))
+        cutter.fold_(net, processes)
+    errors = processes.from_one(0, lambda: errors, CalibrationError, "a cut")
     why = {} if known is None else known.plain
     none = "there are no calibration data" if known is None else ""
     return [
         Cut(name, r, errors.get(name, 0.0), (none or why.get(name, "")) if name in low else "")
         for name, r in ranks.items()
     ]
+
+
+def _values(sites: Mapping[str, Switched], names: Iterable[str]) -> list[Tensor]:
+    """The weights or the factors of some sites."""
+    held = [module._parameters[name] for module in map(sites.__getitem__, names) for name in module.parameter_names]
+    return [parameter for parameter in held if parameter is not None]
 
 
 def added_biases(net: nn.Module, known: Calibration) -> dict[str, int]:
@@ -215,10 +260,13 @@ class _Cutter:
         return factors
 
     @torch.no_grad()
-    def fold_(self, net: nn.Module) -> None:
-        """Add to the biases what the cuts took from the mean outputs; a module without a bias gets one."""
+    def fold_(self, net: nn.Module, processes: Processes) -> None:
+        """Add to the biases what the cuts of the first process took from the mean outputs; a module without a bias
+        gets one.
+        """
         parameters = dict(net.named_parameters())
-        for name, shift in self.shifts.items():
+        shifts = processes.from_one(0, lambda: self.shifts, CalibrationError, "a cut")
+        for name, shift in shifts.items():
             if name in parameters:
                 bias = parameters[name]
                 bias.data = bias.data + shift.to(bias.dtype)  # not in place: its values may be those of another net

@@ -3,6 +3,7 @@ be equal is compared.
 """
 
 from .agreement import agree
+from .asked import as_first_, check_same, in_group, whole_weights
 from .digests import Digest, digest_of, unequal
 from .shards import Outline, Shards, is_part, is_sharded, outlined, own, part_as, whole
 from .together import ALONE, Processes, started
@@ -15,9 +16,12 @@ __all__ = [
     "Processes",
     "Shards",
     "agree",
+    "as_first_",
+    "check_same",
     "check_wrapper",
     "digest_of",
     "ignored_by",
+    "in_group",
     "is_part",
     "is_sharded",
     "let_go",
@@ -29,5 +33,6 @@ __all__ = [
     "started",
     "unequal",
     "whole",
+    "whole_weights",
     "wrappers_of",
 ]

@@ -96,8 +96,9 @@ class Processes:
 
     @contextmanager
     def all_or_none(self, error: type[DynrankError], what: str) -> Iterator[None]:
-        """Where the block fails in one process, it fails in all: the others raise such an error, which says what failed
-        and why. No block holds communication that a failure before it would leave half done.
+        """Where the block fails in one process, it fails in all: the others raise an error of the same kind (such an
+        error, for what is none of ours), which says what failed and why. No block holds communication that a failure
+        before it would leave half done.
         """
         failure: BaseException | None = None
         try:
@@ -129,13 +130,16 @@ class Processes:
             return
         said = self.gathered(None if failure is None else _said(failure))
         if failure is None:
-            rank, sentence = next((i, each) for i, each in enumerate(said) if each is not None)
-            raise error(f"{what} failed in process {rank} of {self.count}, and nothing was done in any: {sentence}")
+            rank, (kind, sentence) = next((i, each) for i, each in enumerate(said) if each is not None)
+            raise (kind or error)(self._failed(what, rank, sentence))
+
+    def _failed(self, what: str, rank: int, sentence: str) -> str:
+        return f"{what} failed in process {rank} of {self.count}, and nothing was done in any: {sentence}"
 
     def from_one(self, source: int, make: Callable[[], T], error: type[DynrankError], what: str) -> T:
         """What ``make`` gives in the process of this rank, in all of them: tensors in plain containers, bit by bit.
 
-        Only there ``make`` is called. It may raise, and then all do.
+        Only there ``make`` is called. It may raise, and then all do, as in ``all_or_none``.
         """
         if self.count == 1:
             return make()
@@ -153,7 +157,8 @@ class Processes:
         if failure is not None:
             raise failure
         if sent[1] is not None:
-            raise error(f"{what} failed in process {source} of {self.count}, and nothing was done in any: {sent[1]}")
+            kind, sentence = sent[1]
+            raise (kind or error)(self._failed(what, source, sentence))
         leaves, spec = pytree.tree_flatten(sent[0])
         tensors = made if self.rank == source else [_empty(each) for each in leaves if isinstance(each, _Stands)]
         self._send(tensors, source)
@@ -206,5 +211,6 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(torch.empty_like(tensor, device="meta").stride())
 
 
-def _said(error: BaseException) -> str:
-    return str(error) if isinstance(error, DynrankError) else first_line(error)
+def _said(error: BaseException) -> tuple[type[DynrankError] | None, str]:
+    """An error as it is told to the others: its kind, where it is one of ours, and its sentence."""
+    return (type(error), str(error)) if isinstance(error, DynrankError) else (None, first_line(error))
