@@ -1,6 +1,6 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
-from .averages import averages_in, copy_factors_
+from .averages import averages_in, averages_of, copy_factors_
 from .carry import Carry, checked_carry
 from .checkpoint import check_place, how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .gradients import forget_steps, note_steps
@@ -18,6 +18,7 @@ __all__ = [
     "RankUnit",
     "Transition",
     "averages_in",
+    "averages_of",
     "check_place",
     "checked_carry",
     "copy_factors_",
