@@ -7,7 +7,7 @@ written last. A folder takes the place of the one before it when all of it is on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from ..layouts import Factors, Layout
 from ..phase import Phase
 from ..phases import Carry, Optimizers, averages_of, enter_, info_of, optimizers_in, replan_, state_of
 from ..plan import Plan
-from ..processes import Processes, started
+from ..processes import Processes, ignored_by, processes_of, started, wrappers_of
 from ..randomness import random_state, set_random_state
 from ..rewrite import Switched, plan_of, switched_modules
 from ..tracing import load_state_, note, unwrap
@@ -107,13 +107,15 @@ def save_checkpoint(
     Warns:
         DynrankWarning: Where weights, buffers or the optimizer's state are not finite.
     """
-    processes, folder = started(), checked_path(folder)
     from .optimizer_state import named_state  # with torch.distributed, which takes a while
 
+    processes, folder = _processes(net), checked_path(folder)
     with processes.all_or_none(StoreError, "saving"):
         parts = _parts(net, optimizer, phases, lr_scheduler)
         tensors, shapes, aliases = _stored(parts.modules)
         told, moments = named_state(parts.optimizers, parts.names)
+        if not processes.first:
+            tensors, moments = _of_all(tensors, moments, {parts.names[each] for each in ignored_by(wrappers_of(net))})
         info = {"id": uuid4().hex, "shapes": shapes, "aliases": aliases, **info_of(parts.root)}
     state = {
         "phases": phases.state_dict() if phases is not None else None,
@@ -121,8 +123,7 @@ def save_checkpoint(
         "schedulers": [each.state_dict() for each in parts.schedulers],
         "extra": extra or {},
     }
-    own = {name: each for name, each in tensors.items() if processes.first or _is_everywhere(each)}
-    _write(folder, processes, own | moments, info, _whole(state))
+    _write(folder, processes, tensors | moments, info, _whole(state))
 
 
 def _write(
@@ -183,7 +184,7 @@ def load_checkpoint_(
     from .optimizer_state import restore_state_
     from .shards import check_shards, copy_whole_, read_shards_
 
-    processes, folder = started(), checked_path(folder)
+    processes, folder = _processes(net), checked_path(folder)
     saved = read_saved(folder, processes)
     if saved.digests:
         check_shards(folder, saved.digests, processes)
@@ -202,6 +203,12 @@ def load_checkpoint_(
     _take_(parts.modules, loaded, saved.aliases)
     _go_on(saved, parts, phases, processes)
     return Loaded(saved.phases, saved.extra)
+
+
+def _processes(net: nn.Module) -> Processes:
+    """Those that train the net; where nothing says which, all."""
+    wrappers = wrappers_of(net)
+    return processes_of(wrappers) if wrappers else started()
 
 
 def _parts(
@@ -384,7 +391,7 @@ def _go_on(saved: Saved, parts: _Parts, phases: Phases | None, processes: Proces
     """What has no tensors in shards."""
     if phases is not None and saved.phases is not None:
         phases.load_state_dict(saved.phases)
-    else:
+    elif saved.phases is not None and saved.phases["history"]:
         note(parts.root, **{RESUMED: True})
     if not parts.optimizers:
         return
@@ -394,9 +401,16 @@ def _go_on(saved: Saved, parts: _Parts, phases: Phases | None, processes: Proces
         set_random_state(saved.random[processes.rank] | {"generators": []})
 
 
-def _is_everywhere(tensor: Tensor) -> bool:
-    """Whether all processes have the same, or a shard of it. Buffers may be each one's own."""
-    return isinstance(tensor, Parameter) or hasattr(tensor, "to_local")
+def _of_all(
+    tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor], ignored: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of which all processes have the same, or a shard each. Every process may have buffers of its own, and
+    parameters that DistributedDataParallel was told to ignore.
+    """
+    endings = tuple(f".{name}" for name in ignored)
+    shared = {name: t for name, t in tensors.items() if isinstance(t, Parameter) or hasattr(t, "to_local")}
+    ours, theirs = ({n: t for n, t in each.items() if not n.endswith(endings)} for each in (shared, moments))
+    return ours, theirs
 
 
 def _whole(state: StateDict) -> StateDict:
