@@ -311,7 +311,7 @@ def _check_shapes(then: Mapping[str, list[int]], now: Mapping[str, list[int]], o
                 for each in (then.get(name), now.get(name))
             ]
             raise StoreError(
-                f"{name} is {said[0]} in the checkpoint, and {said[1]} now: it is of another model; make the same one"
+                f"{name.removeprefix('net.')} is {said[0]} in the checkpoint, and {said[1]} now: it is of another model; make the same one"
             )
 
 

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import dynrank_fx as dr
+from dynrank_fx.training import Run, Settings, Task, fit, save_run
 from tests.several import in_processes
 
 FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
@@ -190,3 +191,178 @@ def test_any_number_of_processes_goes_on(tmp_path: Path, count: int = 2) -> None
         assert f"__{count - 1}_0.distcp is damaged, or of another checkpoint" in damaged
         assert "mine is a object" in kept
     assert not list(tmp_path.glob(".*"))
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(dr.DynrankError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_what_is_of_something_else_is_said_by_the_first_name_and_nothing_changes(tmp_path: Path) -> None:
+    first = Training()
+    first.train(range(5))
+    folder = tmp_path / "saved"
+    first.save(folder)
+
+    def of(net: nn.Module, kind: type[Optimizer] = AdamW, split: bool = True, rates: bool = True) -> str:
+        named = list(net.named_parameters())
+        halves = [[p for n, p in named if n.endswith("bias") is bias] for bias in (False, True)]
+        groups = [{"params": half} for half in halves] if split else [{"params": [p for _, p in named]}]
+        optimizer = kind(groups, lr=0.5)  # type: ignore[call-arg]
+        scheduler = CosineAnnealingLR(optimizer, 3) if rates else None
+        before = {name: each.clone() for name, each in net.state_dict().items()}
+        said = refusal(lambda: dr.load_checkpoint_(folder, net, optimizer, lr_scheduler=scheduler))
+        assert all(torch.equal(each, before[name]) for name, each in net.state_dict().items())
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        return said
+
+    wider = dr.transform(nn.Sequential(nn.Linear(12, 20)), (X[:4],), rank=dr.Fixed(2))
+    assert of(wider).startswith("first.weight is a site of the checkpoint, and none of the net: transform")
+    assert of(made(exclude=["inner", "last"])).startswith(
+        "inner.weight is a site of the checkpoint, and none of the net"
+    )
+    assert of(made(noisy=True)).startswith("norm.weight is of the shape (16,) in the checkpoint, and not there now")
+    assert of(made(), SGD) == "the checkpoint was trained with the optimizer AdamW, not SGD: make the same one"
+    assert of(made(), split=False).startswith(
+        "first.bias was in number 1 of the optimizer's groups, and is in number 0"
+    )
+    assert of(made(), rates=False).startswith("the checkpoint has the state of 1 learning-rate schedulers, and 0 were")
+    other = AdamW([nn.Parameter(torch.ones(3))])
+    assert "a parameter of the shape (3,) that is none of the net's" in refusal(
+        lambda: dr.load_checkpoint_(folder, made(), other)
+    )
+    assert refusal(lambda: dr.load_checkpoint_(folder, made(), phases=first.phases)).startswith(
+        "the Phases are of anoth"
+    )
+    assert "no plan" in refusal(lambda: dr.save_checkpoint(folder, nn.Linear(2, 2)))
+    (folder / "mine.txt").write_text("work")
+    assert "holds mine.txt, which is not ours" in refusal(lambda: first.save(folder))
+    assert refusal(lambda: dr.load_checkpoint_(tmp_path / "none", made())).startswith("there is no folder")
+    assert "has no dynrank.safetensors: it is neither" in refusal(lambda: dr.load_checkpoint_(tmp_path, made()))
+
+
+def test_every_file_is_of_this_checkpoint_and_as_it_was_written(tmp_path: Path) -> None:
+    training = Training()
+    for name in ("one", "other"):
+        training.train(range(2))
+        training.save(tmp_path / name)
+    before = training.state()
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == [".metadata", "__0_0.distcp", "dynrank.safetensors"]
+    for name in names:
+        file = tmp_path / "one" / name
+        data = file.read_bytes()
+        broken(file)
+        assert "damaged" in refusal(lambda: training.load(tmp_path / "one"))
+        file.write_bytes((tmp_path / "other" / name).read_bytes())
+        assert "of another checkpoint" in refusal(lambda: training.load(tmp_path / "one"))
+        file.unlink()
+        said = refusal(lambda: training.load(tmp_path / "one"))
+        assert f"{name} is missing" in said or "has no dynrank.safetensors" in said
+        file.write_bytes(data)
+    assert unequal(training.state(), before) == []
+    training.load(tmp_path / "one")
+
+
+def test_a_net_alone_and_phases_that_are_made_afterwards(tmp_path: Path) -> None:
+    first = Training()
+    first.train(range(6))
+    first.save(tmp_path / "saved")
+    net = made()
+    loaded = dr.load_checkpoint_(tmp_path / "saved", net)
+    assert dr.phases_of(net) == dr.phases_of(first.net)
+    assert all(torch.equal(each, net.state_dict()[name]) for name, each in first.net.state_dict().items())
+    optimizer = SGD(net.parameters(), lr=0.1)
+    phases = dr.Phases(net, optimizer, dr.schedules.always(LOW), steps=STEPS, every=4, resume=loaded.phases)
+    assert phases.step == 6
+    dr.save_checkpoint(tmp_path / "alone", net)
+    assert "written without an optimizer" in refusal(lambda: dr.load_checkpoint_(tmp_path / "alone", net, optimizer))
+    assert "written without phases" in refusal(lambda: dr.load_checkpoint_(tmp_path / "alone", net, phases=phases))
+
+
+def test_a_net_that_has_diverged_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
+    training = Training()
+    training.train(range(3))
+    training.save(tmp_path / "saved")
+    training.train(range(3, 6))
+    expected = training.state()
+    with torch.no_grad():
+        for p in training.net.parameters():
+            p.fill_(torch.nan)
+    training.load(tmp_path / "saved")
+    training.train(range(3, 6))
+    assert unequal(training.state(), expected) == []
+
+
+@pytest.mark.parametrize("kind", [SGD, Adafactor])
+def test_other_optimizers_and_adaptors_and_averages(kind: type[Optimizer], tmp_path: Path) -> None:
+    def begin() -> tuple[nn.Module, nn.Module, dr.Phases]:
+        net = made()
+        average = torch.optim.swa_utils.AveragedModel(net)
+        more = {"momentum": 0.9} if kind is SGD else {}
+        optimizer = kind(net.parameters(), lr=0.05, **more)  # type: ignore[call-arg]
+        schedule = lambda state: {"first": FULL, "inner": (LOW, ADAPTOR, FULL)[state.epoch % 3]}  # noqa: E731
+        return net, average, dr.Phases(net, optimizer, schedule, steps=12, every=2, averages=average)
+
+    def train(net: nn.Module, average: Any, phases: dr.Phases, steps: int) -> None:
+        for _ in range(steps):
+            phases.optimizer.zero_grad()
+            nn.functional.mse_loss(net(X), Y).backward()
+            phases.optimizer.step()
+            average.update_parameters(net)
+
+    for stop in (3, 5):
+        net, average, phases = begin()
+        train(net, average, phases, stop)
+        dr.save_checkpoint(tmp_path / "saved", net, phases=phases)
+        train(net, average, phases, 4)
+        again, of_again, phases = begin()
+        dr.load_checkpoint_(tmp_path / "saved", again, phases=phases)
+        train(again, of_again, phases, 4)
+        assert unequal(again.state_dict(), net.state_dict()) == []
+        assert unequal(of_again.state_dict(), average.state_dict()) == []
+
+
+def test_what_one_process_has_written_till_now_goes_on(tmp_path: Path) -> None:
+    """A net of ``save``, and a run of the command: weights, phases, optimizer and schedule."""
+    net = made()
+    dr.enter_(net, {"first": LOW})
+    dr.save(net, tmp_path / "net")
+    again = made()
+    optimizer = AdamW(again.parameters())
+    loaded = dr.load_checkpoint_(tmp_path / "net", again, optimizer)
+    assert (loaded.phases, loaded.extra) == (None, {})
+    assert unequal(again.state_dict(), net.state_dict()) == []
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in again.parameters()}
+    dr.Phases(again, optimizer, dr.schedules.always(FULL), steps=4)  # a run of its own, from its first step on
+    assert set(dr.phases_of(again).values()) == {FULL}
+
+    batches = list(zip(X.split(16), Y.split(16), strict=True))
+    task = Task(
+        batches, lambda output, batch: nn.functional.mse_loss(output, batch[1]), lambda batch: ((batch[0],), {})
+    )
+    net, schedule = made(), dr.schedules.interleave(low=1, full=1)
+    run = Run(net, AdamW(net.parameters(), lr=0.01), schedule)
+
+    def save(run: Run) -> None:
+        if run.epoch == 3 and not (tmp_path / "run").exists():
+            (tmp_path / "run").mkdir()
+            save_run(run, tmp_path / "run")
+
+    fit(run, task, Settings(epochs=6, compile=False, landing=True, rewarm=3), save=save)
+    again = made()
+    optimizer = AdamW(again.parameters(), lr=0.5)
+    phases = dr.Phases(again, optimizer, schedule, 6, steps=4, landing=True, rewarm=3)
+    loaded = dr.load_checkpoint_(tmp_path / "run", again, phases=phases)
+    assert loaded.extra == {"epoch": 3, "step": 0}
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    for epoch in range(3, 6):
+        if phases.is_due(epoch):
+            phases.begin(epoch)
+        for x, y in batches:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(again(x), y).backward()
+            optimizer.step()
+    assert unequal(again.state_dict(), net.state_dict(), 1e-6) == []
+    assert [record.phase for record in phases.history] == [record.phase for record in run.history]
