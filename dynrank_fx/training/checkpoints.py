@@ -1,8 +1,8 @@
 """Checkpoints of a loop of one's own, by one process or several: everything that training goes on from, in one folder.
 
-The net's tensors and the optimizers' states lie there in shards, see ``shards``: whatever number of processes wrote
-them, and however the net was wrapped or sharded then, any other goes on from them. The rest is one small file, which is
-written last. A folder takes the place of the one before it when all of it is on the disk, in every process.
+The tensors of net and optimizers lie there in shards, see ``shard_files``: whatever number of processes wrote
+them, and however the net was wrapped or sharded then, any other goes on. The rest is one small file, which is written
+last. A folder takes the place of the one before it when all of it is on the disk, in every process.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -33,6 +34,7 @@ from ..processes import Processes, ignored_by, processes_of, started, wrappers_o
 from ..randomness import random_state, set_random_state
 from ..rewrite import Switched, plan_of, switched_modules
 from ..tracing import load_state_, note, unwrap
+from .facts import check_scheduler
 from .phases import RESUMED, Phases
 from .saved import STATE, Saved, read_saved
 from .state_tree import flatten
@@ -80,12 +82,11 @@ def save_checkpoint(
     *,
     phases: Phases | None = None,
     lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
-    extra: StateDict | None = None,
+    extra: Mapping[str, Any] | None = None,  # Any: values of the user's own
 ) -> None:
-    """Write everything that training goes on from, between any two steps. All processes call it, with one folder on a
-    disk that all of them see.
+    """Write everything that training goes on from, between any two steps.
 
-    The folder appears whole or not at all: an interruption at any moment leaves the one that was there. The random
+    All processes call it, with one folder on a disk that all of them see. The folder appears whole or not at all: an interruption at any moment leaves the one that was there. The random
     generators of Python, NumPy and torch are in it, those of each process. Buffers are those of the first.
 
     Args:
@@ -109,6 +110,8 @@ def save_checkpoint(
     """
     from .optimizer_state import named_state  # with torch.distributed, which takes a while
 
+    if not isinstance(extra, Mapping | None):
+        raise StoreError(f"extra is {extra!r}: give a dict of plain values and tensors, or leave it out")
     processes, folder = _processes(net), checked_path(folder)
     with processes.all_or_none(StoreError, "saving"):
         parts = _parts(net, optimizer, phases, lr_scheduler)
@@ -121,7 +124,7 @@ def save_checkpoint(
         "phases": phases.state_dict() if phases is not None else None,
         "optimizers": told if optimizer is not None or phases is not None else None,
         "schedulers": [each.state_dict() for each in parts.schedulers],
-        "extra": extra or {},
+        "extra": dict(extra or {}),
     }
     _write(folder, processes, tensors | moments, info, _whole(state))
 
@@ -130,7 +133,7 @@ def _write(
     folder: Path, processes: Processes, tensors: Mapping[str, Tensor], info: JsonObject, state: StateDict
 ) -> None:
     """All processes write their shards, then the first one the rest, and it brings the folder into its place."""
-    from .shards import names_of_shards, write_shards
+    from .shard_files import names_of_shards, write_shards
 
     ours = frozenset({STATE, *names_of_shards(folder)})
     with ExitStack() as stack:
@@ -157,10 +160,10 @@ def load_checkpoint_(
     phases: Phases | None = None,
     lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
 ) -> Loaded:
-    """Go on from a checkpoint, in place: the net enters its phases and ranks, the optimizer with it, and all get the
-    values that were saved. All processes call it.
+    """Bring a net, and what trains it, to where a checkpoint stands, in place.
 
-    The checkpoint may be of another number of processes, and of a net that was wrapped or sharded in another way. The
+    The net enters the phases and ranks of the checkpoint, the optimizer with it, and all get the values that were
+    saved. All processes call it. The checkpoint may be of another number of processes, and of a net that was wrapped or sharded in another way. The
     random generators go on too where the number is the same. A run of ``dynrank-fx train`` loads as well, and so does
     a net that ``save`` wrote.
 
@@ -182,7 +185,7 @@ def load_checkpoint_(
         TransitionError: As ``enter_`` does.
     """
     from .optimizer_state import restore_state_
-    from .shards import check_shards, copy_whole_, read_shards_
+    from .shard_files import check_shards, copy_whole_, read_shards_
 
     processes, folder = _processes(net), checked_path(folder)
     saved = read_saved(folder, processes)
@@ -219,16 +222,21 @@ def _parts(
 ) -> _Parts:
     root = unwrap(net)
     plan_of(root)
+    if not isinstance(phases, Phases | None):
+        raise StoreError(f"phases is {phases!r}: give the Phases at work, or leave it out")
     if phases is not None and unwrap(phases.net) is not root:
         raise StoreError(
             "the Phases are of another net than the one that was given: give the net that they were made with"
         )
     own = () if phases is None or phases.lr_scheduler is None else (phases.lr_scheduler,)
-    given = own if lr_scheduler is None else lr_scheduler if isinstance(lr_scheduler, Sequence) else (lr_scheduler,)
+    given = own if lr_scheduler is None else lr_scheduler if isinstance(lr_scheduler, list | tuple) else (lr_scheduler,)
+    optimizers = phases.optimizers if phases is not None and optimizer is None else optimizers_in(optimizer)
+    for each in given:
+        check_scheduler(each, optimizers)
     return _Parts(
         root,
         () if phases is None else averages_of(phases.averages, root),
-        phases.optimizers if phases is not None and optimizer is None else optimizers_in(optimizer),
+        optimizers,
         tuple(given),
     )
 
@@ -306,12 +314,10 @@ def _check_shapes(then: Mapping[str, list[int]], now: Mapping[str, list[int]], o
     """Of what is not a site's, which has other tensors in every phase."""
     for name in dict.fromkeys([*then, *now]):
         if name not in owners and then.get(name) != now.get(name):
-            said = [
-                "not there" if each is None else f"of the shape {tuple(each)}"
-                for each in (then.get(name), now.get(name))
-            ]
+            old, new = (f"of the shape {tuple(each[name])}" if name in each else "not there" for each in (then, now))
             raise StoreError(
-                f"{name.removeprefix('net.')} is {said[0]} in the checkpoint, and {said[1]} now: it is of another model; make the same one"
+                f"{name.removeprefix('net.')} is {old} in the checkpoint, and {new} now: it is of another model; make "
+                "the same one"
             )
 
 

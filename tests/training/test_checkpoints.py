@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import random
+import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import dynrank_fx as dr
+from dynrank_fx import files
 from dynrank_fx.training import Run, Settings, Task, fit, save_run
-from tests.several import in_processes
+from tests.several import in_processes, until_one_ends
 
 FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
 X = torch.randn(64, 12, generator=torch.Generator().manual_seed(1))
@@ -27,7 +31,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 
 class Small(nn.Module):
-    """Three sites, two of them tied; beside them biases and, where it is to be noisy, a norm with buffers and dropout."""
+    """Three weights, one of two layers; biases; and where it is to be noisy, a norm with buffers, and dropout."""
 
     def __init__(self, noisy: bool) -> None:
         super().__init__()
@@ -172,7 +176,8 @@ def broken(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_any_number_of_processes_goes_on(tmp_path: Path, count: int = 2) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.fuzz)])
+def test_any_number_of_processes_goes_on(tmp_path: Path, count: int) -> None:
     one = Training()
     one.train(range(7))
     one.save(tmp_path / "one", step=7)
@@ -366,3 +371,128 @@ def test_what_one_process_has_written_till_now_goes_on(tmp_path: Path) -> None:
             optimizer.step()
     assert unequal(again.state_dict(), net.state_dict(), 1e-6) == []
     assert [record.phase for record in phases.history] == [record.phase for record in run.history]
+
+
+class Numbered:
+    """A training of which every number says which save it belongs to."""
+
+    def __init__(self, wrap: Wrap = lambda net: net) -> None:
+        self.net = wrap(made())
+        self.optimizer = AdamW(self.net.parameters(), lr=0.01)
+        nn.functional.mse_loss(self.net(X), Y).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def save(self, folder: Path, number: int) -> None:
+        for p in self.net.parameters():
+            p.fill_(number)
+            self.optimizer.state[p]["exp_avg"].fill_(number)
+        dr.save_checkpoint(folder, self.net, self.optimizer, extra={"number": number})
+
+    def load(self, folder: Path) -> int:
+        """The number of the checkpoint, all of which is of one save."""
+        number = dr.load_checkpoint_(folder, self.net, self.optimizer).extra["number"]
+        numbers = [*self.net.parameters(), *(self.optimizer.state[p]["exp_avg"] for p in self.net.parameters())]
+        assert {int(value) for each in numbers for value in whole(each.detach()).flatten()} == {number}
+        return int(number)
+
+
+def counted(then: Callable[[int], None]) -> None:
+    """From now on this process tells at every call of the disk which it is."""
+    calls = 0
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            then(calls)
+            return real(*args, **options)
+
+        return call
+
+    for name in ("rename", "replace", "fsync", "mkdir", "unlink"):
+        setattr(os, name, watched(getattr(os, name)))
+    files._exchanged = watched(files._exchanged)
+
+
+def dies_at(number: int) -> Callable[[int], None]:
+    return lambda calls: os._exit(9) if calls == number else None
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # a fork beside torch's threads, which it does not use
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.fuzz)])
+def test_a_kill_at_any_moment_leaves_the_last_or_the_next(tmp_path: Path, stride: int) -> None:
+    training, folder = Numbered(), tmp_path / "saved"
+    for number in itertools.count(1, stride):
+        training.save(folder, 1)
+        assert [path.name for path in tmp_path.iterdir()] == ["saved"]  # what was left over is gone
+        child = os.fork()
+        if child == 0:
+            counted(dies_at(number))
+            training.save(folder, 2)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert training.load(folder) in ((1, 2) if code else (2,))
+        if code == 0:
+            break
+        assert code == 9
+    assert number > 8
+
+
+def one_dies(rank: int, folder: Path) -> None:
+    training = Numbered(ddp)
+    training.save(folder / "saved", 1)
+    if rank == 1:
+        counted(dies_at(1))
+    try:
+        training.save(folder / "saved", 2)
+    except Exception as error:
+        (folder / "said").write_text(str(error))
+
+
+def test_a_kill_of_another_process_leaves_the_last(tmp_path: Path) -> None:
+    codes = until_one_ends(one_dies, tmp_path, kill=lambda ids: None)
+    assert codes[1] == 9
+    assert (tmp_path / "said").exists()
+    training = Numbered()
+    assert training.load(tmp_path / "saved") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["said", "saved"]
+    training.save(tmp_path / "saved", 3)
+    assert training.load(tmp_path / "saved") == 3
+
+
+def saves_on_and_on(rank: int, folder: Path) -> None:
+    training = Numbered(ddp)
+    number = training.load(folder / "saved") if (folder / "saved").exists() else 0
+    (folder / f"begun{rank}").touch()
+    while True:
+        number += 1
+        training.save(folder / "saved", number)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", range(30))
+def test_kills_at_random_moments_while_two_processes_save(tmp_path: Path, seed: int) -> None:
+    """Of one or of both; and again, by processes that go on from what is there."""
+    chance = random.Random(seed)
+    last, training = 0, Numbered()
+    for _ in range(2):
+
+        def kill(ids: list[int]) -> None:
+            end = time.monotonic() + 60
+            while len(list(tmp_path.glob("begun*"))) < 2:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 1))
+            for each in chance.choice(([0], [1], [0, 1])):
+                os.kill(ids[each], signal.SIGKILL)
+
+        until_one_ends(saves_on_and_on, tmp_path, kill=kill)
+        for file in tmp_path.glob("begun*"):
+            file.unlink()
+        if (tmp_path / "saved").exists() or last:
+            number = training.load(tmp_path / "saved")
+            assert number >= last
+            last = number
+    training.save(tmp_path / "saved", last + 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
