@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import TransitionError
 from ..layouts import Factors
 from ..phase import Phase
-from ..processes import processes_of, wrappers_of
+from ..processes import processes_training
 from ..rewrite import Switched, switched_modules
 from ..tracing import unwrap
 
@@ -44,7 +44,7 @@ def randomize_(net: nn.Module) -> None:
         raise TransitionError(
             "no site is in LOW, so that there are no factors to randomize: enter_(net, Phase.LOW) first"
         )
-    processes = processes_of(wrappers_of(net))
+    processes = processes_training(net)
     drawn = processes.from_one(0, lambda: _drawn(sites), TransitionError, "drawing random factors")
     for site, values in zip(sites, drawn, strict=True):
         for factor, value in zip(site.factors, values, strict=False):

@@ -10,6 +10,7 @@ whoever changed them.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _setup_mixed_precision_params
 
 from ..errors import TransitionError
+from .shards import Shards, is_sharded
 from .together import ALONE, Processes
 
 
@@ -30,11 +32,21 @@ def wrappers_of(net: nn.Module) -> list[DistributedDataParallel]:
     """
     if not (dist.is_available() and dist.is_initialized() and isinstance(net, nn.Module)):
         return []
+    if any(is_sharded(module) for module in net.modules()):
+        return []  # fully_shard averages their gradients itself
     given = [module for module in net.modules() if isinstance(module, DistributedDataParallel)]
     if given:
         return given
     alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     return [wrapper for wrapper in alive if any(module is net for module in wrapper.modules())]
+
+
+def processes_training(net: nn.Module) -> Processes:
+    """The processes that train this net together, as DistributedDataParallel or fully_shard has it; one alone where
+    neither does. Raises TransitionError where they are several groups.
+    """
+    shards = Shards([net])
+    return shards.processes if shards else processes_of(wrappers_of(net))
 
 
 def processes_of(wrappers: Sequence[DistributedDataParallel]) -> Processes:
@@ -68,8 +80,7 @@ def let_go(wrappers: Sequence[DistributedDataParallel]) -> Iterator[Callable[[],
     """
     builtin = [_builtin_hook(wrapper) for wrapper in wrappers]
     for wrapper in wrappers:
-        wrapper.reducer = wrapper.logger = None  # its hooks and buckets go with it
-        wrapper._module_parameters = []
+        _drop_reducer(wrapper)
 
     def again() -> None:
         for wrapper, hook in zip(wrappers, builtin, strict=True):
@@ -82,10 +93,26 @@ def let_go(wrappers: Sequence[DistributedDataParallel]) -> Iterator[Callable[[],
         raise
 
 
+def _drop_reducer(wrapper: DistributedDataParallel) -> None:
+    """Take the reducer's hooks off, and leave nobody who holds it, nor the parameters and buckets that it holds.
+
+    torch.compile copies all attributes of the module that it is given to a function, the reducer among them.
+    """
+    reducer = weakref.ref(wrapper.reducer)
+    wrapper._remove_autograd_hooks()
+    wrapper.reducer = wrapper.logger = None
+    for held in (wrapper._module_parameters, wrapper.modules_buffers, wrapper.named_module_buffers):
+        held.clear()
+    if reducer() is not None:
+        for holder in gc.get_referrers(reducer()):
+            if isinstance(holder, dict) and holder.get("reducer") is reducer():
+                holder |= {"reducer": None, "logger": None}
+
+
 def _make_again(wrapper: DistributedDataParallel, builtin: dist.BuiltinCommHookType | None) -> None:
     """The same object, with another reducer: what ``__setstate__`` does, and what that leaves out."""
     ignored, mixed = wrapper.parameters_to_ignore, wrapper.mixed_precision
-    wrapper._module_parameters = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
+    wrapper._module_parameters[:] = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
     parameters, sparse = wrapper._build_params_for_reducer()
     if mixed is not None:
         _setup_mixed_precision_params(mixed, wrapper.module)

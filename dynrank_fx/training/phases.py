@@ -34,7 +34,7 @@ from ..phases import (
     refuse_wrapped,
     replan_,
 )
-from ..processes import agree, ignored_by, processes_of, wrappers_of
+from ..processes import agree, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import meta_of, note, unwrap
@@ -126,7 +126,7 @@ class Phases:
         if not isinstance(net, nn.Module):
             raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
         refuse_wrapped(net)
-        self._together = processes_of(wrappers_of(net))
+        self._together = processes_training(net)
         refuse_unwrapped(self._together)
         kinds = (
             ("clock", clock, Clock),
