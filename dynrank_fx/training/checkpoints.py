@@ -30,7 +30,7 @@ from ..layouts import Factors, Layout
 from ..phase import Phase
 from ..phases import Carry, Optimizers, averages_of, enter_, info_of, optimizers_in, replan_, state_of
 from ..plan import Plan
-from ..processes import Processes, ignored_by, processes_of, started, wrappers_of
+from ..processes import Processes, ignored_by, is_part, own, processes_training, started, whole, wrappers_of
 from ..randomness import random_state, set_random_state
 from ..rewrite import Switched, plan_of, switched_modules
 from ..tracing import load_state_, note, unwrap
@@ -86,7 +86,7 @@ def save_checkpoint(
 ) -> None:
     """Write everything that training goes on from, between any two steps.
 
-    All processes call it, with one folder on a disk that all of them see. The folder appears whole or not at all: an interruption at any moment leaves the one that was there. The random
+    X
     generators of Python, NumPy and torch are in it, those of each process. Buffers are those of the first.
 
     Args:
@@ -163,9 +163,9 @@ def load_checkpoint_(
     """Bring a net, and what trains it, to where a checkpoint stands, in place.
 
     The net enters the phases and ranks of the checkpoint, the optimizer with it, and all get the values that were
-    saved. All processes call it. The checkpoint may be of another number of processes, and of a net that was wrapped or sharded in another way. The
-    random generators go on too where the number is the same. A run of ``dynrank-fx train`` loads as well, and so does
-    a net that ``save`` wrote.
+    saved. All processes call it. The checkpoint may be of another number of processes, and of a net that was wrapped or
+    sharded in another way. The random generators go on too where the number is the same. A run of ``dynrank-fx train``
+    loads as well, and so does a net that ``save`` wrote.
 
     Args:
         folder: What ``save_checkpoint`` wrote.
@@ -210,8 +210,8 @@ def load_checkpoint_(
 
 def _processes(net: nn.Module) -> Processes:
     """Those that train the net; where nothing says which, all."""
-    wrappers = wrappers_of(net)
-    return processes_of(wrappers) if wrappers else started()
+    processes = processes_training(net)
+    return processes if processes.count > 1 else started()
 
 
 def _parts(
@@ -228,8 +228,8 @@ def _parts(
         raise StoreError(
             "the Phases are of another net than the one that was given: give the net that they were made with"
         )
-    own = () if phases is None or phases.lr_scheduler is None else (phases.lr_scheduler,)
-    given = own if lr_scheduler is None else lr_scheduler if isinstance(lr_scheduler, list | tuple) else (lr_scheduler,)
+    its = () if phases is None or phases.lr_scheduler is None else (phases.lr_scheduler,)
+    given = its if lr_scheduler is None else lr_scheduler if isinstance(lr_scheduler, list | tuple) else (lr_scheduler,)
     optimizers = phases.optimizers if phases is not None and optimizer is None else optimizers_in(optimizer)
     for each in given:
         check_scheduler(each, optimizers)
@@ -355,10 +355,9 @@ def _enter_saved(net: nn.Module, parts: _Parts, info: JsonObject) -> None:
 
 @torch.no_grad()
 def _make_finite_(parameter: Parameter) -> None:
-    """A switch refuses what is not finite. A shard's own part is enough."""
-    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    if own.is_floating_point():
-        own.nan_to_num_(0.0, 0.0, 0.0)
+    """A switch refuses what is not finite."""
+    if parameter.is_floating_point():
+        own(parameter).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _blank(sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors:
@@ -414,12 +413,12 @@ def _of_all(
     parameters that DistributedDataParallel was told to ignore.
     """
     endings = tuple(f".{name}" for name in ignored)
-    shared = {name: t for name, t in tensors.items() if isinstance(t, Parameter) or hasattr(t, "to_local")}
+    shared = {name: t for name, t in tensors.items() if isinstance(t, Parameter) or is_part(t)}
     ours, theirs = ({n: t for n, t in each.items() if not n.endswith(endings)} for each in (shared, moments))
     return ours, theirs
 
 
 def _whole(state: StateDict) -> StateDict:
-    """With whole tensors in the place of sharded ones; all processes have to call it."""
-    whole: StateDict = pytree.tree_map(lambda each: each.full_tensor() if hasattr(each, "full_tensor") else each, state)
-    return whole
+    """With whole tensors in the place of sharded ones; all processes call it."""
+    found: StateDict = pytree.tree_map_only(Tensor, whole, state)
+    return found

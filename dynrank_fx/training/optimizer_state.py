@@ -11,11 +11,11 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, zeros
 from torch.optim import Optimizer
 
 from ..aliases import Group, StateDict
 from ..errors import StoreError
+from ..processes import is_part, part_as
 
 Names: TypeAlias = Mapping[int, str]
 """The names of a net's parameters, by their ids."""
@@ -147,7 +147,7 @@ def _full_name(number: int, name: str, key: str) -> str:
 def _described(value: object, parameter: Tensor, what: str) -> tuple[object, ...]:
     if not isinstance(value, Tensor):
         return _VALUE, value
-    if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.numel() > 1:
+    if is_part(parameter) and not is_part(value) and value.numel() > 1:
         raise StoreError(
             f"the optimizer keeps {what} as a tensor of each process's own, which a checkpoint cannot put together: "
             "train with an optimizer that knows sharded parameters"
@@ -164,12 +164,8 @@ def _made(described: Sequence[object], key: str, parameter: Tensor, group: Group
     if like:
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     assert isinstance(shape, list)
-    if isinstance(parameter, DTensor) and len(shape) == parameter.dim():  # such as the means of Adafactor
-        placements = [
-            place if place.is_shard() and shape[place.dim] == parameter.shape[place.dim] else Replicate()  # type: ignore[attr-defined]
-            for place in parameter.placements
-        ]
-        return zeros(shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
+    if is_part(parameter) and len(shape) == parameter.dim():  # such as the means of Adafactor
+        return part_as(torch.zeros(shape, dtype=dtype), parameter)
     # As in torch: a counter of steps lies on the CPU, unless a kernel on the device counts.
     counts = key == "step" and not (group.get("capturable") or group.get("fused"))
     return torch.zeros(shape, dtype=dtype, device="cpu" if counts else parameter.device)

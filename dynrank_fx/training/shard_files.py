@@ -21,11 +21,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import StoreError, first_line
 from ..files import why
-from ..processes import Processes
+from ..processes import Processes, is_part, part_as
 
 _METADATA = ".metadata"  # of torch: which tensor lies where
 _SHARDS = "__*_*.distcp"
@@ -85,10 +84,7 @@ def read_shards_(folder: Path, tensors: Mapping[str, Tensor], processes: Process
 @torch.no_grad()
 def copy_whole_(tensor: Tensor, whole: Tensor) -> None:
     """Fill a tensor, or each process's shard of it, from a whole one that all processes have."""
-    if isinstance(tensor, DTensor):
-        there = whole.to(tensor.device)
-        whole = distribute_tensor(there, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(whole)
+    tensor.copy_(part_as(whole, tensor) if is_part(tensor) else whole)
 
 
 class _Reader(FileSystemReader):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -61,17 +62,26 @@ class Training:
         count: int = 1,
         wrap: Wrap = lambda net: net,
         kind: type[Optimizer] = AdamW,
-        noisy: bool = False,
+        whole: bool = False,
     ) -> None:
+        """whole: with all that a run can have, dropout and averages of batches too."""
         self.rank, self.count = rank, count
-        self.net = wrap(made(noisy))
+        self.net = wrap(made(whole))
         biases = [p for name, p in self.net.named_parameters() if name.endswith("bias")]
         others = [p for name, p in self.net.named_parameters() if not name.endswith("bias")]
         self.optimizer = kind([{"params": others, "weight_decay": 0.1}, {"params": biases}], lr=0.01)  # type: ignore[call-arg]
         self.rates = CosineAnnealingLR(self.optimizer, STEPS)
         schedule = dr.schedules.interleave(low=1, full=1)
         self.phases = dr.Phases(
-            self.net, self.optimizer, schedule, lr_scheduler=self.rates, steps=STEPS, every=4, landing=True, rewarm=3
+            self.net,
+            self.optimizer,
+            schedule,
+            lr_scheduler=self.rates,
+            steps=STEPS,
+            every=4,
+            landing=whole,
+            rewarm=3,
+            spectra=whole,
         )
         torch.manual_seed(100 + rank)
 
@@ -117,7 +127,7 @@ def unequal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], most: floa
 
 @pytest.mark.parametrize("stop", [0, 3, 4, 9, 13])
 def test_training_goes_on_bit_by_bit_wherever_it_stopped(stop: int, tmp_path: Path) -> None:
-    expected, first, again = (Training(noisy=True) for _ in range(3))
+    expected, first, again = (Training(whole=True) for _ in range(3))
     losses = expected.train(range(STEPS))
     torch.manual_seed(100)
     before = first.train(range(stop))
@@ -134,6 +144,13 @@ def ddp(net: nn.Module) -> nn.Module:
     return DistributedDataParallel(net)
 
 
+def sharded(net: nn.Module) -> nn.Module:
+    """By FSDP2: one site alone, the others with all the rest."""
+    fully_shard(net.first)  # type: ignore[arg-type]
+    fully_shard(net)
+    return net
+
+
 def across(rank: int, folder: Path, count: int) -> dict[str, Any]:
     found = {}
     told = Training(rank, count, ddp)  # a checkpoint of one process
@@ -145,22 +162,37 @@ def across(rank: int, folder: Path, count: int) -> dict[str, Any]:
     told.train(range(9, 11))
     found["two more"] = told.state()
 
-    first = Training(rank, count, ddp, noisy=True)
+    into = Training(rank, count, sharded)  # of DDP into FSDP2, and back
+    into.load(folder / "several")
+    into.train(range(9, 11))
+    found["sharded"] = into.state()
+    into.save(folder / "sharded", step=11)
+    into.train(range(11, 13))
+    told.load(folder / "sharded")
+    told.train(range(11, 13))
+    found["back"] = unequal(told.state(), into.state(), 1e-6)
+    again = Training(rank, count, sharded)
+    again.load(folder / "sharded")
+    again.train(range(11, 13))
+    found["sharded again"] = unequal(again.state(), into.state())
+    found["later"] = into.state()
+
+    first = Training(rank, count, ddp, whole=True)
     first.train(range(6))
-    first.save(folder / "noisy")
+    first.save(folder / "whole")
     first.train(range(6, 10))
-    again = Training(rank, count, ddp, noisy=True)
-    again.load(folder / "noisy")
+    again = Training(rank, count, ddp, whole=True)
+    again.load(folder / "whole")
     again.train(range(6, 10))
     found["again"] = unequal(again.state(), first.state())
 
     found["refusals"] = []
-    file = folder / "noisy" / f"__{count - 1}_0.distcp"
+    file = folder / "whole" / f"__{count - 1}_0.distcp"
     before = again.state()
     if rank == 0:
         broken(file)
     with pytest.raises(dr.StoreError) as caught:
-        again.load(folder / "noisy")
+        again.load(folder / "whole")
     found["refusals"].append(str(caught.value))
     found["untouched"] = unequal(again.state(), before)
     with pytest.raises(dr.StoreError) as caught:  # something in one process cannot be kept
@@ -187,7 +219,13 @@ def test_any_number_of_processes_goes_on(tmp_path: Path, count: int) -> None:
     again = Training()
     assert again.load(tmp_path / "several") == {"step": 9}
     again.train(range(9, 11))
+    later = Training()
+    assert later.load(tmp_path / "sharded") == {"step": 11}
+    later.train(range(11, 13))
     for found in results:
+        assert unequal(found["sharded"], found["two more"], 1e-6) == []
+        assert unequal(found["later"], later.state(), 1e-6) == []
+        assert (found["back"], found["sharded again"]) == ([], [])
         assert unequal(found["from one"], results[0]["from one"]) == []
         assert unequal(again.state(), found["two more"], 1e-6) == []
         assert found["again"] == []
