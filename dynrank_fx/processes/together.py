@@ -90,7 +90,8 @@ class Processes:
         if self.group is None or self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count  # Any: the list that torch fills
-        dist.all_gather_object(values, value, group=self.group)
+        with self._waiting(DynrankError):
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     @contextmanager
@@ -108,9 +109,22 @@ class Processes:
             if self.count > 1:
                 self._tell(failure, error, what)
 
+    @contextmanager
+    def _waiting(self, error: type[DynrankError]) -> Iterator[None]:
+        """Words for others that do not come within the time that the group was given, or are gone."""
+        try:
+            yield
+        except RuntimeError as failed:
+            raise error(
+                f"process {self.rank} of {self.count} waited in vain for the others ({first_line(failed)}): look for "
+                "the first error among them, and give every process as many batches (DistributedSampler with "
+                "drop_last=True), since one that makes fewer steps ends, or comes to a switch, before the others"
+            ) from failed
+
     def _tell(self, failure: BaseException | None, error: type[DynrankError], what: str) -> None:
         failed = torch.tensor([0 if failure is None else 1], device=self.device)
-        dist.all_reduce(failed, group=self.group)
+        with self._waiting(error):
+            dist.all_reduce(failed, group=self.group)
         if not int(failed):
             return
         said = self.gathered(None if failure is None else _said(failure))

@@ -100,7 +100,7 @@ def _drop_reducer(wrapper: DistributedDataParallel) -> None:
     """
     reducer = weakref.ref(wrapper.reducer)
     wrapper._remove_autograd_hooks()
-    wrapper.reducer = wrapper.logger = None
+    wrapper.reducer = wrapper.logger = None  # type: ignore[assignment]
     for held in (wrapper._module_parameters, wrapper.modules_buffers, wrapper.named_module_buffers):
         held.clear()
     if reducer() is not None:
@@ -109,8 +109,13 @@ def _drop_reducer(wrapper: DistributedDataParallel) -> None:
                 holder |= {"reducer": None, "logger": None}
 
 
-def _make_again(wrapper: DistributedDataParallel, builtin: dist.BuiltinCommHookType | None) -> None:
-    """The same object, with another reducer: what ``__setstate__`` does, and what that leaves out."""
+def _make_again(wrapper: DistributedDataParallel, builtin: object) -> None:
+    """The same object, with another reducer: what ``__setstate__`` does, and what that leaves out.
+
+    builtin: the hook of DDP's own that it had, if any.
+    """
+    from torch._C._distributed_c10d import _register_comm_hook
+
     ignored, mixed = wrapper.parameters_to_ignore, wrapper.mixed_precision
     wrapper._module_parameters[:] = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
     parameters, sparse = wrapper._build_params_for_reducer()
@@ -119,15 +124,17 @@ def _make_again(wrapper: DistributedDataParallel, builtin: dist.BuiltinCommHookT
     names = wrapper._build_debug_param_to_name_mapping(parameters)
     wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
     wrapper._has_rebuilt_buckets = False
+    reducer, logger = wrapper.reducer, wrapper.logger
+    assert logger is not None
     if mixed is not None:
-        wrapper.reducer._set_mixed_precision_param_dtype(mixed.param_dtype)
+        reducer._set_mixed_precision_param_dtype(mixed.param_dtype)  # type: ignore[attr-defined]
     if wrapper.static_graph:
         wrapper._static_graph_delay_allreduce_enqueued = False
-        wrapper.reducer._set_static_graph()
-        wrapper.logger._set_static_graph()
+        reducer._set_static_graph()
+        logger._set_static_graph()
     for hook, state in _hooks_of(wrapper):
-        wrapper.logger._set_comm_hook_name(hook.__qualname__)
-        dist._register_comm_hook(wrapper.reducer, state, hook)
+        logger._set_comm_hook_name(hook.__qualname__)
+        _register_comm_hook(reducer, state, hook)
     if builtin is not None:
         wrapper._register_builtin_comm_hook(builtin)
     if getattr(wrapper, "_accum_grad_hooks", None):
@@ -150,10 +157,12 @@ def _hooks_of(
     return list(getattr(wrapper, "_comm_hooks", ()))
 
 
-def _builtin_hook(wrapper: DistributedDataParallel) -> dist.BuiltinCommHookType | None:
-    """The hook that DDP has built in, which only its log tells."""
+def _builtin_hook(wrapper: DistributedDataParallel) -> object:
+    """The hook that DDP has built in, which only its log tells; None without one."""
+    from torch._C._distributed_c10d import BuiltinCommHookType
+
     name = wrapper._get_ddp_logging_data().get("comm_hook", "").rpartition(".")[2]
-    return None if _hooks_of(wrapper) else dist.BuiltinCommHookType.__members__.get(name)
+    return None if _hooks_of(wrapper) else getattr(BuiltinCommHookType, name, None)
 
 
 def _make_python_hooks_again(wrapper: DistributedDataParallel) -> None:

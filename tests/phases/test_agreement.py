@@ -33,7 +33,7 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def _flipped(key: str) -> Callable[..., Any]:
-    """Installs values of which rank 1 has the second site's with other signs: factors, or only what Adam has of them."""
+    """Installs values of which rank 1 has the second site's with other signs: factors, or what Adam has of them."""
     real = switch._install
 
     def install(move: Any, news: Any, *others: Any) -> Any:

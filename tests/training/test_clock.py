@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 import dynrank_fx as dr
-from dynrank_fx.training import clock_of
+from dynrank_fx.training import clock_of, refuse_processes
 from dynrank_fx.training.clock import StepHook
 
 FULL, LOW = dr.Phase.FULL, dr.Phase.LOW

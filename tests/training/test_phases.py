@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -321,7 +321,7 @@ class _Drawing:
     """A schedule that reads spectra and draws at random: it says something else in every process."""
 
     def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
+        self._draw = Random(seed)
         self.calls = 0
 
     def __call__(self, state: dr.TrainState) -> Setting:
