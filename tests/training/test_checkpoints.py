@@ -35,6 +35,11 @@ def test_training_goes_on_bit_by_bit_wherever_it_stopped(stop: int, tmp_path: Pa
     assert unequal(again.state(), expected.state()) == []
 
 
+def differing(one: Training, other: Training) -> list[str]:
+    """The names of what is not the same; of averages of batches, each process has its own where it has a shard."""
+    return [name for name in unequal(one.state(), other.state()) if "running" not in name]
+
+
 def across(rank: int, folder: Path, count: int) -> dict[str, Any]:
     found = {}
     told = Training(rank, count, ddp)  # a checkpoint of one process
@@ -55,20 +60,15 @@ def across(rank: int, folder: Path, count: int) -> dict[str, Any]:
     told.load(folder / "sharded")
     told.train(range(11, 13))
     found["back"] = unequal(told.state(), into.state(), 1e-6)
-    again = Training(rank, count, sharded)
-    again.load(folder / "sharded")
-    again.train(range(11, 13))
-    found["sharded again"] = unequal(again.state(), into.state())
     found["later"] = into.state()
 
-    first = Training(rank, count, ddp, whole=True)
-    first.train(range(6))
-    first.save(folder / "whole")
-    first.train(range(6, 10))
-    again = Training(rank, count, ddp, whole=True)
-    again.load(folder / "whole")
-    again.train(range(6, 10))
-    found["again"] = unequal(again.state(), first.state())
+    for way in (ddp, sharded):
+        first, again = (Training(rank, count, way, whole=True) for _ in range(2))
+        first.train(range(6))
+        first.save(folder / "whole")
+        losses = first.train(range(6, 10))
+        again.load(folder / "whole")
+        found[f"{way.__name__} again"] = again.train(range(6, 10)) == losses, differing(again, first)
 
     found["refusals"] = []
     file = folder / "whole" / f"__{count - 1}_0.distcp"
@@ -102,10 +102,10 @@ def test_any_number_of_processes_goes_on(tmp_path: Path, count: int) -> None:
     for found in results:
         assert unequal(found["sharded"], found["two more"], 1e-6) == []
         assert unequal(found["later"], later.state(), 1e-6) == []
-        assert (found["back"], found["sharded again"]) == ([], [])
+        assert found["back"] == []
         assert unequal(found["from one"], results[0]["from one"]) == []
         assert unequal(again.state(), found["two more"], 1e-6) == []
-        assert found["again"] == []
+        assert (found["ddp again"], found["sharded again"]) == ((True, []), (True, []))
         assert found["untouched"] == []
         damaged, kept = found["refusals"]
         assert f"__{count - 1}_0.distcp is damaged, or of another checkpoint" in damaged
