@@ -27,10 +27,10 @@ from ..errors import StoreError
 from ..layouts import Factors, Layout
 from ..phase import Phase
 from ..phases import Carry, Optimizers, enter_, info_of, replan_
-from ..processes import Processes, ignored_by, own, processes_training, started, whole, wrappers_of
+from ..processes import Processes, ignored_by, is_part, own, processes_training, started, whole, wrappers_of
 from ..randomness import random_state, set_random_state
 from ..rewrite import plan_of, switched_modules
-from ..tracing import load_state_, note
+from ..tracing import load_state_, note, unwrap
 from .fits import check_fit
 from .optimizer_state import named_of_numbered, named_state, restore_state_
 from .parts import Parts, of_all, parts_of, stored_in, tensors_of
@@ -139,9 +139,9 @@ def load_checkpoint_(
     """Bring a net, and what trains it, to where a checkpoint stands, in place.
 
     The net enters the phases and ranks of the checkpoint, the optimizer with it, and all get the values that were
-    saved. All processes call it. The checkpoint may be of another number of processes, and of a net that was wrapped or
-    sharded in another way. The random generators go on too where the number is the same. A run of ``dynrank-fx train``
-    loads as well, and so does a net that ``save`` wrote.
+    saved. All processes that train the net call it. The checkpoint may be of another number of processes, and of a net
+    that was wrapped or sharded in another way. The random generators go on too where the number is the same. A run of
+    ``dynrank-fx train`` loads as well, and so does a net that ``save`` wrote.
 
     Args:
         folder: What ``save_checkpoint`` wrote.
@@ -184,9 +184,10 @@ def load_checkpoint_(
 
 
 def _processes(net: nn.Module) -> Processes:
-    """Those that train the net; where nothing says which, all."""
+    """Those that train the net. One that nothing wraps is its own process's, unless others hold parts of it."""
+    unwrap(net)  # raises where it is no module
     processes = processes_training(net)
-    return processes if processes.count > 1 else started()
+    return started() if processes.count == 1 and any(map(is_part, net.parameters())) else processes
 
 
 def _enter_saved(net: nn.Module, parts: Parts, info: JsonObject) -> None:

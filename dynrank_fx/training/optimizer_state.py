@@ -39,8 +39,9 @@ def named_state(optimizers: Sequence[Optimizer], names: Names) -> tuple[list[Sta
             name = _name(parameter, names)
             states[name] = {}
             for key, value in state.items():
-                states[name][key] = _described(value, parameter, f"{key} of {name}")
+                states[name][key] = _described(value, parameter)
                 if isinstance(value, Tensor):
+                    _check_shared(value, parameter, f"{key} of {name}")
                     tensors[_full_name(number, name, key)] = value
         told.append({"kind": type(optimizer).__name__, "groups": groups, "states": states})
     return told, tensors
@@ -68,7 +69,7 @@ def named_of_numbered(
     for number, own in state["state"].items():
         parameter = of_number[number]
         name = _name(parameter, names)
-        states[name] = {key: _described(value, parameter, f"{key} of {name}") for key, value in own.items()}
+        states[name] = {key: _described(value, parameter) for key, value in own.items()}
         tensors |= {_full_name(0, name, key): value for key, value in own.items() if isinstance(value, Tensor)}
     return {"kind": kind, "groups": groups, "states": states}, tensors
 
@@ -144,14 +145,17 @@ def _full_name(number: int, name: str, key: str) -> str:
     return f"optimizer.{number}.{key}.{name}"
 
 
-def _described(value: object, parameter: Tensor, what: str) -> tuple[object, ...]:
-    if not isinstance(value, Tensor):
-        return _VALUE, value
+def _check_shared(value: Tensor, parameter: Tensor, what: str) -> None:
     if is_part(parameter) and not is_part(value) and value.numel() > 1:
         raise StoreError(
             f"the optimizer keeps {what} as a tensor of each process's own, which a checkpoint cannot put together: "
             "train with an optimizer that knows sharded parameters"
         )
+
+
+def _described(value: object, parameter: Tensor) -> tuple[object, ...]:
+    if not isinstance(value, Tensor):
+        return _VALUE, value
     return _TENSOR, value.shape == parameter.shape, list(value.shape), str(value.dtype).removeprefix("torch.")
 
 

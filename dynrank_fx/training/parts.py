@@ -61,6 +61,10 @@ def parts_of(
     given = its if lr_scheduler is None else lr_scheduler if isinstance(lr_scheduler, list | tuple) else (lr_scheduler,)
     optimizers = phases.optimizers if phases is not None and optimizer is None else optimizers_in(optimizer)
     for each in given:
+        if each is None:
+            raise StoreError(
+                "lr_scheduler has a None in it: give a learning-rate scheduler, several in a list, or leave it out"
+            )
         check_scheduler(each, optimizers)
     return Parts(
         root,

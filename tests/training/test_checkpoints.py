@@ -18,6 +18,7 @@ from several import in_processes, until_one_ends
 
 import dynrank_fx as dr
 from dynrank_fx import files
+from dynrank_fx.training import Run, save_run
 
 
 @pytest.mark.parametrize("stop", [0, 3, 4, 9, 13])
@@ -35,9 +36,9 @@ def test_training_goes_on_bit_by_bit_wherever_it_stopped(stop: int, tmp_path: Pa
     assert unequal(again.state(), expected.state()) == []
 
 
-def differing(one: Training, other: Training) -> list[str]:
+def differing(one: Training, other: Training, most: float) -> list[str]:
     """The names of what is not the same; of averages of batches, each process has its own where it has a shard."""
-    return [name for name in unequal(one.state(), other.state()) if "running" not in name]
+    return [name for name in unequal(one.state(), other.state(), most) if "running" not in name]
 
 
 def across(rank: int, folder: Path, count: int) -> dict[str, Any]:
@@ -62,13 +63,20 @@ def across(rank: int, folder: Path, count: int) -> dict[str, Any]:
     found["back"] = unequal(told.state(), into.state(), 1e-6)
     found["later"] = into.state()
 
+    for way in (ddp, sharded):  # a run of one process till now
+        told = Training(rank, count, way)
+        dr.load_checkpoint_(folder / "run", told.net, told.optimizer)
+        found[f"{way.__name__} of a run"] = told.state()
+
     for way in (ddp, sharded):
         first, again = (Training(rank, count, way, whole=True) for _ in range(2))
         first.train(range(6))
         first.save(folder / "whole")
-        losses = first.train(range(6, 10))
+        first.train(range(6, 10))
         again.load(folder / "whole")
-        found[f"{way.__name__} again"] = again.train(range(6, 10)) == losses, differing(again, first)
+        again.train(range(6, 10))
+        # Of more than two processes DDP adds up in an order that its buckets have, which are others after a start.
+        found[f"{way.__name__} again"] = differing(again, first, 1e-6 if way is ddp and count > 2 else 0)
 
     found["refusals"] = []
     file = folder / "whole" / f"__{count - 1}_0.distcp"
@@ -91,6 +99,9 @@ def test_any_number_of_processes_goes_on(tmp_path: Path, count: int) -> None:
     one.train(range(7))
     one.save(tmp_path / "one", step=7)
     one.train(range(7, 9))
+    run = Run(one.net, one.optimizer, one.phases.schedule)
+    (tmp_path / "run").mkdir()
+    save_run(run, tmp_path / "run")
     results = in_processes(across, tmp_path, count, count=count)
     assert unequal(results[0]["from one"], one.state(), 1e-6) == []
     again = Training()
@@ -105,8 +116,10 @@ def test_any_number_of_processes_goes_on(tmp_path: Path, count: int) -> None:
         assert found["back"] == []
         assert unequal(found["from one"], results[0]["from one"]) == []
         assert unequal(again.state(), found["two more"], 1e-6) == []
-        assert (found["ddp again"], found["sharded again"]) == ((True, []), (True, []))
+        assert (found["ddp again"], found["sharded again"]) == ([], [])
         assert found["untouched"] == []
+        for way in (ddp, sharded):
+            assert unequal(found[f"{way.__name__} of a run"], one.state()) == []
         damaged, kept = found["refusals"]
         assert f"__{count - 1}_0.distcp is damaged, or of another checkpoint" in damaged
         assert "mine is a object" in kept
