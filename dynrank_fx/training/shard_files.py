@@ -121,6 +121,11 @@ def _in_words(what: str, processes: Processes) -> Iterator[None]:
         place = f" in process {rank} of {processes.count}" if processes.count > 1 else ""
         said = why(cause) if isinstance(cause, OSError) else first_line(cause)
         raise StoreError(f"{what} failed{place}: {said}") from error
+    except RuntimeError as error:  # of the messages between them; what else fails comes as the one above
+        raise StoreError(
+            f"{what} failed, since another process is gone or does not answer ({first_line(error)}): look for the "
+            "first error among the others"
+        ) from error
 
 
 def _part(names: list[str], processes: Processes) -> list[str]:
