@@ -102,7 +102,7 @@ def test_any_number_of_processes_goes_on(tmp_path: Path, count: int) -> None:
     run = Run(one.net, one.optimizer, one.phases.schedule)
     (tmp_path / "run").mkdir()
     save_run(run, tmp_path / "run")
-    results = in_processes(across, tmp_path, count, count=count)
+    results = in_processes(across, tmp_path, count, count=count, seconds=120 * (count - 1))
     assert unequal(results[0]["from one"], one.state(), 1e-6) == []
     again = Training()
     assert again.load(tmp_path / "several") == {"step": 9}
