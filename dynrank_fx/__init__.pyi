@@ -61,7 +61,9 @@ from .tracing import capture as capture
 from .training import Decay as Decay
 from .training import Phases as Phases
 from .training import factor_decay_ as factor_decay_
+from .training import load_checkpoint_ as load_checkpoint_
 from .training import resume_phases_ as resume_phases_
 from .training import rewarm_ as rewarm_
+from .training import save_checkpoint as save_checkpoint
 from .training import train_state as train_state
 from .version import __version__ as __version__

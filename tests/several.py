@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import queue
@@ -49,6 +50,32 @@ def in_processes(work: Callable[..., Any], *args: object, count: int = 2, second
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def until_one_ends(
+    work: Callable[..., Any], *args: object, count: int = 2, seconds: float = SECONDS, kill: Callable[[list[int]], None]
+) -> list[int]:
+    """Run ``work`` as ``in_processes`` does, where processes are killed: by themselves, or by ``kill``, which is given
+    their ids. When one has ended, the others have a little time to do so. Returns the exit codes.
+    """
+    results = _STARTING.Queue()
+    with TemporaryDirectory() as folder:
+        started = [
+            _STARTING.Process(target=_one, args=(work, rank, count, folder, results, args, seconds), daemon=True)
+            for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        try:
+            kill([process.pid for process in started if process.pid is not None])
+            multiprocessing.connection.wait([process.sentinel for process in started], timeout=seconds)
+        finally:
+            for process in started:
+                process.join(timeout=10)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    return [process.exitcode or 0 for process in started]
 
 
 def _collected(results: Any, started: list[Any], seconds: float) -> list[Any]:

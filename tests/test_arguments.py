@@ -58,6 +58,7 @@ KINDS: dict[str, set[str]] = {  # which of these a kind of argument may be
     "several": {"list"},
     "optimizers": {"None", "list"},
     "mapping": {"dict"},
+    "optional mapping": {"None", "dict"},
     "call": {"function", "class"},
     "path": {"text"},
     "setting": {"phase", "dict", "0"},
@@ -159,6 +160,23 @@ CALLS: dict[str, Call] = {
         dr.reranked,
         {"net": NET, "policy": dr.Ratio(0.25)},
         {"net": "none", "policy": "none", "ladder": "count"},
+    ),
+    "save_checkpoint": (
+        dr.save_checkpoint,
+        {"folder": FOLDER, "net": NET, "optimizer": OPTIMIZER},
+        {
+            "folder": "path",
+            "net": "none",
+            "optimizer": "optimizers",
+            "phases": "optional",
+            "lr_scheduler": "optimizers",
+            "extra": "optional mapping",
+        },
+    ),
+    "load_checkpoint_": (
+        dr.load_checkpoint_,
+        {"folder": "gone", "net": NET},
+        {"folder": "none", "net": "none", "optimizer": "none", "phases": "none", "lr_scheduler": "none"},
     ),
     "save": (dr.save, {"net": NET, "folder": FOLDER}, {"net": "none", "folder": "path"}),
     "load": (

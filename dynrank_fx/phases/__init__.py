@@ -1,7 +1,7 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
 from .agreement import agree_before
-from .averages import averages_in, copy_factors_
+from .averages import averages_in, averages_of, copy_factors_
 from .carry import Carry, checked_carry
 from .checkpoint import check_place, how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .gradients import forget_steps, note_steps
@@ -21,6 +21,7 @@ __all__ = [
     "Transition",
     "agree_before",
     "averages_in",
+    "averages_of",
     "check_place",
     "checked_carry",
     "copy_factors_",

@@ -173,7 +173,8 @@ class Processes:
             kinds.setdefault((tensor.dtype, tensor.device.type), []).append(tensor)
         for several in kinds.values():
             flat = torch.cat([each.reshape(-1) for each in several]).to(self._there(several[0]))
-            dist.broadcast(flat, group_src=source, group=self.group)
+            # Backends do not know every dtype, and all of them know bytes.
+            dist.broadcast(flat.view(torch.uint8), group_src=source, group=self.group)
             if self.rank != source:
                 for each, part in zip(several, flat.split([each.numel() for each in several]), strict=True):
                     each.copy_(part.view(each.shape))

@@ -1,5 +1,6 @@
 """Train in phases: in a loop of one's own by ``Phases``, or by the loop of the command line, with runs that resume."""
 
+from .checkpoints import load_checkpoint_, save_checkpoint
 from .clock import Clock, clock_of, refuse_processes
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
 from .facts import cost_of, train_state
@@ -37,6 +38,7 @@ __all__ = [
     "fit",
     "flatten",
     "history_in",
+    "load_checkpoint_",
     "paper_cifar10",
     "paper_cifar100",
     "plan_in",
@@ -46,6 +48,7 @@ __all__ = [
     "restore_run_",
     "resume_phases_",
     "rewarm_",
+    "save_checkpoint",
     "save_run",
     "train_state",
     "unflatten",

@@ -52,7 +52,7 @@ T = TypeVar("T")
 _POINTS = 64  # of a spectrum in a record
 _KEPT = 1_000_000  # letters of the records in a state, as JSON
 _NO_STATE = "the state holds no history of phases: give what Phases.state_dict() gave"
-_RESUMED = "dynrank_resumed"  # in the meta of a net that is in the phases of a checkpoint
+RESUMED = "dynrank_resumed"  # in the meta of a net that is in the phases of a checkpoint
 
 
 class Phases:
@@ -175,7 +175,7 @@ class Phases:
                 with self._together.all_or_none(StoreError, "going on from a checkpoint"):
                     self.load_state_dict(resume)
             agree_before(self._together, unwrap(net), self.optimizers, ignored_by(wrappers_of(net)))
-            if resume is None and self._by_itself and _RESUMED not in meta_of(unwrap(net)):
+            if resume is None and self._by_itself and RESUMED not in meta_of(unwrap(net)):
                 self.begin_tick(0)
         except BaseException:
             self.remove()
@@ -287,7 +287,7 @@ class Phases:
             "give all the same number of steps, of batches to each as many (DistributedSampler, drop_last=True)",
         )
         self._forget(tick)
-        meta_of(unwrap(self.net)).pop(_RESUMED, None)
+        meta_of(unwrap(self.net)).pop(RESUMED, None)
         started = time.perf_counter()
         clock = self.clock
         if clock.every is not None:
@@ -500,7 +500,7 @@ class Phases:
             self._earlier, self.history = earlier, history
             if history[0].unit == "epoch":  # a run that was begun before epochs were divided goes on in them
                 self.clock = self.clock.whole()
-        meta_of(unwrap(self.net)).pop(_RESUMED, None)
+        meta_of(unwrap(self.net)).pop(RESUMED, None)
         self.load_hooks_state(state)
 
     def remove(self) -> None:
@@ -604,4 +604,4 @@ def resume_phases_(net: nn.Module, state: StateDict) -> None:
     if ranks:
         replan_(net, plan_of(net).with_ranks(ranks))
     enter_(net, last.phases)
-    note(root, **{_RESUMED: True})
+    note(root, **{RESUMED: True})

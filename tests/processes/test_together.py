@@ -26,10 +26,12 @@ def _everything(rank: int) -> dict[str, Any]:
 
     def made() -> tuple[torch.Tensor, dict[str, object]]:
         last = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
-        return last + rank, {"step": torch.tensor(rank), "mu": 0.5, "half": torch.ones(3, dtype=torch.bfloat16)}
+        others = {"half": torch.ones(3, dtype=torch.bfloat16), "numpy": torch.tensor([7], dtype=torch.uint32)}
+        return last + rank, {"step": torch.tensor(rank), "mu": 0.5, **others}
 
     value, state = both.from_one(1, made, TransitionError, "making")
     done["sent"] = value.tolist(), value.stride(), state["step"], state["mu"], str(state["half"].dtype)
+    done["sent too"] = state["numpy"].tolist()
     for name, block in (
         ("from_one", lambda: both.from_one(1, lambda: _refused(rank, "so"), TransitionError, "making")),
         ("all_or_none", lambda: _together_or_not(rank)),
@@ -60,7 +62,7 @@ def test_two_processes_do_as_one() -> None:
         value, strides, step, mu, half = done["sent"]
         assert value == (torch.arange(24.0).view(1, 2, 3, 4) + 1).tolist()
         assert strides == torch.empty(1, 2, 3, 4).to(memory_format=torch.channels_last).stride()
-        assert (int(step), mu, half) == (1, 0.5, "torch.bfloat16")
+        assert (int(step), mu, half, done["sent too"]) == (1, 0.5, "torch.bfloat16", [7])
     why = "failed in process 1 of 2, and nothing was done in any: ValueError: not"
     assert first["from_one"] == f"TransitionError: making {why} so in 1"
     assert second["from_one"] == "ValueError: not so in 1"
