@@ -64,9 +64,8 @@ def _go_on(folder: Path) -> None:
 
 
 def _trained(folder: Path) -> object:
-    tensors = load_file(folder / "run" / "checkpoint.safetensors")
-    lines = (folder / "run" / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return {name: _bits(tensor) for name, tensor in tensors.items()}, [_timeless(json.loads(line)) for line in lines]
+    tensors, info = read_run(folder / "run")
+    return {name: _bits(tensor) for name, tensor in tensors.items()}, [_timeless(each) for each in info["history"]]
 
 
 def _timeless(record: dict[str, Any]) -> dict[str, Any]:
