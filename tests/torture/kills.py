@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -18,6 +17,8 @@ import onnx
 import torch
 from safetensors.torch import load_file
 from work import MODEL, Outcome, apart, command
+
+from dynrank_fx.training import read_run
 
 CALLS = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync", "link", "symlink")
 """What of ``os`` changes files, or makes a change last."""
