@@ -28,6 +28,8 @@ def load_weights_(model: nn.Module, path: Path) -> str:
     compiled module, ``module.`` and the like before every name, and a checkpoint around the ``state_dict`` are passed
     over.
     """
+    from dynrank_fx.tracing import load_as_its_class_
+
     state, around = _state_in(path)
     own = model.state_dict(keep_vars=True)
     state, wrapper = _renamed(state, own)
@@ -41,7 +43,7 @@ def load_weights_(model: nn.Module, path: Path) -> str:
     if wrong:
         raise StoreError(f"{path} is no state_dict of model(): {'; '.join((*wrong, *around))}")
     try:
-        model.load_state_dict(state)
+        load_as_its_class_(model, state)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # of a load_state_dict of the model's own
         raise StoreError(
             f"{path} could not be loaded into model() ({first_line(error)}): give a state_dict of that model"

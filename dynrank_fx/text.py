@@ -32,6 +32,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
+def rounded(value: float, digits: int) -> float:
+    """The value in so many digits, which are all that a file has of it then."""
+    return float(f"{value:.{digits}g}")
+
+
 def finite(value: Any) -> Any:  # Any: whatever JSON holds, and what the user noted
     """The value with None for each number that is not finite, as JSON has none, and with lists for tuples."""
     if isinstance(value, Mapping):

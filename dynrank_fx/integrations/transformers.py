@@ -19,18 +19,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import files, store
-from ..aliases import StateDict
+from ..aliases import Args, Kwargs, StateDict
 from ..checks import checked_path
 from ..errors import StoreError, TransitionError
 from ..randomness import random_state, set_random_state
 from ..rewrite import expect_factors_
-from ..tracing import Net, meta_of
+from ..tracing import Net, meta_of, regions
 from ..training import Clock, Phases, clock_of, flatten, refuse_processes, resume_phases_, unflatten
 from .callback import PhasesHolder, net_in, read_pickled
 
 FILE = "phases.safetensors"
 _OLD_FILE = "phases.pt"  # of earlier versions
 _PREPARED = "dynrank_prepared"  # the attribute of a model that was
+_COUNT = "num_items_in_batch"
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
 
@@ -77,6 +78,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         setattr(model, _PREPARED, True)
         model.register_state_dict_post_hook(_clone_tied)
         _show_arguments(model)
+        _keep_from_parts(model)
         if isinstance(model, Net) and not any(hasattr(model, name) for name in _CHECKPOINTING):
             for name in _CHECKPOINTING:
                 setattr(model, name, _refuse_checkpointing)
@@ -231,6 +233,19 @@ def _show_arguments(model: nn.Module) -> None:
     if names:
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
         type(model).forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+
+def _keep_from_parts(model: nn.Module) -> None:
+    """The Trainer counts the labels for the model's loss. Its code hands that on to its parts with all other keywords,
+    where nothing reads it, and a part that is a graph has no argument for it.
+    """
+    for region in regions(model):
+        if region.prefix and all(node.target != _COUNT for node in region.net.graph.find_nodes(op="placeholder")):
+            region.net.register_forward_pre_hook(_without_count, with_kwargs=True)
+
+
+def _without_count(part: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    return args, {name: value for name, value in kwargs.items() if name != _COUNT}
 
 
 def _refuse_unknown_columns(model: nn.Module, loader: object) -> None:

@@ -89,6 +89,11 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
             program = torch.export.export(module, *inputs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch.export runs forward, and fails in ways of its own
             fixed = re.search(r"Constraints violated \((.+)\)!", str(error))
+            if "Cannot create Dim with inconsistent min" in str(error):  # of its own, where it words a suggestion
+                raise ExportError(
+                    "within the bounds of its Dim the model takes a single size of a dimension: widen the bounds, or "
+                    "leave that dimension out of the free ones"
+                ) from error
             if fixed is not None:
                 which = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"dimension \2 of \1", fixed[1])
                 raise RestrictedError(

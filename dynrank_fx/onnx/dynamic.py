@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -94,10 +95,25 @@ def _entries(shapes: object) -> Iterable[tuple[Any, object]]:  # Any: keys of a 
 
 
 def without_names(shapes: Kwargs) -> Kwargs:
-    """The same shapes, each ``torch.export.Dim`` free as far as the model leaves it free."""
-    auto = torch.export.Dim.AUTO
-    free: Kwargs = pytree.tree_map(lambda dim: auto if isinstance(dim, torch.export.Dim) else dim, shapes)
-    return free
+    """The same shapes, each ``torch.export.Dim`` free within its bounds as far as the model leaves it free."""
+
+    def free(dim: object) -> object:
+        return torch.export.Dim.AUTO(**_given(dim)) if isinstance(dim, torch.export.Dim) else dim
+
+    automatic: Kwargs = pytree.tree_map(free, shapes)
+    return automatic
+
+
+def bounds_in(shapes: object) -> dict[str, range]:
+    """By the name of a ``torch.export.Dim``, the sizes that its bounds allow."""
+    dims = [dim for dim in pytree.tree_leaves(shapes) if isinstance(dim, torch.export.Dim)]
+    return {dim.__name__: range(_given(dim).get("min", 0), _given(dim).get("max", sys.maxsize - 1) + 1) for dim in dims}
+
+
+def _given(dim: torch.export.Dim) -> dict[str, int]:
+    """Its bounds, without those that torch puts where none was given: 0 and an infinity of its own."""
+    bounds = {name: getattr(dim, name) for name in ("min", "max")}
+    return {name: bound for name, bound in bounds.items() if isinstance(bound, int) and bound > 0}
 
 
 def _is_named(axes: object) -> bool:
@@ -234,13 +250,16 @@ def free_axes(inputs: Inputs, axes: Sequence[set[int]]) -> torch.export.ShapesCo
     return shapes
 
 
-def other_sizes(module: nn.Module, shapes: Sequence[Shape], inputs: Inputs) -> dict[str, int | None]:
+def other_sizes(
+    module: nn.Module, shapes: Sequence[Shape], inputs: Inputs, bounds: Mapping[str, range] | None = None
+) -> dict[str, int | None]:
     """By free dimension, another size than the example's that the module takes: the next, the double (of what has to be
-    a multiple), or a smaller one; None where it takes none of them.
+    a multiple), or a smaller one; None where it takes none of them. bounds: of some dimensions, the sizes to try.
     """
     found: dict[str, int | None] = {}
     for name, size in sizes_in(shapes, inputs).items():
-        tries = [other for other in (size + 1, 2 * size, size - 1, size // 2) if other > 0]
+        allowed = (bounds or {}).get(name, range(1, sys.maxsize))
+        tries = [other for other in (size + 1, 2 * size, size - 1, size // 2) if other > 0 and other in allowed]
         found[name] = next((n for n in tries if takes(module, with_sizes(shapes, inputs, {name: n}))), None)
     return found
 

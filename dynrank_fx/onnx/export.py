@@ -40,6 +40,7 @@ from .draft import MAX_BYTES, Draft, Written, bytes_of, write_draft
 from .dynamic import (
     Dynamic,
     Shape,
+    bounds_in,
     named_shapes,
     names_of_dims,
     other_sizes,
@@ -195,12 +196,12 @@ def export_onnx(
     if dynamic is not None and dynamic_shapes is not None:
         raise ExportError("give dynamic or dynamic_shapes, not both: they say the same")
     shapes: Kwargs | None = None
-    free = dynamic
+    free, bounds = dynamic, dict[str, range]()
     if dynamic is not None:
         shapes = named_shapes(plain, inputs, dynamic)
     elif dynamic_shapes is not None:
         shapes = shapes_by_argument(plain, inputs, dynamic_shapes)
-        free = names_of_dims(plain, inputs, shapes)
+        free, bounds = names_of_dims(plain, inputs, shapes), bounds_in(shapes)
     draft = Draft(opset, shapes, free, input_names, output_names, precision, external_data, metadata or {})
     allowed = precision.tolerance if tolerance is None else tolerance
 
@@ -210,9 +211,9 @@ def export_onnx(
             try:
                 check_file(beside, precision)
                 limits = [written.rows.get(name) for name in written.feeds]
-                sizes = batch_sizes if written.free else (batch_size(inputs) or 1,)
+                sizes = _batches(batch_sizes, inputs, written, bounds) if written.free else (batch_size(inputs) or 1,)
                 cases = _cases(inputs, sizes, limits)
-                cases += _of_other_sizes(plain, inputs, written, required=required)
+                cases += _of_other_sizes(plain, inputs, written, bounds, required=required)
                 cases += [_as_large(as_dicts(split_inputs(each)), written, inputs) for each in more_inputs]
                 opened = session(beside, providers)
                 agreements = compare(opened, plain, cases, allowed, written.feeds)
@@ -349,13 +350,24 @@ def _as_large(real: Inputs, written: Written, inputs: Inputs) -> Inputs:
     return real if written.free or batch is None else with_batch(real, batch)
 
 
-def _of_other_sizes(module: nn.Module, inputs: Inputs, written: Written, *, required: bool) -> list[Inputs]:
+def _batches(
+    batch_sizes: Sequence[int], inputs: Inputs, written: Written, bounds: Mapping[str, range]
+) -> Sequence[int]:
+    """Those that the bounds of a batch's dimension allow; the example's where they allow none."""
+    names = {shape[0] for shape in written.shapes if shape}
+    allowed = [bounds[name] for name in bounds if name in names]
+    return [size for size in batch_sizes if all(size in each for each in allowed)] or [batch_size(inputs) or 1]
+
+
+def _of_other_sizes(
+    module: nn.Module, inputs: Inputs, written: Written, bounds: Mapping[str, range], *, required: bool
+) -> list[Inputs]:
     """The inputs at another size of each free dimension but the batch. required: whether each has to be compared."""
-    sizes = other_sizes(module, written.shapes, inputs)
+    sizes = other_sizes(module, written.shapes, inputs, bounds)
     known = sizes_in(written.shapes, inputs)
     cases = []
     for name, size in sizes.items():
-        if size is None and required:
+        if size is None and required and known[name] + 1 in bounds.get(name, [known[name] + 1]):
             size = known[name] + 1  # PyTorch will say what is wrong with it
         if size is not None and (required or name != "batch"):
             cases.append(with_sizes(written.shapes, inputs, {name: size}))

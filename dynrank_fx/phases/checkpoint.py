@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from ..phase import Phase
 from ..plan import Plan, fit_plan
 from ..processes import Processes, is_sharded, processes_training, whole
 from ..rewrite import factorize_, in_format_of, inline_, plan_of, specialize_, switched_modules
-from ..tracing import Capture, ExampleInputs, capture, is_captured, load_state_, meta_of, shell, unwrap
+from ..tracing import Capture, ExampleInputs, capture, is_captured, load_as_its_class_, meta_of, shell, unwrap
 from .groups import in_slots, optimizers_in
 from .replace import parameters_of, replace_parameters
 
@@ -158,9 +157,8 @@ def restore_(
     with in_slots(optimizers_in(optimizer)):
         _enter_saved(net, info, optimizer)
     specialize_(net)
-    own = type(net).load_state_dict is not nn.Module.load_state_dict  # the model's class may do more than torch's
     try:
-        (net.load_state_dict if own else partial(load_state_, net))(dict(tensors), strict=True)
+        load_as_its_class_(net, dict(tensors))
     except (RuntimeError, StoreError) as error:
         detail = " ".join(str(error).split())[:300]
         raise StoreError(f"the saved weights are of another model or plan: {detail}") from error

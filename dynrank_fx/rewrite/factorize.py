@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 from torch.fx.node import Argument
@@ -83,9 +83,16 @@ def _tell_ties(net: nn.Module) -> None:
 
 def _put_site(net: nn.Module, row: PlannedSite, matrix: Located) -> None:
     """Every holder of the weight becomes a Switched over the same Parameter, and every use a call of its holder's."""
-    ops: dict[str, list[Op]] = {}
+
+    def place(name: str) -> tuple[int, str]:
+        """Of a parameter: the same for all names of one module."""
+        path, _, attr = name.rpartition(".")
+        return id(net.get_submodule(path)), attr
+
+    of_place: dict[tuple[int, str], list[Op]] = {}
     for use in matrix.uses:
-        ops.setdefault(use.holder, []).append(use.op)
+        of_place.setdefault(place(use.holder), []).append(use.op)
+    ops = {name: of_place.get(place(name), []) for name in matrix.names}
     placed: dict[int, tuple[nn.Module, Switched]] = {}  # one module under two names stays one; the old one keeps its id
     paths = {name: _replace_holder(net, row, name, ops, matrix.uses[0].op, placed) for name in matrix.names}
     for use in matrix.uses:
@@ -101,7 +108,7 @@ def _replace_holder(
     net: nn.Module,
     row: PlannedSite,
     name: str,
-    ops: dict[str, list[Op]],
+    ops: Mapping[str, Sequence[Op]],
     any_op: Op,
     placed: dict[int, tuple[nn.Module, Switched]],
 ) -> str:
@@ -118,7 +125,7 @@ def _replace_holder(
     weight = holder._parameters[attr]
     assert weight is not None
     own = module_op(holder)
-    kept = list(dict.fromkeys([*([own] if own else []), *ops.get(name, ())])) or [any_op]
+    kept = list(dict.fromkeys([*([own] if own else []), *ops[name]])) or [any_op]
     if path and not isinstance(holder, Net) and _holds_only_this(holder, attr):
         bias = holder._parameters.get("bias")
         site = Switched(kept, row.layout, row.rank, weight, bias, site=row.site.name)

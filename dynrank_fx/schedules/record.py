@@ -33,7 +33,8 @@ class EpochRecord:
         epochs_to_cut: How many epochs each dense site has before its cut, where a landing needs to know.
         switch_error: By how much the switch changed the weight of a site, relative to its norm; of the sites that
             switched.
-        switch_spectra: The singular values before and after the switch at up to 64 indices; of the sites that switched.
+        switch_spectra: The singular values before and after the switch at up to 64 indices; of the sites that were cut,
+            and by a training only in the record of the last cut of each.
         switch_seconds: How long the switch took, in seconds.
         spent: Training compute to the end of the epoch, in epochs of the dense model.
         seconds: How long the epoch has trained so far, in seconds.

@@ -39,7 +39,7 @@ from .net import (
     unwrap,
 )
 from .shell import own_, refuse_parts, shell
-from .state import load_state_
+from .state import load_as_its_class_, load_state_
 from .statistics import infinite_statistic, is_statistic
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "joined",
     "leaves",
     "leaves_with_paths",
+    "load_as_its_class_",
     "load_state_",
     "mapped",
     "measure",

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..aliases import StateDict
+
+
+def load_as_its_class_(module: nn.Module, state: Mapping[str, object]) -> None:
+    """A strict load; by the ``load_state_dict`` of the class where that is not torch's, since it may do more."""
+    own = type(module).load_state_dict is not nn.Module.load_state_dict
+    (module.load_state_dict if own else partial(load_state_, module))(state, strict=True)
 
 
 def load_state_(

@@ -1,5 +1,7 @@
 """The history of a run as a file of JSON lines, which only grows: a checkpoint says how much of it is its own.
 
+Spectra are as much as all the rest, and only those of the last cuts are looked at: they are kept in the checkpoint.
+
 Each line's digest goes over the one before it, first the name of the run: a checkpoint that holds the last one knows
 all of them.
 """
@@ -10,13 +12,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import files
 from ..aliases import JsonObject
 from ..errors import StoreError
 from ..schedules import EpochRecord
+from .lines import lines_of, records_in
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def grown(log: Log | None, path: Path, name: str, history: Sequence[EpochRecord]
     """
     known = log is not None and log.path == path and log.records <= len(history) and _size(path) >= log.size
     start = log if known and log is not None else Log(path, 0, 0, name)
-    lines = [json.dumps(record.to_json(), allow_nan=False) + "\n" for record in history[start.records :]]
+    lines = [json.dumps(line, allow_nan=False) + "\n" for line in lines_of(history, start.records)]
     digest, data = start.digest, "".join(lines).encode()
     for line in lines:
         digest = _digest(digest, line.encode())
@@ -81,7 +84,34 @@ def read_history(path: Path, name: str, told: JsonObject) -> tuple[list[JsonObje
             f"{path} is damaged or of another run: it does not begin with the {told['records']} records that the "
             "checkpoint beside it was written with; put back the file that belongs to it"
         )
-    return [json.loads(line) for line in lines], Log(path, len(lines), len(data), digest)
+    return records_in([json.loads(line) for line in lines]), Log(path, len(lines), len(data), digest)
+
+
+def add_(history: list[EpochRecord], record: EpochRecord) -> None:
+    """The record at the end; those before it forget the spectra of sites that it has some of."""
+    new = record.switch_spectra.keys()
+    for index, earlier in enumerate(history):
+        if not new.isdisjoint(earlier.switch_spectra):
+            kept = {site: spectra for site, spectra in earlier.switch_spectra.items() if site not in new}
+            history[index] = replace(earlier, switch_spectra=kept)
+    history.append(record)
+
+
+def spectra_of(history: Sequence[EpochRecord]) -> JsonObject:
+    """The spectra in a history: by site its last record that has some, before, and after."""
+    return {
+        site: [index, list(before), list(after)]
+        for index, record in enumerate(history)
+        for site, (before, after) in record.switch_spectra.items()
+    }
+
+
+def with_spectra(records: Sequence[JsonObject], spectra: JsonObject) -> list[JsonObject]:
+    """The records with what ``spectra_of`` told of them."""
+    whole = [dict(record) for record in records]
+    for site, (index, before, after) in spectra.items():
+        whole[index].setdefault("switch_spectra", {})[site] = [before, after]
+    return whole
 
 
 def _digest(before: str, line: bytes) -> str:

@@ -23,8 +23,10 @@ from ..phase import Phase
 from ..phases import enter_
 from ..randomness import random_state, set_random_state
 from ..rewrite import a_twin, inline_, switched_modules
+from ..text import rounded
 from ..tracing import Net
 from .clock import Clock, clock_of
+from .history import add_
 from .phases import Phases
 from .run import Run
 from .settings import Settings
@@ -298,13 +300,13 @@ def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> Non
     run.note(memory=_memory(run, settings))
     if settings.spectra:
         spectra = {name: modules[0].spectrum() for name, modules in switched_modules(run.net).items()}
-        run.note(effective_rank={name: effective_rank(s) for name, s in spectra.items()})
-        run.note(stable_rank={name: stable_rank(s) for name, s in spectra.items()})
+        run.note(effective_rank={name: rounded(effective_rank(s), 5) for name, s in spectra.items()})
+        run.note(stable_rank={name: rounded(stable_rank(s), 5) for name, s in spectra.items()})
     if clock.by_epochs or (isinstance(run.lr_scheduler, ReduceLROnPlateau) and (ends or clock.parts == 1)):
         _step_scheduler(run, task)
     if run.epoch + 1 == clock.ticks and task.eval_data is not None:
         run.note(truncated=_truncated(run, task, settings))
-    run.history.append(run.current)
+    add_(run.history, run.current)
     run.record, run.step, run.epoch = None, 0, run.epoch + 1
 
 

@@ -37,12 +37,14 @@ from ..phases import (
 from ..processes import agree, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
+from ..text import rounded
 from ..tracing import meta_of, note, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
 from .deciding import decided
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
 from .finite import infinite_buffers, not_finite
+from .history import add_
 from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm
 from .settings import PhaseSettings
@@ -297,7 +299,7 @@ class Phases:
         before = phases_of(self.net)
         asked = phases_in(setting, before) if before else {}
         changing = [name for name, phase in asked.items() if phase is not before[name]]
-        watched = changing if self.settings.spectra and tick > 0 else []
+        watched = [name for name in changing if asked[name] is Phase.LOW and self.settings.spectra and tick > 0]
         old = self._spectra(watched)
         self._enter(setting, tick)
         phases = phases_of(self.net)
@@ -312,13 +314,13 @@ class Phases:
             lr=float(self.optimizer.param_groups[0]["lr"]) if state.lr is None else state.lr,
             reasons=tuple(setting.reasons) if isinstance(setting, Decision) else (),
             epochs_to_cut=cuts,
-            switch_error={change.site: change.error for change in self.transition.changes},
+            switch_error={change.site: rounded(change.error, 6) for change in self.transition.changes},
             switch_spectra=_thinned(old, self._spectra(watched)),
             switch_seconds=time.perf_counter() - started,
             spent=state.spent + cost_of(self.net),
             step=None if clock.by_epochs else self.step,
         )
-        self.history.append(record)
+        add_(self.history, record)
         return record
 
     def _forget(self, tick: int) -> None:
@@ -540,7 +542,7 @@ def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[
 def _at(spectrum: Tensor, chosen: list[int], count: int) -> tuple[float, ...]:
     """A spectrum, with zeros up to ``count`` values, at these indices, in four digits."""
     padded = torch.nn.functional.pad(spectrum, (0, count - len(spectrum)))
-    return tuple(float(f"{value:.4g}") for value in padded[chosen].tolist())
+    return tuple(rounded(value, 4) for value in padded[chosen].tolist())
 
 
 def _last(history: Sequence[EpochRecord]) -> list[JsonObject]:

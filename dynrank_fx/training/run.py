@@ -19,7 +19,7 @@ from ..plan import Plan
 from ..randomness import random_state, set_random_state
 from ..schedules import EpochRecord, Schedule
 from .declared import said
-from .history import Log, grown, read_history
+from .history import Log, grown, read_history, spectra_of, with_spectra
 from .phases import Phases
 from .state_tree import flatten, unflatten
 
@@ -101,6 +101,7 @@ def save_run(run: Run, folder: Path) -> None:
         "drawn": run.drawn,
         "record": run.record.to_json() if run.record is not None else {},
         "log": run.log.to_json(),
+        "spectra": spectra_of(run.history),
         "state": tree,
     }
     weights = {f"net.{name}": tensor for name, tensor in state_of(run.net).items()}
@@ -118,7 +119,8 @@ def read_run(folder: Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
         )
     tensors, info = store.read(folder / CHECKPOINT)
     if "log" in info:  # earlier versions have the history itself
-        info["history"], info["log"] = read_history(folder / HISTORY, info["run"], info["log"])
+        records, info["log"] = read_history(folder / HISTORY, info["run"], info["log"])
+        info["history"] = with_spectra(records, info.get("spectra", {}))
     return tensors, info
 
 

@@ -23,8 +23,8 @@ class PhaseSettings:
         decay: What decays where factors train.
         random_init: Whether factors with which the run begins are random, and not those of the model's weights.
         landing: Whether, before a cut, what it will take away decays to nothing (see ``landing``).
-        spectra: Whether spectra are recorded: around every switch, and effective and stable ranks at the end of an
-            epoch.
+        spectra: Whether spectra are recorded: around the last cut of each site, and effective and stable ranks at the
+            end of an epoch.
 
     Raises:
         TransitionError: For a value that is none of these.

@@ -457,6 +457,44 @@ def test_activation_checkpoints_are_refused_in_words(tmp_path):
         trainer.train()
 
 
+class Handing(nn.Module):
+    """Its own code, which looks at values, hands all keywords on to its parts, and uses the Trainer's count itself."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = Classifier().layers
+
+        def forward(self, x: Tensor, **more: Any) -> Tensor:
+            return self.layers(x) if x.shape[1] == 16 else x  # which torch.export takes, and gives no **more
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.counts = self.Part(), list[int]()
+
+    def forward(self, x: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
+        scores = self.part(x, **more)
+        if float(scores.detach().sum()) == 0.5:
+            return {}
+        if "num_items_in_batch" in more:
+            self.counts.append(int(more["num_items_in_batch"]))
+        return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
+
+
+def test_parts_of_a_model_are_not_given_the_trainers_count_of_labels(tmp_path):
+    torch.manual_seed(0)
+    example = {"x": torch.randn(4, 16), "labels": torch.randint(8, (4,))}
+    net = dr.transform(Handing(), example, rank=dr.Fixed(2), how=dr.Capture.MODULES)
+    assert isinstance(net, Handing)
+    assert [type(part).__name__ for part in net.modules() if hasattr(part, "graphs")] == ["Part"]
+    trainer, callback = hugging_face(tmp_path, net, num_train_epochs=2, save_strategy="no")
+    trainer.train()
+    assert set(net.counts) == {8}
+    assert [record.phase for record in callback.phases.history]
+    with pytest.raises(TypeError, match="the graph of Part has no argument `wrong`"):
+        net(**example, wrong=1)
+
+
 def test_bfloat16_goes_through_the_phases(tmp_path):
     trainer, callback = hugging_face(tmp_path, classifier(), bf16=True)
     trainer.train()

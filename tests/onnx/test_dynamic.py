@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.onnx.dynamic import (
+    bounds_in,
     movable_axes,
     name_dimensions_,
     name_free_,
@@ -22,6 +24,7 @@ from dynrank_fx.onnx.dynamic import (
     other_sizes,
     sizes_in,
     with_sizes,
+    without_names,
 )
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -255,6 +258,58 @@ def test_a_dim_may_be_restricted_by_the_model_and_gives_its_name(
     assert report.shapes == named
 
 
+class Halves(nn.Module):
+    """Another model beyond 8 of a width in fours, and none of a single row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] > 1
+        return x.reshape(x.shape[0], -1, 4) * (2 if x.shape[1] <= 8 else 3)
+
+
+class Wide(nn.Module):
+    """Another model beyond 8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2 if x.shape[1] <= 8 else 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "width", "batch", "other", "batches"),
+    [
+        (Wide(), 8, Dim("w", max=8), N, 7, {1, 2, 5}),  # 9 and 16 are of the other model
+        (Wide(), 9, Dim("w", min=9), N, 10, {1, 2, 5}),
+        (Halves(), 12, Dim("w", min=9, max=64), Dim("n", min=2), 24, {2, 5}),
+        (Halves(), 24, Dim("w", min=9, max=40), Dim("n", min=3, max=4), 12, set()),  # 48 is too much
+        (Halves(), 8, 4 * Dim("w", max=2), Dim("n", min=2, max=4), 4, {2}),
+    ],
+)
+def test_the_bounds_of_a_dim_hold_for_what_is_traced_and_compared(
+    module: Any, size: int, width: Any, batch: Any, other: int, batches: set[int], tmp_path: Path
+) -> None:
+    x, names = torch.randn(3, size), (batch.__name__, width.__name__)
+    shapes = {"x": {0: batch, 1: width}}
+    assert other_sizes(module, [names], ((x,), {}), bounds_in(shapes))[names[1]] == other
+    report = dr.export_onnx(module, x, tmp_path / "m.onnx", dynamic_shapes=shapes)
+    assert report.shapes == {"x": names}
+    assert {each.batch for each in report.agreements} - {3, 4} == batches  # the example has 3, and 4 is another size
+
+
+def test_bounds_that_leave_one_size_are_told(tmp_path: Path) -> None:
+    shapes = {"x": {1: Dim("w", min=12, max=14)}}
+    with pytest.raises(dr.ExportError, match="within the bounds of its Dim the model takes a single size"):
+        dr.export_onnx(Halves(), torch.randn(3, 12), tmp_path / "m.onnx", dynamic_shapes=shapes)
+
+
+def test_bounds_are_those_that_were_given() -> None:
+    nested = {"x": [{0: Dim("n", min=2), 1: 2 * Dim("h", max=4)}, None], "y": (Dim("free"), Dim.AUTO, 3)}
+    found = bounds_in(nested)
+    assert (found["n"], found["2*h"].stop) == (range(2, sys.maxsize), 9)
+    assert found["free"] == range(sys.maxsize)
+    auto = without_names(nested)
+    assert auto["x"][0] == {0: Dim.AUTO(min=2), 1: Dim.AUTO(max=8)}
+    assert auto["y"] == (Dim.AUTO(), Dim.AUTO, 3)
+
+
 def test_a_name_of_the_users_is_not_given_to_another_size(tmp_path: Path) -> None:
     shapes = {"input": {2: Dim("width"), 3: Dim.AUTO}}
     report = dr.export_onnx(nn.Conv2d(3, 4, 3), IMAGE, tmp_path / "m.onnx", dynamic_shapes=shapes)
@@ -265,6 +320,7 @@ def test_a_name_of_the_users_is_not_given_to_another_size(tmp_path: Path) -> Non
     ("shapes", "sentence"),
     [
         ({"input": {1: W}}, "^the model fixes dimension 1 of input at 24: leave 'w' out"),
+        ({"input": {1: Dim("w", max=25)}}, "^the model fixes dimension 1 of input at 24: leave 'w' out"),
         ({"input": {1: Dim.DYNAMIC}}, "^the model fixes or restricts dimension 1 of input: leave that dimension out"),
     ],
 )

@@ -278,3 +278,48 @@ def test_aliases_become_one_site_with_a_module_each_and_their_own_biases(how):
     assert modules[0].weight is modules[1].weight
     assert torch.equal(modules[1].bias, model.second.bias)
     assert [target for op, target in calls(net) if op == "call_module"] == ["first", "second"]
+
+
+class InHalves(nn.Module):
+    """Both halves of a weight, each used by itself. name: the parameter's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.register_parameter(name, nn.Parameter(torch.randn(16, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = getattr(self, self.name).chunk(2)
+        return F.linear(x, one) + torch.tanh(F.linear(x, other))
+
+
+class UnderTwoNames(nn.Module):
+    """One module, of which torch.export and torch.fx each prefer another name. called: under which it is."""
+
+    def __init__(self, name: str, called: str) -> None:
+        super().__init__()
+        self.a = self.b = InHalves(name)
+        self.called = called
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.called:
+            x = getattr(self, name)(x)
+        return x
+
+
+@both_captures
+@pytest.mark.parametrize("name", ["weight", "w"])
+@pytest.mark.parametrize("called", ["a", "b", "ab"])
+def test_parts_of_a_weight_whose_module_has_two_names_are_all_its_sites(how, name, called):
+    torch.manual_seed(0)
+    model, x = UnderTwoNames(name, called), torch.randn(3, 8)
+    net = dr.transform(model, (x,), rank=dr.Fixed(4), how=how, allow_unprofitable=True)
+    (modules,) = switched_modules(net).values()
+    assert len(modules) == 1
+    assert len(modules[0].ops) == 2
+    assert torch.equal(net(x), model(x))
+    dr.enter_(net, dr.Phase.LOW)
+    with torch.no_grad():
+        getattr(model.a, name).copy_(modules[0].weight)
+    torch.testing.assert_close(net(x), model(x))
+    torch.testing.assert_close(dr.truncate(net)(x), model(x))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -18,6 +17,8 @@ import onnx
 import torch
 from safetensors.torch import load_file
 from work import MODEL, Outcome, apart, command
+
+from dynrank_fx.training import read_run
 
 CALLS = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync", "link", "symlink")
 """What of ``os`` changes files, or makes a change last."""
@@ -64,9 +65,8 @@ def _go_on(folder: Path) -> None:
 
 
 def _trained(folder: Path) -> object:
-    tensors = load_file(folder / "run" / "checkpoint.safetensors")
-    lines = (folder / "run" / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return {name: _bits(tensor) for name, tensor in tensors.items()}, [_timeless(json.loads(line)) for line in lines]
+    tensors, info = read_run(folder / "run")
+    return {name: _bits(tensor) for name, tensor in tensors.items()}, [_timeless(each) for each in info["history"]]
 
 
 def _timeless(record: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.tracing import load_state_
+from dynrank_fx.tracing import load_as_its_class_, load_state_
 
 State = dict[str, Any]
 
@@ -125,3 +125,46 @@ def test_a_net_loads_by_it() -> None:
     assert all(bool((value == 1).all()) for value in net.parameters())
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
         net.load_state_dict({**state, "more": torch.ones(1)})
+
+
+class Asked(nn.Sequential):
+    """With a way of its own to load a state."""
+
+    def load_state_dict(self, state: State, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict({name.removeprefix("old."): value for name, value in state.items()}, strict)
+
+
+def test_a_class_that_loads_in_its_own_way_is_asked() -> None:
+    for made, prefix in ((Asked(nn.Linear(3, 3)), "old."), (nn.Sequential(nn.Linear(3, 3)), "")):
+        state = {f"{prefix}{name}": torch.ones_like(value) for name, value in made.state_dict().items()}
+        load_as_its_class_(made, state)
+        assert all(bool((value == 1).all()) for value in made.parameters())
+        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
+            load_as_its_class_(made, {**state, "more": torch.ones(1)})
+
+
+def test_a_state_of_many_layers_is_loaded_in_a_time_that_grows_with_their_number() -> None:
+    """By the names that are looked at, which torch's own does once for each layer and name."""
+
+    class Counted(str):
+        seen = 0
+
+        def startswith(self, *prefix: Any) -> bool:
+            Counted.seen += 1
+            return super().startswith(*prefix)
+
+        def removeprefix(self, prefix: str) -> str:
+            Counted.seen += 1
+            return super().removeprefix(prefix)
+
+    def looked_at(load: Callable[[nn.Module, State], object], layers: int) -> int:
+        made = nn.Sequential(*[nn.Linear(1, 1) for _ in range(layers)])
+        Counted.seen = 0
+        load(made, {Counted(name): value for name, value in made.state_dict().items()})
+        return Counted.seen
+
+    def growth(load: Callable[[nn.Module, State], object]) -> float:
+        return looked_at(load, 80) / looked_at(load, 20)
+
+    assert growth(nn.Module.load_state_dict) > 10  # and this is why
+    assert growth(load_as_its_class_) < 5

@@ -196,8 +196,8 @@ def test_the_history_says_what_happened() -> None:
     for name, (module, *_) in switched_modules(net).items():
         s = torch.linalg.svdvals(module.weight.detach().double())
         p = s / s.sum()
-        assert last.effective_rank[name] == pytest.approx(math.exp(-(p * p.log()).sum()))
-        assert last.stable_rank[name] == pytest.approx(float(s.square().sum() / s[0] ** 2))
+        assert last.effective_rank[name] == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-4)
+        assert last.stable_rank[name] == pytest.approx(float(s.square().sum() / s[0] ** 2), rel=1e-4)
     errors = run.history[0].switch_error
     assert all(0.1 < error < 1 for error in errors.values())
     assert all(error == 0 for error in last.switch_error.values())
