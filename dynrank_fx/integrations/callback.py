@@ -48,6 +48,13 @@ class PhasesHolder:
         self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None
 
+    def end_earlier(self) -> None:
+        """Take an earlier training's phases off its optimizer, which may be the one of the next training too. Until
+        then they stay, since a checkpoint may be asked for after the end.
+        """
+        if self.phases is not None:
+            self.phases.remove()
+
     @property
     def history(self) -> list[EpochRecord]:
         """A record of every epoch (or tick) begun, or of the last ones after a resume; empty before training."""

@@ -65,6 +65,8 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             ScheduleError: Where the training has no end.
         """
         refuse_processes(trainer.world_size)
+        resume = self._restored or self._ended(trainer)
+        self.end_earlier()
         configs, clock = trainer.lr_scheduler_configs, self._clock(trainer).divided(self.schedule)
         self.phases = Phases(
             net_in(pl_module),
@@ -74,13 +76,19 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             clock=clock,
             lr_every_step=bool(configs) and configs[0].interval == "step",
             by_itself=not clock.by_epochs,
-            resume=self._restored,
+            resume=resume,
             averages=[*self.averages, *_averages_of(trainer)],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             settings=self.settings,
         )
         self._restored = None
         self._logged = 0
+
+    def _ended(self, trainer: Trainer) -> StateDict | None:
+        """The state of an earlier ``fit``, where Lightning goes on counting from it, as after ``max_epochs`` was set to
+        more.
+        """
+        return self.phases.state_dict() if self.phases is not None and trainer.global_step > 0 else None
 
     def _clock(self, trainer: Trainer) -> Clock:
         """In epochs where they end the training and are several, in optimizer steps otherwise."""

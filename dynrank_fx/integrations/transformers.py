@@ -23,7 +23,7 @@ from ..aliases import StateDict
 from ..checks import checked_path
 from ..errors import StoreError, TransitionError
 from ..randomness import random_state, set_random_state
-from ..rewrite import expect_factors_
+from ..rewrite import expect_factors_, switched_modules
 from ..tracing import Net, meta_of
 from ..training import Clock, Phases, clock_of, flatten, refuse_processes, resume_phases_, unflatten
 from .callback import PhasesHolder, net_in, read_pickled
@@ -31,6 +31,7 @@ from .callback import PhasesHolder, net_in, read_pickled
 FILE = "phases.safetensors"
 _OLD_FILE = "phases.pt"  # of earlier versions
 _PREPARED = "dynrank_prepared"  # the attribute of a model that was
+_COUNT = "num_items_in_batch"  # of labels, over the batches of a step
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
 
@@ -77,6 +78,9 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         setattr(model, _PREPARED, True)
         model.register_state_dict_post_hook(_clone_tied)
         _show_arguments(model)
+        for part in model.modules():
+            if isinstance(part, Net) and part is not model:
+                part.register_forward_pre_hook(_without_count, with_kwargs=True)
         if isinstance(model, Net) and not any(hasattr(model, name) for name in _CHECKPOINTING):
             for name in _CHECKPOINTING:
                 setattr(model, name, _refuse_checkpointing)
@@ -105,10 +109,14 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         self._prepare(kwargs["model"])
         _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        clock = self._clock(args, state)
+        own = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps torch's, which has the hooks
+        net, clock = net_in(kwargs["model"]), self._clock(args, state)
+        if self.phases is not None:  # of an earlier train(), whose optimizer the Trainer goes on with
+            _refuse_stale(net, own)
+            self.end_earlier()
         self.phases = Phases(
-            net_in(kwargs["model"]),
-            getattr(optimizer, "optimizer", optimizer),  # Accelerate wraps torch's own, which has the hooks
+            net,
+            own,
             self.schedule,
             lr_scheduler=getattr(lr_scheduler, "scheduler", lr_scheduler),
             clock=clock,
@@ -119,7 +127,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             scaler=getattr(optimizer, "scaler", None),
             settings=self.settings,
         )
-
+        own.register_load_state_dict_pre_hook(lambda *_: _refuse_stale(net, own))
         expect_factors_(kwargs["model"], True)  # a checkpoint is to be gone on from
 
     def on_train_end(
@@ -203,6 +211,18 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             store.write(folder / FILE, tensors, {"phases": tree, "step": state.global_step})
 
 
+def _refuse_stale(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise TransitionError where weights of other phases have come into the net since its optimizer was made."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    sites = (modules[0] for modules in switched_modules(net).values())
+    own = [parameter for site in sites for parameter in site.parameters(recurse=False) if parameter.requires_grad]
+    if not all(id(parameter) in held for parameter in own):
+        raise TransitionError(
+            "weights of other phases were loaded into the net, and the Trainer's optimizer does not train them: set "
+            "trainer.optimizer = None before it trains again, which makes a new one, or make the Trainer anew"
+        )
+
+
 def _refuse_checkpointing(**settings: object) -> None:
     """In the place of a method that a graph does not have. Raises TransitionError."""
     raise TransitionError(
@@ -210,6 +230,20 @@ def _refuse_checkpointing(**settings: object) -> None:
         "form=Form.LAYERS, which keeps the methods; or call model.gradient_checkpointing_enable() and model.train() "
         "before transform, which keeps the checkpoints, and leave it out of the TrainingArguments"
     )
+
+
+def _without_count(
+    part: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Before a captured part is called: the Trainer counts labels for models that take any keyword, which hand on what
+    they do not use. A part that takes labels may compute the loss, for which the count is; then it is not dropped.
+    """
+    taken = inspect.signature(part.forward).parameters
+    if "labels" not in taken and _COUNT not in taken:
+        kwargs = {name: value for name, value in kwargs.items() if name != _COUNT}
+    return args, kwargs
 
 
 def _clone_tied(model: nn.Module, state: StateDict, prefix: str, metadata: object) -> None:

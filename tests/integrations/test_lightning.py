@@ -394,6 +394,30 @@ def test_an_epoch_that_a_checkpoint_has_begun_goes_on(stop, tmp_path):
     assert all(map(torch.equal, again.net.state_dict().values(), whole.net.state_dict().values()))
 
 
+def test_it_fits_again_and_goes_on_where_lightning_does(tmp_path):
+    """Lightning counts on from the first time, and makes other optimizers."""
+    trainer, callback = lightning(3, tmp_path, enable_checkpointing=False)
+    module = lightning_module()
+    trainer.fit(module, DataLoader(data(), 8))
+    spent = callback.history[-1].spent
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(module, DataLoader(data(), 8))
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    assert callback.history[-1].spent > spent
+    assert callback.phases.step == trainer.global_step == 15
+    other = lightning(2, tmp_path, enable_checkpointing=False)[0]
+    other.callbacks = [callback]
+    other.fit(module, DataLoader(data(), 8))
+    assert [record.phase for record in callback.history] == ["LOW", "FULL"], "another Trainer begins anew"
+
+    trainer, callback = lightning(-1, tmp_path, enable_checkpointing=False, max_steps=6, every=3)
+    trainer.fit(module, DataLoader(data(), 8))
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    trainer.fit(module, DataLoader(data(), 8))
+    assert callback.phases.step == trainer.global_step == 12
+    assert [record.step for record in callback.history] == [0, 3, 7, 9]
+
+
 def test_several_processes_are_refused(tmp_path):
     _, callback = lightning(2, tmp_path, enable_checkpointing=False)
     with pytest.raises(dr.TransitionError, match="2 processes train this model together"):

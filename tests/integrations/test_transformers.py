@@ -118,6 +118,73 @@ def test_a_trainer_goes_on_in_the_midst_of_an_epoch(steps, tmp_path):
     assert_same(trainer.model, whole.model)
 
 
+def test_a_trainer_trains_again_and_for_more_epochs(tmp_path):
+    """With the callback, and the optimizer, of the first time; for more epochs as if there had been so many at once."""
+    given = {"lr_scheduler_type": "constant"}
+    trainer, callback = hugging_face(tmp_path / "a", classifier(), **given)
+    trainer.train()
+    first, phases = trainer.model.state_dict(), callback.phases
+    trainer.args.num_train_epochs = 8
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-15"))
+    assert [record.epoch for record in callback.history] == list(range(8))
+    assert callback.phases.step == 24
+    assert phases.step == 15, "the first one's hooks are gone"
+    whole, _ = hugging_face(tmp_path / "b", classifier(), num_train_epochs=8, **given)
+    whole.train()
+    assert_same(trainer.model, whole.model)
+
+    trainer.args.num_train_epochs = 3
+    trainer.train()
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL"], "a training of its own"
+    assert callback.history[-1].spent < 3
+    assert callback.phases.step == 9
+    assert first.keys() != trainer.model.state_dict().keys()
+
+
+def test_weights_of_other_phases_ask_for_an_optimizer_of_theirs(tmp_path):
+    trainer, callback = hugging_face(tmp_path, classifier())
+    trainer.train()
+    folder = str(tmp_path / "checkpoint-6")  # of FULL
+    with pytest.raises(dr.TransitionError, match=r"set trainer\.optimizer = None before it trains again"):
+        trainer.train(resume_from_checkpoint=folder)
+    with pytest.raises(dr.TransitionError, match=r"set trainer\.optimizer = None before it trains again"):
+        trainer.train()
+    trainer.optimizer = None
+    trainer.train(resume_from_checkpoint=folder)
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+
+
+class Guide(nn.Module):
+    """A model that takes any keyword, and hands them on: it cannot be captured, its parts can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Body(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
+        scores = self.head(self.body(x, **more))
+        return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32))
+
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        return self.layers(x)
+
+
+def test_parts_do_without_the_count_of_labels_that_the_model_hands_on(tmp_path):
+    torch.manual_seed(0)
+    example = {"x": torch.randn(4, 16), "labels": torch.randint(8, (4,))}
+    net = dr.transform(Guide(), example, how=dr.Capture.MODULES)
+    trainer, callback = hugging_face(tmp_path, net, save_strategy="no")
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+
+
 def test_a_checkpoint_of_another_folder_is_found_where_the_callback_is_told(tmp_path):
     from dynrank_fx.integrations.transformers import resume_from_
 
