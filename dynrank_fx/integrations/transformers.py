@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -25,18 +27,21 @@ from ..errors import StoreError, TransitionError
 from ..randomness import random_state, set_random_state
 from ..rewrite import expect_factors_, switched_modules
 from ..tracing import Net, meta_of
-from ..training import Clock, Phases, clock_of, flatten, refuse_processes, resume_phases_, unflatten
-from .callback import PhasesHolder, net_in, read_pickled
+from ..training import Clock, Phases, clock_of, flatten, resume_phases_, unflatten
+from .callback import PhasesHolder, net_in, read_pickled, refuse_engine
 
 FILE = "phases.safetensors"
 _OLD_FILE = "phases.pt"  # of earlier versions
 _PREPARED = "dynrank_prepared"  # the attribute of a model that was
+_INSTEAD = "DDP, which accelerate launch and torchrun start unless told otherwise"
 _COUNT = "num_items_in_batch"  # of labels, over the batches of a step
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
 
 class PhasesCallback(PhasesHolder, TrainerCallback):
     """Enters the phases of a schedule at every tick, optimizer state along.
+
+    Several processes train as one does, by DDP: ``accelerate launch`` or ``torchrun`` starts them.
 
     A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps,
     and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not.
@@ -47,8 +52,8 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         resume_from: The checkpoint folder that the Trainer goes on from, where it is not in its own output folder.
 
     Raises:
-        TransitionError: When training begins, where the model holds no net of ``transform``, or several processes
-            train.
+        TransitionError: When training begins, where the model holds no net of ``transform``, and for several devices or
+            processes that train it by anything but DDP.
     """
 
     resume_from: str | Path | None = None
@@ -102,10 +107,10 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
 
         Raises:
             TransitionError: Where the model holds no net of ``transform``, a checkpoint lacks the state of the phases,
-                or several processes train.
+                or several devices or processes train in a way that phases do not go with.
             StoreError: Where that state is damaged, or of another checkpoint.
         """
-        refuse_processes(args.world_size)
+        _refuse_engines(args)
         self._prepare(kwargs["model"])
         _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
@@ -206,9 +211,25 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             StoreError: Where the disk refuses.
         """
         folder = _checkpoint(args, state)
-        if self.phases is not None and folder.is_dir():
+        if self.phases is not None and args.should_save and folder.is_dir():
             tree, tensors = flatten(self.phases.state_dict(), "phases")
             store.write(folder / FILE, tensors, {"phases": tree, "step": state.global_step})
+
+
+def _refuse_engines(args: TrainingArguments) -> None:
+    """Raise TransitionError for several devices, or processes, that train in a way which phases do not go with."""
+    if args.n_gpu > 1:
+        raise TransitionError(
+            f"the Trainer puts the model on {args.n_gpu} devices by DataParallel, which copies it for every batch: "
+            "start a process for each device (accelerate launch, torchrun), or leave one by CUDA_VISIBLE_DEVICES"
+        )
+    engine = AcceleratorState().distributed_type
+    if engine == DistributedType.DEEPSPEED:
+        refuse_engine("DeepSpeed", f"leave it out of the TrainingArguments, and train by {_INSTEAD}")
+    if engine == DistributedType.MEGATRON_LM:
+        refuse_engine("Megatron-LM", f"train by {_INSTEAD}")
+    if engine == DistributedType.FSDP and not AcceleratorState().is_fsdp2:
+        refuse_engine("the first version of FSDP", f"ask for fsdp_version: 2, or train by {_INSTEAD}")
 
 
 def _refuse_stale(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -230,16 +230,3 @@ def refuse_unwrapped(processes: Processes) -> None:
             f"{count} processes run, and the net is wrapped in nothing that averages their gradients, so that each "
             "would train a model of its own: wrap what transform made in DistributedDataParallel, and give that"
         )
-
-
-def refuse_processes(count: int | None = None) -> None:
-    """Raise TransitionError where several processes train together. count: of them, by default as torch knows it."""
-    if count is None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        count = torch.distributed.get_world_size() if distributed else 1
-    if count > 1:
-        raise TransitionError(
-            f"{count} processes train this model together, and after a switch of phases each would train a model of "
-            "its own, since their gradients are no longer averaged: train in one process (start it without torchrun "
-            "or accelerate launch, on one device)"
-        )
