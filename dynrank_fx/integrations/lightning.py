@@ -123,7 +123,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             TransitionError: As ``enter_`` does.
         """
         self._begin(trainer)
-        self._log(pl_module)
+        self._log(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
         """Enter the phases of an epoch that Lightning has not told of.
@@ -154,13 +154,15 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             pl_module: The LightningModule; ``dynrank/spent`` is logged by it.
             *args: What Lightning tells of the batch.
         """
-        self._log(pl_module)
+        self._log(trainer, pl_module)
 
-    def _log(self, pl_module: nn.Module) -> None:
+    def _log(self, trainer: Trainer, pl_module: nn.Module) -> None:
         assert self.phases is not None
         if self.phases.begun > self._logged:
             self._logged = self.phases.begun
-            pl_module.log("dynrank/spent", self.history[-1].spent)  # type: ignore[operator]
+            # The same in all processes, but Lightning asks for the mean of what an epoch logs.
+            sync = trainer.world_size > 1
+            pl_module.log("dynrank/spent", self.history[-1].spent, sync_dist=sync)  # type: ignore[operator]
 
     def state_dict(self) -> StateDict:
         """What Lightning's checkpoint keeps of the phases.

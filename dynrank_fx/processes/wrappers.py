@@ -33,8 +33,14 @@ def wrappers_of(net: nn.Module) -> list[DistributedDataParallel]:
     given = [module for module in net.modules() if isinstance(module, DistributedDataParallel)]
     if given:
         return given
-    alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    kinds = _kinds()
+    alive = [each for each in gc.get_objects() if type(each) in kinds]
     return [wrapper for wrapper in alive if any(module is net for module in wrapper.modules())]
+
+
+def _kinds(kind: type = DistributedDataParallel) -> set[type]:
+    """DDP and what is made of it. To ask each of a million objects by ``issubclass`` takes seconds, as it is an ABC."""
+    return {kind}.union(*map(_kinds, kind.__subclasses__()))
 
 
 def processes_of(wrappers: Sequence[DistributedDataParallel]) -> Processes:
