@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import runpy
 import sys
@@ -570,7 +571,8 @@ def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def keep(name: str, trainer: Any, callback: Any) -> None:
-        found[name] = (trainer.model.state_dict(), [record.phase for record in callback.history])
+        state = copy.deepcopy(trainer.model.state_dict())
+        found[name] = (state, [record.phase for record in callback.history])
 
     trainer, callback = run_of(folder / "whole", 2)
     trainer.train()
@@ -640,12 +642,12 @@ def test_two_processes_train_as_one_does(tmp_path):
     ],
 )
 def test_other_engines_are_refused_before_training(engine, fsdp2, sentence, tmp_path, monkeypatch):
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     trainer, callback = hugging_face(tmp_path, classifier())
     monkeypatch.setattr(AcceleratorState, "is_fsdp2", fsdp2)
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType[engine])
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType[engine])
     with pytest.raises(dr.TransitionError, match=sentence):
         callback.on_train_begin(trainer.args, trainer.state, None, **made_parts(trainer))
 
