@@ -36,6 +36,7 @@ from .options import (
     refuse_beside,
     refuse_export_options,
     roles_of,
+    share_inputs_option,
     weights_option,
 )
 from .runs import calibration_inputs, metric_of, open_run
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Weights that stay dense by what they are for; may be repeated.",
 )
+@share_inputs_option
 @capture_option
 @form_option
 @export_options
@@ -156,6 +158,7 @@ def compress(source: Path, budgets: tuple[str, ...], out: Path, as_json: bool, *
         include=options["include"],
         exclude=options["exclude"],
         leave=leave,
+        share_inputs=options["share_inputs"],
         sequential=options["sequential"],
         form=form_of(options["form"]),
         how=capture_of(options["how"]),

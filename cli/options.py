@@ -63,6 +63,10 @@ form_option = click.option(
     help="layers: a copy of the model, with its own class, methods and code, in which single layers are replaced.",
 )
 
+share_inputs_option = click.option(
+    "--share-inputs", is_flag=True, help="Linears that read the same input (query, key, value) share a factor."
+)
+
 _PLAN_OPTIONS = (
     click.option("--rank", metavar="R", help="A fraction of each matrix (0.25, the default) or one rank for all (16)."),
     click.option(
@@ -92,9 +96,7 @@ _PLAN_OPTIONS = (
         show_default=True,
         help="Weights that stay dense by what they are for; may be repeated.",
     ),
-    click.option(
-        "--share-inputs", is_flag=True, help="Linears that read the same input (query, key, value) share a factor."
-    ),
+    share_inputs_option,
     capture_option,
     form_option,
     click.option("--plan", "plan_file", type=given_path, metavar="FILE", help="Instead: an edited plan.json."),

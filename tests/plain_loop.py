@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dynrank_fx as dr
@@ -56,3 +56,15 @@ def reference(epochs: int, schedule: Any = SCHEDULE, batch: int = 8) -> nn.Modul
 def assert_same(a: nn.Module, b: nn.Module) -> None:
     for (name, mine), theirs in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_near(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """The same to 1e-5: products of factors, since singular vectors may have either sign."""
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith("right"):
+            continue
+        mine, its = (
+            s[name] @ s[name.removesuffix("left") + "right"] if name.endswith("left") else s[name] for s in (a, b)
+        )
+        assert float((mine - its).norm()) < 1e-5 * float(its.norm()), name

@@ -78,6 +78,15 @@ def until_one_ends(
     return [process.exitcode or 0 for process in started]
 
 
+def as_launched(rank: int, count: int = 2) -> None:
+    """What torchrun leaves in the environment of a process, for trainers, which look there for who they are."""
+    os.environ |= {
+        **{name: str(rank) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK")},
+        **{name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
+        **{"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "tests"},
+    }
+
+
 def _collected(results: Any, started: list[Any], seconds: float) -> list[Any]:
     found: dict[int, Any] = {}
     end = time.monotonic() + seconds

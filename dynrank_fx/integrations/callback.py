@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -48,10 +48,31 @@ class PhasesHolder:
         self.settings = PhaseSettings(**(practical().choices | choices))
         self.phases: Phases | None = None
 
+    def end_earlier(self) -> None:
+        """Take an earlier training's phases off its optimizer, which may be the one of the next training too.
+
+        Until then they stay, since a checkpoint may be asked for after the end.
+        """
+        if self.phases is not None:
+            self.phases.remove()
+
     @property
     def history(self) -> list[EpochRecord]:
         """A record of every epoch (or tick) begun, or of the last ones after a resume; empty before training."""
         return self.phases.history if self.phases is not None else []
+
+
+def refuse_engine(engine: str, instead: str) -> NoReturn:
+    """Raise TransitionError for a way of training in several processes that phases do not go with.
+
+    Args:
+        engine: What it is called.
+        instead: What to do.
+
+    Raises:
+        TransitionError: Always.
+    """
+    raise TransitionError(f"phases do not go with {engine}, which holds parameters in a form of its own: {instead}")
 
 
 def net_in(module: nn.Module) -> nn.Module:

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..aliases import StateDict
 from ..errors import ScheduleError, TransitionError
-from ..training import Clock, Phases, clock_of, refuse_processes, resume_phases_
-from .callback import PhasesHolder, net_in, read_pickled
+from ..training import Clock, Phases, clock_of, resume_phases_
+from .callback import PhasesHolder, net_in, read_pickled, refuse_engine
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -35,8 +35,17 @@ def _averages_of(trainer: Trainer) -> list[nn.Module]:
     return [average for average in kept if isinstance(average, nn.Module)]
 
 
+def _refuse_strategy(trainer: Trainer) -> None:
+    """Raise TransitionError for a strategy that phases do not go with, known by its name as it may not be installed."""
+    for kind in type(trainer.strategy).__mro__:
+        if kind.__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy"):
+            refuse_engine(kind.__name__, 'give the Trainer strategy="ddp"')
+
+
 class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
     """Enters the phases of a schedule at every tick, optimizer state along.
+
+    Several processes train as one does: ``Trainer(devices=2, strategy="ddp")``.
 
     A tick is an epoch; where ``max_steps`` ends the training, or it has one epoch, it is a twentieth of the optimizer
     steps, and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not. Of several
@@ -45,8 +54,8 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
     The arguments are those of ``PhasesHolder``.
 
     Raises:
-        TransitionError: When training starts, where the module holds no net of ``transform``, or several processes
-            train.
+        TransitionError: When training starts, where the module holds no net of ``transform``, and for several processes
+            that train it by anything but DDP.
         ScheduleError: When training starts, where it has no end.
     """
 
@@ -61,10 +70,13 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             pl_module: The LightningModule, which holds the net.
 
         Raises:
-            TransitionError: Where the module holds no net of ``transform``, or several processes train.
+            TransitionError: Where the module holds no net of ``transform``, or for a strategy that phases do not go
+                with.
             ScheduleError: Where the training has no end.
         """
-        refuse_processes(trainer.world_size)
+        _refuse_strategy(trainer)
+        resume = self._restored or self._ended(trainer)
+        self.end_earlier()
         configs, clock = trainer.lr_scheduler_configs, self._clock(trainer).divided(self.schedule)
         self.phases = Phases(
             net_in(pl_module),
@@ -74,13 +86,19 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             clock=clock,
             lr_every_step=bool(configs) and configs[0].interval == "step",
             by_itself=not clock.by_epochs,
-            resume=self._restored,
+            resume=resume,
             averages=[*self.averages, *_averages_of(trainer)],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             settings=self.settings,
         )
         self._restored = None
         self._logged = 0
+
+    def _ended(self, trainer: Trainer) -> StateDict | None:
+        """The state of an earlier ``fit``, where Lightning goes on counting from it, as after ``max_epochs`` was set to
+        more.
+        """
+        return self.phases.state_dict() if self.phases is not None and trainer.global_step > 0 else None
 
     def _clock(self, trainer: Trainer) -> Clock:
         """In epochs where they end the training and are several, in optimizer steps otherwise."""
@@ -105,7 +123,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             TransitionError: As ``enter_`` does.
         """
         self._begin(trainer)
-        self._log(pl_module)
+        self._log(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, *args: object) -> None:
         """Enter the phases of an epoch that Lightning has not told of.
@@ -136,13 +154,15 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
             pl_module: The LightningModule; ``dynrank/spent`` is logged by it.
             *args: What Lightning tells of the batch.
         """
-        self._log(pl_module)
+        self._log(trainer, pl_module)
 
-    def _log(self, pl_module: nn.Module) -> None:
+    def _log(self, trainer: Trainer, pl_module: nn.Module) -> None:
         assert self.phases is not None
         if self.phases.begun > self._logged:
             self._logged = self.phases.begun
-            pl_module.log("dynrank/spent", self.history[-1].spent)  # type: ignore[operator]
+            # The same in all processes, but Lightning asks for the mean of what an epoch logs.
+            sync = trainer.world_size > 1
+            pl_module.log("dynrank/spent", self.history[-1].spent, sync_dist=sync)  # type: ignore[operator]
 
     def state_dict(self) -> StateDict:
         """What Lightning's checkpoint keeps of the phases.

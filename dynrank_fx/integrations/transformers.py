@@ -14,29 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import files, store
-from ..aliases import Args, Kwargs, StateDict
+from ..aliases import StateDict
 from ..checks import checked_path
 from ..errors import StoreError, TransitionError
 from ..randomness import random_state, set_random_state
-from ..rewrite import expect_factors_
-from ..tracing import Net, meta_of, regions
-from ..training import Clock, Phases, clock_of, flatten, refuse_processes, resume_phases_, unflatten
-from .callback import PhasesHolder, net_in, read_pickled
+from ..rewrite import expect_factors_, switched_modules
+from ..tracing import Net, meta_of
+from ..training import Clock, Phases, clock_of, flatten, resume_phases_, unflatten
+from .callback import PhasesHolder, net_in, read_pickled, refuse_engine
 
 FILE = "phases.safetensors"
 _OLD_FILE = "phases.pt"  # of earlier versions
 _PREPARED = "dynrank_prepared"  # the attribute of a model that was
-_COUNT = "num_items_in_batch"
+_INSTEAD = "DDP, which accelerate launch and torchrun start unless told otherwise"
+_COUNT = "num_items_in_batch"  # of labels, over the batches of a step
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # what the Trainer calls
 
 
 class PhasesCallback(PhasesHolder, TrainerCallback):
     """Enters the phases of a schedule at every tick, optimizer state along.
+
+    Several processes train as one does, by DDP: ``accelerate launch`` or ``torchrun`` starts them.
 
     A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps,
     and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not.
@@ -47,8 +52,8 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         resume_from: The checkpoint folder that the Trainer goes on from, where it is not in its own output folder.
 
     Raises:
-        TransitionError: When training begins, where the model holds no net of ``transform``, or several processes
-            train.
+        TransitionError: When training begins, where the model holds no net of ``transform``, and for several devices or
+            processes that train it by anything but DDP.
     """
 
     resume_from: str | Path | None = None
@@ -78,7 +83,9 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
         setattr(model, _PREPARED, True)
         model.register_state_dict_post_hook(_clone_tied)
         _show_arguments(model)
-        _keep_from_parts(model)
+        for part in model.modules():
+            if isinstance(part, Net) and part is not model:
+                part.register_forward_pre_hook(_without_count, with_kwargs=True)
         if isinstance(model, Net) and not any(hasattr(model, name) for name in _CHECKPOINTING):
             for name in _CHECKPOINTING:
                 setattr(model, name, _refuse_checkpointing)
@@ -100,17 +107,21 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
 
         Raises:
             TransitionError: Where the model holds no net of ``transform``, a checkpoint lacks the state of the phases,
-                or several processes train.
+                or several devices or processes train in a way that phases do not go with.
             StoreError: Where that state is damaged, or of another checkpoint.
         """
-        refuse_processes(args.world_size)
+        _refuse_engines(args)
         self._prepare(kwargs["model"])
         _refuse_unknown_columns(kwargs["model"], kwargs.get("train_dataloader"))
         optimizer, lr_scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        clock = self._clock(args, state)
+        own = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps torch's, which has the hooks
+        net, clock = net_in(kwargs["model"]), self._clock(args, state)
+        if self.phases is not None:  # of an earlier train(), whose optimizer the Trainer goes on with
+            _refuse_stale(net, own)
+            self.end_earlier()
         self.phases = Phases(
-            net_in(kwargs["model"]),
-            getattr(optimizer, "optimizer", optimizer),  # Accelerate wraps torch's own, which has the hooks
+            net,
+            own,
             self.schedule,
             lr_scheduler=getattr(lr_scheduler, "scheduler", lr_scheduler),
             clock=clock,
@@ -121,7 +132,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             scaler=getattr(optimizer, "scaler", None),
             settings=self.settings,
         )
-
+        own.register_load_state_dict_pre_hook(lambda *_: _refuse_stale(net, own))
         expect_factors_(kwargs["model"], True)  # a checkpoint is to be gone on from
 
     def on_train_end(
@@ -200,9 +211,37 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             StoreError: Where the disk refuses.
         """
         folder = _checkpoint(args, state)
-        if self.phases is not None and folder.is_dir():
+        if self.phases is not None and args.should_save and folder.is_dir():
             tree, tensors = flatten(self.phases.state_dict(), "phases")
             store.write(folder / FILE, tensors, {"phases": tree, "step": state.global_step})
+
+
+def _refuse_engines(args: TrainingArguments) -> None:
+    """Raise TransitionError for several devices, or processes, that train in a way which phases do not go with."""
+    if args.n_gpu > 1:
+        raise TransitionError(
+            f"the Trainer puts the model on {args.n_gpu} devices by DataParallel, which copies it for every batch: "
+            "start a process for each device (accelerate launch, torchrun), or leave one by CUDA_VISIBLE_DEVICES"
+        )
+    engine = AcceleratorState().distributed_type
+    if engine == DistributedType.DEEPSPEED:
+        refuse_engine("DeepSpeed", f"leave it out of the TrainingArguments, and train by {_INSTEAD}")
+    if engine == DistributedType.MEGATRON_LM:
+        refuse_engine("Megatron-LM", f"train by {_INSTEAD}")
+    if engine == DistributedType.FSDP and not AcceleratorState().is_fsdp2:
+        refuse_engine("the first version of FSDP", f"ask for fsdp_version: 2, or train by {_INSTEAD}")
+
+
+def _refuse_stale(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise TransitionError where weights of other phases have come into the net since its optimizer was made."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    sites = (modules[0] for modules in switched_modules(net).values())
+    own = [parameter for site in sites for parameter in site.parameters(recurse=False) if parameter.requires_grad]
+    if not all(id(parameter) in held for parameter in own):
+        raise TransitionError(
+            "weights of other phases were loaded into the net, and the Trainer's optimizer does not train them: set "
+            "trainer.optimizer = None before it trains again, which makes a new one, or make the Trainer anew"
+        )
 
 
 def _refuse_checkpointing(**settings: object) -> None:
@@ -212,6 +251,20 @@ def _refuse_checkpointing(**settings: object) -> None:
         "form=Form.LAYERS, which keeps the methods; or call model.gradient_checkpointing_enable() and model.train() "
         "before transform, which keeps the checkpoints, and leave it out of the TrainingArguments"
     )
+
+
+def _without_count(
+    part: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Before a captured part is called: the Trainer counts labels for models that take any keyword, which hand on what
+    they do not use. A part that takes labels may compute the loss, for which the count is; then it is not dropped.
+    """
+    taken = inspect.signature(part.forward).parameters
+    if "labels" not in taken and _COUNT not in taken:
+        kwargs = {name: value for name, value in kwargs.items() if name != _COUNT}
+    return args, kwargs
 
 
 def _clone_tied(model: nn.Module, state: StateDict, prefix: str, metadata: object) -> None:
@@ -233,19 +286,6 @@ def _show_arguments(model: nn.Module) -> None:
     if names:
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
         type(model).forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-
-
-def _keep_from_parts(model: nn.Module) -> None:
-    """The Trainer counts the labels for the model's loss. Its code hands that on to its parts with all other keywords,
-    where nothing reads it, and a part that is a graph has no argument for it.
-    """
-    for region in regions(model):
-        if region.prefix and all(node.target != _COUNT for node in region.net.graph.find_nodes(op="placeholder")):
-            region.net.register_forward_pre_hook(_without_count, with_kwargs=True)
-
-
-def _without_count(part: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    return args, {name: value for name, value in kwargs.items() if name != _COUNT}
 
 
 def _refuse_unknown_columns(model: nn.Module, loader: object) -> None:

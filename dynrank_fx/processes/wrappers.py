@@ -37,9 +37,14 @@ def wrappers_of(net: nn.Module) -> list[DistributedDataParallel]:
     given = [module for module in net.modules() if isinstance(module, DistributedDataParallel)]
     if given:
         return given
-    kinds = _with_subclasses(DistributedDataParallel)
+    kinds = _kinds()
     alive: list[Any] = [each for each in gc.get_objects() if type(each) in kinds]  # Any: the collector knows no types
     return [wrapper for wrapper in alive if any(module is net for module in wrapper.modules())]
+
+
+def _kinds(kind: type = DistributedDataParallel) -> set[type]:
+    """DDP and what is made of it. To ask each of a million objects by ``issubclass`` takes seconds, as it is an ABC."""
+    return {kind}.union(*map(_kinds, kind.__subclasses__()))
 
 
 def processes_training(net: nn.Module) -> Processes:
@@ -48,11 +53,6 @@ def processes_training(net: nn.Module) -> Processes:
     """
     shards = Shards([net])
     return shards.processes if shards else processes_of(wrappers_of(net))
-
-
-def _with_subclasses(kind: type) -> set[type]:
-    """Looked up for every object there is, which is faster than to ask each for its kinds."""
-    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
 
 
 def processes_of(wrappers: Sequence[DistributedDataParallel]) -> Processes:

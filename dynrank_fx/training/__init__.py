@@ -1,7 +1,7 @@
 """Train in phases: in a loop of one's own by ``Phases``, or by the loop of the command line, with runs that resume."""
 
 from .checkpoints import load_checkpoint_, save_checkpoint
-from .clock import Clock, clock_of, refuse_processes
+from .clock import Clock, clock_of
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
 from .facts import cost_of, train_state
 from .loop import clock_for, clock_of_run, fit
@@ -44,7 +44,6 @@ __all__ = [
     "plan_in",
     "practical",
     "read_run",
-    "refuse_processes",
     "restore_run_",
     "resume_phases_",
     "rewarm_",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,14 +72,31 @@ class Clock:
         if not few or not getattr(schedule, "within_epochs", False):
             return self
         assert self.per_epoch is not None
-        parts = min(self.per_epoch, math.ceil(TICKS / self.ticks))
-        return replace(
-            self,
-            ticks=self.ticks * parts,
-            every=math.ceil(self.per_epoch / parts),
-            by_epochs=parts == 1,
-            parts=parts,
-        )
+        return self.in_parts(min(self.per_epoch, math.ceil(TICKS / self.ticks)))
+
+    def in_parts(self, parts: int) -> Clock:
+        """This clock with each epoch divided into so many ticks."""
+        whole = self.whole()
+        assert whole.per_epoch is not None
+        every = math.ceil(whole.per_epoch / parts)
+        return replace(whole, ticks=whole.ticks * parts, every=every, by_epochs=parts == 1, parts=parts)
+
+    def going_on(self, begun: Mapping[int, int]) -> Clock:
+        """This clock with the ticks of an earlier run, which goes on here with another length; this one where they are
+        the same, and where they do not fit. begun: The steps that were done when each of its ticks began.
+        """
+
+        def fits(clock: Clock) -> bool:
+            return all(clock.start(tick) == step for tick, step in begun.items())
+
+        if fits(self) or self.steps is None:
+            return self
+        last, steps = max(begun.items())
+        every = max(1, steps // max(1, last))
+        in_steps = replace(self, ticks=math.ceil(self.steps / every), every=every, by_epochs=False, parts=1)
+        whole = self.by_epochs or self.parts > 1
+        divided = [self.in_parts(parts) for parts in range(2, TICKS + 1)] if whole and self.per_epoch else []
+        return next(filter(fits, [*divided, in_steps]), self)
 
     def whole(self) -> Clock:
         """This clock with its epochs undivided again."""
@@ -213,17 +230,4 @@ def refuse_unwrapped(processes: Processes) -> None:
             f"{count} processes run, and the net is wrapped in nothing that averages their gradients, so that each "
             "would train a model of its own: wrap what transform made in DistributedDataParallel and give that, or "
             "shard it by fully_shard"
-        )
-
-
-def refuse_processes(count: int | None = None) -> None:
-    """Raise TransitionError where several processes train together. count: of them, by default as torch knows it."""
-    if count is None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        count = torch.distributed.get_world_size() if distributed else 1
-    if count > 1:
-        raise TransitionError(
-            f"{count} processes train this model together, and after a switch of phases each would train a model of "
-            "its own, since their gradients are no longer averaged: train in one process (start it without torchrun "
-            "or accelerate launch, on one device)"
         )

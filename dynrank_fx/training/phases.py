@@ -292,7 +292,7 @@ class Phases:
         meta_of(unwrap(self.net)).pop(RESUMED, None)
         started = time.perf_counter()
         clock = self.clock
-        if clock.every is not None:
+        if clock.every is not None and not stepped:  # which counts itself
             self.step = clock.start(tick)
         state = self._state(tick, stepped)
         setting = decided(self._together, state, lambda: _plain(self.schedule(state)))
@@ -502,6 +502,9 @@ class Phases:
             self._earlier, self.history = earlier, history
             if history[0].unit == "epoch":  # a run that was begun before epochs were divided goes on in them
                 self.clock = self.clock.whole()
+            else:  # and one that gets another length goes on in its ticks
+                self.clock = self.clock.going_on({record.epoch: record.step or 0 for record in history})
+                self._by_itself = self._by_itself or self.clock.parts > 1
         meta_of(unwrap(self.net)).pop(RESUMED, None)
         self.load_hooks_state(state)
 

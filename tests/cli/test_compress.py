@@ -61,6 +61,43 @@ def test_with_all_parameters_it_computes_what_the_weights_do(weights: str, run: 
         torch.testing.assert_close(torch.from_numpy(np.asarray(y)), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+ATTENTION = """
+import torch
+from torch import nn
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return torch.softmax(self.query(x) @ self.key(x).mT, -1) @ self.value(x)
+
+def model():
+    return Attention()
+
+def example_inputs():
+    return (torch.randn(2, 5, 32),)
+
+def calibration_data():
+    return [torch.randn(8, 5, 32) for _ in range(2)]
+"""
+
+
+@pytest.mark.parametrize("form", ["graph", "layers"])
+def test_layers_that_read_one_input_share_a_factor(run: Run, folder: Path, form: str) -> None:
+    (folder / "a.py").write_text(ATTENTION)
+    given = ("compress", "a.py", "--budget", "params=0.5", "--no-timing", "--form", form, "--share-inputs")
+    told = json.loads(run(*given, "-o", "m.pt", "--json").stdout)
+    small = torch.load("m.pt", weights_only=False)
+    rank = small.query.right.weight.shape[0]
+    assert [(each["site"], each["rank"]) for each in told["sites"]] == [
+        (f"{name}.weight", rank) for name in ("query", "key", "value")
+    ]
+    assert sum(p.numel() for p in small.parameters()) == 3 * (32 * rank + 32) + 32 * rank, "one right factor"
+    assert told["params"][1] == 3 * (32 * rank + 32) + 32 * rank
+
+
 def test_pytorch_too_and_a_run_and_a_recovery_by_the_loss(write: Run, run: Run, folder: Path) -> None:
     run("train", write(), "--no-compile", "--epochs", "1", "--schedule", "full", "--out", "r")
     result = run(
@@ -153,10 +190,13 @@ def test_what_the_file_is_like_is_said_as_for_export(weights: str, run: Run, ref
     assert not Path("m.pt").exists()
 
 
-def test_what_would_be_without_effect_is_refused_before_any_work(weights: str, refused: Run) -> None:
+def test_what_would_be_without_effect_is_refused_before_any_work(weights: str, run: Run, refused: Run) -> None:
     given = ("compress", "model.py", "--weights", weights, "--budget", "params=0.6", "--no-timing", "-o", "m.pt")
     assert "this onnxruntime has no Toaster" in refused(*given, "--provider", "Toaster")
     assert "none beside others says two things" in refused(*given, "--leave", "none", "--leave", "head")
+    run("transform", "model.py", "-o", "t")
+    run_of = ("compress", "t", "--budget", "params=0.6", "--no-timing", "-o", "m.pt")
+    assert "t brings its plan along: leave out --share-inputs" in refused(*run_of, "--share-inputs")
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ OPTIONS = {
         "--recover-by",
         "--recover-steps",
         "--sequential",
+        "--share-inputs",
         "--weights",
         "-h",
         "-o",

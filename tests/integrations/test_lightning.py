@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import schemas  # noqa: F401 (torchvision, which Lightning imports, asks for its ops on a torch that has none)
 import torch
-from plain_loop import SCHEDULE, InTurn, a_net, assert_same, data, reference
+from plain_loop import SCHEDULE, InTurn, a_net, assert_near, assert_same, data, reference
+from several import as_launched, in_processes
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 import dynrank_fx as dr
 
@@ -394,10 +395,28 @@ def test_an_epoch_that_a_checkpoint_has_begun_goes_on(stop, tmp_path):
     assert all(map(torch.equal, again.net.state_dict().values(), whole.net.state_dict().values()))
 
 
-def test_several_processes_are_refused(tmp_path):
-    _, callback = lightning(2, tmp_path, enable_checkpointing=False)
-    with pytest.raises(dr.TransitionError, match="2 processes train this model together"):
-        callback.on_train_start(SimpleNamespace(world_size=2), lightning_module())
+def test_it_fits_again_and_goes_on_where_lightning_does(tmp_path):
+    """Lightning counts on from the first time, and makes other optimizers."""
+    trainer, callback = lightning(3, tmp_path, enable_checkpointing=False)
+    module = lightning_module()
+    trainer.fit(module, DataLoader(data(), 8))
+    spent = callback.history[-1].spent
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(module, DataLoader(data(), 8))
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    assert callback.history[-1].spent > spent
+    assert callback.phases.step == trainer.global_step == 15
+    other = lightning(2, tmp_path, enable_checkpointing=False)[0]
+    other.callbacks = [callback]
+    other.fit(module, DataLoader(data(), 8))
+    assert [record.phase for record in callback.history] == ["LOW", "FULL"], "another Trainer begins anew"
+
+    trainer, callback = lightning(-1, tmp_path, enable_checkpointing=False, max_steps=6, every=3)
+    trainer.fit(module, DataLoader(data(), 8))
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    trainer.fit(module, DataLoader(data(), 8))
+    assert callback.phases.step == trainer.global_step == 12
+    assert [record.step for record in callback.history] == [0, 3, 7, 9]
 
 
 def test_a_scheduler_of_every_step_is_followed_and_the_compute_that_is_spent_is_logged(tmp_path):
@@ -468,3 +487,72 @@ def test_the_sample_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["with_lightning.py", "2"])
     runpy.run_path(str(SAMPLES / "with_lightning.py"), run_name="__main__")
     assert "held-out accuracy of the truncated model" in capsys.readouterr().out
+
+
+# Several processes
+
+
+def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
+    """What is done by each of two processes: the results are compared where they come together."""
+    from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+    from pytorch_lightning.strategies import DDPStrategy
+
+    from dynrank_fx.integrations.lightning import resume_from_
+
+    as_launched(rank)
+    found: dict[str, Any] = {}
+
+    def fit(name: str, module: Any, batch: int = 4, checkpoint: Path | None = None, **more: Any) -> Any:
+        extra = more.pop("extra", [])
+        given = {
+            "devices": 2,
+            "strategy": DDPStrategy(process_group_backend="gloo"),
+            "enable_checkpointing": bool(extra),
+        }
+        trainer, callback = lightning(5, folder, **(given | more))
+        trainer.callbacks += extra
+        rows = DistributedSampler(data(), 2, rank, shuffle=False)
+        trainer.fit(module, DataLoader(data(), batch, sampler=rows), ckpt_path=checkpoint, weights_only=False)
+        found[name] = (module.net.state_dict(), [record.phase for record in callback.history])
+        assert callback.phases.step == 15
+        return trainer
+
+    whole = lightning_module()
+    trainer = fit("whole", whole, extra=[ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1)])
+    found["logged"] = float(trainer.callback_metrics["dynrank/spent"])
+    again = lightning_module()
+    resume_from_(again.net, folder / "step=6.ckpt")
+    fit("gone on with", again, checkpoint=folder / "step=6.ckpt")
+    fit("accumulated", lightning_module(), batch=2, accumulate_grad_batches=2)
+    fit("averaged", lightning_module(), extra=[EMAWeightAveraging(decay=0.5)])
+    return found
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+
+    first, second = in_processes(one_of_two, tmp_path)
+    assert first.pop("logged") == second.pop("logged") > 0
+    for name in first:
+        assert first[name][1] == second[name][1]
+        for key, value in first[name][0].items():
+            assert torch.equal(value, second[name][0][key]), f"{name}: {key} is another in the second process"
+    expected = reference(5).state_dict()
+    for name in ("whole", "gone on with", "accumulated"):
+        assert first[name][1] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+        assert_near(first[name][0], expected)
+    trainer, _ = lightning(5, tmp_path, enable_checkpointing=False)
+    trainer.callbacks.append(EMAWeightAveraging(decay=0.5))  # which leaves the average in the place of the weights
+    module = lightning_module()
+    trainer.fit(module, DataLoader(data(), 8))
+    assert_near(first["averaged"][0], module.net.state_dict())
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_other_strategies_are_refused_before_training(strategy, tmp_path):
+    _, callback = lightning(2, tmp_path, enable_checkpointing=False)
+    sharded = SimpleNamespace(strategy=type(strategy, (), {})())
+    with pytest.raises(
+        dr.TransitionError, match=f'phases do not go with {strategy}, .* give the Trainer strategy="ddp"'
+    ):
+        callback.on_train_start(sharded, lightning_module())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import runpy
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import schemas  # noqa: F401 (torchvision, which transformers imports, asks for its ops on a torch that has none)
 import torch
-from plain_loop import SCHEDULE, InTurn, assert_same, data
+from plain_loop import SCHEDULE, InTurn, assert_near, assert_same, data
+from several import as_launched, in_processes
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -54,7 +56,8 @@ def hugging_face(folder: Path, net: nn.Module, schedule: Schedule = SCHEDULE, **
         logging_strategy="no",
         **choices,
     )
-    return Trainer(net, arguments, train_dataset=rows, callbacks=[callback]), callback
+    held_out = rows[:8] if "eval_strategy" in choices else None
+    return Trainer(net, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=[callback]), callback
 
 
 def classifier() -> nn.Module:
@@ -116,6 +119,73 @@ def test_a_trainer_goes_on_in_the_midst_of_an_epoch(steps, tmp_path):
     assert [record.epoch for record in callback.history] == [0, 1, 2]
     assert callback.history[2].switch_error == pytest.approx(expected.history[2].switch_error)
     assert_same(trainer.model, whole.model)
+
+
+def test_a_trainer_trains_again_and_for_more_epochs(tmp_path):
+    """With the callback, and the optimizer, of the first time; for more epochs as if there had been so many at once."""
+    given = {"lr_scheduler_type": "constant"}
+    trainer, callback = hugging_face(tmp_path / "a", classifier(), **given)
+    trainer.train()
+    first, phases = trainer.model.state_dict(), callback.phases
+    trainer.args.num_train_epochs = 8
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-15"))
+    assert [record.epoch for record in callback.history] == list(range(8))
+    assert callback.phases.step == 24
+    assert phases.step == 15, "the first one's hooks are gone"
+    whole, _ = hugging_face(tmp_path / "b", classifier(), num_train_epochs=8, **given)
+    whole.train()
+    assert_same(trainer.model, whole.model)
+
+    trainer.args.num_train_epochs = 3
+    trainer.train()
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL"], "a training of its own"
+    assert callback.history[-1].spent < 3
+    assert callback.phases.step == 9
+    assert first.keys() != trainer.model.state_dict().keys()
+
+
+def test_weights_of_other_phases_ask_for_an_optimizer_of_theirs(tmp_path):
+    trainer, callback = hugging_face(tmp_path, classifier())
+    trainer.train()
+    folder = str(tmp_path / "checkpoint-6")  # of FULL
+    with pytest.raises(dr.TransitionError, match=r"set trainer\.optimizer = None before it trains again"):
+        trainer.train(resume_from_checkpoint=folder)
+    with pytest.raises(dr.TransitionError, match=r"set trainer\.optimizer = None before it trains again"):
+        trainer.train()
+    trainer.optimizer = None
+    trainer.train(resume_from_checkpoint=folder)
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+
+
+class Guide(nn.Module):
+    """A model that takes any keyword, and hands them on: it cannot be captured, its parts can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Body(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
+        scores = self.head(self.body(x, **more))
+        return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32))
+
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        return self.layers(x)
+
+
+def test_parts_do_without_the_count_of_labels_that_the_model_hands_on(tmp_path):
+    torch.manual_seed(0)
+    example = {"x": torch.randn(4, 16), "labels": torch.randint(8, (4,))}
+    net = dr.transform(Guide(), example, how=dr.Capture.MODULES)
+    trainer, callback = hugging_face(tmp_path, net, save_strategy="no")
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
 
 
 def test_a_checkpoint_of_another_folder_is_found_where_the_callback_is_told(tmp_path):
@@ -348,15 +418,6 @@ def made_parts(trainer: Any) -> dict[str, Any]:
 # Flags
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    from transformers import TrainingArguments
-
-    trainer, callback = hugging_face(tmp_path, classifier())
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(dr.TransitionError, match="2 processes train this model together"):
-        callback.on_train_begin(trainer.args, trainer.state, None, **made_parts(trainer))
-
-
 class Tied(nn.Module):
     """Two layers of one weight."""
 
@@ -525,3 +586,112 @@ def test_the_sample_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["with_transformers.py", "2", "128"])
     runpy.run_path(str(SAMPLES / "with_transformers.py"), run_name="__main__")
     assert "parameters after truncation" in capsys.readouterr().out
+
+
+# Several processes
+
+
+def run_of(folder: Path, processes: int, **more: Any) -> tuple[Any, Any]:
+    """Five epochs of batches of eight, whatever the number of processes."""
+    given = {
+        "per_device_train_batch_size": 8 // processes,
+        "ddp_backend": "gloo" if processes > 1 else None,
+        "train_sampling_strategy": "sequential",
+    }
+    return hugging_face(folder, more.pop("net", None) or classifier(), **(given | more))
+
+
+def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
+    """What is done by each of two processes: the results are compared where they come together."""
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    as_launched(rank)
+    found: dict[str, Any] = {}
+
+    def keep(name: str, trainer: Any, callback: Any) -> None:
+        state = copy.deepcopy(trainer.model.state_dict())
+        found[name] = (state, [record.phase for record in callback.history])
+
+    trainer, callback = run_of(folder / "whole", 2)
+    trainer.train()
+    keep("whole", trainer, callback)
+    net = classifier()
+    resume_from_(net, folder / "whole" / "checkpoint-6")
+    trainer, callback = run_of(folder / "whole", 2, net=net, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-6"))
+    keep("gone on with", trainer, callback)
+    trainer.train()
+    keep("again", trainer, callback)
+
+    accumulating = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer, callback = run_of(folder / "accumulated", 2, save_strategy="no", **accumulating)
+    trainer.train()
+    keep("accumulated", trainer, callback)
+
+    given = {"max_steps": 10, "save_strategy": "no", "every": 2, "rows": Stream()}
+    trainer, callback = run_of(folder / "stream", 2, **given)
+    trainer.train()
+    keep("stream", trainer, callback)
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer, callback = run_of(folder / "best", 2, eval_strategy="epoch", **best)  # the worst: an early one
+    trainer.train()
+    keep("best", trainer, callback)
+    found["losses"] = (trainer.state.best_metric, trainer.evaluate()["eval_loss"])
+    return found
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    from dynrank_fx.integrations.transformers import resume_from_
+
+    first, second = in_processes(one_of_two, tmp_path)
+    for name in first.keys() - {"losses"}:
+        assert first[name][1] == second[name][1]
+        for key, value in first[name][0].items():
+            assert torch.equal(value, second[name][0][key]), f"{name}: {key} is another in the second process"
+    whole, callback = run_of(tmp_path / "one", 1)
+    whole.train()
+    phases = [record.phase for record in callback.history]
+    for name in ("whole", "gone on with", "accumulated"):
+        assert first[name][1] == phases
+        assert_near(first[name][0], whole.model.state_dict())
+    assert first["again"][1] == phases
+    stream, callback = run_of(tmp_path / "stream", 1, max_steps=10, every=2, save_strategy="no", rows=Stream())
+    stream.train()
+    assert first["stream"][1] == [record.phase for record in callback.history]
+    assert_near(first["stream"][0], stream.model.state_dict())
+    assert first["losses"] == second["losses"]
+    assert first["losses"][0] == pytest.approx(first["losses"][1])
+
+    folder = tmp_path / "whole" / "checkpoint-9"  # of two processes, and gone on with in one
+    net = classifier()
+    resume_from_(net, folder)
+    trainer, _ = run_of(tmp_path / "whole", 1, net=net, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert_near(trainer.model.state_dict(), whole.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("engine", "fsdp2", "sentence"),
+    [
+        ("DEEPSPEED", False, "phases do not go with DeepSpeed, which .* train by DDP, which accelerate launch"),
+        ("FSDP", False, r"the first version of FSDP, which .* ask for fsdp_version: 2"),
+        ("MEGATRON_LM", False, "phases do not go with Megatron-LM"),
+    ],
+)
+def test_other_engines_are_refused_before_training(engine, fsdp2, sentence, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    trainer, callback = hugging_face(tmp_path, classifier())
+    monkeypatch.setattr(AcceleratorState, "is_fsdp2", fsdp2)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType[engine])
+    with pytest.raises(dr.TransitionError, match=sentence):
+        callback.on_train_begin(trainer.args, trainer.state, None, **made_parts(trainer))
+
+
+def test_several_devices_in_one_process_are_refused(tmp_path):
+    trainer, callback = hugging_face(tmp_path, classifier())
+    trainer.args._n_gpu = 2
+    with pytest.raises(dr.TransitionError, match=r"on 2 devices by DataParallel.*start a process for each device"):
+        callback.on_train_begin(trainer.args, trainer.state, None, **made_parts(trainer))

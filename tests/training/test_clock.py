@@ -276,6 +276,44 @@ def test_other_runs_are_divided_as_they_were(length: Any) -> None:
     assert clock.divided(Turning()) is clock
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((3, 10), (5, 10)),
+        ((5, 10), (8, 10)),
+        ((2, 50), (2, 50)),
+        ((None, 100), (None, 200)),
+        ((None, 100, 20), (None, 130)),
+        ((1, 98), (2, 98)),
+        ((1, 98), (9, 98)),
+    ],
+)
+def test_a_run_that_gets_another_length_goes_on_in_its_ticks(old: Any, new: Any) -> None:
+    before, after = (clock_of(*each).divided(Turning()) for each in (old, new))
+    clock = after.going_on({tick: before.start(tick) for tick in range(before.ticks)})
+    assert [clock.start(tick) for tick in range(before.ticks)] == [before.start(tick) for tick in range(before.ticks)]
+    assert clock.steps == after.steps
+    assert clock.start(clock.ticks - 1) < clock.steps <= clock.start(clock.ticks)
+
+
+def test_ticks_of_a_run_that_fit_no_other_are_those_of_the_new_length() -> None:
+    clock = clock_of(None, 100)
+    assert clock.going_on({0: 0, 1: 7, 2: 9}) is clock
+
+
+def test_a_run_that_goes_on_longer_counts_every_step() -> None:
+    net = made()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    first = dr.Phases(net, optimizer, alternating, steps=8, every=2)
+    train(net, optimizer, 8)
+    first.remove()
+    phases = dr.Phases(net, optimizer, alternating, steps=16, resume=first.state_dict())
+    for number in range(8):
+        assert phases.step == 8 + number
+        train(net, optimizer, 1)
+    assert [record.step for record in phases.history] == [0, 2, 4, 6, 9, 10, 12, 14], "the fifth waited for a step"
+
+
 def test_a_loop_that_begins_each_tick_has_whole_epochs() -> None:
     net = made()
     phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), Turning(), 3, steps=10, by_itself=False)
