@@ -85,6 +85,14 @@ class Processes:
             for each, part in zip(several, flat.split([each.numel() for each in several]), strict=True):
                 each.copy_(part.view(each.shape))
 
+    def most(self, number: int) -> int:
+        """The largest of the numbers that each gives: of flags, whether any is set."""
+        if self.count == 1:
+            return int(number)
+        largest = torch.tensor([int(number)], device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
     def gathered(self, value: T) -> list[T]:
         """What each gives, by rank: plain values, small ones."""
         if self.group is None or self.count == 1:

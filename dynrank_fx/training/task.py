@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
+from ..processes import started
 from ..tracing import Inputs, batch_size, evaluating, mapped, tensors, unwrap
 from .settings import Settings
+from .shares import Share, share_of
 
 # What torch and Python raise where a batch does not fit the model.
 _BY_A_BATCH = (RuntimeError, TypeError, ValueError, IndexError)
@@ -24,8 +27,8 @@ class Task:
     """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
 
     metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated. guard: a context around
-    every use of what the user gave, which is told what that is. Raises DynrankError for data that give their batches
-    once.
+    every use of what the user gave, which is told what that is. sharded: whether the data give each of several
+    processes a share of its own already. Raises DynrankError for data that give their batches once.
     """
 
     train_data: Iterable[Batch]
@@ -34,6 +37,7 @@ class Task:
     eval_data: Iterable[Batch] | None = None
     metric: Callable[[Output, Batch], float | Tensor] | None = None
     guard: Callable[[str], AbstractContextManager[object]] = nullcontext
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         for name, data in (("train_data()", self.train_data), ("eval_data()", self.eval_data)):
@@ -42,6 +46,16 @@ class Task:
                     f"{name} gave a {type(data).__name__}, whose batches can be gone through only once: give a list, a "
                     "DataLoader, or another object that starts anew every epoch"
                 )
+
+    @cached_property
+    def train_share(self) -> Share:
+        """What this process trains on. All processes ask for it together."""
+        return share_of(self.train_data, "train_data()", started(), own=self.sharded)
+
+    @cached_property
+    def eval_share(self) -> Share:
+        """What this process evaluates on, each entry in one process. All processes ask for it together."""
+        return share_of(self.eval_data or (), "eval_data()", started(), own=self.sharded, even=False)
 
 
 def _gives_once(data: object) -> bool:
@@ -138,21 +152,21 @@ def _words(value: object) -> str:
 
 @torch.no_grad()
 def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float | None]:
-    """Mean loss and metric over eval_data, batches weighted by their size; empty without eval_data.
+    """Mean loss and metric over eval_data, batches weighted by their size, of all processes; empty without eval_data.
 
     Eager: an evaluation is a small part of an epoch, and compiling it would cost one more graph per phase.
     """
     if task.eval_data is None:
         return {}
-    sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
+    sums = torch.zeros(3, dtype=torch.float64, device=settings.device)
     with evaluating(net):
-        for batch in batches_of(task.eval_data, task, "eval_data()"):
+        for batch in batches_of(task.eval_share, task, "eval_data()"):
             output, batch = apply(net, task, settings, batch)
             size = batch_size(((), {"batch": batch})) or 1
             loss = loss_of(task, settings, output, batch).double()
-            sums += size * torch.stack([loss, metric_of(task, output, batch, loss)])
-            count += size
-    if count == 0:
+            sums += size * torch.stack([loss, metric_of(task, output, batch, loss), torch.ones_like(loss)])
+    task.eval_share.processes.sum_([sums])
+    if sums[2] == 0:
         raise DynrankError("eval_data() gave no batch: leave it out, or see that it can be gone through every epoch")
-    loss, metric = (sums / count).tolist()
+    loss, metric, _ = (sums / sums[2]).tolist()
     return {"eval_loss": loss, "eval_metric": metric if task.metric else None}

@@ -1,0 +1,184 @@
+"""Several processes, as torchrun starts them: who this one is among them, their group, and what each is to say.
+
+torchrun tells each process by its environment. What a command of one process would print, the first prints. An error
+is told once, by whichever process met it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dynrank_fx.errors import DynrankError
+
+from .streams import echo
+
+if TYPE_CHECKING:
+    from dynrank_fx.processes import Processes
+
+_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore")
+
+
+class OfAnotherError(DynrankError):
+    """What failed in another process, which tells it."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What torchrun says of this process.
+
+    local: its number on this machine, of ``locally``. restarts: how often all were started anew. job: what tells this
+    start of torchrun, restarts among it, from others.
+    """
+
+    rank: int
+    count: int
+    local: int
+    locally: int
+    restarts: int
+    job: str
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"process {self.rank} of {self.count}"
+
+
+def launched() -> Launched | None:
+    """What torchrun says of this process; None where it did not start it."""
+    if any(name not in os.environ for name in _TOLD):
+        return None
+    rank, count, local, locally = (int(os.environ[name]) for name in _TOLD[:4])
+    return Launched(rank, count, local, locally, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), _job())
+
+
+def _job() -> str:
+    """Of several machines, only the name that was given to all; of one, the torchrun process too."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return name
+    parent = os.getppid()
+    with suppress(OSError, IndexError):  # numbers of processes come again, with another time of their start
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{name} {socket.gethostname()} {parent} {started}"
+    return f"{name} {socket.gethostname()} {parent}"
+
+
+def is_first() -> bool:
+    """Whether this process prints: one alone, or the first of several."""
+    return os.environ.get("RANK", "0") == "0" or launched() is None
+
+
+def say(text: str) -> None:
+    """Tell the user how it goes, once."""
+    if is_first():
+        echo(text, err=True)
+
+
+def refuse_several(command: str) -> None:
+    """Raises UsageError where several processes run a command that is of one."""
+    launch = launched()
+    if launch is not None and launch.count > 1:
+        raise click.UsageError(
+            f"torchrun started {launch.count} processes, and {command} is the work of one: start it as "
+            f"`dynrank-fx {command} ...`"
+        )
+
+
+def device_of(given: str | None, launch: Launched | None) -> str:
+    """The device of this process: of several, its own GPU, or the CPU. Raises UsageError for what cannot be shared."""
+    if launch is None:
+        return given or "cpu"
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if given is None:
+        given = "cuda" if gpus >= launch.locally else "cpu"
+    kind, _, number = given.partition(":")
+    if number and launch.count > 1:
+        raise click.UsageError(
+            f"--device {given} is one device, and torchrun gives each process its own: say --device {kind}, or leave "
+            "it out"
+        )
+    if kind != "cuda" or number:
+        return given
+    if gpus < launch.locally:
+        raise click.UsageError(
+            f"torchrun started {launch.locally} processes here, and this machine has {gpus} GPUs: start as many, "
+            "--nproc-per-node gpu, or say --device cpu"
+        )
+    return f"cuda:{launch.local}"
+
+
+@contextmanager
+def together(launch: Launched | None, device: str) -> Iterator[Processes]:
+    """The group of the processes, from here to the end."""
+    from dynrank_fx.processes import ALONE, started
+
+    if launch is None:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    # The CPU's part sends what is no matter of the GPU, so that no step waits for it.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    yield started()
+    dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+
+
+def tell(error: click.ClickException) -> None:
+    """Print an error of this process, unless another has printed the same: that of the first one has precedence."""
+    launch = launched()
+    if launch is None or launch.count == 1:
+        error.show()
+        return
+    if launch.rank > 0:
+        time.sleep(0.5)
+    if not _is_news(error.format_message()):
+        return
+    if launch.rank > 0:
+        echo(f"{launch.name}:", err=True)
+    error.show()
+
+
+def _is_news(sentence: str) -> bool:
+    """Whether no other process has said it. They keep what was said in the store by which they met."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return is_first()  # what is wrong before they meet is wrong in all
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return bool(store.add(f"dynrank said {sentence}", 1) == 1)
+    except (RuntimeError, ValueError):
+        return True
+
+
+def of_another(error: BaseException) -> OfAnotherError | None:
+    """The error as one of another process, which has gone in the midst of what they did together; None for any other."""
+    launch = launched()
+    if launch is None or launch.count == 1 or "torch" not in sys.modules:
+        return None
+    import torch.distributed as dist
+
+    cause: BaseException | None = error
+    while cause is not None:
+        told = isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _GONE)
+        if told or isinstance(cause, dist.DistError):
+            return OfAnotherError("another process has ended, and this one with it")
+        cause = cause.__cause__ or cause.__context__
+    return None
