@@ -85,10 +85,10 @@ def say(text: str) -> None:
         echo(text, err=True)
 
 
-def refuse_several(command: str) -> None:
-    """Raises UsageError where several processes run a command that is of one."""
+def refuse_several(command: str, but: tuple[str, ...]) -> None:
+    """Raises UsageError where several processes run a command that is of one; all are, but for these."""
     launch = launched()
-    if launch is not None and launch.count > 1:
+    if launch is not None and launch.count > 1 and command not in but:
         raise click.UsageError(
             f"torchrun started {launch.count} processes, and {command} is the work of one: start it as "
             f"`dynrank-fx {command} ...`"
@@ -117,11 +117,12 @@ def device_of(given: str | None, launch: Launched | None) -> str:
             f"torchrun started {launch.locally} processes here, and this machine has {gpus} GPUs: start as many, "
             "--nproc-per-node gpu, or say --device cpu"
         )
+    torch.cuda.set_device(launch.local)  # NCCL sends from there
     return f"cuda:{launch.local}"
 
 
 @contextmanager
-def together(launch: Launched | None, device: str) -> Iterator[Processes]:
+def together(launch: Launched | None) -> Iterator[Processes]:
     """The group of the processes, from here to the end."""
     from dynrank_fx.processes import ALONE, started
 
@@ -131,45 +132,35 @@ def together(launch: Launched | None, device: str) -> Iterator[Processes]:
     import torch
     import torch.distributed as dist
 
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    # The CPU's part sends what is no matter of the GPU, so that no step waits for it.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    # The part of the CPU sends what is no matter of the GPUs, so that no step waits for it.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield started()
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
 
 
-def tell(error: click.ClickException) -> None:
-    """Print an error of this process, unless another has printed the same: that of the first one has precedence."""
+def is_told_here(sentence: str) -> bool:
+    """Whether an error is for this process to print: of several that met the same one, one is to, the first of them
+    rather than others.
+    """
     launch = launched()
     if launch is None or launch.count == 1:
-        error.show()
-        return
-    if launch.rank > 0:
-        time.sleep(0.5)
-    if not _is_news(error.format_message()):
-        return
-    if launch.rank > 0:
-        echo(f"{launch.name}:", err=True)
-    error.show()
-
-
-def _is_news(sentence: str) -> bool:
-    """Whether no other process has said it. They keep what was said in the store by which they met."""
+        return True
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return is_first()  # what is wrong before they meet is wrong in all
+        return launch.rank == 0  # what is wrong before they meet is wrong in all
+    if launch.rank > 0:
+        time.sleep(0.5)
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return bool(store.add(f"dynrank said {sentence}", 1) == 1)
+        # By this store they met, and it is there as long as torchrun is.
+        told: int = dist.distributed_c10d._get_default_store().add(f"dynrank told {launch.restarts} {sentence}", 1)
     except (RuntimeError, ValueError):
         return True
+    return told == 1
 
 
 def of_another(error: BaseException) -> OfAnotherError | None:
-    """The error as one of another process, which has gone in the midst of what they did together; None for any other."""
+    """The error as one of another process, which ended in the midst of what they did together; None for any other."""
     launch = launched()
     if launch is None or launch.count == 1 or "torch" not in sys.modules:
         return None

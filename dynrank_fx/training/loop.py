@@ -44,7 +44,7 @@ def fit(
     *,
     save: Callable[[Run], None] = lambda run: None,
     watcher: Watcher | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], int] = lambda: 0,
 ) -> bool:
     """Train to the end of ``settings.epochs`` or ``settings.steps``; True when there, False where ``should_stop`` ended
     it between two steps.
@@ -123,7 +123,7 @@ def _begin_data(run: Run, task: Task) -> None:
     if processes.count > 1 and run.course is None:
         run.course = processes.from_one(0, lambda: random_state(devices=False), DynrankError, "beginning")
     share.course = task.eval_share.course = run.course
-    if run.dealt not in (None, share.dealt):
+    if run.dealt not in (None, share.dealt) and run.dealt.endswith(share.unit):
         run.begun, run.drawn = run.passed, 0  # what others have left of the pass is dealt anew
         run.since = run.epoch + (run.step > 0)
     run.dealt = share.dealt
@@ -193,7 +193,7 @@ def _train_epoch(
     batches: Iterator[Batch],
     save: Callable[[Run], None],
     watcher: Watcher,
-    should_stop: Callable[[], bool],
+    should_stop: Callable[[], int],
 ) -> bool:
     """To the end of the epoch, True, or to a stop. Between two optimizer steps nothing else is pending, so that a run
     is saved and left only there.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
@@ -41,6 +41,8 @@ class Share:
 
     size = 1
     """Entries of a batch."""
+    unit = "batches"
+    """What the entries are."""
 
     def __init__(self, data: Iterable[Batch], processes: Processes = ALONE, *, even: bool = True) -> None:
         self.data, self.processes, self.even = data, processes, even
@@ -58,7 +60,7 @@ class Share:
     @property
     def dealt(self) -> str:
         """What has to be the same where a pass is taken up as if it had never been left."""
-        return f"{self.processes.count} x {self.size}"
+        return f"{self.processes.count} x {self.size} {self.unit}"
 
     def passed(self, batches: int) -> int:
         """The entries that are behind when every process has had so many batches of this pass."""
@@ -109,13 +111,15 @@ class SampleShare(Share):
     """
 
     data: DataLoader[Any]  # Any: the user's samples
+    unit = "samples"
 
+    # Any: the user's samples
     def __init__(self, data: DataLoader[Any], processes: Processes = ALONE, *, even: bool = True) -> None:
         super().__init__(data, processes, even=even)
         assert data.batch_size is not None
         self.size = data.batch_size
         self._own = _Own()
-        self._loader: DataLoader[Any] | None = None
+        self._loader: DataLoader[Any] | None = None  # Any: as above
 
     @property
     def entries(self) -> int | None:
@@ -143,7 +147,7 @@ class SampleShare(Share):
         self._loader.generator.set_state(generator.get_state())
         return iter(self._loader)
 
-    def _mine(self, order: list[Any]) -> list[Any]:
+    def _mine(self, order: list[Any]) -> list[Any]:  # Any: what the data set is indexed by
         count = self.processes.count
         if self.even and self.data.drop_last:
             order = order[: len(order) // count * count]
@@ -188,13 +192,12 @@ def share_of(
     """
     if own or any(hasattr(each, "num_replicas") for each in _samplers(data)):
         return OwnShare(data, processes, even=even)
-    share = (SampleShare if _is_of_samples(data) else Share)(data, processes, even=even)
+    share = SampleShare(data, processes, even=even) if _is_of_samples(data) else Share(data, processes, even=even)
     entries = share.entries
     if even and entries is not None and entries < processes.count:
-        what = "samples" if isinstance(share, SampleShare) else "batches"
         raise DynrankError(
-            f"{name} has {entries} {what}, and {processes.count} processes share them: start no more processes than "
-            f"there are {what}"
+            f"{name} has {entries} {share.unit}, and {processes.count} processes share them: start no more processes "
+            f"than there are {share.unit}"
         )
     return share
 
@@ -203,9 +206,9 @@ class _Own(Sampler[Any]):  # Any: what the data set is indexed by
     """The samples of this process, in this pass."""
 
     def __init__(self) -> None:
-        self.samples: list[Any] = []
+        self.samples: list[Any] = []  # Any: as above
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # Any: as above
         return iter(self.samples)
 
     def __len__(self) -> int:
@@ -219,12 +222,14 @@ def _samplers(data: object) -> list[object]:
     return [each for i, each in enumerate(held) if each is not None and all(each is not other for other in held[:i])]
 
 
-def _is_of_samples(data: object) -> bool:
+def _is_of_samples(data: object) -> TypeGuard[DataLoader[Any]]:  # Any: the user's samples
     """Whether it is torch's own loader of a map-style data set, of which the sampler alone says what is in a batch."""
-    plain = type(data) is DataLoader and not isinstance(data.dataset, IterableDataset)
-    return plain and type(data.batch_sampler) is BatchSampler
+    if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset):
+        return False
+    return type(data.batch_sampler) is BatchSampler
 
 
+# Any: the user's samples, and what the data set is indexed by
 def _like(loader: DataLoader[Any], sampler: Sampler[Any], generator: torch.Generator) -> DataLoader[Any]:
     """The loader with another sampler."""
     return DataLoader(
