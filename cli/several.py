@@ -7,6 +7,7 @@ is told once, by whichever process met it.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dynrank_fx.processes import Processes
 
 _TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TOLD_THERE = re.compile(r" failed in process \d+ of \d+, and nothing was done in any: ")
 _GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "TCPStore")
 
 
@@ -166,6 +168,8 @@ def of_another(error: BaseException) -> OfAnotherError | None:
         return None
     import torch.distributed as dist
 
+    if isinstance(error, DynrankError) and _TOLD_THERE.search(str(error)):
+        return OfAnotherError(str(error))
     cause: BaseException | None = error
     while cause is not None:
         told = isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _GONE)

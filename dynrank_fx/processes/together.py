@@ -160,7 +160,8 @@ class Processes:
         here = kind if kind.type == "cpu" else torch.device(kind.type, torch.accelerator.current_device_index())
         own = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=here) if tensor is None else tensor
         there = own.contiguous().to(self._there(own))
-        dist.broadcast(there, group_src=source, group=self.group)
+        # As bytes, since no backend knows all types.
+        dist.broadcast(there.reshape(-1).view(torch.uint8), group_src=source, group=self.group)
         return own.copy_(there) if tensor is None else tensor
 
     def _there(self, tensor: Tensor) -> torch.device:

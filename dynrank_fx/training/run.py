@@ -83,10 +83,10 @@ class Run:
         return self.record
 
     def totals_of_all(self) -> Tensor:
-        """The sums of all processes together."""
-        totals = self.totals.clone()
-        started().sum_([totals])
-        return totals
+        """The sums of all processes together, in which a step counts once whoever made it."""
+        processes, totals = started(), self.totals.clone()
+        processes.sum_([totals])
+        return totals / processes.count
 
     def note(self, **figures: object) -> None:
         """Add figures to the record of the epoch that has begun."""
@@ -200,8 +200,6 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
     if run.step or run.history:
         run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
     run.totals = state["totals"].to(next(run.net.parameters()).device)
-    if not started().first:
-        run.totals.zero_()  # they are of all together
     run.epoch_start = state["epoch_start"]
     run.hooks = state["hooks"]
     if state.get("scaler"):

@@ -67,8 +67,8 @@ class Share:
         return self.start + batches * self.size * self.processes.count
 
     def length(self, start: int | None = None) -> int | None:
-        """The batches of each process, where so many entries are behind, by default those of this pass; None where the
-        data do not say.
+        """The batches of each process, where so many entries are behind, by default those of this pass; the most that
+        one has, of uneven ones. None where the data do not say.
         """
         entries = self.entries
         return None if entries is None else self._length(max(0, entries - (self.start if start is None else start)))
@@ -85,9 +85,14 @@ class Share:
         return _parts(entries, self.processes.count)
 
     def _batches(self) -> Iterator[Batch]:
-        count, course = self.processes.count, self._course()
+        course = self._course()
         with drawing(course):
-            batches = itertools.islice(self.data, self.start, None)
+            batches = iter(self.data)
+            next(itertools.islice(batches, self.start, self.start), None)
+        return self._rounds(batches, course)
+
+    def _rounds(self, batches: Iterator[Batch], course: StateDict | None) -> Iterator[Batch]:
+        count = self.processes.count
         while True:
             with drawing(course):
                 dealt = list(itertools.islice(batches, count))

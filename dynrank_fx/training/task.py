@@ -64,9 +64,13 @@ def _gives_once(data: object) -> bool:
 
 
 def batches_of(data: Iterable[Batch], task: Task, name: str) -> Iterator[Batch]:
-    """The batches of the user's data, which are the user's code as well."""
+    """The batches of the user's data, which are the user's code as well. What they draw first, they draw now."""
     with task.guard(name):
         batches = iter(data)
+    return _each(batches, task, name)
+
+
+def _each(batches: Iterator[Batch], task: Task, name: str) -> Iterator[Batch]:
     while True:
         with task.guard(name):
             try:
