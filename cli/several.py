@@ -133,9 +133,15 @@ def together(launch: Launched | None) -> Iterator[Processes]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
+    # torchrun keeps its store through restarts, in which the addresses of processes that have gone would be found.
+    store, rank, count = next(rendezvous("env://"))
+    store = PrefixStore(f"dynrank {launch.restarts}", store)
     # The part of the CPU sends what is no matter of the GPUs, so that no step waits for it.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     yield started()
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
 
@@ -155,7 +161,7 @@ def is_told_here(sentence: str) -> bool:
         time.sleep(0.5)
     try:
         # By this store they met, and it is there as long as torchrun is.
-        told: int = dist.distributed_c10d._get_default_store().add(f"dynrank told {launch.restarts} {sentence}", 1)
+        told: int = dist.distributed_c10d._get_default_store().add(f"told {sentence}", 1)
     except (RuntimeError, ValueError):
         return True
     return told == 1

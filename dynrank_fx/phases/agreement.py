@@ -16,7 +16,7 @@ from ..rewrite import SiteGroup, Switched, switched_modules
 from .groups import State
 from .replace import parameters_of
 
-_PLAIN = int | float | str | tuple | list | None | Tensor
+_PLAIN = (int, float, str, tuple, list, type(None), Tensor)
 
 
 def agree_before(

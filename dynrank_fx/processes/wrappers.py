@@ -10,6 +10,7 @@ whoever changed them.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,8 +69,7 @@ def let_go(wrappers: Sequence[DistributedDataParallel]) -> Iterator[Callable[[],
     """
     builtin = [_builtin_hook(wrapper) for wrapper in wrappers]
     for wrapper in wrappers:
-        wrapper.reducer = wrapper.logger = None  # its hooks and buckets go with it
-        wrapper._module_parameters = []
+        _drop_reducer(wrapper)
 
     def again() -> None:
         for wrapper, hook in zip(wrappers, builtin, strict=True):
@@ -82,25 +82,48 @@ def let_go(wrappers: Sequence[DistributedDataParallel]) -> Iterator[Callable[[],
         raise
 
 
-def _make_again(wrapper: DistributedDataParallel, builtin: dist.BuiltinCommHookType | None) -> None:
-    """The same object, with another reducer: what ``__setstate__`` does, and what that leaves out."""
+def _drop_reducer(wrapper: DistributedDataParallel) -> None:
+    """Take the reducer's hooks off, and leave nobody who holds it, nor the parameters and buckets that it holds.
+
+    torch.compile copies all attributes of the module that it is given to a function, the reducer among them.
+    """
+    reducer = weakref.ref(wrapper.reducer)
+    wrapper._remove_autograd_hooks()
+    wrapper.reducer = wrapper.logger = None  # type: ignore[assignment]
+    for held in (wrapper._module_parameters, wrapper.modules_buffers, wrapper.named_module_buffers):
+        held.clear()
+    if reducer() is not None:
+        for holder in gc.get_referrers(reducer()):
+            if isinstance(holder, dict) and holder.get("reducer") is reducer():
+                holder |= {"reducer": None, "logger": None}
+
+
+def _make_again(wrapper: DistributedDataParallel, builtin: object) -> None:
+    """The same object, with another reducer: what ``__setstate__`` does, and what that leaves out.
+
+    builtin: the hook of DDP's own that it had, if any.
+    """
+    from torch._C._distributed_c10d import _register_comm_hook
+
     ignored, mixed = wrapper.parameters_to_ignore, wrapper.mixed_precision
-    wrapper._module_parameters = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
+    wrapper._module_parameters[:] = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
     parameters, sparse = wrapper._build_params_for_reducer()
     if mixed is not None:
         _setup_mixed_precision_params(mixed, wrapper.module)
     names = wrapper._build_debug_param_to_name_mapping(parameters)
     wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
     wrapper._has_rebuilt_buckets = False
+    reducer, logger = wrapper.reducer, wrapper.logger
+    assert logger is not None
     if mixed is not None:
-        wrapper.reducer._set_mixed_precision_param_dtype(mixed.param_dtype)
+        reducer._set_mixed_precision_param_dtype(mixed.param_dtype)  # type: ignore[attr-defined]
     if wrapper.static_graph:
         wrapper._static_graph_delay_allreduce_enqueued = False
-        wrapper.reducer._set_static_graph()
-        wrapper.logger._set_static_graph()
+        reducer._set_static_graph()
+        logger._set_static_graph()
     for hook, state in _hooks_of(wrapper):
-        wrapper.logger._set_comm_hook_name(hook.__qualname__)
-        dist._register_comm_hook(wrapper.reducer, state, hook)
+        logger._set_comm_hook_name(hook.__qualname__)
+        _register_comm_hook(reducer, state, hook)
     if builtin is not None:
         wrapper._register_builtin_comm_hook(builtin)
     if getattr(wrapper, "_accum_grad_hooks", None):
@@ -123,10 +146,12 @@ def _hooks_of(
     return list(getattr(wrapper, "_comm_hooks", ()))
 
 
-def _builtin_hook(wrapper: DistributedDataParallel) -> dist.BuiltinCommHookType | None:
-    """The hook that DDP has built in, which only its log tells."""
+def _builtin_hook(wrapper: DistributedDataParallel) -> object:
+    """The hook that DDP has built in, which only its log tells; None without one."""
+    from torch._C._distributed_c10d import BuiltinCommHookType
+
     name = wrapper._get_ddp_logging_data().get("comm_hook", "").rpartition(".")[2]
-    return None if _hooks_of(wrapper) else dist.BuiltinCommHookType.__members__.get(name)
+    return None if _hooks_of(wrapper) else getattr(BuiltinCommHookType, name, None)
 
 
 def _make_python_hooks_again(wrapper: DistributedDataParallel) -> None:

@@ -171,7 +171,8 @@ class Phases:
         self._waits = False  # whether the first tick of an epoch waits for begin()
         try:
             if resume is not None:
-                self.load_state_dict(resume)
+                with self._together.all_or_none(StoreError, "going on from a checkpoint"):
+                    self.load_state_dict(resume)
             agree_before(self._together, unwrap(net), self.optimizers, ignored_by(wrappers_of(net)))
             if resume is None and self._by_itself and _RESUMED not in meta_of(unwrap(net)):
                 self.begin_tick(0)
