@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..aliases import Group
 from ..errors import TransitionError
 from ..phase import Phase
-from ..processes import Processes, agree, digest_of
+from ..processes import Processes, agree, digest_of, outlined
 from ..rewrite import SiteGroup, Switched, switched_modules
 from .groups import State
 from .replace import parameters_of
@@ -87,11 +87,11 @@ def _named(root: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Parame
 
 def _held(named: Mapping[str, Parameter], optimizers: Sequence[Optimizer]) -> dict[str, object]:
     """The parameters, and what the optimizers keep of each."""
-    held: dict[str, object] = {name: p.detach() for name, p in named.items()}
+    held: dict[str, object] = {name: outlined(p.detach()) for name, p in named.items()}
     for optimizer in optimizers:
         for name, p in named.items():
             state: State = optimizer.state.get(p, {})
-            held |= {f"{key} of {name}": value for key, value in state.items()}
+            held |= {f"{key} of {name}": outlined(value) for key, value in state.items()}
     return held
 
 

@@ -17,6 +17,7 @@ from ..checks import checked_path
 from ..errors import PlanError, StoreError
 from ..phase import Phase
 from ..plan import Plan, fit_plan
+from ..processes import Processes, is_sharded, processes_training, whole
 from ..rewrite import factorize_, in_format_of, inline_, plan_of, specialize_, switched_modules
 from ..tracing import Capture, ExampleInputs, capture, is_captured, load_state_, meta_of, shell, unwrap
 from .groups import in_slots, optimizers_in
@@ -31,6 +32,9 @@ def save(net: nn.Module, folder: str | Path) -> None:
 
     It holds ``plan.json``, which may be edited, ``weights.safetensors``, and ``graph.txt``, to be read by people.
 
+    Of a net that ``fully_shard`` has sharded all processes call this: weights are gathered one after the other, and the
+    first process writes them.
+
     Args:
         net: What ``transform`` made, in any phase.
         folder: Where to write; a folder that ``save`` wrote before is replaced.
@@ -40,11 +44,31 @@ def save(net: nn.Module, folder: str | Path) -> None:
         StoreError: Where the disk refuses, or the folder holds other files.
     """
     root, folder = _root(net), checked_path(folder)
+    if not any(is_sharded(module) for module in root.modules()):
+        _write(root, folder, state_of(root))
+        return
+    processes = processes_training(root)
+    state = _gathered(root, processes)
+    processes.from_one(0, lambda: _write(root, folder, state), StoreError, "saving")
+
+
+def _write(root: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     check_place(folder)
     with files.replacing_folder(folder, _FILES) as new:
         files.write_text(new / _PLAN, plan_of(root).to_json(), final=folder / _PLAN)
-        store.write(new / _WEIGHTS, state_of(root), info_of(root), final=folder / _WEIGHTS)
+        store.write(new / _WEIGHTS, state, info_of(root), final=folder / _WEIGHTS)
         files.write_text(new / _GRAPH, graph_text(root), final=folder / _GRAPH)
+
+
+def _gathered(root: nn.Module, processes: Processes) -> dict[str, Tensor]:
+    """The state of a net in parts, whole and on the CPU in the first process; tied weights stay one tensor."""
+    state, known = dict[str, Tensor](), dict[int, Tensor]()
+    for name, value in state_of(root).items():
+        if id(value) not in known:
+            full = whole(value.detach())
+            known[id(value)] = full.cpu() if processes.first else full.new_empty(0)
+        state[name] = known[id(value)]
+    return state
 
 
 def check_place(folder: Path) -> None:
@@ -171,8 +195,13 @@ def _enter_saved(net: nn.Module, info: JsonObject, optimizer: Optimizer | None) 
 
 
 def graph_text(net: nn.Module) -> str:
-    """The rewritten graph as readable text: the net's own code, and the same with every site's operations inlined."""
+    """The rewritten graph as readable text: the net's own code, and the same with every site's operations inlined.
+
+    The second takes a copy of the net, and there is none where it is sharded.
+    """
     root = _root(net)
+    if any(is_sharded(module) for module in root.modules()):
+        return "\n".join(("# One call per site, as it trains:", *_code(root), ""))
     return "\n".join(
         (
             "# One call per site, as it trains:",

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..layouts import Factors, Layout, at_least_float32
+from ..processes import own
 
 
 class StepNotes:
@@ -36,7 +37,7 @@ class StepNotes:
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.used = {
-            id(p): (weakref.ref(p.grad), p.grad._version)
+            id(p): (weakref.ref(p.grad), _version(p.grad))
             for group in optimizer.param_groups
             for p in group["params"]
             if p.grad is not None
@@ -45,7 +46,12 @@ class StepNotes:
     def has_used(self, parameter: Parameter) -> bool:
         """Whether the last step used the very gradient that is there now."""
         gradient, (ref, version) = parameter.grad, self.used.get(id(parameter), (None, 0))
-        return ref is not None and gradient is not None and ref() is gradient and version == gradient._version
+        return ref is not None and gradient is not None and ref() is gradient and version == _version(gradient)
+
+
+def _version(gradient: Tensor) -> int:
+    """How often it was written to; FSDP2 adds to what this process has of one."""
+    return own(gradient)._version
 
 
 def note_steps(optimizer: Optimizer) -> StepNotes:
@@ -65,20 +71,25 @@ def forget_steps(optimizer: Optimizer) -> None:
         del hooks[key]
 
 
-def pending_gradient(parameter: Parameter, optimizer: Optimizer | None) -> Tensor | None:
-    """The gradient that waits for a step; None where there is none, a stale one, or zeros."""
+def waiting_gradient(parameter: Parameter, optimizer: Optimizer | None) -> Tensor | None:
+    """The gradient, zeros too, that no step has used; None where there is none."""
     gradient = parameter.grad
     if gradient is None or (optimizer is not None and note_steps(optimizer).has_used(parameter)):
         return None
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    return dense if bool(dense.any()) else None
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def pending_gradient(parameter: Parameter, optimizer: Optimizer | None) -> Tensor | None:
+    """The gradient that waits for a step; None where there is none, a stale one, or zeros, in this process."""
+    gradient = waiting_gradient(parameter, optimizer)
+    return gradient if gradient is not None and bool(own(gradient).any()) else None
 
 
 def all_finite(net: nn.Module, optimizers: Sequence[Optimizer]) -> bool:
-    """Whether every gradient in the net, and of what else these optimizers train, is finite."""
+    """Whether every gradient in the net, and of what else these optimizers train, is finite in this process."""
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in (*net.parameters(), *trained) if p.grad is not None]
-    return all(bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()) for g in gradients)
+    return all(bool(torch.isfinite(g.coalesce().values() if g.is_sparse else own(g)).all()) for g in gradients)
 
 
 def at_factors(

@@ -94,6 +94,22 @@ def in_slots(optimizers: Iterable[Optimizer]) -> Iterator[None]:
                         group[key][:] = [value for slot in group[key] for value in slot]
 
 
+def stand_in(optimizer: Optimizer, parameter: Parameter, other: Parameter, state: State) -> None:
+    """Let another parameter be read, with this state, as if it stood in the place of one of these, until
+    ``stand_back``; the groups are in slots, and stay as they are.
+    """
+    place = _SLOTS[optimizer].get(id(parameter))
+    if place is not None:
+        _SLOTS[optimizer][id(other)] = place
+        optimizer.state[other] = state
+
+
+def stand_back(optimizer: Optimizer, other: Parameter) -> None:
+    """Forget a parameter that stood in the place of one."""
+    _SLOTS[optimizer].pop(id(other), None)
+    optimizer.state.pop(other, None)
+
+
 def swap_parameters(
     optimizer: Optimizer,
     old: Sequence[Parameter],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import TransitionError
 from ..layouts import Factors
 from ..phase import Phase
-from ..processes import processes_of, wrappers_of
+from ..processes import is_part, own, part_as, processes_training, whole
 from ..rewrite import Switched, switched_modules
 from ..tracing import unwrap
 
@@ -44,20 +44,19 @@ def randomize_(net: nn.Module) -> None:
         raise TransitionError(
             "no site is in LOW, so that there are no factors to randomize: enter_(net, Phase.LOW) first"
         )
-    processes = processes_of(wrappers_of(net))
-    drawn = processes.from_one(0, lambda: _drawn(sites), TransitionError, "drawing random factors")
-    for site, values in zip(sites, drawn, strict=True):
-        for factor, value in zip(site.factors, values, strict=False):
-            factor.copy_(value)
-
-
-def _drawn(sites: Sequence[Switched]) -> list[list[Tensor]]:
-    """For each site its own factors."""
-    drawn = []
-    norms = [site.weight.square().sum() for site in sites]
+    processes = processes_training(net)
+    # All norms before anything is drawn: a shared factor is of several weights.
+    norms = [site.joined([whole(factor) for factor in site.factors]).square().sum() for site in sites]
     for site, norm in zip(sites, norms, strict=True):
-        terms, count = site.layout.terms(site.shape, site.rank), len(site.factors)
-        deviation = float(norm / (math.prod(site.shape) * terms)) ** (0.5 / count)
-        own = site.factors if not site.owner else site.factors[:1]
-        drawn.append([torch.empty_like(factor).normal_(0.0, deviation) for factor in own])
-    return drawn
+        drawn = processes.from_one(0, partial(_drawn, site, norm), TransitionError, "drawing random factors")
+        for factor, value in zip(site.factors, drawn, strict=False):
+            own(factor).copy_(own(part_as(value, factor)) if is_part(factor) else value)
+
+
+def _drawn(site: Switched, norm: Tensor) -> list[Tensor]:
+    """For a site its own factors. norm: the square of its weight's."""
+    terms, count = site.layout.terms(site.shape, site.rank), len(site.factors)
+    deviation = float(norm / (math.prod(site.shape) * terms)) ** (0.5 / count)
+    factors = site.factors if not site.owner else site.factors[:1]
+    empty = [own(each).new_empty(each.shape) if is_part(each) else torch.empty_like(each) for each in factors]
+    return [each.normal_(0.0, deviation) for each in empty]

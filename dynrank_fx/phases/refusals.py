@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 
 from ..errors import TransitionError
 from ..phase import Phase
+from ..processes import Shards, is_part, own
 from ..rewrite import SiteGroup, Switched
 from .carry import Carry
-from .gradients import all_finite, pending_gradient
+from .gradients import pending_gradient
 from .groups import holder_in, holders_of
 from .replace import parameters_of
-from .sharding import refuse_fully_sharded, refuse_sharded
+from .sharding import refuse_unreached
 
 _INSTEAD = "wrap the net in DistributedDataParallel instead"
 # By the name of the class, since DeepSpeed need not be installed.
@@ -38,7 +39,7 @@ def refuse_wrapped(net: nn.Module) -> None:
         for kind in type(module).__mro__:
             if kind.__name__ in _REFUSED:
                 raise TransitionError(f"the net is wrapped in {kind.__name__}, {_REFUSED[kind.__name__]}")
-    refuse_fully_sharded(net)
+    refuse_unreached(net)
 
 
 def refuse_untrained(sites: Mapping[str, Sequence[Switched]], optimizers: Sequence[Optimizer]) -> None:
@@ -48,6 +49,11 @@ def refuse_untrained(sites: Mapping[str, Sequence[Switched]], optimizers: Sequen
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trained = [(name, p) for name, modules in sites.items() for p in parameters_of(modules[0]) if p.requires_grad]
     lacking = [name for name, p in trained if id(p) not in held]
+    if lacking and any(is_part(p) for _, p in trained):
+        raise TransitionError(
+            f"{lacking[0]} is sharded, and no optimizer that was given holds its part: an optimizer made before "
+            "fully_shard trains parameters that are no longer the net's; make it after, and give all of them"
+        )
     if lacking and len(lacking) == len(trained):
         raise TransitionError(
             "the optimizer holds no parameter of the sites to switch: build it over the transformed net's parameters()"
@@ -61,16 +67,24 @@ def refuse_untrained(sites: Mapping[str, Sequence[Switched]], optimizers: Sequen
 
 
 def check_values(
-    root: nn.Module, groups: Iterable[SiteGroup], optimizers: Sequence[Optimizer], carry: Carry = Carry.RESET
+    groups: Iterable[SiteGroup],
+    optimizers: Sequence[Optimizer],
+    carry: Carry = Carry.RESET,
+    *,
+    shards: Shards,
+    finite: bool,
 ) -> None:
-    """Everything that can be wrong with values, before anything is touched. carry: of the optimizers' state."""
+    """Everything that can be wrong with values, before anything is touched. carry: of the optimizers' state. finite:
+    whether all gradients are.
+    """
     lost, holders = [], holders_of(optimizers)
     for group in groups:
         present = [(module, p) for module in group.firsts for p in parameters_of(module)]
+        for modules in group.sites:
+            shards.refuse(modules[0].site, modules, modules[0].parameter_names)
         optimizer = holder_in(holders, [p for _, p in present])
         for module, parameter in present:
-            refuse_sharded(module.site, parameter)
-            if not bool(torch.isfinite(parameter).all()):
+            if not bool(torch.isfinite(own(parameter)).all()):
                 raise TransitionError(
                     f"{module.site} has non-finite weights: nothing was switched; look for a diverged step, and lower "
                     f"the learning rate"
@@ -79,7 +93,7 @@ def check_values(
             moments = [
                 value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape
             ]
-            if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+            if not all(bool(torch.isfinite(own(moment)).all()) for moment in moments):
                 raise TransitionError(
                     f"the optimizer's state of {module.site} is not finite: nothing was switched; look for a diverged "
                     "step, or drop the state by carry=Carry.RESET"
@@ -91,7 +105,7 @@ def check_values(
                 )
             if module.phase != int(Phase.FULL) and pending_gradient(parameter, optimizer) is not None:
                 lost.append(module.site)
-    if lost and all_finite(root, optimizers):
+    if lost and finite:
         raise TransitionError(
             f"{lost[0]} has a pending gradient at its factors, which does not tell that of another phase: step the "
             "optimizer or call its zero_grad() before the switch; gradients that a step has used are known from the "

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from ..files import scratch
 from ..phase import Phase
+from ..processes import Outline, Shards, own
 from ..rewrite import Switched
 from .groups import State, place_of, put_back, swap_parameters
-from .sharding import refuse_sharded
 
 
 def parameters_of(module: Switched) -> tuple[Parameter, ...]:
@@ -32,17 +33,19 @@ def replace_parameters(
     optimizer: Optimizer | None,
     states: Sequence[State],
     base: Tensor | None = None,
+    shards: Shards | None = None,
 ) -> None:
-    """The one place where parameters change: in every module of the site, and in the optimizer.
+    """The one place where parameters change: in every module of the site, in what FSDP2 holds of them, and in the
+    optimizer.
 
     new: the parameters of ``phase`` by name. optimizer: the one that trains the old ones. states: its states of the new
-    ones, in the same order. base: that of an ADAPTOR. Raises TransitionError for a DTensor.
+    ones, in the same order. base: that of an ADAPTOR. shards: where the net is sharded; the new ones are parts then.
     """
     old = parameters_of(modules[0])
-    for parameter in old:
-        refuse_sharded(modules[0].site, parameter)
     for module in modules:
         module.hold(phase, new, base)
+    if shards:
+        shards.replace(modules, ("weight", *modules[0].layout.factor_names), new)
     if optimizer is not None:
         swap_parameters(optimizer, old, list(new.values()), states, list(new))
 
@@ -50,7 +53,7 @@ def replace_parameters(
 @dataclass(frozen=True)
 class _Entry:
     """What one site had before its switch, the values apart. optimizer: the one that trained it. places: (group, index,
-    name) of each there.
+    name) of each there. outlines: of what was in parts, in the order of the record's leaves.
     """
 
     modules: Sequence[Switched]
@@ -60,6 +63,7 @@ class _Entry:
     old: list[weakref.ref[Parameter]]
     requires_grad: list[bool]
     places: list[tuple[int, int, str] | None]
+    outlines: list[Outline | None] = field(default_factory=list)
 
 
 class Journal:
@@ -68,10 +72,15 @@ class Journal:
 
     In memory it would double the peak of a switch. Leaving the ``with`` block by an exception puts everything back:
     into the same Parameter objects where somebody still holds them, and in the same places of the optimizer's groups.
+    Of what several processes hold in parts each keeps its own.
+
+    Args:
+        shards: Where the net, or an average of it, is sharded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shards: Shards) -> None:
         self.entries: list[_Entry] = []
+        self.shards = shards
         self._scratch = scratch("dynrank-undo-")
 
     def __enter__(self) -> Journal:
@@ -89,15 +98,19 @@ class Journal:
         states = [dict(optimizer.state.get(p, {})) if optimizer else {} for p in old]
         values, base = [p.detach() for p in old], modules[0]._buffers["base"]
         record = {"values": values, "gradients": list(gradients), "states": states, "base": base}
+        leaves, spec = pytree.tree_flatten(record)
+        outlines = [Outline.of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        parts = [own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
-            torch.save(record, self._path(len(self.entries)))
+            torch.save(pytree.tree_unflatten(parts, spec), self._path(len(self.entries)))
         except RuntimeError as error:  # what torch makes of a full disk
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
             raise OSError(f"{self.folder} cannot be written to, its disk may be full") from error
         refs, grads = [weakref.ref(p) for p in old], [p.requires_grad for p in old]
         places = [place_of(optimizer, p) if optimizer else None for p in old]
-        self.entries.append(_Entry(modules, optimizer, modules[0].phase, modules[0].rank, refs, grads, places))
+        module = modules[0]
+        self.entries.append(_Entry(modules, optimizer, module.phase, module.rank, refs, grads, places, outlines))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index}.pt"
@@ -106,9 +119,18 @@ class Journal:
         try:
             if error is not None:
                 for index, entry in reversed(list(enumerate(self.entries))):
-                    self._undo(entry, torch.load(self._path(index), weights_only=True))
+                    self._undo(entry, self._record(index, entry))
         finally:
             self._scratch.__exit__(None, None, None)
+
+    def _record(self, index: int, entry: _Entry) -> State:
+        leaves, spec = pytree.tree_flatten(torch.load(self._path(index), weights_only=True))
+        parts = [
+            leaf if outline is None else outline.around(leaf)
+            for leaf, outline in zip(leaves, entry.outlines, strict=True)
+        ]
+        record: State = pytree.tree_unflatten(parts, spec)
+        return record
 
     def _undo(self, entry: _Entry, record: State) -> None:
         old: list[Parameter] = []
@@ -122,7 +144,7 @@ class Journal:
         for module in entry.modules:
             module.rank = entry.rank
         names = entry.modules[0].names_in(Phase(entry.phase))
-        new, states = dict(zip(names, old, strict=True)), record["states"]
-        replace_parameters(entry.modules, Phase(entry.phase), new, entry.optimizer, states, record["base"])
+        new, states, base = dict(zip(names, old, strict=True)), record["states"], record["base"]
+        replace_parameters(entry.modules, Phase(entry.phase), new, entry.optimizer, states, base, self.shards)
         if entry.optimizer is not None:
             put_back(entry.optimizer, old, record["states"], entry.places)

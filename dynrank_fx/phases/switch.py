@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -22,16 +22,17 @@ from ..errors import TransitionError
 from ..files import why
 from ..layouts import full_precision
 from ..phase import ALPHA, Phase
-from ..processes import Processes, ignored_by, let_go, processes_of
+from ..processes import Processes, Shards, ignored_by, is_part, let_go, part_as, processes_of
 from ..rewrite import SiteGroup, Switched, in_format_of, specialize_
 from .agreement import agree_after, agree_before
 from .averages import near, sites_of_average
 from .carry import Carry, can_move, warn_reset
-from .gradients import at_factors, pending_gradient
-from .groups import holder_in, holders_of, in_slots
+from .gradients import all_finite, at_factors, pending_gradient, waiting_gradient
+from .groups import State, holder_in, holders_of, in_slots
 from .init import branch
 from .refusals import check_held, check_values
 from .replace import Journal, parameters_of, replace_parameters
+from .sharding import in_hand, in_parts, pending_in_parts, put_down
 from .values import Split, Value, dense_of, factors_of
 
 
@@ -90,43 +91,49 @@ class Changed:
         optimizers: All that train it.
         averages: The modules that hold averages of its weights.
         wrappers: The DDP objects that hold it.
+        shards: What FSDP2 holds of it, and of the averages.
     """
 
     root: nn.Module
     optimizers: Sequence[Optimizer] = ()
     averages: Sequence[nn.Module] = ()
     wrappers: Sequence[DistributedDataParallel] = ()
+    shards: Shards = field(default_factory=lambda: Shards(()))
 
     @property
     def processes(self) -> Processes:
         """Those that train the net."""
-        return processes_of(self.wrappers)
+        return self.shards.processes if self.shards else processes_of(self.wrappers)
 
 
 def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split | None = None) -> Transition:
     """All moves, in order, or none of them; in all processes, or in none."""
     root, optimizers, averages = changed.root, changed.optimizers, changed.averages
     processes, groups = changed.processes, list({move.group.name: move.group for move in moves}.values())
-    ignored = ignored_by(changed.wrappers)
+    ignored, shards = ignored_by(changed.wrappers), changed.shards
+    finite = _finite(changed)
     with processes.all_or_none(TransitionError, "the switch"):
         copies = [sites_of_average(average, root) for average in averages]
         # A group may move twice, by way of FULL.
-        check_values(root, groups, optimizers, carry)
+        check_values(groups, optimizers, carry, shards=shards, finite=finite)
         check_held(groups, ignored)
         for copy in copies:
-            check_values(root, [_averaged(move.group, copy) for move in moves], ())
+            check_values([_averaged(move.group, copy) for move in moves], (), shards=shards, finite=finite)
         holders = holders_of(optimizers)
         training = {move.group.name: holder_in(holders, _trained(move)) for move in moves}
         movable, carry = _movable(moves, [each for each in optimizers if each in training.values()], carry)
     agree_before(processes, root, optimizers, ignored)
+    pending = pending_in_parts(processes, groups, training)
     changes = []
     copied = [part for copy in averages for part in copy.modules() if isinstance(part, DistributedDataParallel)]
-    with let_go([*changed.wrappers, *copied]) as make_again, in_slots(optimizers), Journal() as journal:
+    with let_go([*changed.wrappers, *copied]) as make_again, in_slots(optimizers), Journal(shards) as journal:
         for turn, move in enumerate(moves):
             optimizer, what = training[move.group.name], f"the switch of {move.group.name}"
             carrying = optimizer if optimizer in movable else None
-            made = partial(_made, move, carrying, copies, split)
-            news = processes.from_one(turn % processes.count, made, TransitionError, what)
+            made, source = partial(_made, move, carrying, copies, split, in_parts(move.group)), turn % processes.count
+            held = [move.group, *(_averaged(move.group, copy) for copy in copies)]
+            with in_hand(held, carrying, pending, here=processes.rank == source):
+                news = processes.from_one(source, made, TransitionError, what)
             with processes.all_or_none(TransitionError, what), _room_for(move.group):
                 changes += _install(move, news, optimizer, copies, journal)
         with processes.all_or_none(TransitionError, "making DistributedDataParallel anew"):
@@ -135,6 +142,16 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
     for net in (root, *averages):
         specialize_(net)
     return Transition(tuple(changes), carry if optimizers else None)
+
+
+def _finite(changed: Changed) -> bool:
+    """Whether all gradients are finite: of a net in parts, in all processes."""
+    finite = all_finite(changed.root, changed.optimizers)
+    if not changed.shards:
+        return finite
+    unsound = torch.tensor(int(not finite))
+    changed.processes.sum_([unsound])
+    return not int(unsound)
 
 
 @contextmanager
@@ -174,18 +191,26 @@ class _News(NamedTuple):
     """What the sites of a group become, one entry each: what one process computes, and sends to the others.
 
     values: of the new parameters, with their optimizer states. bases: of an ADAPTOR. errors: of the weights.
+    gradients: of the new parameters, where all processes have them together.
     """
 
     values: list[list[Value]]
     bases: list[Tensor | None]
     errors: list[float]
+    gradients: list[list[Tensor | None]] | None = None
 
 
 @torch.no_grad()
 def _made(
-    move: Move, optimizer: Optimizer | None, copies: Sequence[Mapping[str, Sequence[Switched]]], split: Split | None
+    move: Move,
+    optimizer: Optimizer | None,
+    copies: Sequence[Mapping[str, Sequence[Switched]]],
+    split: Split | None,
+    parts: bool,
 ) -> list[_News]:
-    """For the net, and for each of its averages. optimizer: whose state goes along."""
+    """For the net, and for each of its averages. optimizer: whose state goes along. parts: whether the sites are put
+    together of parts, with their pending gradients.
+    """
     group, phase = move.group, move.phase
     firsts, owner, layout = group.firsts, group.owner, group.layout
     # A branch that starts at zero has no moments to take over, and its own say little of the weight that it ends in.
@@ -210,7 +235,8 @@ def _made(
         errors = [_error(now, old) for now, old in zip(new_weights, old_weights, strict=True)]
         values = [[value for value, _ in each] for each in new]
         averages = [_made_of_average(move, _averaged(group, copy), values) for copy in copies]
-    return [_News(new, _bases(move, old_weights), errors), *averages]
+        gradients = _gradients(move, None, new) if parts else None
+    return [_News(new, _bases(move, old_weights), errors, gradients), *averages]
 
 
 def _error(now: Tensor, old: Tensor) -> float:
@@ -250,7 +276,7 @@ def _install(
     for copy, new in zip(copies, of_averages, strict=True):
         for modules, values, base in zip(_averaged(move.group, copy).sites, new.values, new.bases, strict=True):
             _put(modules, move, values, [None] * len(values), base, None, journal)
-    gradients = _gradients(move, optimizer, own.values)
+    gradients = _gradients(move, optimizer, own.values) if own.gradients is None else own.gradients
     changes = []
     for modules, values, grads, base, error in zip(
         move.group.sites, own.values, gradients, own.bases, own.errors, strict=True
@@ -273,15 +299,27 @@ def _put(
     """New parameters for one site, all of whose modules are given; their names."""
     old, names = parameters_of(modules[0]), modules[0].names_in(move.phase)
     base = None if base is None else in_format_of(base, old)
-    parameters = [Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value, _ in values]
+    parameters, states = _parameters(modules[0], names, values, old, journal.shards)
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = None if gradient is None else in_format_of(gradient.to(parameter.dtype), [parameter])
-    journal.keep(modules, old, optimizer, [pending_gradient(p, optimizer) for p in old])
+        if gradient is not None:
+            cut = part_as(gradient, parameter) if is_part(parameter) else in_format_of(gradient, [parameter])
+            parameter.grad = cut.to(parameter.dtype)
+    journal.keep(modules, old, optimizer, [waiting_gradient(p, optimizer) for p in old])
     for module in modules:
         module.rank = move.rank
     new = dict(zip(names, parameters, strict=True))
-    replace_parameters(modules, move.phase, new, optimizer, [state for _, state in values], base)
+    replace_parameters(modules, move.phase, new, optimizer, states, base, journal.shards)
     return names
+
+
+def _parameters(
+    module: Switched, names: Sequence[str], values: Sequence[Value], old: Sequence[Parameter], shards: Shards
+) -> tuple[list[Parameter], list[State]]:
+    """New parameters of a site, with their optimizer states, as the old ones are: whole, or in parts."""
+    if is_part(old[0]):
+        return put_down(module, names, values, old[0], shards)
+    new = [Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value, _ in values]
+    return new, [state for _, state in values]
 
 
 def _gradients(move: Move, optimizer: Optimizer | None, new: Sequence[Sequence[Value]]) -> list[list[Tensor | None]]:

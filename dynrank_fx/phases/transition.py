@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import PlanError, TransitionError
 from ..phase import Phase
 from ..plan import Plan, checked_plan
-from ..processes import check_wrapper, processes_of, wrappers_of
+from ..processes import Shards, check_wrapper, processes_training, wrappers_of
 from ..rewrite import SiteGroup, plan_of, set_plan, site_groups, specialize_, switched_modules
 from ..schedules import Setting
 from ..tracing import is_captured, meta_of, unwrap
@@ -67,10 +66,9 @@ def enter_(
     Warns:
         DynrankWarning: Where the optimizer's state was reset since it could not be moved.
     """
-    wrappers = wrappers_of(net)
-    processes = processes_of(wrappers)
+    processes = processes_training(net)
     with processes.all_or_none(TransitionError, "the switch"):
-        changed = _checked(net, optimizer, averages, carry, wrappers)
+        changed = _checked(net, optimizer, averages, carry)
         sites = switched_modules(changed.root)
         if not sites:
             raise TransitionError(
@@ -92,16 +90,19 @@ def _checked(
     optimizer: Optimizers | None,
     averages: object,
     carry: Carry,
-    wrappers: Sequence[DistributedDataParallel],
 ) -> Changed:
     """What a switch is to change, if it can."""
     checked_carry(carry)
     refuse_inference()
     refuse_wrapped(net)
+    wrappers = wrappers_of(net)
     for wrapper in wrappers:
         check_wrapper(wrapper)
     root = unwrap(net)
-    changed = Changed(root, optimizers_in(optimizer), averages_of(averages, root), wrappers)
+    copies = averages_of(averages, root)
+    shards = Shards([root, *copies])
+    shards.settle()
+    changed = Changed(root, optimizers_in(optimizer), copies, wrappers, shards)
     refuse_untrained(switched_modules(root), changed.optimizers)
     for each in changed.optimizers:
         note_steps(each)
@@ -146,10 +147,9 @@ def replan_(
         PlanError: Where the new plan has other sites or layouts.
         TransitionError: As ``enter_`` does.
     """
-    wrappers = wrappers_of(net)
-    processes = processes_of(wrappers)
+    processes = processes_training(net)
     with processes.all_or_none(TransitionError, "the change of ranks"):
-        changed = _checked(net, optimizer, averages, carry, wrappers)
+        changed = _checked(net, optimizer, averages, carry)
         root, copies = changed.root, changed.averages
         old, sites = plan_of(root), switched_modules(root)
         same = [[(row.site.name, row.layout, row.sharing) for row in each.sites] for each in (checked_plan(plan), old)]

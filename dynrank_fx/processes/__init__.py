@@ -4,20 +4,30 @@ be equal is compared.
 
 from .agreement import agree
 from .digests import Digest, digest_of, unequal
+from .shards import Outline, Shards, is_part, is_sharded, outlined, own, part_as, whole
 from .together import ALONE, Processes, started
-from .wrappers import check_wrapper, ignored_by, let_go, processes_of, wrappers_of
+from .wrappers import check_wrapper, ignored_by, let_go, processes_of, processes_training, wrappers_of
 
 __all__ = [
     "ALONE",
     "Digest",
+    "Outline",
     "Processes",
+    "Shards",
     "agree",
     "check_wrapper",
     "digest_of",
     "ignored_by",
+    "is_part",
+    "is_sharded",
     "let_go",
+    "outlined",
+    "own",
+    "part_as",
     "processes_of",
+    "processes_training",
     "started",
     "unequal",
+    "whole",
     "wrappers_of",
 ]

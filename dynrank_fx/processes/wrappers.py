@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _setup_mixed_precision_params
 
 from ..errors import TransitionError
+from .shards import Shards, is_sharded
 from .together import ALONE, Processes
 
 
@@ -31,11 +32,21 @@ def wrappers_of(net: nn.Module) -> list[DistributedDataParallel]:
     """
     if not (dist.is_available() and dist.is_initialized() and isinstance(net, nn.Module)):
         return []
+    if any(is_sharded(module) for module in net.modules()):
+        return []  # fully_shard averages their gradients itself
     given = [module for module in net.modules() if isinstance(module, DistributedDataParallel)]
     if given:
         return given
     alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     return [wrapper for wrapper in alive if any(module is net for module in wrapper.modules())]
+
+
+def processes_training(net: nn.Module) -> Processes:
+    """The processes that train this net together, as DistributedDataParallel or fully_shard has it; one alone where
+    neither does. Raises TransitionError where they are several groups.
+    """
+    shards = Shards([net])
+    return shards.processes if shards else processes_of(wrappers_of(net))
 
 
 def processes_of(wrappers: Sequence[DistributedDataParallel]) -> Processes:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..layouts import Layout
 from ..ops import Shape
+from ..phase import Phase
+from ..processes import whole
 from ..tracing import unwrap
 from .switched import Switched, switched_modules
 
@@ -65,9 +67,18 @@ class SiteGroup:
 
     @property
     def weight(self) -> Tensor:
-        """What the right factor is of: the weights of all sites, one above the other, dense in every phase."""
-        weights = [module.weight.detach() for module in self.firsts]
+        """What the right factor is of: the weights of all sites, one above the other, dense in every phase. Where
+        several processes hold parts of them, all ask for it.
+        """
+        weights = [_dense(module) for module in self.firsts]
         return torch.cat(weights) if self.shared else weights[0]
+
+
+def _dense(module: Switched) -> Tensor:
+    """The dense weight of a site, also where it is in parts."""
+    if module.phase == int(Phase.FULL):
+        return whole(module.weight.detach())
+    return module.joined([whole(factor.detach()) for factor in module.factors], module._buffers["base"])
 
 
 def site_groups(net: nn.Module, names: Iterable[str] | None = None) -> list[SiteGroup]:

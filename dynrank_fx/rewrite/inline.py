@@ -13,7 +13,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..errors import PlanError
 from ..ops import has_hooks
 from ..phase import Phase
-from ..tracing import Net, attribute, copy_graph, drop_dead_reads, forget_meta, meta_of, set_submodule, unwrap
+from ..tracing import (
+    Net,
+    attribute,
+    copy_graph,
+    drop_dead_reads,
+    forget_meta,
+    meta_of,
+    refuse_parts,
+    set_submodule,
+    unwrap,
+)
 from .layers import as_layers_, as_sequence
 from .loading import forget_states_
 from .switched import STEM, TIED, Switched
@@ -38,6 +48,7 @@ def inline(net: nn.Module) -> nn.Module:
     source = unwrap(net)
     if not holds_captured(source):
         raise PlanError(f"{type(net).__name__} cannot be inlined: it was not made by transform or factorize")
+    refuse_parts(source)
     return inline_(copy.deepcopy(source))
 
 

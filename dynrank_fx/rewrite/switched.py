@@ -15,6 +15,7 @@ from ..errors import TransitionError
 from ..layouts import Layout, TwoFactors, product_singular_values, singular_values
 from ..ops import Op, Operand, Shape
 from ..phase import ALPHA, Phase
+from ..processes import whole
 
 _FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
 TIED = "_tied_weights_keys"  # Hugging Face's: the names of a module's parameters that another one holds too
@@ -192,10 +193,15 @@ class Switched(nn.Module):
         )
 
     def spectrum(self) -> Tensor:
-        """Singular values per group [g, k] in float64 of the weight that the site stands for."""
-        if self.phase in (_FULL, _ADAPTOR) or not isinstance(self.layout, TwoFactors):
-            return singular_values(self.layout.to_matrix(self.weight.detach()))
-        left, right = self.layout.to_matrices(tuple(factor.detach() for factor in self.factors))
+        """Singular values per group [g, k] in float64 of the weight that the site stands for. Where several processes
+        hold parts of it, all call this.
+        """
+        if self.phase == _FULL:
+            return singular_values(self.layout.to_matrix(whole(self.weight.detach())))
+        factors = tuple(whole(factor.detach()) for factor in self.factors)
+        if self.phase == _ADAPTOR or not isinstance(self.layout, TwoFactors):
+            return singular_values(self.layout.to_matrix(self.joined(factors, self._buffers["base"])))
+        left, right = self.layout.to_matrices(factors)
         return product_singular_values(left, right)
 
 

@@ -38,7 +38,7 @@ from .net import (
     untraced,
     unwrap,
 )
-from .shell import own_, shell
+from .shell import own_, refuse_parts, shell
 from .state import load_state_
 from .statistics import infinite_statistic, is_statistic
 
@@ -83,6 +83,7 @@ __all__ = [
     "origin",
     "own_",
     "quiet",
+    "refuse_parts",
     "regions",
     "same_buffers",
     "same_values",

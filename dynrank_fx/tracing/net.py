@@ -85,12 +85,29 @@ class Net(fx.GraphModule):
         if key not in self._codes:
             self._graph = self.graphs[self.training]
             self.recompile()
-            self._codes[key] = type(self).forward
-        type(self).forward = self._codes[key]
+            self._codes[key] = self._generated.forward
+        self._generated.forward = self._codes[key]
         self._graph = self.graphs[self.training]
         codegen = self._graph._codegen
         if isinstance(codegen, fx.graph._PyTreeCodeGen):  # the code reads these; the other graph's may differ
             self._in_spec, self._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+
+    @property
+    def _generated(self) -> type[Net]:
+        """The class of this object alone, which fx makes to hold its code; fully_shard puts another before it."""
+        kinds = type(self).__mro__
+        return kinds[kinds.index(Net) - 1]
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """As in fx, whose code goes to the generated class and not to what stands before it: called there it would call
+        itself without end.
+        """
+        kind = type(self)
+        self.__class__ = self._generated
+        try:
+            return super().recompile()
+        finally:
+            self.__class__ = kind
 
     def train(self, mode: bool = True) -> Net:
         """As in torch, and the graph of that mode runs. Raises CaptureError for a graph exported in one mode."""

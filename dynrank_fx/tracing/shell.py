@@ -17,6 +17,7 @@ def shell(model: nn.Module) -> nn.Module:
     model; what is written into a weight does, so run it inside ``same_values``. Raises CaptureError for what cannot be
     copied.
     """
+    refuse_parts(model)
     try:
         return copy.deepcopy(model, same_parameters(model))
     except Exception as error:  # whatever the model's own __deepcopy__ raises
@@ -24,6 +25,16 @@ def shell(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({first_line(error)}); the pass works on a copy, so make the "
             f"model support copy.deepcopy"
         ) from error
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise CaptureError for a model of which each process has a part only."""
+    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+        raise CaptureError(
+            "the net is sharded by fully_shard, and no process has all of it to copy: save it from all processes, "
+            "dr.save(net, folder), and go on in one with dr.load(folder, model); what is to be captured is transformed "
+            "before it is sharded"
+        )
 
 
 def same_parameters(model: nn.Module) -> dict[int, object]:

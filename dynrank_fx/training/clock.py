@@ -211,7 +211,8 @@ def refuse_unwrapped(processes: Processes) -> None:
     if count > 1 and processes.count == 1:
         raise TransitionError(
             f"{count} processes run, and the net is wrapped in nothing that averages their gradients, so that each "
-            "would train a model of its own: wrap what transform made in DistributedDataParallel, and give that"
+            "would train a model of its own: wrap what transform made in DistributedDataParallel and give that, or "
+            "shard it by fully_shard"
         )
 
 

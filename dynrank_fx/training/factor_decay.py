@@ -22,6 +22,7 @@ from ..errors import TransitionError
 from ..layouts import TwoFactors
 from ..phase import Phase
 from ..phases import Optimizers, optimizers_in
+from ..processes import is_part, part_as, whole
 from ..rewrite import Switched, holds_captured, switched_modules
 from ..tracing import unwrap
 
@@ -125,13 +126,14 @@ class FactorDecay:
 
 
 def _decay_of(site: Switched) -> tuple[Tensor, ...]:
-    """Half the gradients of ‖W‖_F² at the factors: for two, B AAᵀ and BᵀB A."""
-    layout = site.layout
-    if not isinstance(layout, TwoFactors):
-        factors = tuple(factor.detach() for factor in site.factors)
-        return layout.pulled_back(factors, layout.join(factors))
-    B, A = layout.to_matrices(site.factors)
-    return layout.from_matrices((B @ (A @ A.mT), (B.mT @ B) @ A), site.shape)
+    """Half the gradients of ‖W‖_F² at the factors: for two, B AAᵀ and BᵀB A. Of factors in parts their parts."""
+    layout, factors = site.layout, tuple(whole(factor.detach()) for factor in site.factors)
+    if isinstance(layout, TwoFactors):
+        B, A = layout.to_matrices(factors)
+        decay = layout.from_matrices((B @ (A @ A.mT), (B.mT @ B) @ A), site.shape)
+    else:
+        decay = layout.pulled_back(factors, layout.join(factors))
+    return tuple(part_as(each, p) if is_part(p) else each for each, p in zip(decay, site.factors, strict=True))
 
 
 def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, Group, Tensor]]) -> None:

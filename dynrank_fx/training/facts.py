@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,10 +17,10 @@ from ..errors import DynrankWarning, ScheduleError
 from ..phase import Phase
 from ..phases import optimizers_in, phases_of
 from ..plan import PlannedSite
-from ..rewrite import plan_of, switched_modules
+from ..rewrite import plan_of
 from ..schedules import SiteState, TrainState
-from ..tracing import unwrap
 from .clock import Clock
+from .deciding import SitesSpectra
 
 
 def train_state(
@@ -86,7 +86,7 @@ def state_at(
         sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low, groups, row.sharing)
     known = (*rates, *planned) if planned and len(rates) == tick else ()
     lr = planned[0] if planned else float(optimizer.param_groups[0]["lr"])
-    return TrainState(tick, ticks, lr, _Spectra(net), spent, known, sites, unit)
+    return TrainState(tick, ticks, lr, SitesSpectra(net), spent, known, sites, unit)
 
 
 def check_scheduler(lr_scheduler: LRScheduler | None, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -141,26 +141,6 @@ def _costs(row: PlannedSite, total_flops: int | None, total_params: int) -> tupl
     if total_flops:
         return (row.site.flops or 0) / total_flops, (row.flops or 0) / total_flops
     return row.site.params / total_params, row.params / total_params
-
-
-class _Spectra(Mapping[str, tuple[float, ...]]):
-    """Singular values by site, computed when a schedule looks at them."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._sites = switched_modules(unwrap(net))
-        self._known: dict[str, tuple[float, ...]] = {}
-
-    def __getitem__(self, name: str) -> tuple[float, ...]:
-        if name not in self._known:
-            values = self._sites[name][0].spectrum().flatten().sort(descending=True).values
-            self._known[name] = tuple(values.tolist())
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
 
 
 def planned_rates(

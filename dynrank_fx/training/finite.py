@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..processes import own
 from ..tracing import is_statistic
 
 
@@ -18,7 +19,7 @@ def infinite_buffers(net: nn.Module) -> frozenset[str]:
 
 
 def not_finite(net: nn.Module, optimizers: Iterable[Optimizer], *, but: frozenset[str]) -> str | None:
-    """The first weight, buffer or state of an optimizer that is not finite, but for these buffers."""
+    """The first weight, buffer or state of an optimizer that is not finite in this process, but for these buffers."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     held: list[tuple[str, object]] = [(name, parameter) for parameter, name in names.items()]
     held += [(name, buffer) for name, buffer in net.named_buffers() if name not in but]
@@ -28,4 +29,4 @@ def not_finite(net: nn.Module, optimizers: Iterable[Optimizer], *, but: frozense
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     ]
-    return next((name for name, t in held if isinstance(t, Tensor) and not torch.isfinite(t).all()), None)
+    return next((name for name, t in held if isinstance(t, Tensor) and not torch.isfinite(own(t)).all()), None)

@@ -27,6 +27,7 @@ from ..errors import StoreError
 from ..layouts import Factors, Layout, at_least_float32, full_precision
 from ..phase import Phase
 from ..phases import Optimizers, optimizers_in, phases_in
+from ..processes import is_part, own, part_as
 from ..rewrite import SiteGroup, site_groups
 from ..schedules import Schedule, TrainState
 
@@ -101,9 +102,7 @@ class Landing:
 
     @torch.no_grad()
     def _shrink(self, group: SiteGroup, c: float) -> None:
-        weights = [module._parameters["weight"] for module in group.firsts]
-        stacked = torch.cat([w for w in weights if w is not None]) if group.shared else weights[0]
-        assert stacked is not None
+        stacked = group.weight
         # Diverged: whoever trains will say so, and better.
         W = torch.nan_to_num(at_least_float32(stacked), 0.0, 0.0, 0.0)
         with full_precision():
@@ -111,9 +110,10 @@ class Landing:
             kept, self.bases[group.name] = group.layout.followed(W, group.owner.rank, last)
             new = torch.lerp(at_least_float32(stacked), kept, c)
         sizes = [module.shape[0] for module in group.firsts]
-        for weight, part in zip(weights, new.split(sizes) if group.shared else [new], strict=True):
+        for module, part in zip(group.firsts, new.split(sizes) if group.shared else [new], strict=True):
+            weight = module._parameters["weight"]
             assert weight is not None
-            weight.copy_(part)
+            own(weight).copy_(own(part_as(part, weight)) if is_part(weight) else part)
 
     def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
         """The factors that a landing came to, fitted to the weight once more; None where the plain cut finds them."""

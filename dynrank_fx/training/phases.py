@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -34,11 +34,12 @@ from ..phases import (
     refuse_wrapped,
     replan_,
 )
-from ..processes import agree, ignored_by, processes_of, wrappers_of
+from ..processes import agree, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import meta_of, note, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
+from .deciding import decided
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
 from .finite import infinite_buffers, not_finite
@@ -126,7 +127,7 @@ class Phases:
         if not isinstance(net, nn.Module):
             raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
         refuse_wrapped(net)
-        self._together = processes_of(wrappers_of(net))
+        self._together = processes_training(net)
         refuse_unwrapped(self._together)
         kinds = (
             ("clock", clock, Clock),
@@ -292,8 +293,7 @@ class Phases:
         if clock.every is not None:
             self.step = clock.start(tick)
         state = self._state(tick, stepped)
-        # Spectra differ from process to process in their last digits, and what a schedule draws at random in all.
-        setting = self._from_first(lambda: _plain(self.schedule(state)))
+        setting = decided(self._together, state, lambda: _plain(self.schedule(state)))
         before = phases_of(self.net)
         asked = phases_in(setting, before) if before else {}
         changing = [name for name, phase in asked.items() if phase is not before[name]]
@@ -303,7 +303,7 @@ class Phases:
         phases = phases_of(self.net)
         cuts: dict[str, int] = {}
         if self.landing is not None and clock.every is not None:
-            cuts = self._from_first(lambda: epochs_to_cut(self.schedule, state, phases))
+            cuts = decided(self._together, state, lambda: epochs_to_cut(self.schedule, state, phases))
             self.landing.begin({name: clock.start(tick + count) - self.step for name, count in cuts.items()})
         record = EpochRecord(
             epoch=tick,
@@ -320,10 +320,6 @@ class Phases:
         )
         self.history.append(record)
         return record
-
-    def _from_first(self, make: Callable[[], T]) -> T:
-        """What the schedule says in the first process, in all."""
-        return self._together.from_one(0, make, ScheduleError, "the schedule")
 
     def _forget(self, tick: int) -> None:
         """The records of a tick that is begun again after a stop, and of those after it."""
@@ -373,7 +369,9 @@ class Phases:
 
     def _enter(self, setting: Setting, tick: int) -> None:
         """The switch itself, and what goes with it."""
-        split = self.landing.split if self.landing is not None else None
+        # Where factors are the best ones, a landing has nothing to add, and sites in parts are cut as they lie.
+        exact = all(row.layout.exact for row in plan_of(self.net).sites)
+        split = self.landing.split if self.landing is not None and not exact else None
         self.transition = enter_(
             self.net, setting, self.optimizers, averages=self.averages, carry=self.settings.carry, split=split
         )
@@ -408,6 +406,8 @@ class Phases:
 
     def diverged(self) -> str | None:
         """What has become infinite or not a number since the ``Phases`` was made: a training that has diverged.
+
+        Of a net in parts (FSDP2) each process looks at its own, so that one may see what others do not.
 
         Returns:
             The name of the first weight, buffer or state of the optimizer that is not finite; None where all are.

@@ -12,6 +12,7 @@ from torch import nn
 import dynrank_fx as dr
 from dynrank_fx.phases import replace
 from dynrank_fx.phases.groups import in_slots
+from dynrank_fx.processes import Shards
 from dynrank_fx.rewrite import Switched, switched_modules
 
 
@@ -83,7 +84,7 @@ def test_a_journal_puts_back_values_ranks_phases_and_optimizer_after_an_error(he
     before = snapshot(net, optimizer)
     ((first,), (second,), _) = switched_modules(net).values()
     weights = [site.weight for site in (first, second)] if held else []
-    with suppress(KeyError), in_slots([optimizer]), replace.Journal() as journal:
+    with suppress(KeyError), in_slots([optimizer]), replace.Journal(Shards(())) as journal:
         for module in (first, second):
             journal.keep([module], replace.parameters_of(module), optimizer, [None])
             module.rank = 9
@@ -98,7 +99,7 @@ def test_a_journal_that_ends_well_keeps_what_was_done():
     net = chain()
     ((module,), *_) = switched_modules(net).values()
     new = factors_for(module)
-    with replace.Journal() as journal:
+    with replace.Journal(Shards(())) as journal:
         journal.keep([module], replace.parameters_of(module), None, [None])
         replace.replace_parameters([module], dr.Phase.LOW, new, None, [{}, {}])
     assert replace.parameters_of(module) == tuple(new.values())
