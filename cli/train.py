@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--clip", type=float, metavar="NORM", help="Clip the gradients of a step to this norm.")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes of train_data()'s DataLoader.")
+@click.option("--fsdp", is_flag=True, help="Each process of torchrun holds a part of every parameter (FSDP2); eager.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all random numbers.")
 @click.option(
@@ -83,10 +84,12 @@ def train(
 
     from dynrank_fx.phases import how_in, phases_of, rebuilt
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.training import Bar, Watcher, clock_of_run, fit, plan_in, restore_run_, save_run
+    from dynrank_fx.training import Bar, Watcher, clock_of_run, fit, plan_in, restore_run_, save_run, shard_
 
     from .modelfile import load_model_file
 
+    if options["fsdp"] and launch is None:
+        raise click.UsageError("--fsdp shares the parameters among processes: start them by torchrun")
     if options.get("steps") and options["epochs"]:
         raise click.UsageError("--steps is the length of a run in place of --epochs: give one of them")
     device = device_of(options["device"], launch)
@@ -117,6 +120,8 @@ def train(
         with processes.all_or_none(OfAnotherError, "beginning the run"):
             if processes.first:
                 write_run_file(folder, model_file, _plain(options), **facts)
+    if options["fsdp"]:
+        shard_(run.net, run.optimizer, device)
     clock = clock_of_run(run, task, settings)
     length = f"{clock.ticks} {clock.unit}s"
     if run.epoch >= clock.ticks:
@@ -147,7 +152,8 @@ def train(
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         say(f"wrote {folder}/; next: {then}")
         return
-    then = shlex.join([*_started_by(launch), "train", str(model_file), "--out", str(folder), "--resume"])
+    again = ["train", str(model_file), "--out", str(folder), *(["--fsdp"] if options["fsdp"] else []), "--resume"]
+    then = shlex.join([*_started_by(launch), *again])
     say(
         f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; "
         f"go on with: {then}"
@@ -227,13 +233,14 @@ def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
     """The options that the run was started with. Raises StoreError where one is given again with another value."""
     started: JsonObject = read_run_file(folder)["options"]
     for name, value in _plain(given).items():
-        said = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        said = name != "fsdp" and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if said and value != started.get(name):
             flag = "--" + name.removesuffix("_file").replace("_", "-").replace("start", "from")
             before = started.get(name)
             then = f"without {flag}" if before in (None, []) or before is False else f"with {flag} {before}"
             raise StoreError(f"the run in {folder} was started {then}: leave {flag} out, or start another run")
-    return {**_plain(given), **started}  # an older run may not know every option
+    # An older run may not know every option, and how the processes hold the net is no matter of the run.
+    return {**_plain(given), **started, "fsdp": given["fsdp"]}
 
 
 def _plain(options: Options) -> JsonObject:
@@ -261,7 +268,8 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> t
     from dynrank_fx.training import Run, Settings, Task, clock_for
 
     how = how_to_train(options)
-    net = net.to(device).train()
+    # What is to be in parts need not fit the device whole.
+    net = net.to("cpu" if options["fsdp"] else device).train()
     optimizer = file.optimizer(net.parameters())
     lr_scheduler, every_step = file.lr_scheduler(optimizer)
     steps = options.get("steps")
@@ -270,7 +278,7 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> t
         steps=steps,
         device=device,
         amp={"bf16": torch.bfloat16, "float16": torch.float16, None: None}[options["amp"]],
-        compile=not options["no_compile"],
+        compile=not (options["no_compile"] or options["fsdp"]),
         checkpoint_steps=options["checkpoint_steps"],
         accumulate=options["accumulate"],
         clip=options["clip"],

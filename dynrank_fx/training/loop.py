@@ -22,7 +22,7 @@ from ..errors import DynrankError, DynrankWarning
 from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
 from ..phases import enter_
-from ..processes import Processes, started
+from ..processes import Processes, is_part, is_sharded, own, started
 from ..randomness import random_state, set_random_state
 from ..rewrite import a_twin, inline_, switched_modules
 from ..tracing import Net
@@ -65,7 +65,8 @@ def fit(
         run.scaler = torch.amp.GradScaler(torch.device(settings.device).type)
     _begin_data(run, task)
     run.phases = phases = _phases(run, task, settings, forward)
-    if (what := phases.diverged()) is not None:
+    run.totals = run.totals.to(settings.device)
+    if (what := _diverged(run)) is not None:
         phases.remove()
         raise DynrankError(f"{what} is not finite before the first step: begin with sound weights")
     endless = _passes(run, task)
@@ -92,8 +93,14 @@ def fit(
 
 
 def _forward(run: Run, settings: Settings) -> nn.Module:
-    """What is called in training: the net, compiled, and within DistributedDataParallel where there are several."""
+    """What is called in training: the net, compiled, and within DistributedDataParallel where there are several; as it
+    is where it is in parts, which are gathered on the way.
+    """
     forward: nn.Module = run.net
+    if is_sharded(forward):
+        if settings.amp is torch.float16:
+            raise DynrankError("gradients of a net in parts cannot be scaled for float16: train it in bfloat16")
+        return forward
     if settings.compile:
         whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
         forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
@@ -240,12 +247,18 @@ def _alone(forward: nn.Module) -> AbstractContextManager[None]:
 def _refuse_diverged(run: Run) -> None:
     """Before a checkpoint: what is not finite must not take the place of the last good one."""
     assert run.phases is not None
-    what = run.phases.diverged() if math.isfinite(run.totals_of_all()[0]) else "the loss"
+    what = _diverged(run) if math.isfinite(run.totals_of_all()[0]) else "the loss"
     if what is not None:
         raise DynrankError(
             f"the training diverged in epoch {run.epoch + 1}, where {what} is not finite: lower the learning rate; the "
             "last checkpoint is from before that"
         )
+
+
+def _diverged(run: Run) -> str | None:
+    """What is not finite in any process: of a net in parts each sees its own."""
+    assert run.phases is not None
+    return next((what for what in started().gathered(run.phases.diverged()) if what is not None), None)
 
 
 def _of_tick(run: Run, phases: Phases, endless: Iterator[Batch]) -> Iterator[Batch]:
@@ -371,7 +384,8 @@ def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> Non
         run.note(stable_rank={name: stable_rank(s) for name, s in spectra.items()})
     if clock.by_epochs or (isinstance(run.lr_scheduler, ReduceLROnPlateau) and (ends or clock.parts == 1)):
         _step_scheduler(run, task)
-    if run.epoch + 1 == clock.ticks and task.eval_data is not None:
+    low = set(run.current.phases.values()) == {Phase.LOW}
+    if run.epoch + 1 == clock.ticks and task.eval_data is not None and (low or not is_sharded(run.net)):
         run.note(truncated=_truncated(run, task, settings))
     run.history.append(run.current)
     run.record, run.step, run.epoch = None, 0, run.epoch + 1
@@ -379,9 +393,9 @@ def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> Non
 
 def _bring_buffers(run: Run) -> None:
     """To what they are in the first process, as DistributedDataParallel does it before every forward."""
-    own = [buffer for buffer in run.net.buffers() if buffer.numel()]
-    sent = started().from_one(0, lambda: own, DynrankError, "sending the buffers")
-    for mine, its in zip(own, sent, strict=True):
+    buffers = [buffer for buffer in run.net.buffers() if buffer.numel() and not is_part(buffer)]
+    sent = started().from_one(0, lambda: buffers, DynrankError, "sending the buffers")
+    for mine, its in zip(buffers, sent, strict=True):
         if mine is not its:
             mine.copy_(its)
 
@@ -422,7 +436,7 @@ def _memory(run: Run, settings: Settings) -> dict[str, int]:
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"state": sum(t.nbytes for t in tensors), "peak": peak}
+    return {"state": sum(own(t).nbytes for t in tensors), "peak": peak}
 
 
 def _restart_peak(settings: Settings) -> None:

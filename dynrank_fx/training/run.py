@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..schedules import EpochRecord, Schedule
 from .declared import said
 from .history import Log, grown, read_history
 from .phases import Phases
+from .sharding import gathered
 from .state_tree import flatten, unflatten
 
 
@@ -108,15 +110,27 @@ def save_run(run: Run, folder: Path) -> None:
     """
     processes, totals = started(), run.totals_of_all()
     random, *others = processes.gathered(random_state(run.generators))
+    optimizer, weights = gathered(run.optimizer.state_dict()), _weights_of(run.net)
+    together = {"optimizer": optimizer, "totals": totals, "random": random, "others": others}
     with processes.all_or_none(StoreError, "saving"):
         if processes.first:
-            _write(run, folder, {"totals": totals, "random": random, "others": others})
+            _write(run, folder, weights, together)
 
 
-def _write(run: Run, folder: Path, together: StateDict) -> None:
-    """together: what comes of all processes."""
+def _weights_of(net: nn.Module) -> dict[str, Tensor]:
+    """The net's tensors, whole, by their names in a checkpoint; tied ones stay one."""
+    known: dict[int, Any] = {}  # Any: a tensor, or nothing where another process has it
+    weights = dict[str, Tensor]()
+    for name, tensor in state_of(net).items():
+        if id(tensor) not in known:
+            known[id(tensor)] = gathered(tensor)
+        weights[f"net.{name}"] = known[id(tensor)]
+    return weights
+
+
+def _write(run: Run, folder: Path, weights: dict[str, Tensor], together: StateDict) -> None:
+    """together: the state that comes of all processes."""
     state = {
-        "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler is not None else None,
         "epoch_start": run.epoch_start if run.drawn or run.begun else None,
         "course": run.course,
@@ -137,7 +151,6 @@ def _write(run: Run, folder: Path, together: StateDict) -> None:
         "log": run.log.to_json(),
         "state": tree,
     }
-    weights = {f"net.{name}": tensor for name, tensor in state_of(run.net).items()}
     store.write(folder / CHECKPOINT, weights | tensors, info, version=_VERSION)
 
 

@@ -13,11 +13,12 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
-from ..processes import started
+from ..processes import is_sharded, started
 from ..tracing import Inputs, batch_size, evaluating, mapped, tensors, unwrap
 from .settings import Settings
 from .shares import Share, share_of
 
+_END = object()
 # What torch and Python raise where a batch does not fit the model.
 _BY_A_BATCH = (RuntimeError, TypeError, ValueError, IndexError)
 
@@ -147,6 +148,27 @@ def metric_of(task: Task, output: Output, batch: Batch, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=like.device).reshape(())
 
 
+def _evaluated(net: nn.Module, task: Task) -> Iterator[tuple[Batch, bool]]:
+    """The batches of eval_data(), and whether each counts: a net in parts is run by all processes together, so that
+    those which have no more repeat their last one.
+    """
+    share = task.eval_share
+    batches: Iterator[object] = batches_of(share, task, "eval_data()")
+    batch: object = None
+    while True:
+        found = next(batches, _END)
+        counts = found is not _END
+        batch = found if counts else batch
+        if not (share.processes.most(counts) if is_sharded(net) else counts):
+            return
+        if batch is None:
+            raise DynrankError(
+                "eval_data() has no batch for one of the processes, which share the net's parameters: give more, in "
+                "smaller batches"
+            )
+        yield batch, counts
+
+
 def _words(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
@@ -164,9 +186,9 @@ def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float 
         return {}
     sums = torch.zeros(3, dtype=torch.float64, device=settings.device)
     with evaluating(net):
-        for batch in batches_of(task.eval_share, task, "eval_data()"):
+        for batch, counts in _evaluated(net, task):
             output, batch = apply(net, task, settings, batch)
-            size = batch_size(((), {"batch": batch})) or 1
+            size = (batch_size(((), {"batch": batch})) or 1) * counts
             loss = loss_of(task, settings, output, batch).double()
             sums += size * torch.stack([loss, metric_of(task, output, batch, loss), torch.ones_like(loss)])
     task.eval_share.processes.sum_([sums])
