@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dynrank_fx as dr
-from dynrank_fx.processes import started
+from dynrank_fx.processes import started, whole
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.training import Decay, Run, Settings, Task, fit, read_run, restore_run_, save_run
+from dynrank_fx.training import Decay, Run, Settings, Task, fit, read_run, restore_run_, save_run, shard_
 
 SETTINGS = Settings(epochs=4, compile=False, accumulate=2, clip=1.0, decay=Decay.PRODUCT, landing=True)
 STEPS = 6  # batches of an epoch, each of 16 samples in all
@@ -55,12 +55,18 @@ def set_up(dropout: float = 0.0, **task: Any) -> tuple[Run, Task]:
     return run, Task(**given | task)
 
 
-def train(folder: Path, *, stop: int = 0, by: int = 0, resume: bool = False, **given: Any) -> dict[str, Any]:
-    """Into a folder, which is left after so many calls, as one of the processes is told to stop."""
+def train(
+    folder: Path, *, stop: int = 0, by: int = 0, resume: bool = False, parts: bool = False, **given: Any
+) -> dict[str, Any]:
+    """Into a folder, which is left after so many calls, as one of the processes is told to stop. parts: whether each
+    process holds a part of every parameter.
+    """
     run, task = set_up(**given)
     if resume:
         tensors, info = started().from_one(0, lambda: read_run(folder), dr.StoreError, "reading")
         restore_run_(run, tensors, info)
+    if parts:
+        shard_(run.net, run.optimizer, "cpu")
     calls = 0
 
     def should_stop() -> int:
@@ -72,7 +78,7 @@ def train(folder: Path, *, stop: int = 0, by: int = 0, resume: bool = False, **g
         folder.mkdir(exist_ok=True)
     finished = fit(run, task, SETTINGS, save=lambda r: save_run(r, folder), should_stop=should_stop)
     figures = [[each.loss, each.metric, each.eval_loss, each.eval_metric, each.steps] for each in run.history]
-    weights = {name: value.clone() for name, value in run.net.state_dict().items()}
+    weights = {name: whole(value.detach()).clone() for name, value in run.net.state_dict().items()}
     return {"finished": finished, "place": (run.epoch, run.step), "figures": figures, "weights": weights}
 
 
@@ -87,10 +93,17 @@ def refused(work: Callable[[], object]) -> str:
 def _in_two(rank: int, folder: Path) -> dict[str, Any]:
     done: dict[str, Any] = {"whole": train(folder / "two")}
     done["stopped"] = train(folder / "stopped", stop=5, by=1)
-    for name, source in (("again", "stopped"), ("after one", "alone")):
+    done["left in parts"] = train(folder / "left in parts", stop=5, parts=True)
+    for name, source, parts in (
+        ("again", "stopped", False),
+        ("after one", "alone", False),
+        ("in parts", "stopped", True),
+        ("parts again", "left in parts", True),
+        ("after parts", "left in parts", False),
+    ):
         if rank == 0:
             shutil.copytree(folder / source, folder / name)
-        done[name] = train(folder / name, resume=True)
+        done[name] = train(folder / name, resume=True, parts=parts)
     # With random numbers of its own in each process, a resumed run is the same bit by bit.
     torch.manual_seed(rank)
     done["drawn"] = train(folder / "drawn", dropout=0.3)["weights"]
@@ -120,8 +133,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_two_train_as_one(tmp_path: Path) -> None:
     alone = train(tmp_path / "one")
-    left = train(tmp_path / "alone", stop=5)
-    assert (left["finished"], left["place"]) == (False, (1, 4))
+    half = train(tmp_path / "alone", stop=5)
+    assert (half["finished"], half["place"]) == (False, (1, 4))
     first, second = in_processes(_in_two, tmp_path)
     for done in (first, second):
         assert done["whole"]["finished"]
@@ -130,7 +143,10 @@ def test_two_train_as_one(tmp_path: Path) -> None:
         assert (done["stopped"]["finished"], done["stopped"]["place"]) == (False, (1, 4))
         assert same(done["again"]["weights"], done["whole"]["weights"])
         assert done["again"]["figures"] == done["whole"]["figures"]
-        assert near(done["after one"]["weights"], alone["weights"])
+        assert (done["left in parts"]["finished"], done["left in parts"]["place"]) == (False, (1, 4))
+        for name in ("after one", "in parts", "parts again", "after parts"):
+            assert near(done[name]["weights"], alone["weights"]), name
+            torch.testing.assert_close(done[name]["figures"], alone["figures"], rtol=1e-5, atol=1e-6)
         assert same(done["drawn"], done["drawn again"])
         assert done["own"]["figures"][0][-1] == 5  # the second has five batches only
         assert done["few"].startswith("train_data() has 1 batches, and 2 processes share them")
@@ -138,8 +154,9 @@ def test_two_train_as_one(tmp_path: Path) -> None:
         assert done["diverged"].startswith("the training diverged in epoch 1, where ")
         assert "layers.0.bias" in done["unlike"]
     assert same(first["whole"]["weights"], second["whole"]["weights"])
-    taken_up = train(tmp_path / "stopped", resume=True)
-    assert near(taken_up["weights"], alone["weights"])
-    torch.testing.assert_close(taken_up["figures"], alone["figures"], rtol=1e-5, atol=1e-6)
+    for left in ("stopped", "left in parts"):
+        taken_up = train(tmp_path / left, resume=True)
+        assert near(taken_up["weights"], alone["weights"])
+        torch.testing.assert_close(taken_up["figures"], alone["figures"], rtol=1e-5, atol=1e-6)
     files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert files[0] == files[1] == ["checkpoint.safetensors", "history.jsonl"]
