@@ -6,20 +6,37 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from click import UsageError
+from click.testing import CliRunner, Result
 
+from dynrank_fx.cli import several
+from dynrank_fx.cli.main import cli
+from dynrank_fx.errors import StoreError
 from dynrank_fx.training import read_run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAIN = ["-m", "dynrank_fx.cli", "train", "model.py", "--out"]
 OPTIONS = ["--no-compile", "--schedule", "interleave", "--low", "1", "--leave", "none", "--checkpoint-steps", "2"]
+
+TOLD = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_RUN_ID": "job",
+    "GROUP_WORLD_SIZE": "2",
+}
 
 # What the processes are to suffer is in PLAN: in which start, at which call of loss() in process 1, and what.
 MODEL = """
@@ -153,6 +170,108 @@ def test_a_killed_process_comes_back_and_a_stopped_job_says_how_to_go_on(
     run("train", "model.py", *OPTIONS, "--out", "one")
     check_near("two", "one")
     torch.testing.assert_close(figures("two"), figures("one"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., several.Launched]]:
+    """What a process sees that torchrun has started."""
+
+    def told(**changed: str) -> several.Launched:
+        for name, value in (TOLD | changed).items():
+            monkeypatch.setenv(name, value)
+        launch = several.launched()
+        assert launch is not None
+        return launch
+
+    yield told
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_who_a_process_is(told: Callable[..., several.Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert several.launched() is None
+    assert several.is_first()
+    assert told() == several.Launched(rank=1, count=4, local=1, locally=2, restarts=2, job="job")
+    assert not several.is_first()
+    on_one = told(GROUP_WORLD_SIZE="1")
+    assert on_one.job.startswith("job ")
+    assert str(os.getppid()) in on_one.job.split()
+    assert told(RANK="0").rank == 0
+    assert several.is_first()
+
+
+@pytest.mark.parametrize("command", ["transform", "compress", "export", "report", "inspect", "verify", "bench"])
+def test_a_command_of_one_process_is_refused(
+    command: str, told: Callable[..., several.Launched], refused: Callable[..., str]
+) -> None:
+    told(RANK="0")
+    assert refused(command, "model.py") == (
+        f"torchrun started 4 processes, and {command} is the work of one: start it as `dynrank-fx {command} ...`"
+    )
+    told()
+    result = CliRunner().invoke(cli, [command, "model.py"])
+    assert (result.exit_code, result.output) == (2, "")
+
+
+def test_one_process_of_torchrun_runs_every_command(
+    told: Callable[..., several.Launched], run: Any, write: Any
+) -> None:
+    told(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    assert "3 sites" in run("transform", write(), "--dry-run", "--leave", "none").stdout
+
+
+def test_each_process_has_a_device(told: Callable[..., several.Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert several.device_of(None, None) == "cpu"
+    assert several.device_of("cuda:1", None) == "cuda:1"
+    launch, chosen = told(), list[int]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for gpus, given, device in ((2, None, "cuda:1"), (1, None, "cpu"), (2, "cuda", "cuda:1"), (2, "cpu", "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=gpus: count)
+        assert several.device_of(given, launch) == device
+    assert chosen == [1, 1]
+    with pytest.raises(UsageError, match="--device cuda:0 is one device, and torchrun gives each process its own: say"):
+        several.device_of("cuda:0", launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="torchrun started 2 processes here, and this machine has 1 GPUs: start as "):
+        several.device_of("cuda", launch)
+
+
+def test_what_another_process_tells_is_not_told_again(told: Callable[..., several.Launched]) -> None:
+    gone = RuntimeError("[..]/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4")
+    assert several.of_another(gone) is None  # there is no other
+    told()
+    assert isinstance(several.of_another(gone), several.OfAnotherError)
+    blamed = ValueError("the backward pass failed")
+    blamed.__cause__ = gone
+    assert isinstance(several.of_another(blamed), several.OfAnotherError)
+    assert several.of_another(ValueError("of its own")) is None
+    theirs = "saving failed in process 0 of 2, and nothing was done in any: the disk is full"
+    assert isinstance(several.of_another(StoreError(theirs)), several.OfAnotherError)
+
+
+def test_parts_are_of_several(write: Any, refused: Callable[..., str]) -> None:
+    assert refused("train", write(), "--fsdp") == (
+        "--fsdp shares the parameters among processes: start them by torchrun"
+    )
+
+
+def test_a_restart_goes_on_with_its_own_run_only(
+    told: Callable[..., several.Launched], model_file: Path, run: Callable[..., Result], refused: Callable[..., str]
+) -> None:
+    """Here of one process, whose group needs a port: that which the system gives."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    alone |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = ["train", "model.py", *OPTIONS, "--epochs", "1", "--out", "r"]
+    told(**alone, TORCHELASTIC_RESTART_COUNT="0")
+    run(*command)
+    told(**alone, TORCHELASTIC_RESTART_COUNT="1")
+    assert "r has all its " in run(*command).stdout
+    assert refused(*command, "--seed", "3").startswith("r holds a run already: add --resume")
+    torch.distributed.destroy_process_group()
+    told(**alone | {"TORCHELASTIC_RUN_ID": "another"}, TORCHELASTIC_RESTART_COUNT="1")
+    assert refused(*command).startswith("r holds a run already: add --resume")
 
 
 @pytest.mark.fuzz
