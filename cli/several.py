@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -40,7 +41,7 @@ class Launched:
     """What torchrun says of this process.
 
     local: its number on this machine, of ``locally``. restarts: how often all were started anew. job: what tells this
-    start of torchrun, restarts among it, from others.
+    start of torchrun, restarts among it, from others. parent: the number of torchrun's own process.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Launched:
     locally: int
     restarts: int
     job: str
+    parent: int
 
     @property
     def name(self) -> str:
@@ -61,7 +63,8 @@ def launched() -> Launched | None:
     if any(name not in os.environ for name in _TOLD):
         return None
     rank, count, local, locally = (int(os.environ[name]) for name in _TOLD[:4])
-    return Launched(rank, count, local, locally, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), _job())
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return Launched(rank, count, local, locally, restarts, _job(), os.getppid())
 
 
 def _job() -> str:
@@ -85,6 +88,15 @@ def say(text: str) -> None:
     """Tell the user how it goes, once."""
     if is_first():
         echo(text, err=True)
+
+
+def wish_to_stop(stopped: list[int], launch: Launched | None) -> int:
+    """The signal that this process is to stop by: the first that it was sent, or one as of a closed terminal where
+    torchrun has gone and nobody looks after it; 0 for none.
+    """
+    if stopped:
+        return stopped[0]
+    return int(signal.SIGHUP) if launch is not None and os.getppid() != launch.parent else 0
 
 
 def refuse_several(command: str, but: tuple[str, ...]) -> None:

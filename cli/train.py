@@ -17,7 +17,7 @@ from dynrank_fx.text import json_text
 
 from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
-from .several import Launched, OfAnotherError, device_of, launched, say, together
+from .several import Launched, OfAnotherError, device_of, launched, say, together, wish_to_stop
 from .stopping import stop_signals
 from .streams import echo
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -143,7 +143,7 @@ def train(
             settings,
             save=lambda r: save_run(r, folder),
             watcher=watcher if processes.first else Watcher(),
-            should_stop=lambda: stopped[0] if stopped else 0,
+            should_stop=lambda: wish_to_stop(stopped, launch),
         )
     bar.close()
     if processes.first:
@@ -158,7 +158,7 @@ def train(
         f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; "
         f"go on with: {then}"
     )
-    ctx.exit(128 + processes.most(stopped[0] if stopped else 0))
+    ctx.exit(128 + processes.most(wish_to_stop(stopped, launch)))
 
 
 def _opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
                 "to a graph of its own: pad them to fewer, or train without compiling"
             ) from error
         except _BY_A_BATCH as error:
+            _refuse_unused(unwrap(forward), error)
             _refuse_batch(unwrap(forward), args, kwargs, error)
             raise
 
@@ -102,6 +104,19 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
 def _on_device(batch: Batch, device: str | torch.device) -> Batch:
     """The batch there."""
     return mapped(lambda t: t.to(device, non_blocking=True), batch)
+
+
+def _refuse_unused(net: nn.Module, error: Exception) -> None:
+    """Say so if DistributedDataParallel waited for gradients that did not come."""
+    if "Expected to have finished reduction" not in str(error):
+        return
+    trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    told = re.search(r"did not receive grad for rank \d+: (\d+)", str(error))
+    which = trained[int(told[1])] if told and int(told[1]) < len(trained) else "a parameter"
+    raise DynrankError(
+        f"{which} takes no part in the loss, and several processes wait for its gradient: take it out of the model, or "
+        "freeze it in model() by requires_grad_(False)"
+    ) from error
 
 
 def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) -> None:

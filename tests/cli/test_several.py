@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -191,7 +192,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., several.Laun
 def test_who_a_process_is(told: Callable[..., several.Launched], monkeypatch: pytest.MonkeyPatch) -> None:
     assert several.launched() is None
     assert several.is_first()
-    assert told() == several.Launched(rank=1, count=4, local=1, locally=2, restarts=2, job="job")
+    assert told() == several.Launched(rank=1, count=4, local=1, locally=2, restarts=2, job="job", parent=os.getppid())
     assert not several.is_first()
     on_one = told(GROUP_WORLD_SIZE="1")
     assert on_one.job.startswith("job ")
@@ -218,6 +219,12 @@ def test_one_process_of_torchrun_runs_every_command(
 ) -> None:
     told(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     assert "3 sites" in run("transform", write(), "--dry-run", "--leave", "none").stdout
+
+
+def test_who_has_lost_torchrun_stops(told: Callable[..., several.Launched]) -> None:
+    assert several.wish_to_stop([], None) == several.wish_to_stop([], told()) == 0
+    assert several.wish_to_stop([2, 15], told()) == 2
+    assert several.wish_to_stop([], replace(told(), parent=1)) == signal.SIGHUP
 
 
 def test_each_process_has_a_device(told: Callable[..., several.Launched], monkeypatch: pytest.MonkeyPatch) -> None:

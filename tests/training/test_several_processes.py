@@ -117,6 +117,9 @@ def _in_two(rank: int, folder: Path) -> dict[str, Any]:
     done["diverged"] = refused(lambda: fit(*set_up(loss=bad), replace(SETTINGS, clip=None)))
 
     run, task = set_up()
+    run.net.register_parameter("idle", nn.Parameter(torch.zeros(3)))
+    done["idle"] = refused(lambda: fit(run, task, SETTINGS))
+    run, task = set_up()
     with torch.no_grad():
         run.net.get_parameter("layers.0.bias").add_(rank)
     done["unlike"] = refused(lambda: fit(run, task, SETTINGS))
@@ -153,6 +156,7 @@ def test_two_train_as_one(tmp_path: Path) -> None:
         assert done["none"].startswith("train_data() gave no batch in epoch 1 for process 0 of 2: ")
         assert done["diverged"].startswith("the training diverged in epoch 1, where ")
         assert "layers.0.bias" in done["unlike"]
+        assert done["idle"].startswith("idle takes no part in the loss, and several processes wait for its gradient: ")
     assert same(first["whole"]["weights"], second["whole"]["weights"])
     for left in ("stopped", "left in parts"):
         taken_up = train(tmp_path / left, resume=True)
