@@ -19,6 +19,7 @@ from .export import export
 from .failures import blamed, of_the_machine
 from .inspect import inspect
 from .report import report
+from .several import OfAnotherError, is_told_here, of_another, refuse_several, say
 from .streams import echo, lasting_streams
 from .train import train
 from .transform import transform
@@ -32,24 +33,36 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
+            return self._in_words(ctx)
+        except click.ClickException as error:
+            if not is_told_here(error.format_message()):
+                raise click.exceptions.Exit(error.exit_code) from error
+            raise
+
+    def _in_words(self, ctx: click.Context) -> object:
+        try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (Exception, SystemExit) as error:
-            told = error if isinstance(error, DynrankError) else blamed(error) or of_the_machine(error)
+            told = of_another(error) or (error if isinstance(error, DynrankError) else None)
+            told = told or blamed(error) or of_the_machine(error)
             if told is None:
                 raise
             if ctx.params["traceback"]:
                 echo("".join(traceback.format_exception(error)), err=True)
             elif isinstance(told, ModelFileError) and (told is not error or told.__cause__ is not None):
                 echo("Try 'dynrank-fx --traceback COMMAND ...' for all the calls before the error.", err=True)
+            if isinstance(told, OfAnotherError):
+                raise click.exceptions.Exit(1) from error
             raise click.ClickException(printable(str(told))) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dynrank-fx")
 @click.option("--traceback", is_flag=True, help="Before an error, print Python's traceback too.")
-def cli(traceback: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, traceback: bool) -> None:
     """Train with dynamic rank: factor a model, train it in LOW and FULL phases, truncate it, export it to ONNX.
 
     \b
@@ -66,6 +79,7 @@ def cli(traceback: bool) -> None:
 
     model.py defines model() and example_inputs(); to train also train_data() and loss(output, batch).
     """
+    refuse_several(ctx.invoked_subcommand or "", but=("train",))
     _quieten()
 
 
@@ -82,7 +96,7 @@ def _quieten() -> None:
         line: str | None = None,
     ) -> None:
         if issubclass(category, DynrankWarning):
-            echo(f"Warning: {message}", err=True)
+            say(f"Warning: {message}")
         else:
             show(message, category, filename, lineno, file, line)
 

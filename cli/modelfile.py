@@ -189,6 +189,14 @@ class ModelFile:
             return epochs
         raise ModelFileError(f"{self.path.name} has epochs = {epochs!r}: make it a whole number of 1 or more")
 
+    @property
+    def sharded(self) -> bool:
+        """Whether its data give each of several processes a share of its own."""
+        sharded = getattr(self.module, "sharded", False)
+        if isinstance(sharded, bool):
+            return sharded
+        raise ModelFileError(f"{self.path.name} has sharded = {sharded!r}: make it True or False")
+
     def guard(self, what: str) -> AbstractContextManager[None]:
         """Around every other use of what the file gave: a failure is told as one of the file."""
         return _users_code(self.path, what)

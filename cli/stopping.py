@@ -7,12 +7,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .streams import echo
+from .several import say
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that each of these puts its signal number in; a second one interrupts at once."""
+def stop_signals(*, passed_on: bool = False) -> Iterator[list[int]]:
+    """A list that each of these puts its signal number in; a second one interrupts at once, unless torchrun passes on
+    what a terminal sends, which may come twice: it kills what does not end within half a minute.
+    """
     stopped: list[int] = []
     process = os.getpid()
 
@@ -23,9 +25,11 @@ def stop_signals() -> Iterator[list[int]]:
             stopped.append(number)
             return
         if stopped:
+            if passed_on:
+                return
             raise KeyboardInterrupt
         stopped.append(number)
-        echo("\nstopping after this step ...", err=True)
+        say("\nstopping after this step ...")
 
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     heard = [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it

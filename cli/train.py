@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from dynrank_fx.text import json_text
 
 from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
+from .several import Launched, OfAnotherError, device_of, launched, say, together, wish_to_stop
 from .stopping import stop_signals
 from .streams import echo
 from .training import how_to_train, known_decay, schedule_of, training_options
@@ -23,6 +25,7 @@ from .training import how_to_train, known_decay, schedule_of, training_options
 if TYPE_CHECKING:
     from torch import nn
 
+    from dynrank_fx.processes import Processes
     from dynrank_fx.training import Clock, Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
@@ -41,13 +44,14 @@ if TYPE_CHECKING:
     help="Optimizer steps in place of --epochs, as for a stream: the schedule decides 20 times.",
 )
 @training_options
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; by default cpu, or under torchrun a GPU for each, if they do.")
 @click.option("--amp", type=click.Choice(["bf16", "float16"]), help="Autocast; float16 with scaled gradients.")
 @click.option(
     "--accumulate", type=click.IntRange(min=1), default=1, metavar="N", help="Batches of a step; 1 by default."
 )
 @click.option("--clip", type=float, metavar="NORM", help="Clip the gradients of a step to this norm.")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes of train_data()'s DataLoader.")
+@click.option("--fsdp", is_flag=True, help="Each process of torchrun holds a part of every parameter (FSDP2); eager.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all random numbers.")
 @click.option(
@@ -63,76 +67,146 @@ def train(
     """Train through LOW and FULL phases; a checkpoint after every epoch.
 
     Ctrl-C saves between two steps and says how to go on. A resumed run ends bitwise equal to one that was never
-    stopped (on the CPU, with the same number of threads).
+    stopped (on the CPU, with the same number of threads). Started by torchrun, several processes train together, each
+    on its share of the data; after a restart of theirs they go on from the last checkpoint.
 
     \b
     Example:
       dynrank-fx train samples/digits.py --rank 0.25 --schedule interleave --out digits-run
+      torchrun --nproc-per-node 4 -m dynrank_fx.cli train samples/digits.py --out digits-run
     """
-    folder = out or Path(f"{model_file.stem}-run")
-    check_folder_place(folder)
-    if resume:
-        ctx.with_resource(only_one(folder))
-        options = _options_of(ctx, folder, options)
-    else:
-        _refuse_run(folder)
+    folder, launch = out or Path(f"{model_file.stem}-run"), launched()
+    processes = ctx.with_resource(together(launch))
+    # Only the first looks at the folder, which the others may not even have.
+    resume, options = processes.from_one(
+        0, lambda: _opened(ctx, folder, resume, options, model_file, launch), OfAnotherError, "opening the run"
+    )
 
     from dynrank_fx.phases import how_in, phases_of, rebuilt
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.training import Bar, clock_of_run, fit, plan_in, restore_run_, save_run
+    from dynrank_fx.training import Bar, Watcher, clock_of_run, fit, plan_in, restore_run_, save_run, shard_
 
     from .modelfile import load_model_file
 
+    if options["fsdp"] and launch is None:
+        raise click.UsageError("--fsdp shares the parameters among processes: start them by torchrun")
     if options.get("steps") and options["epochs"]:
         raise click.UsageError("--steps is the length of a run in place of --epochs: give one of them")
-    _check_device(options["device"])
+    device = device_of(options["device"], launch)
+    _check_device(device)
     seed_all(options["seed"])
     # On a resume the run's own weights count.
     file = load_model_file(model_file, None if resume else options["weights"])
     file.require("train_data", "loss")
+    _refuse_other_files(processes, model_file)
     if resume:
-        tensors, info = read_own_run(folder)
+        tensors, info = processes.from_one(0, lambda: read_own_run(folder), OfAnotherError, "reading the run")
         # As it was planned then, whatever the plan's file or the model's first weights have become.
         net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
-        run, task, settings = _set_up(file, options, net)
+        run, task, settings = _set_up(file, options, net, device)
+        _seed_apart(processes, options, info["step"] + info["epoch"])
         restore_run_(run, tensors, info)
     else:
-        run, task, settings = _set_up(file, options, _net(file, options))
-        _make_folder(folder)
-        ctx.with_resource(only_one(folder))
-        _refuse_run(folder)  # of somebody who began meanwhile
-        save_run(run, folder)
+        run, task, settings = _set_up(file, options, _net(file, options), device)
+        _seed_apart(processes, options, 0)
         facts = {"epochs": clock_of_run(run, task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
-        write_run_file(folder, model_file, _plain(options), run=run.name, **facts)
+        facts |= {"run": run.name, "job": launch.job if launch else None}
+        with processes.all_or_none(OfAnotherError, "beginning the run"):
+            if processes.first:
+                _make_folder(folder)
+                ctx.with_resource(only_one(folder))
+                _refuse_run(folder)  # of somebody who began meanwhile
+        save_run(run, folder)
+        with processes.all_or_none(OfAnotherError, "beginning the run"):
+            if processes.first:
+                write_run_file(folder, model_file, _plain(options), **facts)
+    if options["fsdp"]:
+        shard_(run.net, run.optimizer, device)
     clock = clock_of_run(run, task, settings)
     length = f"{clock.ticks} {clock.unit}s"
     if run.epoch >= clock.ticks:
-        echo(f"{folder} has all its {length} already", err=as_json)
-        _print_result(run, clock, folder, as_json)
+        if processes.first:
+            echo(f"{folder} has all its {length} already", err=as_json)
+            _print_result(run, clock, folder, as_json)
         return
     if not clock.by_epochs:
         whole = f"{clock.steps} steps" if clock.parts == 1 else f"{clock.ticks // clock.parts} epochs"
         length = f"{whole} in {length}"
-    echo(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}", err=True)
+    trained_by = f"; {processes.count} processes, {device.partition(':')[0]}" if processes.count > 1 else ""
+    say(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}{trained_by}")
     bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, unit=clock.unit)
-    watcher = _with_tensorboard(bar, folder) if options["tensorboard"] else bar
-    with stop_signals() as stopped:
+    watcher = _with_tensorboard(bar, folder) if options["tensorboard"] and processes.first else bar
+    with stop_signals(passed_on=launch is not None) as stopped:
         finished = fit(
-            run, task, settings, save=lambda r: save_run(r, folder), watcher=watcher, should_stop=lambda: bool(stopped)
+            run,
+            task,
+            settings,
+            save=lambda r: save_run(r, folder),
+            watcher=watcher if processes.first else Watcher(),
+            should_stop=lambda: wish_to_stop(stopped, launch),
         )
     bar.close()
-    _print_result(run, clock, folder, as_json)
+    if processes.first:
+        _print_result(run, clock, folder, as_json)
     if finished:
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
-        echo(f"wrote {folder}/; next: {then}", err=True)
+        say(f"wrote {folder}/; next: {then}")
         return
-    then = shlex.join(["dynrank-fx", "train", str(model_file), "--out", str(folder), "--resume"])
-    echo(
+    again = ["train", str(model_file), "--out", str(folder), *(["--fsdp"] if options["fsdp"] else []), "--resume"]
+    then = shlex.join([*_started_by(launch), *again])
+    say(
         f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; "
-        f"go on with: {then}",
-        err=True,
+        f"go on with: {then}"
     )
-    ctx.exit(128 + stopped[0])
+    ctx.exit(128 + processes.most(wish_to_stop(stopped, launch)))
+
+
+def _opened(
+    ctx: click.Context, folder: Path, resume: bool, options: Options, model_file: Path, launch: Launched | None
+) -> tuple[bool, Options]:
+    """Whether there is a run to go on with, and its options, once it is this process's alone."""
+    check_folder_place(folder)
+    resume = resume or _is_this_one(folder, options, model_file, launch)
+    if not resume:
+        _refuse_run(folder)
+        return False, options
+    ctx.with_resource(only_one(folder))
+    return True, _options_of(ctx, folder, options)
+
+
+def _is_this_one(folder: Path, options: Options, model_file: Path, launch: Launched | None) -> bool:
+    """Whether torchrun has started the processes anew, and the run in the folder is the one that they began."""
+    if launch is None or not launch.restarts or not (folder / RUN_FILE).exists():
+        return False
+    noted = read_run_file(folder)
+    same = noted["options"] == _plain(options) and noted["model_file"] == str(model_file.resolve())
+    return same and noted.get("job") == launch.job
+
+
+def _started_by(launch: Launched | None) -> list[str]:
+    """How such a process is started."""
+    if launch is None or launch.count == 1:
+        return ["dynrank-fx"]
+    return ["torchrun", "--nproc-per-node", str(launch.locally), "-m", "dynrank_fx.cli"]
+
+
+def _seed_apart(processes: Processes, options: Options, steps: int) -> None:
+    """Random numbers of its own for each process, once all have made the same net."""
+    from dynrank_fx.randomness import seed_all
+
+    if processes.rank > 0:
+        seed_all((options["seed"] + processes.rank * 1_000_003 + steps) % 2**63)
+
+
+def _refuse_other_files(processes: Processes, model_file: Path) -> None:
+    """Raises ModelFileError in all processes where one has another model file."""
+    digests = processes.gathered(hashlib.sha256(model_file.read_bytes()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise ModelFileError(
+            f"{model_file} of process {other} is another than that of process 0: give all the same file, and what it "
+            "imports"
+        )
 
 
 def _print_result(run: Run, clock: Clock, folder: Path, as_json: bool) -> None:
@@ -159,13 +233,14 @@ def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
     """The options that the run was started with. Raises StoreError where one is given again with another value."""
     started: JsonObject = read_run_file(folder)["options"]
     for name, value in _plain(given).items():
-        said = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        said = name != "fsdp" and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if said and value != started.get(name):
             flag = "--" + name.removesuffix("_file").replace("_", "-").replace("start", "from")
             before = started.get(name)
             then = f"without {flag}" if before in (None, []) or before is False else f"with {flag} {before}"
             raise StoreError(f"the run in {folder} was started {then}: leave {flag} out, or start another run")
-    return {**_plain(given), **started}  # an older run may not know every option
+    # An older run may not know every option, and how the processes hold the net is no matter of the run.
+    return {**_plain(given), **started, "fsdp": given["fsdp"]}
 
 
 def _plain(options: Options) -> JsonObject:
@@ -185,7 +260,7 @@ def _make_folder(folder: Path) -> None:
         raise StoreError(f"{folder} could not be made ({error.strerror}); choose another --out") from error
 
 
-def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Task, Settings]:
+def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
     import torch
 
@@ -193,16 +268,17 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
     from dynrank_fx.training import Run, Settings, Task, clock_for
 
     how = how_to_train(options)
-    net = net.to(options["device"]).train()
+    # What is to be in parts need not fit the device whole.
+    net = net.to("cpu" if options["fsdp"] else device).train()
     optimizer = file.optimizer(net.parameters())
     lr_scheduler, every_step = file.lr_scheduler(optimizer)
     steps = options.get("steps")
     settings = Settings(
         epochs=None if steps else options["epochs"] or file.epochs or 10,
         steps=steps,
-        device=options["device"],
+        device=device,
         amp={"bf16": torch.bfloat16, "float16": torch.float16, None: None}[options["amp"]],
-        compile=not options["no_compile"],
+        compile=not (options["no_compile"] or options["fsdp"]),
         checkpoint_steps=options["checkpoint_steps"],
         accumulate=options["accumulate"],
         clip=options["clip"],
@@ -215,6 +291,7 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
         eval_data=file.eval_data(),
         metric=file.metric,
         guard=file.guard,
+        sharded=file.sharded,
     )
     schedule = schedule_of(options, clock_for(task, settings), lr_scheduler, every_step)
     generators = generators_of(task.train_data, task.eval_data)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -25,13 +26,15 @@ def generators_of(*data: object) -> tuple[torch.Generator, ...]:
     return tuple(dict.fromkeys(generator for generator in held if isinstance(generator, torch.Generator)))
 
 
-def random_state(generators: Sequence[torch.Generator] = ()) -> StateDict:
-    """The state of the global generators and of these, as ``training/state_tree`` can store it."""
+def random_state(generators: Sequence[torch.Generator] = (), *, devices: bool = True) -> StateDict:
+    """The state of the global generators and of these, as ``training/state_tree`` can store it. devices: whether those
+    of the CUDA devices are among them.
+    """
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if devices and torch.cuda.is_available() else [],
         "generators": [generator.get_state() for generator in generators],
     }
 
@@ -45,3 +48,20 @@ def set_random_state(state: StateDict, generators: Sequence[torch.Generator] = (
         torch.cuda.set_rng_state_all(state["cuda"])
     for generator, own in zip(generators, state["generators"], strict=True):
         generator.set_state(own)
+
+
+@contextmanager
+def drawing(course: StateDict | None) -> Iterator[None]:
+    """Draw from a course of random numbers of its own, which goes on there; afterwards the global generators are as
+    before. None for the global ones themselves.
+    """
+    if course is None:
+        yield
+        return
+    before = random_state(devices=False)
+    set_random_state(course)
+    try:
+        yield
+    finally:
+        course.update(random_state(devices=False))
+        set_random_state(before)

@@ -10,6 +10,7 @@ from .presets import Preset, paper_cifar10, paper_cifar100, practical
 from .rewarm import rewarm_
 from .run import CHECKPOINT, Run, history_in, plan_in, read_run, restore_run_, save_run, weights_in
 from .settings import PhaseSettings, Settings
+from .sharding import shard_
 from .state_tree import flatten, unflatten
 from .task import Task, autocast, evaluate
 from .watch import Bar, Watcher, Watchers
@@ -49,6 +50,7 @@ __all__ = [
     "rewarm_",
     "save_checkpoint",
     "save_run",
+    "shard_",
     "train_state",
     "unflatten",
     "weights_in",

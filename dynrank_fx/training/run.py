@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from ..aliases import JsonObject, StateDict
 from ..errors import StoreError
 from ..phases import info_of, restore_, state_of
 from ..plan import Plan
+from ..processes import started
 from ..randomness import random_state, set_random_state
 from ..schedules import EpochRecord, Schedule
 from .declared import said
 from .history import Log, grown, read_history, spectra_of, with_spectra
 from .phases import Phases
+from .sharding import gathered
 from .state_tree import flatten, unflatten
 
 
@@ -39,15 +42,29 @@ class Run:
     epoch: int = 0
     step: int = 0
     drawn: int = 0
-    """Batches of the pass over the data that is under way."""
+    """Batches of the pass over the data that is under way, since these processes have it."""
+    begun: int = 0
+    """Entries of the data's order (see ``shares``) that others had done of that pass before these."""
+    passed: int = 0
+    """Entries of it that are done in all."""
+    passes: int = 0
+    """The passes before it."""
+    dealt: str | None = None
+    """How the data are dealt to the processes: ``Share.dealt``."""
+    since: int = 0
+    """The first epoch that was dealt so from its beginning."""
+    tick: tuple[int, int] | None = None
+    """At which optimizer steps the epoch, or the tick, begins and ends."""
     history: list[EpochRecord] = field(default_factory=list)
     """Of the epochs that are finished."""
     record: EpochRecord | None = None
     """Of the epoch that has begun."""
     totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    """Sums over the epoch so far: loss, metric, batches."""
+    """Sums over the epoch so far, of this process: loss, metric, batches."""
     epoch_start: StateDict | None = None
-    """The random generators at the start of that pass."""
+    """The random generators at the start of that pass, of which its order comes."""
+    course: StateDict | None = None
+    """The random numbers that data are dealt by in several processes; in one they are the global ones."""
     phases: Phases | None = None
     """At work while the run is fitted."""
     hooks: StateDict = field(default_factory=dict)
@@ -67,6 +84,12 @@ class Run:
         assert self.record is not None, "no epoch has begun"
         return self.record
 
+    def totals_of_all(self) -> Tensor:
+        """The sums of all processes together, in which a step counts once whoever made it."""
+        processes, totals = started(), self.totals.clone()
+        processes.sum_([totals])
+        return totals / processes.count
+
     def note(self, **figures: object) -> None:
         """Add figures to the record of the epoch that has begun."""
         self.record = self.current.with_figures(**figures)
@@ -74,21 +97,46 @@ class Run:
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
+_PLACE = ("drawn", "begun", "passed", "passes", "dealt", "since", "tick")
 _VERSION = 2  # without the history, which 1 had within
 
 
 def save_run(run: Run, folder: Path) -> None:
     """Write the run's checkpoint and its history. Raises StoreError where the disk refuses, or for state that JSON
     cannot hold.
+
+    All processes call it together; the first writes, and what it writes does not depend on how many they are, but for
+    the random numbers that each has of its own.
     """
+    processes, totals = started(), run.totals_of_all()
+    random, *others = processes.gathered(random_state(run.generators))
+    optimizer, weights = gathered(run.optimizer.state_dict()), _weights_of(run.net)
+    together = {"optimizer": optimizer, "totals": totals, "random": random, "others": others}
+    with processes.all_or_none(StoreError, "saving"):
+        if processes.first:
+            _write(run, folder, weights, together)
+
+
+def _weights_of(net: nn.Module) -> dict[str, Tensor]:
+    """The net's tensors, whole, by their names in a checkpoint; tied ones stay one."""
+    known: dict[int, Any] = {}  # Any: a tensor, or nothing where another process has it
+    weights = dict[str, Tensor]()
+    for name, tensor in state_of(net).items():
+        if id(tensor) not in known:
+            known[id(tensor)] = gathered(tensor)
+        weights[f"net.{name}"] = known[id(tensor)]
+    return weights
+
+
+def _write(run: Run, folder: Path, weights: dict[str, Tensor], together: StateDict) -> None:
+    """together: the state that comes of all processes."""
     state = {
-        "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler is not None else None,
-        "random": random_state(run.generators),
-        "epoch_start": run.epoch_start if run.drawn else None,
-        "totals": run.totals,
+        "epoch_start": run.epoch_start if run.drawn or run.begun else None,
+        "course": run.course,
         "scaler": run.scaler.state_dict() if run.scaler is not None else None,
         "hooks": run.hooks if run.phases is None else run.phases.hooks_state(),
+        **together,
     }
     tree, tensors = flatten(state, "run")
     run.log = grown(run.log, folder / HISTORY, run.name, run.history)  # before the checkpoint that counts on it
@@ -98,13 +146,12 @@ def save_run(run: Run, folder: Path) -> None:
         "made_of": _made_of(run),
         "epoch": run.epoch,
         "step": run.step,
-        "drawn": run.drawn,
+        **{name: getattr(run, name) for name in _PLACE},
         "record": run.record.to_json() if run.record is not None else {},
         "log": run.log.to_json(),
         "spectra": spectra_of(run.history),
         "state": tree,
     }
-    weights = {f"net.{name}": tensor for name, tensor in state_of(run.net).items()}
     store.write(folder / CHECKPOINT, weights | tensors, info, version=_VERSION)
 
 
@@ -163,7 +210,7 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     run.name, run.log = info.get("run", run.name), info.get("log")
     run.epoch, run.step, run.history = info["epoch"], info["step"], history_in(info)
-    run.drawn = info.get("drawn", run.step)  # earlier versions had one pass in each epoch
+    _restore_place(run, info)
     run.record = EpochRecord.from_json(info["record"]) if info["record"] else None
     if run.step or run.history:
         run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
@@ -173,7 +220,29 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
     if state.get("scaler"):
         run.scaler = torch.amp.GradScaler(run.totals.device.type)
         run.scaler.load_state_dict(state["scaler"])
-    set_random_state(state["random"], run.generators)
+    _restore_random(run, state)
+
+
+def _restore_place(run: Run, info: JsonObject) -> None:
+    """Where the data stand. Earlier versions said less: they had one process and, the first, one pass in each epoch."""
+    run.drawn = info.get("drawn", run.step)
+    run.passes = info.get("passes", run.epoch)
+    run.begun, run.passed = info.get("begun", 0), info.get("passed", 0)
+    run.dealt, run.since = info.get("dealt"), info.get("since", 0)
+    run.tick = tuple(info["tick"]) if info.get("tick") else None
+
+
+def _restore_random(run: Run, state: StateDict) -> None:
+    """Each process its own random numbers. One that was not there when the run was saved has those that it begins with,
+    and all take the generators that the data hold from the first.
+    """
+    processes, saved = started(), [state["random"], *state.get("others", ())]
+    run.course = state.get("course")
+    if processes.count == 1 and run.course is not None:
+        rest = {name: saved[0][name] for name in ("cuda", "generators")}
+        saved[0], run.course = run.course | rest, None
+    own = saved[processes.rank] if processes.rank < len(saved) else random_state()
+    set_random_state(own | {"generators": saved[0]["generators"]}, run.generators)
 
 
 def _made_of(run: Run) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,12 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
+from ..processes import is_sharded, started
 from ..tracing import Inputs, batch_size, evaluating, mapped, tensors, unwrap
 from .settings import Settings
+from .shares import Share, share_of
 
+_END = object()
 # What torch and Python raise where a batch does not fit the model.
 _BY_A_BATCH = (RuntimeError, TypeError, ValueError, IndexError)
 
@@ -24,8 +29,8 @@ class Task:
     """What is trained on: batches, how the model takes one, the loss (a mean), and what to report.
 
     metric: a mean over the batch, larger is better. Without eval_data nothing is evaluated. guard: a context around
-    every use of what the user gave, which is told what that is. Raises DynrankError for data that give their batches
-    once.
+    every use of what the user gave, which is told what that is. sharded: whether the data give each of several
+    processes a share of its own already. Raises DynrankError for data that give their batches once.
     """
 
     train_data: Iterable[Batch]
@@ -34,6 +39,7 @@ class Task:
     eval_data: Iterable[Batch] | None = None
     metric: Callable[[Output, Batch], float | Tensor] | None = None
     guard: Callable[[str], AbstractContextManager[object]] = nullcontext
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         for name, data in (("train_data()", self.train_data), ("eval_data()", self.eval_data)):
@@ -43,6 +49,16 @@ class Task:
                     "DataLoader, or another object that starts anew every epoch"
                 )
 
+    @cached_property
+    def train_share(self) -> Share:
+        """What this process trains on. All processes ask for it together."""
+        return share_of(self.train_data, "train_data()", started(), own=self.sharded)
+
+    @cached_property
+    def eval_share(self) -> Share:
+        """What this process evaluates on, each entry in one process. All processes ask for it together."""
+        return share_of(self.eval_data or (), "eval_data()", started(), own=self.sharded, even=False)
+
 
 def _gives_once(data: object) -> bool:
     """Whether it is a generator or another iterator of Python's own. A loader's may begin anew when it is asked."""
@@ -50,9 +66,13 @@ def _gives_once(data: object) -> bool:
 
 
 def batches_of(data: Iterable[Batch], task: Task, name: str) -> Iterator[Batch]:
-    """The batches of the user's data, which are the user's code as well."""
+    """The batches of the user's data, which are the user's code as well. What they draw first, they draw now."""
     with task.guard(name):
         batches = iter(data)
+    return _each(batches, task, name)
+
+
+def _each(batches: Iterator[Batch], task: Task, name: str) -> Iterator[Batch]:
     while True:
         with task.guard(name):
             try:
@@ -76,6 +96,7 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
                 "to a graph of its own: pad them to fewer, or train without compiling"
             ) from error
         except _BY_A_BATCH as error:
+            _refuse_unused(unwrap(forward), error)
             _refuse_batch(unwrap(forward), args, kwargs, error)
             raise
 
@@ -83,6 +104,19 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
 def _on_device(batch: Batch, device: str | torch.device) -> Batch:
     """The batch there."""
     return mapped(lambda t: t.to(device, non_blocking=True), batch)
+
+
+def _refuse_unused(net: nn.Module, error: Exception) -> None:
+    """Say so if DistributedDataParallel waited for gradients that did not come."""
+    if "Expected to have finished reduction" not in str(error):
+        return
+    trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    told = re.search(r"did not receive grad for rank \d+: (\d+)", str(error))
+    which = trained[int(told[1])] if told and int(told[1]) < len(trained) else "a parameter"
+    raise DynrankError(
+        f"{which} takes no part in the loss, and several processes wait for its gradient: take it out of the model, or "
+        "freeze it in model() by requires_grad_(False)"
+    ) from error
 
 
 def _refuse_batch(net: nn.Module, args: Args, kwargs: Kwargs, error: Exception) -> None:
@@ -129,6 +163,27 @@ def metric_of(task: Task, output: Output, batch: Batch, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=like.device).reshape(())
 
 
+def _evaluated(net: nn.Module, task: Task) -> Iterator[tuple[Batch, bool]]:
+    """The batches of eval_data(), and whether each counts: a net in parts is run by all processes together, so that
+    those which have no more repeat their last one.
+    """
+    share = task.eval_share
+    batches: Iterator[object] = batches_of(share, task, "eval_data()")
+    batch: object = None
+    while True:
+        found = next(batches, _END)
+        counts = found is not _END
+        batch = found if counts else batch
+        if not (share.processes.most(counts) if is_sharded(net) else counts):
+            return
+        if batch is None:
+            raise DynrankError(
+                "eval_data() has no batch for one of the processes, which share the net's parameters: give more, in "
+                "smaller batches"
+            )
+        yield batch, counts
+
+
 def _words(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
@@ -138,21 +193,21 @@ def _words(value: object) -> str:
 
 @torch.no_grad()
 def evaluate(net: nn.Module, task: Task, settings: Settings) -> dict[str, float | None]:
-    """Mean loss and metric over eval_data, batches weighted by their size; empty without eval_data.
+    """Mean loss and metric over eval_data, batches weighted by their size, of all processes; empty without eval_data.
 
     Eager: an evaluation is a small part of an epoch, and compiling it would cost one more graph per phase.
     """
     if task.eval_data is None:
         return {}
-    sums, count = torch.zeros(2, dtype=torch.float64, device=settings.device), 0
+    sums = torch.zeros(3, dtype=torch.float64, device=settings.device)
     with evaluating(net):
-        for batch in batches_of(task.eval_data, task, "eval_data()"):
+        for batch, counts in _evaluated(net, task):
             output, batch = apply(net, task, settings, batch)
-            size = batch_size(((), {"batch": batch})) or 1
+            size = (batch_size(((), {"batch": batch})) or 1) * counts
             loss = loss_of(task, settings, output, batch).double()
-            sums += size * torch.stack([loss, metric_of(task, output, batch, loss)])
-            count += size
-    if count == 0:
+            sums += size * torch.stack([loss, metric_of(task, output, batch, loss), torch.ones_like(loss)])
+    task.eval_share.processes.sum_([sums])
+    if sums[2] == 0:
         raise DynrankError("eval_data() gave no batch: leave it out, or see that it can be gone through every epoch")
-    loss, metric = (sums / count).tolist()
+    loss, metric, _ = (sums / sums[2]).tolist()
     return {"eval_loss": loss, "eval_metric": metric if task.metric else None}

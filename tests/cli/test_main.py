@@ -55,6 +55,7 @@ OPTIONS = {
         "--exclude",
         "--form",
         "--from",
+        "--fsdp",
         "--full",
         "--help",
         "--include",
