@@ -42,6 +42,7 @@ from .finite import infinite_buffers, not_finite
 from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm
 from .settings import PhaseSettings
+from .starts import Starts
 
 _POINTS = 64  # of a spectrum in a record
 _KEPT = 1_000_000  # letters of the records in a state, as JSON
@@ -148,6 +149,7 @@ class Phases:
         warn_of_rates(lr_scheduler, clock, self.lr_every_step)
         self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
         self.landing = Landing(net, self.optimizers) if self.settings.landing else None
+        self._starts = Starts(self.landing)
         # All hooks are there from the start, since torch is walking through them when a tick begins, which comes last.
         self._rewarms = [Rewarm(each, 0) for each in self.optimizers] if self.settings.rewarm else []
         for each in self.optimizers:
@@ -282,7 +284,7 @@ class Phases:
         changing = [name for name, phase in asked.items() if phase is not before[name]]
         watched = changing if self.settings.spectra and tick > 0 else []
         old = self._spectra(watched)
-        self._enter(setting, tick)
+        self._enter(setting, tick, changing)
         phases = phases_of(self.net)
         cuts: dict[str, int] = {}
         if self.landing is not None and clock.every is not None:
@@ -350,12 +352,18 @@ class Phases:
         counts = [count - counts[0] + due for count in counts] or [0] * len(at)
         return rates_after(self.optimizer, self.lr_scheduler, counts)
 
-    def _enter(self, setting: Setting, tick: int) -> None:
+    def _enter(self, setting: Setting, tick: int, changing: Sequence[str]) -> None:
         """The switch itself, and what goes with it."""
-        split = self.landing.split if self.landing is not None else None
+        left = self._starts.of_factors(self.net, changing)
         self.transition = enter_(
-            self.net, setting, self.optimizers, averages=self.averages, carry=self.settings.carry, split=split
+            self.net,
+            setting,
+            self.optimizers,
+            averages=self.averages,
+            carry=self.settings.carry,
+            split=self._starts.split,
         )
+        self._starts.switched(phases_of(self.net), left)
         if self.settings.random_init and tick == 0 and Phase.LOW in phases_of(self.net).values():
             randomize_(self.net)
             copy_factors_(unwrap(self.net), self.averages)
@@ -394,7 +402,7 @@ class Phases:
         return not_finite(self.net, self.optimizers, but=self._unbounded)
 
     def hooks_state(self) -> StateDict:
-        """Where the steps, a re-warm-up and a landing stand.
+        """Where the steps, a re-warm-up and a landing stand, and where cuts begin.
 
         Returns:
             Plain values and tensors, for ``load_hooks_state``.
@@ -404,6 +412,7 @@ class Phases:
             "step": self.step,
             "rewarm": [self._rewarms[0].steps, *lefts] if any(lefts) else None,
             "landing": self.landing.state() if self.landing is not None else None,
+            "starts": self._starts.state(),
             "waits": self._waits,
         }
 
@@ -430,6 +439,7 @@ class Phases:
                 )
             for each, left in zip(self._rewarms, lefts, strict=True):
                 each.restart(steps, left)
+        self._starts.load(state.get("starts", {}))
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 
