@@ -64,8 +64,8 @@ def _step(W: Tensor, P: Tensor) -> Basis:
 
 def _missed(W: Tensor, V: Tensor, P: Tensor, theta: Tensor, rank: int) -> Tensor:
     """What r directions could hold at most beyond the first r of V: [g], infinite where nothing is known."""
-    X = _random(W, V.shape[0], V.shape[-1], _PROBES)
-    R = W.mT @ (P @ X) - V @ (P.mT @ (P @ X))
+    X = _random(W, V.shape[0], _PROBES, V.shape[-1]) @ P.mT
+    R = X @ W - X @ P @ V.mT
     residual = _MARGIN * _energy(R) / _PROBES
     edge = _MARGIN * _beyond(W, V)
     tau = theta[..., :rank]
@@ -79,13 +79,13 @@ def _missed(W: Tensor, V: Tensor, P: Tensor, theta: Tensor, rank: int) -> Tensor
 
 def _beyond(W: Tensor, V: Tensor) -> Tensor:
     """The largest eigenvalue of WᵀW in the complement of V, from below: [g]."""
-    X = _random(W, V.shape[0], V.shape[-2], _PROBES)
+    X = _random(W, V.shape[0], _PROBES, V.shape[-2])  # as rows: so few columns would be multiplied slowly
     size = X.new_zeros(())
     for _ in range(_POWER):
-        X = X - V @ (V.mT @ X)
-        X = X / torch.linalg.vector_norm(X, dim=-2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-        X = W.mT @ (W @ X)
-        size = torch.linalg.vector_norm(X - V @ (V.mT @ X), dim=-2)
+        X = X - X @ V @ V.mT
+        X = X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+        X = X @ W.mT @ W
+        size = torch.linalg.vector_norm(X - X @ V @ V.mT, dim=-1)
     return size.double().amax(-1)
 
 
