@@ -14,7 +14,19 @@ from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
 from dynrank_fx.text import json_text
 
-from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
+from .options import (
+    Option,
+    Options,
+    amp_of,
+    amp_option,
+    given_path,
+    json_option,
+    measure_option,
+    plan_options,
+    refuse_beside,
+    transformed,
+    weights_option,
+)
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
 from .stopping import stop_signals
 from .streams import echo
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model_file", type=given_path)
 @plan_options
+@measure_option
 @weights_option
 @click.option("--from", "start", type=given_path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
 @click.option("--out", type=given_path, metavar="FOLDER", help="The run; by default <model>-run.")
@@ -42,7 +55,7 @@ if TYPE_CHECKING:
 )
 @training_options
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--amp", type=click.Choice(["bf16", "float16"]), help="Autocast; float16 with scaled gradients.")
+@amp_option
 @click.option(
     "--accumulate", type=click.IntRange(min=1), default=1, metavar="N", help="Batches of a step; 1 by default."
 )
@@ -187,8 +200,6 @@ def _make_folder(folder: Path) -> None:
 
 def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
-    import torch
-
     from dynrank_fx.randomness import generators_of
     from dynrank_fx.training import Run, Settings, Task, clock_for
 
@@ -201,7 +212,7 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module) -> tuple[Run, Tas
         epochs=None if steps else options["epochs"] or file.epochs or 10,
         steps=steps,
         device=options["device"],
-        amp={"bf16": torch.bfloat16, "float16": torch.float16, None: None}[options["amp"]],
+        amp=amp_of(options["amp"]),
         compile=not options["no_compile"],
         checkpoint_steps=options["checkpoint_steps"],
         accumulate=options["accumulate"],
