@@ -117,7 +117,6 @@ CALLS: dict[str, Call] = {
             "dtype": "none",
             "amp": "optional",
             "compile": "flag",
-            "inputs": "optional",
             "cache": "optional path",
             "repeats": "count",
         },

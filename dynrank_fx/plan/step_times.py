@@ -66,9 +66,11 @@ class StepTimes:
         check_flags(PlanError, compile=self.compile)
         if not is_whole(self.repeats, 1):
             raise PlanError(f"{self.repeats!r} repeats measure nothing: give a whole number of 1 or more")
+        if self.inputs is not None and not isinstance(self.inputs, tuple | list | dict):
+            raise PlanError(f"inputs is {self.inputs!r}: give the model's inputs as a tuple or a dict, or leave it out")
         try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+            torch.zeros(1, device=torch.device(self.device))
+        except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
             raise PlanError(f"nothing can be timed on the device {self.device!r} ({first_line(error)})") from error
         self.cache = None if self.cache is None else checked_path(self.cache)
         self._known = read_times(self.cache)
