@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dynrank_fx.aliases import Batch, Output
 from dynrank_fx.errors import ModelFileError
+from dynrank_fx.randomness import random_state, set_random_state
 from dynrank_fx.tracing import ExampleInputs, Inputs, split_inputs
 
 from .failures import MODULE, users_code
@@ -141,6 +142,19 @@ class ModelFile:
             f"{self.path.name} has batches of type {type(batch).__name__}, which do not say what the model is called "
             f"with: add inputs(batch), which returns {_INPUTS[1]}"
         )
+
+    def training_inputs(self) -> Inputs | None:
+        """The model's arguments in a batch of training, where the file has training data; the global random generators
+        are left as they were.
+        """
+        if not self.has("train_data"):
+            return None
+        now = random_state()
+        data = self._call("train_data")
+        with _users_code(self.path, "train_data()"):
+            batch = next(iter(data), None)
+        set_random_state(now)
+        return None if batch is None else self.inputs(batch)
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
         made: Tensor = self._call("loss", output, batch)

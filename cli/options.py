@@ -13,10 +13,11 @@ import click
 from dynrank_fx.aliases import Kwargs
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from dynrank_fx.layouts import ConvLayout
-    from dynrank_fx.plan import Override, PlanOptions, RankPolicy, Role
+    from dynrank_fx.plan import Override, PlanOptions, RankPolicy, Role, StepTimes
     from dynrank_fx.tracing import Capture, Form
 
     from .modelfile import ModelFile
@@ -103,6 +104,16 @@ _PLAN_OPTIONS = (
 )
 
 
+measure_option = click.option(
+    "--measure",
+    is_flag=True,
+    help="Time each site in a training step, and factor only what is then faster; kept by machine.",
+)
+
+amp_option = click.option(
+    "--amp", type=click.Choice(["bf16", "float16"]), help="Autocast; float16 with scaled gradients."
+)
+
 _EXPORT_OPTIONS = (
     click.option("--opset", type=int, metavar="N", help="ONNX opset; by default the exporter's own."),
     click.option(
@@ -145,7 +156,7 @@ calibrate_option = click.option(
 # The names under which a command gets them.
 PLAN_OPTIONS = (
     *("rank", "energy", "include", "exclude", "override", "multiple_of"),
-    *("layout", "share_inputs", "leave", "how", "plan_file"),
+    *("layout", "share_inputs", "leave", "how", "plan_file", "measure"),
 )
 
 
@@ -323,8 +334,25 @@ def transformed(
         plan = {"plan": read_plan(options["plan_file"])}
     else:
         plan = {"options": plan_options_of(options, policy)}
+        if options.get("measure"):
+            plan["times"] = step_times_of(file, options)
     form, how = form_of(options["form"]), capture_of(options["how"])
     return transform(file.model(), file.example_inputs(), form=form, how=how, allow_empty=allow_empty, **plan)
+
+
+def step_times_of(file: ModelFile, options: Options) -> StepTimes:
+    """What measures sites as the options say that the net will train."""
+    from dynrank_fx.plan import StepTimes
+
+    amp, compiled = amp_of(options["amp"]), not options["no_compile"]
+    return StepTimes(options["device"], amp=amp, compile=compiled, inputs=file.training_inputs())
+
+
+def amp_of(name: str | None) -> torch.dtype | None:
+    """The type that ``--amp`` names."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "float16": torch.float16, None: None}[name]
 
 
 def form_of(name: str) -> Form:

@@ -15,7 +15,19 @@ from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
 from dynrank_fx.text import json_text
 
-from .options import Option, Options, given_path, json_option, plan_options, refuse_beside, transformed, weights_option
+from .options import (
+    Option,
+    Options,
+    amp_of,
+    amp_option,
+    given_path,
+    json_option,
+    measure_option,
+    plan_options,
+    refuse_beside,
+    transformed,
+    weights_option,
+)
 from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
 from .several import Launched, OfAnotherError, device_of, launched, say, together, wish_to_stop
 from .stopping import stop_signals
@@ -34,6 +46,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model_file", type=given_path)
 @plan_options
+@measure_option
 @weights_option
 @click.option("--from", "start", type=given_path, metavar="FOLDER", help="Start from a folder that `transform` wrote.")
 @click.option("--out", type=given_path, metavar="FOLDER", help="The run; by default <model>-run.")
@@ -45,7 +58,7 @@ if TYPE_CHECKING:
 )
 @training_options
 @click.option("--device", help="cpu, cuda, cuda:1, ...; by default cpu, or under torchrun a GPU for each, if they do.")
-@click.option("--amp", type=click.Choice(["bf16", "float16"]), help="Autocast; float16 with scaled gradients.")
+@amp_option
 @click.option(
     "--accumulate", type=click.IntRange(min=1), default=1, metavar="N", help="Batches of a step; 1 by default."
 )
@@ -90,6 +103,11 @@ def train(
 
     if options["fsdp"] and launch is None:
         raise click.UsageError("--fsdp shares the parameters among processes: start them by torchrun")
+    if options["measure"] and processes.count > 1:
+        raise click.UsageError(
+            "--measure is the work of one process, whose plan the others would not have: make it by "
+            "`dynrank-fx transform --measure`, and give its folder as --from"
+        )
     if options.get("steps") and options["epochs"]:
         raise click.UsageError("--steps is the length of a run in place of --epochs: give one of them")
     device = device_of(options["device"], launch)
@@ -107,7 +125,7 @@ def train(
         _seed_apart(processes, options, info["step"] + info["epoch"])
         restore_run_(run, tensors, info)
     else:
-        run, task, settings = _set_up(file, options, _net(file, options), device)
+        run, task, settings = _set_up(file, options, _net(file, options | {"device": device}), device)
         _seed_apart(processes, options, 0)
         facts = {"epochs": clock_of_run(run, task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
         facts |= {"run": run.name, "job": launch.job if launch else None}
@@ -262,8 +280,6 @@ def _make_folder(folder: Path) -> None:
 
 def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
-    import torch
-
     from dynrank_fx.randomness import generators_of
     from dynrank_fx.training import Run, Settings, Task, clock_for
 
@@ -277,7 +293,7 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> t
         epochs=None if steps else options["epochs"] or file.epochs or 10,
         steps=steps,
         device=device,
-        amp={"bf16": torch.bfloat16, "float16": torch.float16, None: None}[options["amp"]],
+        amp=amp_of(options["amp"]),
         compile=not (options["no_compile"] or options["fsdp"]),
         checkpoint_steps=options["checkpoint_steps"],
         accumulate=options["accumulate"],

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from .options import Option, given_path, json_option, plan_options, transformed, weights_option
+from .options import (
+    Option,
+    amp_option,
+    given_options,
+    given_path,
+    json_option,
+    measure_option,
+    plan_options,
+    transformed,
+    weights_option,
+)
 from .streams import echo
 
 
@@ -15,6 +25,10 @@ from .streams import echo
 @click.argument("model_file", type=given_path)
 @weights_option
 @plan_options
+@measure_option
+@click.option("--device", default="cpu", show_default=True, help="Where --measure measures: cpu, cuda, cuda:1, ...")
+@amp_option
+@click.option("--no-compile", is_flag=True, help="For --measure, where the net will run eagerly.")
 @click.option("--out", "-o", type=given_path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @json_option
@@ -33,6 +47,10 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
 
     from .modelfile import load_model_file
 
+    for parameter in [] if options["measure"] else given_options(("device", "amp", "no_compile")):
+        raise click.UsageError(
+            f"{parameter.opts[0]} says where --measure measures: give --measure too, or leave it out"
+        )
     folder = out or Path(f"{model_file.stem}-dynrank")
     if not dry_run:
         check_place(folder)

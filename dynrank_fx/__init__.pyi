@@ -49,6 +49,7 @@ from .plan import PlanOptions as PlanOptions
 from .plan import Ratio as Ratio
 from .plan import Role as Role
 from .plan import StableRank as StableRank
+from .plan import StepTimes as StepTimes
 from .plan import make_plan as make_plan
 from .rewrite import factorize as factorize
 from .rewrite import inline as inline

@@ -33,3 +33,14 @@ def matrix(spectrum: str, shape: tuple[int, int, int], scale: float = 1.0) -> Te
     k = min(m, n)
     s = scale * SPECTRA[spectrum](torch.arange(k, dtype=torch.float64))
     return orthonormal(g, m, k) * s @ orthonormal(g, n, k).mT
+
+
+def assert_balanced(B: Tensor, A: Tensor, W: Tensor) -> None:
+    """BᵀB = A Aᵀ among the directions above rounding, whose own entries are sound to ε σ_1² / √(σ_i σ_j)."""
+    s = torch.linalg.svdvals(W.double())[:, : B.shape[-1]]
+    largest, eps = s[:, :1], torch.finfo(W.dtype).eps
+    strong = s > 100 * eps * largest
+    root = torch.where(strong, s, torch.inf).sqrt()
+    difference = B.double().mT @ B.double() - A.double() @ A.double().mT
+    scaled = difference * root[:, :, None] * root[:, None, :] / largest.square()[:, :, None]
+    assert bool((scaled[strong[:, :, None] & strong[:, None, :]].abs() <= 50 * eps).all())

@@ -46,6 +46,7 @@ PUBLIC = [
     "SiteTimes",
     "SpatialLayout",
     "StableRank",
+    "StepTimes",
     "StoreError",
     "TrainState",
     "Transition",

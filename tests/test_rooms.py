@@ -33,6 +33,7 @@ GROUND = (
     "seals",
     "store",
     "text",
+    "times_file",
     "timing",
     "version",
 )  # files, not rooms

@@ -6,33 +6,24 @@ is timed by itself in onnxruntime, in turn with its dense form, at the shapes of
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from .. import files
-from ..aliases import Json
-from ..checks import checked_path, is_number, is_whole
-from ..errors import CalibrationError, StoreError
+from ..checks import checked_path, is_whole
+from ..errors import CalibrationError
 from ..onnx import Provider, bound, runtime, session_of, threads
 from ..plan import Cost, PlannedSite
+from ..times_file import Times, cores, default_cache, key_of, read_times, write_times
 from ..timing import Pair, interleaved, processor
 from .site_model import site_model
 
 _STEPS = 8
 """Ranks that are timed, evenly up to the last that saves parameters; between them times are taken as straight lines."""
 _SECONDS = 5e-4  # so long at least is one measurement
-
-
-def default_cache() -> Path:
-    """``times.json`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrank-fx" / "times.json"
 
 
 @dataclass
@@ -53,7 +44,7 @@ class SiteTimes:
     element: str = "float32"
     cache: Path | None = field(default_factory=default_cache)
     repeats: int = 15
-    _known: dict[str, list[float] | None] = field(default_factory=dict)
+    _known: Times = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.element not in ("float32", "float16"):
@@ -63,11 +54,7 @@ class SiteTimes:
         if not is_whole(self.repeats, 1):
             raise CalibrationError(f"{self.repeats!r} repeats measure nothing: give a whole number of 1 or more")
         self.cache = None if self.cache is None else checked_path(self.cache)
-        if self.cache is not None and self.cache.is_file():
-            try:
-                self._known = _cached(json.loads(self.cache.read_text()))
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                self._known = {}  # what is damaged, or of an earlier version, is measured anew
+        self._known = read_times(self.cache)
 
     def pair(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
         """Times of a site, dense and factored, measured in turn or taken from the cache.
@@ -108,22 +95,14 @@ class SiteTimes:
 
     def save(self) -> None:
         """Write the cache, whole or not at all; without a word where the disk does not let it."""
-        if self.cache is None:
-            return
-        try:
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(self.cache, alone=False) as beside:
-                beside.write_text(json.dumps({"times": self._known, "sha256": _digest(self._known)}))
-        except (OSError, StoreError):
-            return
+        write_times(self.cache, self._known)
 
     def _key(self, rows: Sequence[PlannedSite], rank: int) -> str:
         uses = [[row.layout.name, row.site.shape, row.site.to_json()["uses"]] for row in rows]
         if len(rows) > 1 and rows[0].site.by_code:
             uses.append(["each by itself"])
         where = [platform.node(), processor(), cores(), threads(), runtime().__version__, self.provider, self.element]
-        said = json.dumps([where, uses, rank], default=list)
-        return hashlib.sha256(said.encode()).hexdigest()
+        return key_of([where, uses, rank])
 
     def _measured(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
         sides = [site_model(rows, r, np.dtype(self.element)) for r in (None, rank)]
@@ -137,32 +116,6 @@ class SiteTimes:
         once = interleaved(first, second, repeats=3)
         inner = max(1, round(_SECONDS / max(once.first, 1e-7)))
         return interleaved(first, second, repeats=self.repeats, inner=min(inner, 200))
-
-
-def _cached(content: Json) -> dict[str, list[float] | None]:
-    """The times in a cache. Raises ValueError where they are not as they were written."""
-    times: dict[str, list[float] | None] = {key: _times_in(each) for key, each in content["times"].items()}
-    if content["sha256"] != _digest(times):
-        raise ValueError("the digest is another one")
-    return times
-
-
-def _digest(times: Mapping[str, Sequence[float] | None]) -> str:
-    return hashlib.sha256(json.dumps(times, sort_keys=True).encode()).hexdigest()
-
-
-def _times_in(entry: object) -> list[float] | None:
-    """An entry of the cache. Raises ValueError for what is none."""
-    if entry is None:
-        return None
-    if not isinstance(entry, list) or len(entry) != 3 or not all(is_number(each, 0) for each in entry):
-        raise ValueError(entry)
-    return entry
-
-
-def cores() -> int:
-    """How many cores the process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def paying_limit(rows: Sequence[PlannedSite]) -> int:

@@ -128,16 +128,28 @@ class Layout(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def split(self, weight: Tensor, rank: int) -> Factors:
+    def split(self, weight: Tensor, rank: int, last: Factors = ()) -> Factors:
         """The best factors that are known to be found: ‖W − join(factors)‖_F is small.
 
         Args:
             weight: The weight W.
             rank: The rank r.
+            last: What ``start`` or ``followed`` gave some steps ago, to begin with where that helps.
 
         Returns:
             The factors, in the order of ``factor_names``.
         """
+
+    def start(self, factors: Factors) -> Factors:
+        """What a later cut of the weight may begin with, while the weight that factors stand for trains on.
+
+        Args:
+            factors: The factors, in the order of ``factor_names``.
+
+        Returns:
+            For ``last`` of ``split``; empty where a cut begins anew.
+        """
+        return ()
 
     @abc.abstractmethod
     def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:

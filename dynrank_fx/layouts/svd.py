@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .subspace import Basis, warm_basis
+
 # Up to this many columns a float64 SVD costs milliseconds; above it the Gram matrix's eigenvectors are several
 # times faster (docs/measured.md has the figures).
 SMALL = 128
@@ -63,17 +65,29 @@ def told_apart(kept: Tensor, total: Tensor) -> bool:
 
 def right_basis(W: Tensor, rank: int) -> Tensor:
     """Orthonormal V [g, n, r], n ≤ m, with ‖W − W V Vᵀ‖ within 1.001 of the least, or rounding where that is zero."""
-    n = W.shape[-1]
-    if n > SMALL and W.dtype != torch.float64:
+    n, exact = W.shape[-1], W.dtype == torch.float64
+    if n > SMALL and not exact:
         V = gram_basis(W.mT @ W, rank)
         if V is not None and told_apart((W @ V).square().sum(-2), W.square().sum((-2, -1))):
             return V
+    if not exact and (n > SMALL or W.is_cuda):
         V = gram_basis(W.double().mT @ W.double(), rank)
         if V is not None:
             return V
     # Last resort and small case: exact, and on the CPU, where it always converges.
     Vh: Tensor = torch.linalg.svd(W.double().cpu(), full_matrices=False).Vh
     return Vh[..., :rank, :].mT.to(W.device)
+
+
+def _basis(W: Tensor, rank: int, start: Tensor | None, eps: float) -> Basis:
+    """V of ``right_basis`` and W V. start: [g, n, l], columns whose span may be near that of V."""
+    g, _, n = W.shape
+    if n > SMALL and start is not None and start.shape[:2] == (g, n) and start.shape[-1] >= rank:
+        found = warm_basis(W, rank, start.to(W.device), eps)
+        if found is not None:
+            return found
+    V = right_basis(W, rank)
+    return V, W.to(V.dtype) @ V
 
 
 def next_basis(W: Tensor, V: Tensor) -> Tensor:
@@ -83,20 +97,22 @@ def next_basis(W: Tensor, V: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def truncate(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncate(W: Tensor, rank: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Best rank-r factors of W [g, m, n], balanced: B = U S^½ [g, m, r], A = S^½ Vᵀ [g, r, n].
 
     ‖W − BA‖_F is at most 1.001 × √(Σ_{i>r} σ_i²) (Eckart–Young), or rounding where that is zero. Any floating dtype;
     the work is done in float32 at least and falls back to float64 where float32 would not reach the bound.
+
+    start: [g, min(m, n), l] with l ≥ r, columns near the right singular vectors (the left ones of a wide W), such as
+    those of a cut of some steps ago. It makes the work several times less; the bound is proven, or they are not used.
     """
     m, n = W.shape[-2:]
     if m < n:
-        left, right = truncate(W.mT, rank)
+        left, right = truncate(W.mT, rank, start)
         return right.mT.contiguous(), left.mT.contiguous()
     with full_precision():
         X, scale = _scaled(W if W.dtype == torch.float64 else W.float())
-        V = right_basis(X, rank)
-        P = X.to(V.dtype) @ V  # = U S, so its column norms are the singular values
+        V, P = _basis(X, rank, start, torch.finfo(W.dtype).eps)  # P = U S: its column norms are the singular values
         S = torch.linalg.vector_norm(P, dim=-2, keepdim=True)
         # A direction with σ = 0 keeps a small right row, and a zero matrix whole ones: with both factors zero it could
         # never train again.

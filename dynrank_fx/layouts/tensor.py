@@ -118,12 +118,13 @@ class TuckerLayout(TensorLayout):
         return (torch.einsum("ar,rs...,bs->ab...", outputs, C, inputs) * core).sum()
 
     @torch.no_grad()
-    def split(self, weight: Tensor, rank: int) -> Factors:
+    def split(self, weight: Tensor, rank: int, last: Factors = ()) -> Factors:
         """The core in the best bases of the channels; the norm is spread evenly over the factors.
 
         Args:
             weight: The weight [m, n, *k].
             rank: The rank r.
+            last: Not looked at.
 
         Returns:
             (left, core, right).
@@ -209,16 +210,19 @@ class CPLayout(TensorLayout):
         return math.prod(grams[1:], start=grams[0]).sum()
 
     @torch.no_grad()
-    def split(self, weight: Tensor, rank: int) -> Factors:
+    def split(self, weight: Tensor, rank: int, last: Factors = ()) -> Factors:
         """Factors by alternating least squares from the singular vectors along each axis.
 
         Args:
             weight: The weight [m, n, k1, k2].
             rank: The rank r.
+            last: What ``followed`` gave some steps ago, to be fitted to the weight once more.
 
         Returns:
             (left, along, across, right).
         """
+        if last:
+            return self.followed(weight, rank, last)[1]
         return self._fitted(weight, [_start(weight.double(), axis, rank) for axis in range(4)], _CP_SWEEPS)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import Shape
 from .base import Factors, Layout, shapes_of
 from .moments import moments_to_dense, second_moments_to_dense
-from .svd import next_basis, right_basis, truncate
+from .svd import SMALL, next_basis, right_basis, truncate
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,32 @@ class TwoFactors(Layout):
             (left, right).
         """
 
-    def split(self, weight: Tensor, rank: int) -> Factors:
+    def split(self, weight: Tensor, rank: int, last: Factors = ()) -> Factors:
         """The best factors per group: ‖W − B A‖_F is at most 1.001 × √(Σ_{i>r} σ_i²), or rounding where that is zero.
 
         Args:
             weight: The weight.
             rank: The rank r.
+            last: (V,) of ``start`` or of ``followed``, of some steps ago: the cut then costs several times less.
 
         Returns:
             (left, right), balanced: B = U S^½, A = S^½ Vᵀ.
         """
-        return self.from_matrices(truncate(self.to_matrix(weight), rank), tuple(weight.shape))
+        return self.from_matrices(truncate(self.to_matrix(weight), rank, *last[:1]), tuple(weight.shape))
+
+    def start(self, factors: Factors) -> Factors:
+        """(V,): what spans the rows of B A, or its columns where there are fewer of them.
+
+        Args:
+            factors: (left, right).
+
+        Returns:
+            (V [g, min(m, n), r],); empty where the matrix is so small that a cut from nothing costs little.
+        """
+        B, A = self.to_matrices(factors)
+        if min(B.shape[-2], A.shape[-1]) <= SMALL:
+            return ()
+        return (A.mT if B.shape[-2] >= A.shape[-1] else B,)
 
     def followed(self, weight: Tensor, rank: int, last: Factors = ()) -> tuple[Tensor, Factors]:
         """X V Vᵀ and (V,): X is the matrix view with n ≤ m, or its transpose, V its top right singular vectors.

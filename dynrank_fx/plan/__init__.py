@@ -12,6 +12,7 @@ from .plan import Plan, PlannedSite, checked_plan
 from .ranks import Cost, Curve, Energy, Fixed, Metric, RankPolicy, Ratio, StableRank, checked_policy, ranks_by_policy
 from .roles import Role
 from .site import fits
+from .step_times import StepTimes
 
 __all__ = [
     "Budget",
@@ -32,6 +33,7 @@ __all__ = [
     "Reader",
     "Role",
     "StableRank",
+    "StepTimes",
     "break_even_rank",
     "checked_plan",
     "checked_policy",

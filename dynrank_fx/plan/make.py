@@ -13,6 +13,7 @@ from ..errors import PlanError
 from ..layouts import layout_for
 from ..ops import OP_MODULES, ConvolutionOp
 from ..tracing import ExampleInputs, is_captured, measure, meta_of, unwrap
+from .by_time import by_time
 from .costs import costs_of, curve_of, rows_of, spectrum_of
 from .find import find_sites, why_not
 from .locate import Located, input_of, locate, refuse_non_finite
@@ -22,6 +23,7 @@ from .plan import Plan, PlannedSite
 from .ranks import Metric, RankPolicy, ranks_by_policy
 from .roles import Role, roles_of
 from .site import Site, Skipped, matches
+from .step_times import StepTimes
 
 
 def make_plan(
@@ -59,6 +61,7 @@ def plan_by(
     example_inputs: ExampleInputs | None,
     located: Mapping[str, Located] | None = None,
     graph: Mapping[str, Located] | None = None,
+    times: StepTimes | None = None,
 ) -> Plan:
     """As ``make_plan``, by options that are settled.
 
@@ -89,21 +92,61 @@ def plan_by(
         )
         for group, layout in zip(groups, layouts, strict=True)
     ]
+    at_work = None if times is None else _AtWork(net, times, example_inputs, located)
     rows: list[PlannedSite] = []
     ranks = ranks_by_policy([said[group[0].name].rank or options.rank for group in groups], curves)
     for group, layout, curve, r in zip(groups, layouts, curves, ranks, strict=True):
         rank = -(-r // options.multiple_of) * options.multiple_of
-        group_rows = rows_of(group, layout, rank)
-        why = _too_much(group_rows, curve.max_rank, options.allow_unprofitable)
-        if why:
-            reasons.update(dict.fromkeys((site.name for site in group), why))
+        found = _paying(rows_of(group, layout, rank), curve.max_rank, options, at_work)
+        if isinstance(found, str):
+            reasons.update(dict.fromkeys((site.name for site in group), found))
         else:
-            rows += group_rows
+            rows += found
+    if times is not None:
+        times.save()
     order = {name: i for i, name in enumerate(located)}
     rows.sort(key=lambda row: order[row.site.name])
     left = [site.left_dense(reasons[site.name]) for site in sites if site.name in reasons]
     dense = sorted([*left, *skipped], key=lambda s: order[s.name])
-    return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""))
+    return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""), str(times or ""))
+
+
+class _AtWork:
+    """The uses of sites at the shapes of a training batch, to be timed."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        times: StepTimes,
+        example_inputs: ExampleInputs | None,
+        located: Mapping[str, Located],
+    ) -> None:
+        inputs = example_inputs if times.inputs is None else times.inputs
+        if inputs is None:
+            raise PlanError("sites are timed at the shapes of their inputs: give example inputs")
+        sites, _ = find_sites(net, measure(net, inputs).shapes, located)
+        self.times, self._uses = times, {site.name: site.uses for site in sites}
+
+    def found(self, rows: list[PlannedSite], limit: int, options: PlanOptions) -> list[PlannedSite] | str:
+        """The rows as ``by_time`` has them, whose own uses are those on the example inputs."""
+        real = {row.site.name: row.site for row in rows}
+
+        def pays(rows: Sequence[PlannedSite]) -> bool:
+            return _too_much([replace(row, site=real[row.site.name]) for row in rows], limit, False) is None
+
+        timed = [replace(row, site=replace(row.site, uses=self._uses[row.site.name])) for row in rows]
+        found = by_time(timed, self.times, options.multiple_of, limit, pays)
+        return found if isinstance(found, str) else [replace(row, site=real[row.site.name]) for row in found]
+
+
+def _paying(
+    rows: list[PlannedSite], limit: int, options: PlanOptions, at_work: _AtWork | None
+) -> list[PlannedSite] | str:
+    """The rows of a site, or of those that share a factor, or why it stays dense."""
+    why = _too_much(rows, limit, options.allow_unprofitable)
+    if why is not None:
+        return why
+    return rows if at_work is None or options.allow_unprofitable else at_work.found(rows, limit, options)
 
 
 def _by_the_graph(skipped: Skipped, here: Located, graph: Mapping[str, Located] | None) -> Skipped:

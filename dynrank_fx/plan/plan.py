@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from operator import index
 
 from ..aliases import Json, JsonObject
+from ..checks import is_number
 from ..errors import PlanError
 from ..layouts import Layout, layout_named
 from ..text import change, text_table
@@ -28,12 +29,15 @@ class PlannedSite:
         rank: The rank of the factors.
         sharing: The names of the sites that read the same input and share one ``right`` factor, the owner of it first;
             empty for a site with factors of its own.
+        seconds: Measured times of a training step of this site alone, forward and backward, dense and factored, where
+            it was timed; those of sites that share a factor are all in the first one's.
     """
 
     site: Site
     layout: Layout
     rank: int
     sharing: tuple[str, ...] = ()
+    seconds: tuple[float, float] | None = field(default=None, compare=False)
 
     @property
     def shares_right(self) -> bool:
@@ -80,7 +84,9 @@ class PlannedSite:
         # The costs are there to be read; reading a plan counts them anew.
         cost = {"params": [self.site.params, self.params], "flops": [self.site.flops, self.flops]}
         sharing = {"sharing": self.sharing} if self.sharing else {}
-        return {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank, **sharing, **cost}
+        seconds = {"seconds": self.seconds} if self.seconds else {}
+        what = {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank}
+        return {**what, **sharing, **cost, **seconds}
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Plan:
         total_params: Parameters of the whole dense model.
         total_flops: FLOPs of the whole dense model on the example inputs, two a multiply-add; None without an example.
         capture: How the model became a graph, and why not otherwise.
+        timed: On what the sites were timed; empty where they were not.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -102,6 +109,7 @@ class Plan:
     total_params: int
     total_flops: int | None = None
     capture: str = field(default="", compare=False)
+    timed: str = field(default="", compare=False)
 
     @property
     def low_params(self) -> int:
@@ -130,7 +138,7 @@ class Plan:
         unknown = set(ranks) - {row.site.name for row in self.sites}
         if unknown:
             raise PlanError(f"the plan has no site {sorted(unknown)[0]!r} to give a rank to")
-        rows = [replace(row, rank=ranks.get(row.site.name, row.rank)) for row in self.sites]
+        rows = [_at(row, ranks.get(row.site.name, row.rank)) for row in self.sites]
         return replace(self, sites=checked_rows(rows))
 
     def to_json(self) -> str:
@@ -143,6 +151,7 @@ class Plan:
             "format": "dynrank-fx plan",
             "version": VERSION,
             "capture": self.capture,
+            **({"timed": self.timed} if self.timed else {}),
             "total_params": self.total_params,
             "total_flops": self.total_flops,
             "low_params": self.low_params,
@@ -181,7 +190,8 @@ class Plan:
             skipped = tuple(Skipped.from_json(row) for row in data["skipped"])
             flops = data["total_flops"]
             total = None if flops is None else index(flops)
-            plan = cls(sites, skipped, index(data["total_params"]), total, str(data.get("capture", "")))
+            said = str(data.get("capture", "")), str(data.get("timed", ""))
+            plan = cls(sites, skipped, index(data["total_params"]), total, *said)
             str(plan)  # counts every cost: what cannot be counted is no plan
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise PlanError(f"the plan is incomplete or has a value of the wrong kind: {error!r}") from error
@@ -190,7 +200,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [_table_row(row) for row in self.sites]
         rows += [_skipped_row(skipped) for skipped in self.skipped]
-        head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "shared", "why dense")
+        head = ("weight", "shape", "layout", "rank", "params", "MFLOPs", "ms a step", "shared", "why dense")
         lines = [text_table(head, rows, right=(3,)), ""]
         sites, matrices = _amount(len(self.sites), "site", "sites"), _amount(len(self.skipped), "matrix", "matrices")
         lines.append(f"{sites} factored, {matrices} left dense")
@@ -199,6 +209,11 @@ class Plan:
         lines.append(f"parameters  {change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
             lines.append(f"FLOPs       {change(self.total_flops, self.low_flops)} on the example inputs")
+        timed = [row.seconds for row in self.sites if row.seconds]
+        if timed:
+            dense, low = (1e3 * sum(times) for times in zip(*timed, strict=True))
+            which = "sites" if len(timed) == len(self.sites) else f"sites that were timed ({len(timed)})"
+            lines.append(f"step        {dense:.4g} -> {low:.4g} ms in the {which}, forward and backward ({self.timed})")
         return "\n".join(lines)
 
 
@@ -220,16 +235,17 @@ def _table_row(row: PlannedSite) -> tuple[str, ...]:
     site = row.site
     params = f"{_count(site.params)} -> {_count(row.params)}"
     flops = "" if row.flops is None or site.flops is None else f"{site.flops / 1e6:.4g} -> {row.flops / 1e6:.4g}"
+    times = "" if row.seconds is None else " -> ".join(f"{1e3 * each:.3g}" for each in row.seconds)
     name = " = ".join((site.name, *site.aliases))
     calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
     if row.shares_right:
         calls = f"right of {row.sharing[0]}"
-    return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, calls, "")
+    return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, times, calls, "")
 
 
 def _skipped_row(skipped: Skipped) -> tuple[str, ...]:
     name = " = ".join((skipped.name, *skipped.aliases))
-    return (name, "x".join(map(str, skipped.shape)), "dense", "", _count(skipped.params), "", "", skipped.reason)
+    return (name, "x".join(map(str, skipped.shape)), "dense", "", _count(skipped.params), "", "", "", skipped.reason)
 
 
 def _amount(n: int, one: str, more: str) -> str:
@@ -243,7 +259,21 @@ def _count(n: int) -> str:
 def _row_from_json(data: JsonObject) -> PlannedSite:
     site = Site.from_json(data["site"])
     sharing: Json = data.get("sharing", data.get("pack", ()))  # its name in older plans
-    return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], tuple(map(str, sharing)))
+    seconds = data.get("seconds")
+    times = None if seconds is None else _times(seconds)
+    return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], tuple(map(str, sharing)), times)
+
+
+def _times(values: Json) -> tuple[float, float]:
+    dense, low = values
+    if not is_number(dense, 0) or not is_number(low, 0):
+        raise TypeError(f"{values!r} are no times")
+    return float(dense), float(low)
+
+
+def _at(row: PlannedSite, rank: int) -> PlannedSite:
+    """The row at a rank; what it takes at another one was not measured."""
+    return row if rank == row.rank else replace(row, rank=rank, seconds=None)
 
 
 def layout_of(site: Site, name: str) -> Layout:

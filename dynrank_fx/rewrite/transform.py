@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..aliases import Output
 from ..checks import check_flags, names_of
 from ..errors import CaptureError, DynrankWarning, PlanError
-from ..plan import Located, Plan, PlanChoices, PlanOptions, chosen, fit_plan, locate, plan_by
+from ..plan import Located, Plan, PlanChoices, PlanOptions, StepTimes, chosen, fit_plan, locate, plan_by
 from ..tracing import Capture, DynamicShapes, ExampleInputs, Form, capture, tensors_in
 from .factorize import factorize_
 from .inline import holds_captured
@@ -29,6 +29,7 @@ def transform(
     form: Form = Form.GRAPH,
     how: Capture | None = None,
     dynamic_shapes: DynamicShapes | None = None,
+    times: StepTimes | None = None,
     allow_empty: bool = False,
     copy: bool = True,
     **choices: Unpack[PlanChoices],
@@ -49,6 +50,9 @@ def transform(
         how: The way to capture the model, see ``capture``; where the net is of layers, the graph that tells the roles
             of its weights, and those that a graph alone reaches.
         dynamic_shapes: As in ``torch.export``; by default every dimension is free that the model leaves free.
+        times: Measures training steps of single sites. A site that is not faster factored then gets a rank near its own
+            with which it is, or stays dense; with ``allow_unprofitable`` and for a given plan it says nothing. None to
+            measure nothing.
         allow_empty: Whether a plan without any site is taken.
         copy: Whether the net has weights of its own. If False it shares the model's parameters and buffers, as the
             same objects, and takes next to no memory (as PEFT's adapters do). Training the net in FULL then trains the
@@ -75,6 +79,8 @@ def transform(
     if not isinstance(form, Form):
         raise PlanError(f"{form!r} is no form: give one of {names_of(Form)}")
     check_flags(PlanError, allow_empty=allow_empty)
+    if times is not None and not isinstance(times, StepTimes):
+        raise PlanError(f"times is {times!r}: give StepTimes(), or None to measure nothing")
     layers = form is Form.LAYERS or how is Capture.LAYERS
     way = Capture.LAYERS if layers else how
     net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=copy)
@@ -84,7 +90,7 @@ def transform(
         graph = None
         if layers and (settled.leave or settled.share_inputs or unreached):
             graph = _graph_of(model, example_inputs, dynamic_shapes, how, settled)
-        plan = plan_by(net, settled, example_inputs, located, graph)
+        plan = plan_by(net, settled, example_inputs, located, graph, times)
     else:
         plan = fit_plan(net, plan, example_inputs, located)
     if not plan.sites and not allow_empty:

@@ -15,16 +15,16 @@ is older: TRP (arXiv 2004.14566) puts a truncation between every few of its step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..aliases import StateDict
 from ..errors import StoreError
-from ..layouts import Factors, Layout, at_least_float32, full_precision
+from ..layouts import Factors, at_least_float32, full_precision
 from ..phase import Phase
 from ..phases import Optimizers, optimizers_in, phases_in
 from ..processes import is_part, own, part_as
@@ -114,13 +114,6 @@ class Landing:
             weight = module._parameters["weight"]
             assert weight is not None
             own(weight).copy_(own(part_as(part, weight)) if is_part(weight) else part)
-
-    def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
-        """The factors that a landing came to, fitted to the weight once more; None where the plain cut finds them."""
-        last = self.bases.get(sites[0], ())
-        if layout.exact or not last:
-            return None
-        return tuple(each.to(weight.dtype) for each in layout.followed(at_least_float32(weight), rank, last)[1])
 
 
 def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Phase]) -> dict[str, int]:

@@ -34,7 +34,7 @@ from ..phases import (
     refuse_wrapped,
     replan_,
 )
-from ..processes import agree, ignored_by, processes_training, wrappers_of
+from ..processes import Shards, agree, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..text import rounded
@@ -48,6 +48,7 @@ from .history import add_
 from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm
 from .settings import PhaseSettings
+from .starts import Starts
 
 T = TypeVar("T")
 
@@ -158,6 +159,7 @@ class Phases:
         warn_of_rates(lr_scheduler, clock, self.lr_every_step)
         self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
         self.landing = Landing(net, self.optimizers) if self.settings.landing else None
+        self._starts = Starts(self.landing)
         # All hooks are there from the start, since torch is walking through them when a tick begins, which comes last.
         self._rewarms = [Rewarm(each, 0) for each in self.optimizers] if self.settings.rewarm else []
         for each in self.optimizers:
@@ -301,7 +303,7 @@ class Phases:
         changing = [name for name, phase in asked.items() if phase is not before[name]]
         watched = [name for name in changing if asked[name] is Phase.LOW and self.settings.spectra and tick > 0]
         old = self._spectra(watched)
-        self._enter(setting, tick)
+        self._enter(setting, tick, changing)
         phases = phases_of(self.net)
         cuts: dict[str, int] = {}
         if self.landing is not None and clock.every is not None:
@@ -369,14 +371,21 @@ class Phases:
         counts = [count - counts[0] + due for count in counts] or [0] * len(at)
         return rates_after(self.optimizer, self.lr_scheduler, counts)
 
-    def _enter(self, setting: Setting, tick: int) -> None:
+    def _enter(self, setting: Setting, tick: int, changing: Sequence[str]) -> None:
         """The switch itself, and what goes with it."""
-        # Where factors are the best ones, a landing has nothing to add, and sites in parts are cut as they lie.
-        exact = all(row.layout.exact for row in plan_of(self.net).sites)
-        split = self.landing.split if self.landing is not None and not exact else None
+        # Sites in parts are cut as they lie, where the cut finds the best factors by itself.
+        parts = bool(Shards([self.net]))
+        best = parts and all(row.layout.exact for row in plan_of(self.net).sites)
+        left = {} if parts else self._starts.of_factors(self.net, changing)
         self.transition = enter_(
-            self.net, setting, self.optimizers, averages=self.averages, carry=self.settings.carry, split=split
+            self.net,
+            setting,
+            self.optimizers,
+            averages=self.averages,
+            carry=self.settings.carry,
+            split=None if best else self._starts.split,
         )
+        self._starts.switched(phases_of(self.net), left)
         if self.settings.random_init and tick == 0 and Phase.LOW in phases_of(self.net).values():
             randomize_(self.net)
             copy_factors_(unwrap(self.net), self.averages)
@@ -417,7 +426,7 @@ class Phases:
         return not_finite(self.net, self.optimizers, but=self._unbounded)
 
     def hooks_state(self) -> StateDict:
-        """Where the steps, a re-warm-up and a landing stand.
+        """Where the steps, a re-warm-up and a landing stand, and where cuts begin.
 
         Returns:
             Plain values and tensors, for ``load_hooks_state``.
@@ -427,6 +436,7 @@ class Phases:
             "step": self.step,
             "rewarm": [self._rewarms[0].steps, *lefts] if any(lefts) else None,
             "landing": self.landing.state() if self.landing is not None else None,
+            "starts": self._starts.state(),
             "waits": self._waits,
         }
 
@@ -453,6 +463,7 @@ class Phases:
                 )
             for each, left in zip(self._rewarms, lefts, strict=True):
                 each.restart(steps, left)
+        self._starts.load(state.get("starts", {}))
         if self.landing is not None and state.get("landing"):
             self.landing.load(state["landing"])
 

@@ -19,7 +19,9 @@ from dynrank_fx.cli.main import cli
 
 OPTIONS = {
     "transform": [
+        "--amp",
         "--capture",
+        "--device",
         "--dry-run",
         "--energy",
         "--exclude",
@@ -29,7 +31,9 @@ OPTIONS = {
         "--json",
         "--layout",
         "--leave",
+        "--measure",
         "--multiple-of",
+        "--no-compile",
         "--out",
         "--override",
         "--plan",
@@ -66,6 +70,7 @@ OPTIONS = {
         "--leave",
         "--low",
         "--lr-milestones",
+        "--measure",
         "--multiple-of",
         "--no-compile",
         "--out",

@@ -293,3 +293,38 @@ def test_model_files_that_do_not_do(
     # torch.export prints the graph so far.
     assert refused("transform", "model.py", noisy="Odd" in more).startswith(sentence.format(line=wrong))
     assert files(folder) == ["model.py"]
+
+
+def test_measured_sites_that_are_no_faster_stay_dense_and_the_folder_keeps_the_times(
+    write: Run, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynrank_fx.plan import StepTimes
+    from dynrank_fx.timing import Pair
+
+    asked = []
+
+    def said(self: StepTimes, rows: Any) -> Pair:
+        asked.append((self.amp, self.compile, rows[0].site.uses[0].input_shape))
+        ratio = 0.5 if rows[0].site.name == "4.weight" else 2.0
+        return Pair(1e-3, ratio * 1e-3, ratio)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(StepTimes, "_measured", said)
+    write()
+    result = run("transform", "model.py", "--rank", "6", "--measure", "--amp", "bf16", "--json", "--out", "kept")
+    data = plan(result)
+    assert [row["site"]["name"] for row in data["sites"]] == ["4.weight"]
+    assert data["sites"][0]["seconds"] == [1e-3, 5e-4]
+    assert data["timed"].endswith("bfloat16, compiled")
+    assert "measured: a training step takes 2 ms" in data["skipped"][0]["reason"]
+    assert {shape[0] for _, _, shape in asked} == {8}, "of a batch of training"
+    assert {(amp, compiled) for amp, compiled, _ in asked} == {(torch.bfloat16, True)}
+    count = len(asked)
+    run("transform", "model.py", "--rank", "6", "--measure", "--amp", "bf16", "--out", "again")
+    assert len(asked) == count, "the cache knows them"
+    trained = ("--epochs", "1", "--no-compile", "--schedule", "low", "--out", "run")
+    run("train", "model.py", "--from", "kept", *trained)
+    refused = CliRunner().invoke(cli, ["train", "model.py", "--from", "kept", "--measure", "--out", "other"])
+    assert "--from brings its plan along: leave out --measure" in refused.output
+    refused = CliRunner().invoke(cli, ["transform", "model.py", "--amp", "bf16"])
+    assert "--amp says where --measure measures" in refused.output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from known_spectra import SHAPES, SPECTRA, by_x, matrix, orthonormal
+from known_spectra import SHAPES, SPECTRA, assert_balanced, by_x, matrix, orthonormal
 from torch import Tensor
 
 from dynrank_fx.layouts import svd
@@ -31,17 +31,6 @@ def assert_best(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     error = norm(B.double() @ A.double() - W.double())
     assert error <= 1.001 * least + 16 * torch.finfo(W.dtype).eps * norm(W)
     return B, A
-
-
-def assert_balanced(B: Tensor, A: Tensor, W: Tensor) -> None:
-    """BᵀB = A Aᵀ among the directions above rounding, whose own entries are sound to ε σ_1² / √(σ_i σ_j)."""
-    s = torch.linalg.svdvals(W.double())[:, : B.shape[-1]]
-    largest, eps = s[:, :1], torch.finfo(W.dtype).eps
-    strong = s > 100 * eps * largest
-    root = torch.where(strong, s, torch.inf).sqrt()
-    difference = B.double().mT @ B.double() - A.double() @ A.double().mT
-    scaled = difference * root[:, :, None] * root[:, None, :] / largest.square()[:, :, None]
-    assert bool((scaled[strong[:, :, None] & strong[:, None, :]].abs() <= 50 * eps).all())
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

@@ -12,6 +12,7 @@ import dynrank_fx as dr
 from dynrank_fx.rewrite import switched_modules
 from dynrank_fx.schedules import SiteState
 from dynrank_fx.training.landing import Landing, epochs_to_cut
+from dynrank_fx.training.starts import Starts
 
 FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
 
@@ -171,7 +172,7 @@ def test_of_tucker_and_cp_the_cut_changes_nothing_either(layout, steps, dtype):
     dense = {name: site.weight.detach().double() for name, (site, *_) in switched_modules(net).items()}
     before = net.eval()(x)
     assert min(change.error for change in dr.enter_(convolutions(layout)[0], LOW).changes) > 0.2
-    dr.enter_(net, LOW, optimizer, split=landing.split)
+    dr.enter_(net, LOW, optimizer, split=Starts(landing).split)
     small = 1e-10 if dtype is torch.float64 else 1e-5
     for name, (site, *_) in switched_modules(net).items():
         left = (site.layout.join(tuple(factor.detach().double() for factor in site.factors)) - dense[name]).norm()
@@ -213,7 +214,7 @@ def test_of_tucker_and_cp_a_landing_goes_on_from_its_state_and_with_another_rank
     for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert switched_modules(net)["2.weight"][0].weight.is_contiguous(memory_format=torch.channels_last)
-    transition = dr.enter_(net, LOW, optimizer, split=landing.split)
+    transition = dr.enter_(net, LOW, optimizer, split=Starts(landing).split)
     assert max(change.error for change in transition.changes) < 1e-10
 
 

@@ -159,7 +159,7 @@ def test_the_state_of_an_earlier_version_goes_on() -> None:
     phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2, rewarm=4)
     phases.load_state_dict(state)
     assert phases.history == [EpochRecord.from_json(begun)]
-    assert phases.hooks_state() == {"step": 0, "rewarm": [4, 2], "landing": None, "waits": False}
+    assert phases.hooks_state() == {"step": 0, "rewarm": [4, 2], "landing": None, "starts": {}, "waits": False}
     assert phases.begin(1).spent == pytest.approx(0.9 + cost_of(net))
 
 
