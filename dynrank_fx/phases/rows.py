@@ -41,8 +41,10 @@ class Rows(LinearLayout):
         return tensors
 
     @torch.no_grad()
-    def split(self, weight: Tensor, rank: int) -> Factors:
-        """As of the whole weight: ‖W − B A‖_F is at most 1.001 × √(Σ_{i>r} σ_i²), or rounding where that is zero."""
+    def split(self, weight: Tensor, rank: int, last: Factors = ()) -> Factors:
+        """As of the whole weight: ‖W − B A‖_F is at most 1.001 × √(Σ_{i>r} σ_i²), or rounding where that is zero. Where
+        the last cut ended says nothing here: a Gram matrix is sent in any case.
+        """
         with full_precision():
             X, unit = self._scaled(weight.float())
             V = self._right_basis(X, rank)
