@@ -84,7 +84,7 @@ def save_checkpoint(
         TransitionError: For what is no optimizer.
 
     Warns:
-        DynrankWarning: Where weights, buffers or the optimizer's state are not finite.
+        DynrankWarning: Of ``phases``, where weights, buffers or the optimizer's state are not finite.
     """
     if not isinstance(extra, Mapping | None):
         raise StoreError(f"extra is {extra!r}: give a dict of plain values and tensors, or leave it out")
