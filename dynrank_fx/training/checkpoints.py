@@ -46,8 +46,8 @@ class Loaded:
     Attributes:
         phases: The state of the phases, for ``Phases(..., resume=)`` where none was given; None where the checkpoint
             was written without.
-        extra: What ``save_checkpoint`` was given as ``extra``; of a run of ``dynrank-fx train`` its epoch and step, and the
-            state of its ``scaler``, where it has one.
+        extra: What ``save_checkpoint`` was given as ``extra``; of a run of ``dynrank-fx train`` its epoch and step, and
+            the state of its ``scaler``, where it has one.
     """
 
     phases: StateDict | None
