@@ -46,7 +46,8 @@ class Loaded:
     Attributes:
         phases: The state of the phases, for ``Phases(..., resume=)`` where none was given; None where the checkpoint
             was written without.
-        extra: What ``save_checkpoint`` was given as ``extra``; of a run of ``dynrank-fx train`` its epoch and step.
+        extra: What ``save_checkpoint`` was given as ``extra``; of a run of ``dynrank-fx train`` its epoch and step, and
+            the state of its ``scaler``, where it has one.
     """
 
     phases: StateDict | None
@@ -84,7 +85,7 @@ def save_checkpoint(
         TransitionError: For what is no optimizer.
 
     Warns:
-        DynrankWarning: Where weights, buffers or the optimizer's state are not finite.
+        DynrankWarning: Of ``phases``, where weights, buffers or the optimizer's state are not finite.
     """
     if not isinstance(extra, Mapping | None):
         raise StoreError(f"extra is {extra!r}: give a dict of plain values and tensors, or leave it out")

@@ -116,7 +116,7 @@ def restore_state_(optimizers: Sequence[Optimizer], told: Sequence[StateDict], n
         optimizer.state.clear()
     for number, (optimizer, saved) in enumerate(zip(optimizers, told, strict=bool(told))):
         for group, then in zip(optimizer.param_groups, saved["groups"], strict=True):
-            group.update(then["options"])
+            group.update({key: _beside(value, group.get(key)) for key, value in then["options"].items()})
             for parameter in group["params"]:
                 name = _name(parameter, names)
                 for key, described in saved["states"].get(name, {}).items():
@@ -125,6 +125,11 @@ def restore_state_(optimizers: Sequence[Optimizer], told: Sequence[StateDict], n
                     if isinstance(value, Tensor) and described[0] == _TENSOR:
                         tensors[_full_name(number, name, key)] = value
     return tensors
+
+
+def _beside(value: object, present: object) -> object:
+    """A setting; a learning rate that is a tensor on the device of the present one."""
+    return value.to(present.device) if isinstance(value, Tensor) and isinstance(present, Tensor) else value
 
 
 def options_of(group: Group) -> StateDict:

@@ -63,7 +63,7 @@ def _read(folder: Path) -> tuple[str, dict[str, Tensor], JsonObject]:
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}: give one that save_checkpoint wrote")
     if (folder / CHECKPOINT).exists():
-        return CHECKPOINT, *_with_plain_history(*read_run(folder))
+        return CHECKPOINT, *read_run(folder)
     for kind in (STATE, _NET):
         if (folder / kind).exists():
             return kind, *store.read(folder / kind)
@@ -71,11 +71,6 @@ def _read(folder: Path) -> tuple[str, dict[str, Tensor], JsonObject]:
         f"{folder} has no {STATE}: it is neither a checkpoint of save_checkpoint, nor a run of `dynrank-fx train`, nor "
         "a net that save wrote"
     )
-
-
-def _with_plain_history(tensors: dict[str, Tensor], info: JsonObject) -> tuple[dict[str, Tensor], JsonObject]:
-    """Without what is of the file only."""
-    return tensors, {key: value for key, value in info.items() if key != "log"}
 
 
 def _of_checkpoint(tensors: dict[str, Tensor], info: JsonObject) -> Saved:
@@ -90,6 +85,7 @@ def _of_net(tensors: dict[str, Tensor], info: JsonObject) -> Saved:
 def _of_run(tensors: dict[str, Tensor], info: JsonObject) -> Saved:
     """Of a run, whose loop is the command's: where it stood within an epoch is not a thing of a loop of one's own."""
     weights, state = weights_in(tensors), unflatten(info["state"], tensors)
+    scaler = state.get("scaler")  # of float16
     records = [record.to_json() for record in history_in(info)]
     records += [info["record"]] if info["record"] else []
     return Saved(
@@ -100,7 +96,7 @@ def _of_run(tensors: dict[str, Tensor], info: JsonObject) -> Saved:
         numbered=(info["made_of"]["optimizer"], state["optimizer"]),
         schedulers=[state["lr_scheduler"]] if state["lr_scheduler"] is not None else [],
         random=[state["random"]],
-        extra={"epoch": info["epoch"], "step": info["step"]},
+        extra={"epoch": info["epoch"], "step": info["step"]} | ({"scaler": scaler} if scaler else {}),
     )
 
 

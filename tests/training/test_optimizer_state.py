@@ -9,9 +9,10 @@ import pytest
 import torch
 from checkpointing import ADAPTOR, FULL, LOW, X, Y, made, unequal
 from torch import nn
-from torch.optim import SGD, Adafactor, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 import dynrank_fx as dr
+from dynrank_fx.training.optimizer_state import named_state, restore_state_
 
 
 @pytest.mark.parametrize("kind", [SGD, Adafactor])
@@ -41,3 +42,21 @@ def test_other_optimizers_and_adaptors_and_averages(kind: type[Optimizer], tmp_p
         train(again, of_again, phases, 4)
         assert unequal(again.state_dict(), net.state_dict()) == []
         assert unequal(of_again.state_dict(), average.state_dict()) == []
+
+
+def test_what_is_no_tensor_and_a_rate_that_is_one_come_back() -> None:
+    net = nn.Linear(3, 2)
+    names = {id(p): name for name, p in net.named_parameters()}
+    optimizer = AdamW(net.parameters(), lr=torch.tensor(0.5), capturable=False, foreach=False)
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.state[net.bias]["mine"] = (3, "so")
+    told, tensors = named_state([optimizer], names)
+    again = AdamW(net.parameters(), lr=torch.tensor(0.1), foreach=False)
+    made = restore_state_([again], told, names)
+    assert made.keys() == tensors.keys()
+    assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in tensors.items()}
+    assert again.param_groups[0]["lr"] == 0.5
+    assert again.state[net.bias]["mine"] == (3, "so")
+    assert restore_state_([again], (), names) == {}
+    assert not again.state
