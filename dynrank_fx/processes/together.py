@@ -180,12 +180,12 @@ class Processes:
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device.type), []).append(tensor)
         for several in kinds.values():
-            # As bytes, since no backend knows all types.
-            flat = torch.cat([each.reshape(-1).view(torch.uint8) for each in several]).to(self._there(several[0]))
-            dist.broadcast(flat, group_src=source, group=self.group)
+            flat = torch.cat([each.reshape(-1) for each in several]).to(self._there(several[0]))
+            # Backends do not know every dtype, and all of them know bytes.
+            dist.broadcast(flat.view(torch.uint8), group_src=source, group=self.group)
             if self.rank != source:
-                for each, part in zip(several, flat.split([each.nbytes for each in several]), strict=True):
-                    each.copy_(part.view(each.dtype).view(each.shape))
+                for each, part in zip(several, flat.split([each.numel() for each in several]), strict=True):
+                    each.copy_(part.view(each.shape))
 
     def _there(self, tensor: Tensor) -> torch.device:
         """Where this tensor is sent from: where it is, if the backend takes it there."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..aliases import Batch, StateDict
+from ..aliases import Batch
 from ..errors import DynrankError, DynrankWarning
 from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
@@ -72,6 +72,12 @@ def fit(
         phases.remove()
         raise DynrankError(f"{what} is not finite before the first step: begin with sound weights")
     endless = _passes(run, task)
+
+    def save_all(run: Run) -> None:
+        if is_sharded(run.net):  # DistributedDataParallel brings them before every forward
+            _bring_buffers(run)
+        save(run)
+
     try:
         while run.epoch < phases.clock.ticks:
             if run.step == 0:
@@ -79,15 +85,15 @@ def fit(
                 watcher.epoch_started(run, phases.transition)
             started = time.perf_counter()
             batches = _one_pass(run, task) if phases.clock.by_epochs else _of_tick(run, phases, endless)
-            finished = _train_epoch(run, task, settings, forward, batches, save, watcher, should_stop)
+            finished = _train_epoch(run, task, settings, forward, batches, save_all, watcher, should_stop)
             run.note(seconds=(run.current.seconds or 0.0) + time.perf_counter() - started)
             _refuse_diverged(run)
             if not finished:
-                save(run)
+                save_all(run)
                 return False
             _finish_epoch(run, task, settings, phases.clock)
             watcher.epoch_done(run, run.history[-1])
-            save(run)
+            save_all(run)
         return True
     finally:
         run.hooks, run.phases = phases.hooks_state(), None
@@ -281,15 +287,17 @@ def _one_pass(run: Run, task: Task) -> Iterator[Batch]:
     """
     share = task.train_share
     share.start, share.passes = run.begun, run.passes
+    course = None if isinstance(share, OwnShare) else run.course
     if run.drawn == run.begun == 0:
-        run.epoch_start = random_state(run.generators) if run.course is None else _of_course(run)
+        random = random_state(run.generators)
+        run.epoch_start = random if course is None else {**course, "generators": random["generators"]}
         batches = batches_of(share, task, "train_data()")
     else:
         now = random_state(run.generators)
         assert run.epoch_start is not None
         set_random_state(run.epoch_start, run.generators)
-        if run.course is not None:
-            run.course.update(run.epoch_start | {"generators": []})
+        if course is not None:
+            course.update(run.epoch_start | {"generators": []})
         batches = batches_of(share, task, "train_data()")
         if sum(1 for _ in itertools.islice(batches, run.drawn)) < run.drawn:
             raise DynrankError(
@@ -309,12 +317,6 @@ def _one_pass(run: Run, task: Task) -> Iterator[Batch]:
         )
     run.drawn = run.begun = run.passed = 0
     run.passes += 1
-
-
-def _of_course(run: Run) -> StateDict:
-    """The state of the course that the data are drawn by, as one process would have it."""
-    assert run.course is not None
-    return {**run.course, "generators": random_state(run.generators)["generators"]}
 
 
 def _while_all_have_one(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch]:

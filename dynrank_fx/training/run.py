@@ -109,9 +109,9 @@ def save_run(run: Run, folder: Path) -> None:
     the random numbers that each has of its own.
     """
     processes, totals = started(), run.totals_of_all()
-    random, *others = processes.gathered(random_state(run.generators))
+    random, *others = processes.gathered([random_state(run.generators), run.epoch_start])
     optimizer, weights = gathered(run.optimizer.state_dict()), _weights_of(run.net)
-    together = {"optimizer": optimizer, "totals": totals, "random": random, "others": others}
+    together = {"optimizer": optimizer, "totals": totals, "random": random[0], "others": others}
     with processes.all_or_none(StoreError, "saving"):
         if processes.first:
             _write(run, folder, weights, together)
@@ -215,7 +215,6 @@ def restore_run_(run: Run, tensors: dict[str, torch.Tensor], info: JsonObject) -
     if run.step or run.history:
         run.optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler warns where no step came before it
     run.totals = state["totals"].to(next(run.net.parameters()).device)
-    run.epoch_start = state["epoch_start"]
     run.hooks = state["hooks"]
     if state.get("scaler"):
         run.scaler = torch.amp.GradScaler(run.totals.device.type)
@@ -233,16 +232,19 @@ def _restore_place(run: Run, info: JsonObject) -> None:
 
 
 def _restore_random(run: Run, state: StateDict) -> None:
-    """Each process its own random numbers. One that was not there when the run was saved has those that it begins with,
-    and all take the generators that the data hold from the first.
+    """Each process its own random numbers, and those that its pass over the data began with. One that was not there
+    when the run was saved has the numbers that it begins with, and the pass of the first.
     """
-    processes, saved = started(), [state["random"], *state.get("others", ())]
+    processes, (first, start), others = started(), (state["random"], state["epoch_start"]), state.get("others", ())
     run.course = state.get("course")
-    if processes.count == 1 and run.course is not None:
-        rest = {name: saved[0][name] for name in ("cuda", "generators")}
-        saved[0], run.course = run.course | rest, None
-    own = saved[processes.rank] if processes.rank < len(saved) else random_state()
-    set_random_state(own | {"generators": saved[0]["generators"]}, run.generators)
+    if processes.count == 1 and run.course is not None:  # what data are dealt by becomes what all is drawn by
+        first = {**run.course, "cuda": first["cuda"], "generators": first["generators"]}
+        run.course = None
+    new = random_state() | {"generators": first["generators"]}
+    saved = [[first, start], *others]
+    own, begun = saved[processes.rank] if processes.rank < len(saved) else (new, start)
+    run.epoch_start = begun if start is not None else None
+    set_random_state(own, run.generators)
 
 
 def _made_of(run: Run) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from dynrank_fx.cli.main import cli
 from dynrank_fx.errors import StoreError
 from dynrank_fx.training import read_run
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 TRAIN = ["-m", "dynrank_fx.cli", "train", "model.py", "--out"]
 OPTIONS = ["--no-compile", "--schedule", "interleave", "--low", "1", "--leave", "none", "--checkpoint-steps", "2"]
 
@@ -105,9 +105,11 @@ def model_file(folder: Path) -> Path:
     return path
 
 
-def torchrun(*options: str, out: str, seconds: float = 200, **more: str) -> subprocess.CompletedProcess[str]:
-    """Two processes that train into a folder; none is there afterwards."""
-    command = [*TORCHRUN, *options, *TRAIN, out, *OPTIONS]
+def torchrun(
+    *options: str, out: str, count: int = 2, last: Sequence[str] = (), seconds: float = 200, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Processes that train into a folder; none is there afterwards. options: of torchrun. last: of the command."""
+    command = [*TORCHRUN, str(count), *options, *TRAIN, out, *OPTIONS, *last]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DYNRANK_TEST": out} | more
     started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -279,6 +281,17 @@ def test_a_restart_goes_on_with_its_own_run_only(
     torch.distributed.destroy_process_group()
     told(**alone | {"TORCHELASTIC_RUN_ID": "another"}, TORCHELASTIC_RESTART_COUNT="1")
     assert refused(*command).startswith("r holds a run already: add --resume")
+
+
+@pytest.mark.gpu
+def test_gpus_train_as_the_cpu_does(model_file: Path, run: Callable[..., Result]) -> None:
+    run("train", "model.py", *OPTIONS, "--out", "one")
+    count = min(torch.cuda.device_count(), 4)
+    for name, last in (("together", []), ("in-parts", ["--fsdp"])):
+        done = torchrun(out=name, count=count - count % 2 or 1, last=last)
+        assert done.returncode == 0, done.stdout
+        torch.testing.assert_close(weights(name), weights("one"), rtol=1e-3, atol=1e-4)
+    run("train", "model.py", "--device", "cpu", "--out", "in-parts", "--resume")
 
 
 @pytest.mark.fuzz

@@ -39,9 +39,11 @@ class Normed(nn.Module):
 
 
 def set_up(dropout: float = 0.0, **task: Any) -> tuple[Run, Task]:
-    """The same in every process; together they take 16 samples a batch."""
+    """The same net in every process, which then draws its own numbers; together they take 16 samples a batch."""
     seed_all(1)
     net = dr.transform(Normed(dropout), (X[:2],), rank=dr.Fixed(4), leave=())
+    if started().rank > 0:
+        seed_all(1 + started().rank)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
     lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.8)
     run = Run(net, optimizer, dr.schedules.interleave(low=1, full=1), lr_scheduler)
@@ -104,11 +106,12 @@ def _in_two(rank: int, folder: Path) -> dict[str, Any]:
         if rank == 0:
             shutil.copytree(folder / source, folder / name)
         done[name] = train(folder / name, resume=True, parts=parts)
-    # With random numbers of its own in each process, a resumed run is the same bit by bit.
-    torch.manual_seed(rank)
-    done["drawn"] = train(folder / "drawn", dropout=0.3)["weights"]
-    train(folder / "drawn again", dropout=0.3, stop=4)
-    done["drawn again"] = train(folder / "drawn again", dropout=0.3, resume=True)["weights"]
+    # With data and random numbers of its own in each process, a resumed run is the same bit by bit.
+    mine: dict[str, Any] = {"dropout": 0.3, "sharded": True}
+    mine["train_data"] = DataLoader(TensorDataset(X[rank::2], Y[rank::2]), 8, shuffle=True)
+    done["drawn"] = train(folder / "drawn", **mine)["weights"]
+    train(folder / "drawn again", stop=4, **mine)
+    done["drawn again"] = train(folder / "drawn again", resume=True, **mine)["weights"]
     own = [*zip(X[rank::2].split(8), Y[rank::2].split(8), strict=True)]
     done["own"] = train(folder / "own", train_data=own[: 6 - rank], sharded=True)
     done["few"] = refused(lambda: fit(*set_up(train_data=[(X[:8], Y[:8])]), SETTINGS))
