@@ -167,7 +167,15 @@ def read_run_file(folder: Path) -> JsonObject:
         raise StoreError(
             f"{path} is damaged or was edited: its checksum does not match its content; put an earlier copy back"
         )
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(data.get(name, _DEFAULTS.get(name)), kind)]
+    if wrong:
+        raise StoreError(f"{path} is damaged: its {wrong[0]} is {data.get(wrong[0])!r}; put an earlier copy back")
     return data
+
+
+_KINDS = {"model_file": str, "options": dict, "run": str, "epochs": int | None, "metric": str, "versions": dict}
+"""What is in the file of a run, by name."""
+_DEFAULTS: JsonObject = {"run": "", "metric": "", "versions": {}}  # earlier versions noted less
 
 
 def read_own_run(folder: Path) -> tuple[dict[str, Tensor], JsonObject]:

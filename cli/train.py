@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dynrank_fx.aliases import Batch, JsonObject
+from dynrank_fx.aliases import Batch, Json, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
 from dynrank_fx.text import json_text
@@ -250,6 +250,11 @@ def _versions() -> dict[str, str]:
 def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
     """The options that the run was started with. Raises StoreError where one is given again with another value."""
     started: JsonObject = read_run_file(folder)["options"]
+    wrong = [each.name or "" for each in ctx.command.params if not _fits(ctx, each, started.get(each.name or ""))]
+    if wrong:
+        raise StoreError(
+            f"{folder / RUN_FILE} is damaged: its {wrong[0]} is {started[wrong[0]]!r}; put an earlier copy back"
+        )
     for name, value in _plain(given).items():
         said = name != "fsdp" and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if said and value != started.get(name):
@@ -259,6 +264,17 @@ def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
             raise StoreError(f"the run in {folder} was started {then}: leave {flag} out, or start another run")
     # An older run may not know every option, and how the processes hold the net is no matter of the run.
     return {**_plain(given), **started, "fsdp": given["fsdp"]}
+
+
+def _fits(ctx: click.Context, option: click.Parameter, value: Json) -> bool:
+    """Whether an option may have had this value, as JSON has it."""
+    try:
+        option.type_cast_value(ctx, value)
+    except (click.UsageError, TypeError, ValueError, AttributeError):  # click's own are made for texts
+        return False
+    if option.multiple:
+        return value is None or isinstance(value, list)
+    return value is None or isinstance(value, str) or not isinstance(option.type, click.types.StringParamType)
 
 
 def _plain(options: Options) -> JsonObject:

@@ -101,3 +101,27 @@ def test_a_run_is_read_while_another_process_trains_in_it(run: Callable[..., Res
         for name in (*RUNNING, "report"):
             run(*READERS[name])
         assert sorted(Path("first").glob(".*")) == [Path("first/.lock")]
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_run_file_of_earlier_versions_with_a_malformed_value_is_a_sentence(run: Callable[..., Result]) -> None:
+    """Those have no digest that would tell."""
+    sound = json.loads(Path("first/run.json").read_text())
+    del sound["sha256"]
+    spoilt = [
+        *(("report", name, {**sound, name: [1]}) for name in sound),
+        *(("report", name, {key: sound[key] for key in sound if key != name}) for name in ("model_file", "options")),
+        *(
+            ("train --resume", name, {**sound, "options": {**sound["options"], name: {"a": 1}}})
+            for name in sound["options"]
+        ),
+    ]
+    wrong = []
+    for reader, name, data in spoilt:
+        Path("first/run.json").write_text(json.dumps(data))
+        result = CliRunner().invoke(cli, READERS[reader])
+        if result.exit_code == 0 or not isinstance(result.exception, SystemExit):
+            wrong.append((reader, name, repr(result.exception)))
+    assert not wrong
+    Path("first/run.json").write_text(json.dumps({**sound, "options": {**sound["options"], "epochs": "many"}}))
+    assert refusal("train --resume") == ("first/run.json is damaged: its epochs is 'many'; put an earlier copy back")
