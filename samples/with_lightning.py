@@ -1,4 +1,7 @@
-"""Phases in a Lightning trainer: the digits network of `digits.py`, trained by one callback."""
+"""Phases in a Lightning trainer: the digits network of `digits.py`, trained by one callback.
+
+In two processes: ``python samples/with_lightning.py 16 2``, which Lightning starts.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Digits(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": digits.lr_scheduler(optimizer)}
 
 
-def main(epochs: int = digits.epochs) -> None:
+def main(epochs: int = digits.epochs, devices: int = 1) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     seed_everything(0)
@@ -41,6 +44,8 @@ def main(epochs: int = digits.epochs) -> None:
         max_epochs=epochs,
         callbacks=[callback],
         accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -48,6 +53,8 @@ def main(epochs: int = digits.epochs) -> None:
     )
     module = Digits()
     trainer.fit(module, digits.train_data(), digits.eval_data())
+    if not trainer.is_global_zero:
+        return
     for record in callback.history:
         spent = f"compute so far {record.spent:.2f} dense {record.unit}s"
         print(f"{record.unit} {record.epoch + 1:>2}  {record.phase:<12} {spent}")
@@ -57,4 +64,4 @@ def main(epochs: int = digits.epochs) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    main(*map(int, sys.argv[1:3]))

@@ -1,4 +1,7 @@
-"""Phases in a Hugging Face Trainer: a small GPT-2 on Python's own source, trained by one callback."""
+"""Phases in a Hugging Face Trainer: a small GPT-2 on Python's own source, trained by one callback.
+
+In several processes: ``accelerate launch --cpu --num_processes 2 samples/with_transformers.py``, or by ``torchrun``.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,8 @@ def main(epochs: int = 4, count: int = 2000) -> None:
         )
         trainer = Trainer(net(), arguments, train_dataset=Windows(count), callbacks=[callback])
         loss = trainer.train().training_loss
+    if not trainer.is_world_process_zero():
+        return
     for record in callback.history:
         spent = f"compute so far {record.spent:.2f} dense {record.unit}s"
         print(f"{record.unit} {record.epoch + 1:>2}  {record.phase:<12} {spent}")

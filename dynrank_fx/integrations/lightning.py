@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..aliases import StateDict
+from ..checks import checked_path
 from ..errors import ScheduleError, TransitionError
 from ..training import Clock, Phases, clock_of, resume_phases_
 from .callback import PhasesHolder, net_in, read_pickled, refuse_engine
@@ -29,6 +30,9 @@ Trainer: TypeAlias = Any
 """Lightning's: a type checker cannot know under which of its two names it is installed."""
 
 
+_PLAIN = "meta.pt"  # in a checkpoint that is a folder: all that is in no parts
+
+
 def _averages_of(trainer: Trainer) -> list[nn.Module]:
     """The averages that other callbacks keep: WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging."""
     kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
@@ -39,13 +43,14 @@ def _refuse_strategy(trainer: Trainer) -> None:
     """Raise TransitionError for a strategy that phases do not go with, known by its name as it may not be installed."""
     for kind in type(trainer.strategy).__mro__:
         if kind.__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy"):
-            refuse_engine(kind.__name__, 'give the Trainer strategy="ddp"')
+            refuse_engine(kind.__name__, 'give the Trainer strategy="ddp", or ModelParallelStrategy for FSDP2')
 
 
 class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore]
     """Enters the phases of a schedule at every tick, optimizer state along.
 
-    Several processes train as one does: ``Trainer(devices=2, strategy="ddp")``.
+    Several processes train as one does: ``Trainer(devices=2, strategy="ddp")``, or ``ModelParallelStrategy`` with a
+    ``configure_model`` that calls ``fully_shard``.
 
     A tick is an epoch; where ``max_steps`` ends the training, or it has one epoch, it is a twentieth of the optimizer
     steps, and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not. Of several
@@ -55,7 +60,7 @@ class PhasesCallback(PhasesHolder, Callback):  # type: ignore[misc,unused-ignore
 
     Raises:
         TransitionError: When training starts, where the module holds no net of ``transform``, and for several processes
-            that train it by anything but DDP.
+            that train it by anything but DDP and FSDP2.
         ScheduleError: When training starts, where it has no end.
     """
 
@@ -188,7 +193,7 @@ def resume_from_(net: nn.Module, checkpoint: str | Path) -> None:
 
     Args:
         net: What ``transform`` made.
-        checkpoint: Lightning's checkpoint file.
+        checkpoint: Lightning's checkpoint: a file, or the folder of one that ``ModelParallelStrategy`` saved in parts.
 
     Raises:
         StoreError: For what is no such file, for a damaged one, and for one that holds objects which only running code
@@ -196,7 +201,8 @@ def resume_from_(net: nn.Module, checkpoint: str | Path) -> None:
         TransitionError: For a checkpoint without phases.
         PlanError: For ranks that a site cannot have.
     """
-    callbacks = read_pickled(checkpoint).get("callbacks")
+    path = checked_path(checkpoint)
+    callbacks = read_pickled(path / _PLAIN if path.is_dir() else path).get("callbacks")
     for name, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
         if str(name).startswith("PhasesCallback"):
             resume_phases_(net, state)

@@ -211,8 +211,10 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             StoreError: Where the disk refuses.
         """
         folder = _checkpoint(args, state)
-        if self.phases is not None and args.should_save and folder.is_dir():
-            tree, tensors = flatten(self.phases.state_dict(), "phases")
+        if self.phases is None or not folder.is_dir():
+            return
+        tree, tensors = flatten(self.phases.state_dict(), "phases")  # in all processes, which may hold parts of it
+        if args.should_save:
             store.write(folder / FILE, tensors, {"phases": tree, "step": state.global_step})
 
 

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import schemas  # noqa: F401 (torchvision, which Lightning imports, asks for its ops on a torch that has none)
 import torch
+from launched import launched
 from plain_loop import SCHEDULE, InTurn, a_net, assert_near, assert_same, data, reference
 from several import as_launched, in_processes
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import dynrank_fx as dr
+from dynrank_fx.processes import whole as whole_of
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -492,10 +495,22 @@ def test_the_sample_runs(monkeypatch, capsys):
 # Several processes
 
 
+def sharded() -> Any:
+    """The module, whose net Lightning has in parts."""
+    module = lightning_module()
+
+    def configured(self: Any) -> None:
+        if not isinstance(self.net, FSDPModule):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    type(module).configure_model = configured
+    return module
+
+
 def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
     """What is done by each of two processes: the results are compared where they come together."""
     from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
-    from pytorch_lightning.strategies import DDPStrategy
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
     from dynrank_fx.integrations.lightning import resume_from_
 
@@ -513,17 +528,27 @@ def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
         trainer.callbacks += extra
         rows = DistributedSampler(data(), 2, rank, shuffle=False)
         trainer.fit(module, DataLoader(data(), batch, sampler=rows), ckpt_path=checkpoint, weights_only=False)
-        found[name] = (module.net.state_dict(), [record.phase for record in callback.history])
+        state = {name: whole_of(value) for name, value in module.net.state_dict().items()}
+        found[name] = (state, [record.phase for record in callback.history])
         assert callback.phases.step == 15
         return trainer
 
-    whole = lightning_module()
-    trainer = fit("whole", whole, extra=[ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1)])
+    module = lightning_module()
+    trainer = fit("whole", module, extra=[ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1)])
     found["logged"] = float(trainer.callback_metrics["dynrank/spent"])
     again = lightning_module()
     resume_from_(again.net, folder / "step=6.ckpt")
     fit("gone on with", again, checkpoint=folder / "step=6.ckpt")
     fit("accumulated", lightning_module(), batch=2, accumulate_grad_batches=2)
+
+    def in_parts() -> Any:
+        return ModelParallelStrategy(2, 1, process_group_backend="gloo")
+
+    saving = ModelCheckpoint(folder / "parts", "{step}", every_n_train_steps=6, save_top_k=-1)
+    fit("sharded", sharded(), extra=[saving], strategy=in_parts())
+    again, saved = sharded(), folder / "parts" / "step=6.ckpt"
+    resume_from_(again.net, saved)
+    fit("sharded and gone on with", again, checkpoint=saved, strategy=in_parts())
     fit("averaged", lightning_module(), extra=[EMAWeightAveraging(decay=0.5)])
     return found
 
@@ -531,14 +556,14 @@ def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
 def test_two_processes_train_as_one_does(tmp_path):
     from pytorch_lightning.callbacks import EMAWeightAveraging
 
-    first, second = in_processes(one_of_two, tmp_path)
+    first, second = in_processes(one_of_two, tmp_path, seconds=300)
     assert first.pop("logged") == second.pop("logged") > 0
     for name in first:
         assert first[name][1] == second[name][1]
         for key, value in first[name][0].items():
             assert torch.equal(value, second[name][0][key]), f"{name}: {key} is another in the second process"
     expected = reference(5).state_dict()
-    for name in ("whole", "gone on with", "accumulated"):
+    for name in first.keys() - {"averaged"}:
         assert first[name][1] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
         assert_near(first[name][0], expected)
     trainer, _ = lightning(5, tmp_path, enable_checkpointing=False)
@@ -546,6 +571,12 @@ def test_two_processes_train_as_one_does(tmp_path):
     module = lightning_module()
     trainer.fit(module, DataLoader(data(), 8))
     assert_near(first["averaged"][0], module.net.state_dict())
+
+
+@pytest.mark.fuzz
+def test_the_sample_runs_in_two_processes():
+    said = launched(None, "with_lightning", "2", "2")
+    assert said.count("held-out accuracy of the truncated model") == 1, "the first process says it"
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])

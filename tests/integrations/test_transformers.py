@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import schemas  # noqa: F401 (torchvision, which transformers imports, asks for its ops on a torch that has none)
 import torch
+from launched import launched
 from plain_loop import SCHEDULE, InTurn, assert_near, assert_same, data
 from several import as_launched, in_processes
 from torch import Tensor, nn
@@ -644,7 +645,7 @@ def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
 def test_two_processes_train_as_one_does(tmp_path):
     from dynrank_fx.integrations.transformers import resume_from_
 
-    first, second = in_processes(one_of_two, tmp_path)
+    first, second = in_processes(one_of_two, tmp_path, seconds=300)
     for name in first.keys() - {"losses"}:
         assert first[name][1] == second[name][1]
         for key, value in first[name][0].items():
@@ -669,6 +670,13 @@ def test_two_processes_train_as_one_does(tmp_path):
     trainer, _ = run_of(tmp_path / "whole", 1, net=net, save_strategy="no")
     trainer.train(resume_from_checkpoint=str(folder))
     assert_near(trainer.model.state_dict(), whole.model.state_dict())
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("starter", ["torchrun", "accelerate"])
+def test_the_sample_runs_in_two_processes(starter):
+    said = launched(starter, "with_transformers", "2", "128")
+    assert said.count("parameters after truncation") == 1, "the first process says it"
 
 
 @pytest.mark.parametrize(
