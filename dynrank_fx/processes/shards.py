@@ -151,7 +151,7 @@ class _Held:
     """A parameter that FSDP holds. group: torch's FSDPParamGroup. param: its FSDPParam."""
 
     group: Any  # Any: torch's own, private
-    param: Any
+    param: Any  # Any: as well
 
     @property
     def holders(self) -> list[tuple[nn.Module, str]]:
