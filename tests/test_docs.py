@@ -165,13 +165,26 @@ def test_what_is_not_run_is_still_python_and_little():
         ast.parse(block.code)
 
 
+def check_what_torchrun_starts(words: list[str]) -> None:
+    """A script that is there, or one of the commands with options that it has."""
+    scripts = [word for word in words if word.endswith(".py")]
+    if "dynrank_fx.cli" not in words:
+        assert all((ROOT / script).exists() for script in scripts)
+        return
+    command, *rest = words[words.index("dynrank_fx.cli") + 1 :]
+    known = {option for parameter in cli.commands[command].params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("-")} <= known
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_other_commands_of_a_page_name_what_is_there(name):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for block in BLOCKS[name]:
         assert block.language in ("python", "sh", "text"), f"{name}:{block.line}"
         for program, *words in block.commands:
-            assert program in ("dynrank-fx", "make", "pip"), f"{name}:{block.line}: {program}"
+            assert program in ("dynrank-fx", "make", "pip", "torchrun"), f"{name}:{block.line}: {program}"
+            if program == "torchrun":
+                check_what_torchrun_starts(words)
             assert program != "make" or re.search(rf"^{words[0]}:", makefile, re.M), words
     for script in re.findall(
         r"`(?:python )?((?:samples|benchmarks|tests|dynrank_fx|cli)/[\w/.-]+)(?![\w/.:-])", TEXTS[name]
