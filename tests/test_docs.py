@@ -160,7 +160,7 @@ def test_code_is_narrow_enough_to_be_read_without_scrolling(name):
 
 def test_what_is_not_run_is_still_python_and_little():
     left_out = {f"{name}:{block.line}": block for name in TEXTS for block in BLOCKS[name] if block.not_run}
-    assert len(left_out) <= 4
+    assert len(left_out) <= 5
     for block in left_out.values():
         ast.parse(block.code)
 
