@@ -95,9 +95,9 @@ def train(
         0, lambda: _opened(ctx, folder, resume, options, model_file, launch), OfAnotherError, "opening the run"
     )
 
-    from dynrank_fx.phases import how_in, phases_of, rebuilt
+    from dynrank_fx.phases import phases_of
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.training import Bar, Watcher, clock_of_run, fit, plan_in, restore_run_, save_run, shard_
+    from dynrank_fx.training import Bar, Watcher, clock_of_run, fit, save_run, shard_
 
     from .modelfile import load_model_file
 
@@ -118,26 +118,9 @@ def train(
     file.require("train_data", "loss")
     _refuse_other_files(processes, model_file)
     if resume:
-        tensors, info = processes.from_one(0, lambda: read_own_run(folder), OfAnotherError, "reading the run")
-        # As it was planned then, whatever the plan's file or the model's first weights have become.
-        net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
-        run, task, settings = _set_up(file, options, net, device)
-        _seed_apart(processes, options, info["step"] + info["epoch"])
-        restore_run_(run, tensors, info)
+        run, task, settings = _resumed(processes, file, folder, options, device)
     else:
-        run, task, settings = _set_up(file, options, _net(file, options | {"device": device}), device)
-        _seed_apart(processes, options, 0)
-        facts = {"epochs": clock_of_run(run, task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
-        facts |= {"run": run.name, "job": launch.job if launch else None}
-        with processes.all_or_none(OfAnotherError, "beginning the run"):
-            if processes.first:
-                _make_folder(folder)
-                ctx.with_resource(only_one(folder))
-                _refuse_run(folder)  # of somebody who began meanwhile
-        save_run(run, folder)
-        with processes.all_or_none(OfAnotherError, "beginning the run"):
-            if processes.first:
-                write_run_file(folder, model_file, _plain(options), **facts)
+        run, task, settings = _begun(ctx, processes, file, folder, options, device)
     if options["fsdp"]:
         shard_(run.net, run.optimizer, device)
     clock = clock_of_run(run, task, settings)
@@ -199,6 +182,44 @@ def _is_this_one(folder: Path, options: Options, model_file: Path, launch: Launc
     noted = read_run_file(folder)
     same = noted["options"] == _plain(options) and noted["model_file"] == str(model_file.resolve())
     return same and noted.get("job") == launch.job
+
+
+def _resumed(
+    processes: Processes, file: ModelFile, folder: Path, options: Options, device: str
+) -> tuple[Run, Task, Settings]:
+    """The run in the folder, as planned then, whatever the plan's file or the model's first weights have become."""
+    from dynrank_fx.phases import how_in, rebuilt
+    from dynrank_fx.training import plan_in, restore_run_
+
+    tensors, info = processes.from_one(0, lambda: read_own_run(folder), OfAnotherError, "reading the run")
+    net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
+    run, task, settings = _set_up(file, options, net, device)
+    _seed_apart(processes, options, info["step"] + info["epoch"])
+    restore_run_(run, tensors, info)
+    return run, task, settings
+
+
+def _begun(
+    ctx: click.Context, processes: Processes, file: ModelFile, folder: Path, options: Options, device: str
+) -> tuple[Run, Task, Settings]:
+    """A new run, with its folder, which is locked from now on."""
+    from dynrank_fx.training import clock_of_run, save_run
+
+    launch = launched()
+    run, task, settings = _set_up(file, options, _net(file, options | {"device": device}), device)
+    _seed_apart(processes, options, 0)
+    facts = {"epochs": clock_of_run(run, task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
+    facts |= {"run": run.name, "job": launch.job if launch else None}
+    with processes.all_or_none(OfAnotherError, "beginning the run"):
+        if processes.first:
+            _make_folder(folder)
+            ctx.with_resource(only_one(folder))
+            _refuse_run(folder)  # of somebody who began meanwhile
+    save_run(run, folder)
+    with processes.all_or_none(OfAnotherError, "beginning the run"):
+        if processes.first:
+            write_run_file(folder, file.path, _plain(options), **facts)
+    return run, task, settings
 
 
 def _started_by(launch: Launched | None) -> list[str]:

@@ -160,9 +160,20 @@ def test_code_is_narrow_enough_to_be_read_without_scrolling(name):
 
 def test_what_is_not_run_is_still_python_and_little():
     left_out = {f"{name}:{block.line}": block for name in TEXTS for block in BLOCKS[name] if block.not_run}
-    assert len(left_out) <= 4
+    assert len(left_out) <= 5
     for block in left_out.values():
         ast.parse(block.code)
+
+
+def check_what_torchrun_starts(words: list[str]) -> None:
+    """A script that is there, or one of the commands with options that it has."""
+    scripts = [word for word in words if word.endswith(".py")]
+    if "dynrank_fx.cli" not in words:
+        assert all((ROOT / script).exists() for script in scripts)
+        return
+    command, *rest = words[words.index("dynrank_fx.cli") + 1 :]
+    known = {option for parameter in cli.commands[command].params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("-")} <= known
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -172,6 +183,8 @@ def test_other_commands_of_a_page_name_what_is_there(name):
         assert block.language in ("python", "sh", "text"), f"{name}:{block.line}"
         for program, *words in block.commands:
             assert program in ("dynrank-fx", "make", "pip", "torchrun"), f"{name}:{block.line}: {program}"
+            if program == "torchrun":
+                check_what_torchrun_starts(words)
             assert program != "make" or re.search(rf"^{words[0]}:", makefile, re.M), words
     for script in re.findall(
         r"`(?:python )?((?:samples|benchmarks|tests|dynrank_fx|cli)/[\w/.-]+)(?![\w/.:-])", TEXTS[name]

@@ -67,6 +67,11 @@ class Rows(LinearLayout):
             V = self._right_basis(weight, rank).to(weight.dtype).contiguous()
         return (weight @ V) @ V.mT, (V[None],)
 
+    def join(self, factors: Factors) -> Tensor:
+        """B_i A; a process may have no row at all."""
+        left, right = factors
+        return left @ right
+
     def pulled_back(self, factors: Factors, at_weight: Tensor) -> Factors:
         """G_i Aᵀ and Σ B_iᵀ G_i."""
         B, A = factors

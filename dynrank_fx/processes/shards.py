@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,10 @@ from torch.nn import Parameter
 
 from ..errors import TransitionError
 from .together import ALONE, Processes, started
+
+Private: TypeAlias = Any
+"""What is private in torch, or not typed there: a DTensor, a mesh, a group of parameters, what it holds of one.
+"""
 
 _ARGUMENTS = (
     "param",
@@ -44,7 +48,7 @@ _USED = (
     "sharded_param",
     "unsharded_accumulated_grad",
 )
-_PLACED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_PLACED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 """Along which axis the parameters of a module were sharded, by name: for when they come again."""
 
 
@@ -67,7 +71,7 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; where it is in parts all processes call this, each in the same order. A plain one is itself."""
     if not is_part(tensor):
         return tensor
-    part: Any = tensor.detach()  # Any: a DTensor
+    part: Private = tensor.detach()
     kind = part.device_mesh.device_type
     if part.to_local().device.type != kind:  # offloaded: the backend sends from where the mesh is
         part = Outline.of(part).around(part.to_local().to(kind))  # type: ignore[union-attr]
@@ -101,13 +105,13 @@ def part_as(value: Tensor, like: Tensor, axis: int | None = None) -> Tensor:
 class Outline:
     """What makes a tensor in parts of what each process has of it."""
 
-    mesh: Any  # Any: a DeviceMesh
-    placements: tuple[Any, ...]  # Any: torch's
+    mesh: Private
+    placements: tuple[Private, ...]
     shape: torch.Size
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Any) -> Outline | None:  # Any: a DTensor, of which torch tells no more
+    def of(cls, tensor: Private) -> Outline | None:
         """That of a tensor; None of a plain one."""
         if not is_part(tensor):
             return None
@@ -150,8 +154,8 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 class _Held:
     """A parameter that FSDP holds. group: torch's FSDPParamGroup. param: its FSDPParam."""
 
-    group: Any  # Any: torch's own, private
-    param: Any  # Any: as well
+    group: Private
+    param: Private
 
     @property
     def holders(self) -> list[tuple[nn.Module, str]]:
@@ -173,7 +177,7 @@ class Shards:
 
     def __init__(self, nets: Iterable[nn.Module]) -> None:
         self._modules = [module for net in nets for module in net.modules() if is_sharded(module)]
-        self.groups: list[Any] = []
+        self.groups: list[Private] = []
         for module in self._modules:
             for group in _groups_of(module):
                 if not any(group is each for each in self.groups):
@@ -286,7 +290,9 @@ class Shards:
             self._index |= {(id(module), name): held for module, name in held.holders}
 
 
-def _fsdp_param(name: str, parameter: Parameter, modules: Sequence[nn.Module], like: Any, group: Any) -> Any:
+def _fsdp_param(
+    name: str, parameter: Parameter, modules: Sequence[nn.Module], like: Private, group: Private
+) -> Private:
     """Torch's FSDPParam of a part that these modules have, beside that of the parameter that it replaces.
 
     It is made of a parameter without memory, and then takes the one that the module has, as after load_state_dict.
@@ -320,7 +326,7 @@ def is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def _groups_of(module: nn.Module) -> list[Any]:
+def _groups_of(module: nn.Module) -> list[Private]:
     """The groups of the parameters that are sent together, of a module that ``fully_shard`` was called on."""
     state = module._get_fsdp_state()  # type: ignore[operator]
     several = getattr(state, "_fsdp_param_groups", None)
@@ -329,7 +335,7 @@ def _groups_of(module: nn.Module) -> list[Any]:
     return [group for group in several if group is not None]
 
 
-def _check(group: Any) -> None:
+def _check(group: Private) -> None:
     """Raise TransitionError where torch's inside is not as expected."""
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[Tensor, int]] = {
     "small": (_matrix(60, 20, 0.8, 1e-25), 4),
     "half": (_matrix(60, 20, 0.8, 1.0, torch.bfloat16), 4),
     "few": (_matrix(9, 8, 0.7), 7),
+    "one": (_matrix(1, 1, 0.7), 1),
     "zero": (torch.zeros(10, 6), 2),
 }
 
@@ -62,7 +63,7 @@ def _computed(rank: int) -> dict[str, Any]:
             "back": back,
             "kept": (kept, again),
             "dense": [f((left.float(), right.float()), back) for f in (rows.first_moment, rows.second_moment)],
-            "error": error_of(rows, left @ right, mine),
+            "error": error_of(rows, rows.join((left, right)), mine),
         }
     return found
 

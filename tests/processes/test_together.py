@@ -22,6 +22,7 @@ def _everything(rank: int) -> dict[str, Any]:
     numbers, others = torch.full((3,), float(rank)), torch.full((2, 2), rank + 1)
     both.sum_([numbers, others])
     done["summed"] = numbers.tolist(), others.tolist()
+    done["most"] = both.most(rank), both.most(rank == 5)
     done["gathered"] = both.gathered({"rank": rank})
 
     def made() -> tuple[torch.Tensor, dict[str, object]]:
@@ -58,6 +59,7 @@ def test_two_processes_do_as_one() -> None:
     assert (first["count"], first["first"], second["first"]) == (2, True, False)
     for done in (first, second):
         assert done["summed"] == ([1.0] * 3, [[3, 3], [3, 3]])
+        assert done["most"] == (1, 0)
         assert done["gathered"] == [{"rank": 0}, {"rank": 1}]
         value, strides, step, mu, half = done["sent"]
         assert value == (torch.arange(24.0).view(1, 2, 3, 4) + 1).tolist()
@@ -77,6 +79,7 @@ def test_alone_everything_is_as_it_is() -> None:
     ALONE.wait()
     assert value.tolist() == [1, 1]
     assert ALONE.gathered(3) == [3]
+    assert ALONE.most(2) == 2
     assert ALONE.from_one(0, lambda: 4, TransitionError, "") == 4
     with pytest.raises(ValueError, match="not here"), ALONE.all_or_none(TransitionError, ""):
         _refused(0, "here")
