@@ -113,7 +113,7 @@ class Case:
     clip: float = 0.0
     compiled: bool = False
     hsdp: bool = False  # two copies of the net, each in two parts
-    switches: int = 4
+    switches: int = 2
     near: float = 1e-5  # the error allowed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,10 @@ def check_values(
     carry: Carry = Carry.RESET,
     *,
     shards: Shards,
-    finite: bool,
+    finite: Callable[[], bool],
 ) -> None:
     """Everything that can be wrong with values, before anything is touched. carry: of the optimizers' state. finite:
-    whether all gradients are.
+    what tells whether all gradients are.
     """
     lost, holders = [], holders_of(optimizers)
     for group in groups:
@@ -105,7 +105,7 @@ def check_values(
                 )
             if module.phase != int(Phase.FULL) and pending_gradient(parameter, optimizer) is not None:
                 lost.append(module.site)
-    if lost and finite:
+    if lost and finite():
         raise TransitionError(
             f"{lost[0]} has a pending gradient at its factors, which does not tell that of another phase: step the "
             "optimizer or call its zero_grad() before the switch; gradients that a step has used are known from the "

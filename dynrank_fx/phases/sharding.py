@@ -175,6 +175,8 @@ def _is_array(value: object) -> bool:
 
 def refuse_unreached(net: nn.Module) -> None:
     """Raise TransitionError for a module sharded by fully_shard that a graph never calls: its hooks would never run."""
+    if not any(is_sharded(module) for module in net.modules()):
+        return
     for region in regions(net):
         called = {
             str(node.target) for graph in region.net.graphs.values() for node in graph.nodes if node.op == "call_module"

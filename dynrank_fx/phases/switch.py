@@ -6,7 +6,7 @@ moves: singular vectors have no sign of their own, and processes that found othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -152,14 +152,13 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
     return Transition(tuple(changes), carry if optimizers else None)
 
 
-def _finite(changed: Changed) -> bool:
-    """Whether all gradients are finite: of a net in parts, in all processes."""
-    finite = all_finite(changed.root, changed.optimizers)
+def _finite(changed: Changed) -> Callable[[], bool]:
+    """What tells whether all gradients are finite: of a net in parts, in all processes, which have compared it then."""
     if not changed.shards:
-        return finite
-    unsound = torch.tensor(int(not finite))
+        return partial(all_finite, changed.root, changed.optimizers)
+    unsound = torch.tensor(int(not all_finite(changed.root, changed.optimizers)))
     changed.processes.sum_([unsound])
-    return not int(unsound)
+    return lambda: not int(unsound)
 
 
 @contextmanager

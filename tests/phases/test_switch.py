@@ -49,14 +49,14 @@ def test_each_sites_old_parameters_are_freed_before_the_next_site_changes(monkey
     weights = [weakref.ref(modules[0].weight) for modules in switched_modules(net).values()]
     states = [weakref.ref(optimizer.state[ref()]["exp_avg"]) for ref in weights]
     alive: list[int] = []
-    real = switch._change_sites
+    real = switch._made
 
     def counting(*args, **kwargs):
         alive.append(sum(ref() is not None for ref in weights))
         assert sum(ref() is not None for ref in states) == alive[-1]
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(switch, "_change_sites", counting)
+    monkeypatch.setattr(switch, "_made", counting)
     dr.enter_(net, dr.Phase.LOW, optimizer)
     assert alive == [5, 4, 3, 2, 1]
     assert all(ref() is None for ref in weights)
