@@ -42,8 +42,8 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 class PhasesCallback(PhasesHolder, TrainerCallback):
     """Enters the phases of a schedule at every tick, optimizer state along.
 
-    Several processes train as one does, by DDP, or by FSDP2 where it is asked for (``fsdp=True``): ``accelerate launch``
-    or ``torchrun`` starts them.
+    Several processes, which ``accelerate launch`` or ``torchrun`` starts, train as one does: by DDP, or by FSDP2 where
+    it is asked for (``fsdp=True``).
 
     A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps,
     and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not.
