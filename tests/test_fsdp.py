@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from several import in_processes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import dynrank_fx as dr
@@ -111,6 +112,7 @@ class Case:
     accumulate: int = 1
     clip: float = 0.0
     compiled: bool = False
+    hsdp: bool = False  # two copies of the net, each in two parts
     switches: int = 4
     near: float = 1e-5  # the error allowed
 
@@ -131,24 +133,18 @@ CASES = (
     Case("compiled", optimizer=_adamw, compiled=True),
 )
 MORE = tuple(
-    Case(
-        f"{shard.__name__}, {kind.__name__}, {form or 'graph'}, {after}",
-        Blocks,
-        kind,
-        shard,
-        after,
-        form,
-        1,
-        0.1,
-        c,
-        20,
-    )
-    for shard in (_root, _leaves, _groups, _blocks)
-    for kind in (_sgd, _adamw)
-    for form in ({}, _LAYERS)
+    replace(case, switches=20, compiled=compiled, choices=case.choices | after)
+    for case in CASES[:-1]
     for after in ({}, {"reshard_after_forward": True}, {"reshard_after_forward": False})
-    for c in (False, True)
-    if shard is not _blocks or form
+    for compiled in (False, True)
+)
+MESHES = (
+    Case("copies of parts", shard=_groups, hsdp=True, switches=20),
+    Case("copies of leaves", optimizer=_adamw, shard=_leaves, hsdp=True, clip=0.05),
+    Case("copies of convolutions", Convolutions, _adamw, hsdp=True),
+    Case("copies, compiled", optimizer=_adamw, hsdp=True, compiled=True),
+    Case("four parts", shard=_blocks, transforming=_LAYERS, optimizer=_adamw, switches=20),
+    Case("four parts, shared and tied", Tied, transforming={"share_inputs": True}),
 )
 
 
@@ -208,8 +204,11 @@ def _in_each(rank: int, cases: tuple[Case, ...]) -> list[Any]:
     for case in cases:
         net = _made(case)
         kind, parameters = type(net), len(list(net.parameters()))
-        case.shard(net, **case.choices)
-        fully_shard(net, **case.choices)
+        choices = dict(case.choices)
+        if case.hsdp:
+            choices["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+        case.shard(net, **choices)
+        fully_shard(net, **choices)
         optimizer = _train(case, net, rank, torch.distributed.get_world_size())
         assert isinstance(net, kind)
         assert len(list(net.parameters())) == parameters
@@ -233,10 +232,15 @@ def _compared(cases: tuple[Case, ...], count: int = 2, **given: Any) -> None:
 
 
 def test_switches_under_fully_shard_are_those_of_one_process() -> None:
-    _compared(CASES)
+    _compared(CASES, seconds=240)
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
-def test_twenty_switches_in_every_grouping(case: Case) -> None:
-    _compared((case,), seconds=300)
+@pytest.mark.parametrize("index", range(len(MORE)))
+def test_twenty_switches_in_every_way(index: int) -> None:
+    _compared((MORE[index],), seconds=300)
+
+
+@pytest.mark.fuzz
+def test_four_processes_in_parts_and_copies() -> None:
+    _compared(MESHES, count=4, seconds=500)

@@ -30,15 +30,17 @@ def test_the_demo_does_the_whole_job(samples, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"dense.onnx", "truncated.onnx", "ranks.png"}
 
 
-def _with_ddp(rank, samples):
+def _in_both(rank, samples):
     sys.path.insert(0, samples)
-    return runpy.run_path(f"{samples}/with_ddp.py", run_name="with_ddp")["main"](2)
+    mains = [runpy.run_path(f"{samples}/{name}.py", run_name=name)["main"] for name in ("with_ddp", "sharded")]
+    return mains[0](2), mains[1](2)
 
 
 def test_two_processes_learn_the_same(samples):
-    first, second = in_processes(_with_ddp, str(samples))
+    first, second = in_processes(_in_both, str(samples))
     assert first == second
-    assert first[-1] < 1.0
+    assert first[0][-1] < 1.0
+    assert first[1][-1] < first[1][0] < 4.6  # log(96), of one who knows nothing
 
 
 def test_own_loop_learns(samples):

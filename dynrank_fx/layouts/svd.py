@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Up to this many columns a float64 SVD costs milliseconds; above it the Gram matrix's eigenvectors are several
 # times faster (docs/measured.md has the figures).
-_SMALL = 128
+SMALL = 128
 # Energy of the discarded directions, in parts of the largest eigenvalue, below which the Gram matrix in float32 cannot
 # tell them apart: its rounding costs up to about 1e-5 of that eigenvalue, and 2e-3 of the tail is what 1.001 allows.
 _FLOAT32_TAIL = 1e-2
@@ -44,27 +44,31 @@ def full_precision() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _gram_basis(W: Tensor, rank: int) -> Tensor | None:
-    """The top ``rank`` eigenvectors of WᵀW as columns [g, n, r], or None where the eigensolver did not converge."""
+def gram_basis(gram: Tensor, rank: int) -> Tensor | None:
+    """The top ``rank`` eigenvectors of WᵀW as columns [.., n, r], or None where the eigensolver did not converge."""
     try:
-        _, vectors = torch.linalg.eigh(W.mT @ W)
+        _, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     V = vectors[..., -rank:].flip(-1)
     return V if bool(torch.isfinite(V).all()) else None
 
 
+def told_apart(kept: Tensor, total: Tensor) -> bool:
+    """Whether the eigenvectors of a Gram matrix in float32 are near enough to the best ones, by the energy that they
+    keep [.., r] of that of W.
+    """
+    return bool((total - kept.sum(-1) > _FLOAT32_TAIL * kept.amax(-1)).all())
+
+
 def right_basis(W: Tensor, rank: int) -> Tensor:
     """Orthonormal V [g, n, r], n ≤ m, with ‖W − W V Vᵀ‖ within 1.001 of the least, or rounding where that is zero."""
     n = W.shape[-1]
-    if n > _SMALL and W.dtype != torch.float64:
-        V = _gram_basis(W, rank)
-        if V is not None:
-            kept = (W @ V).square().sum(-2)
-            tail = W.square().sum((-2, -1)) - kept.sum(-1)
-            if bool((tail > _FLOAT32_TAIL * kept.amax(-1)).all()):
-                return V
-        V = _gram_basis(W.double(), rank)
+    if n > SMALL and W.dtype != torch.float64:
+        V = gram_basis(W.mT @ W, rank)
+        if V is not None and told_apart((W @ V).square().sum(-2), W.square().sum((-2, -1))):
+            return V
+        V = gram_basis(W.double().mT @ W.double(), rank)
         if V is not None:
             return V
     # Last resort and small case: exact, and on the CPU, where it always converges.

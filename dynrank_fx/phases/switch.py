@@ -28,11 +28,12 @@ from .agreement import agree_after, agree_before
 from .averages import near, sites_of_average
 from .carry import Carry, can_move, warn_reset
 from .gradients import all_finite, at_factors, pending_gradient, waiting_gradient
-from .groups import State, holder_in, holders_of, in_slots
+from .groups import holder_in, holders_of, in_slots
 from .init import branch
 from .refusals import check_held, check_values
 from .replace import Journal, parameters_of, replace_parameters
-from .sharding import in_hand, in_parts, pending_in_parts, put_down
+from .rows import Rows, error_of
+from .sharding import in_hand, in_parts, in_rows, pending_in_parts, put_down, rows_of
 from .values import Split, Value, dense_of, factors_of
 
 
@@ -131,9 +132,16 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
             optimizer, what = training[move.group.name], f"the switch of {move.group.name}"
             carrying = optimizer if optimizer in movable else None
             made, source = partial(_made, move, carrying, copies, split, in_parts(move.group)), turn % processes.count
-            held = [move.group, *(_averaged(move.group, copy) for copy in copies)]
-            with in_hand(held, carrying, pending, here=processes.rank == source):
-                news = processes.from_one(source, made, TransitionError, what)
+            if not copies and split is None and rows_of(move.group, move.phase, carrying, pending):
+                with (
+                    in_rows(move.group, carrying, Rows(processes, source)),
+                    processes.all_or_none(TransitionError, what),
+                ):
+                    news = [new._replace(rows=True) for new in made()]
+            else:
+                held = [move.group, *(_averaged(move.group, copy) for copy in copies)]
+                with in_hand(held, carrying, pending, here=processes.rank == source):
+                    news = processes.from_one(source, made, TransitionError, what)
             with processes.all_or_none(TransitionError, what), _room_for(move.group):
                 changes += _install(move, news, optimizer, copies, journal)
         with processes.all_or_none(TransitionError, "making DistributedDataParallel anew"):
@@ -191,13 +199,15 @@ class _News(NamedTuple):
     """What the sites of a group become, one entry each: what one process computes, and sends to the others.
 
     values: of the new parameters, with their optimizer states. bases: of an ADAPTOR. errors: of the weights.
-    gradients: of the new parameters, where all processes have them together.
+    gradients: of the new parameters, where all processes have them together. rows: whether the first of the values are
+    the rows of this process.
     """
 
     values: list[list[Value]]
     bases: list[Tensor | None]
     errors: list[float]
     gradients: list[list[Tensor | None]] | None = None
+    rows: bool = False
 
 
 @torch.no_grad()
@@ -228,20 +238,15 @@ def _made(
         else:
             new = dense_of(firsts, old_weights, carrying)
             new_weights = old_weights
+        errors = [error_of(layout, now, old) for now, old in zip(new_weights, old_weights, strict=True)]
         if not all(bool(torch.isfinite(value).all()) for values in new for value, _ in values):
             raise TransitionError(
                 f"{group.name} could not be split into finite factors; net and optimizer are as before"
             )
-        errors = [_error(now, old) for now, old in zip(new_weights, old_weights, strict=True)]
         values = [[value for value, _ in each] for each in new]
         averages = [_made_of_average(move, _averaged(group, copy), values) for copy in copies]
         gradients = _gradients(move, None, new) if parts else None
     return [_News(new, _bases(move, old_weights), errors, gradients), *averages]
-
-
-def _error(now: Tensor, old: Tensor) -> float:
-    lost = torch.linalg.vector_norm((now - old).float())
-    return float(lost / torch.linalg.vector_norm(old.float()).clamp_min(1e-30))
 
 
 def _bases(move: Move, weights: Sequence[Tensor]) -> list[Tensor | None]:
@@ -275,14 +280,14 @@ def _install(
     own, *of_averages = news
     for copy, new in zip(copies, of_averages, strict=True):
         for modules, values, base in zip(_averaged(move.group, copy).sites, new.values, new.bases, strict=True):
-            _put(modules, move, values, [None] * len(values), base, None, journal)
+            _put(modules, move, values, [None] * len(values), base, None, journal, rows=False)
     gradients = _gradients(move, optimizer, own.values) if own.gradients is None else own.gradients
     changes = []
     for modules, values, grads, base, error in zip(
         move.group.sites, own.values, gradients, own.bases, own.errors, strict=True
     ):
         module, before, replaced = modules[0], Phase(modules[0].phase), modules[0].parameter_names
-        names = _put(modules, move, values, grads, base, optimizer, journal)
+        names = _put(modules, move, values, grads, base, optimizer, journal, rows=own.rows)
         changes.append(SiteChange(module.site, before, move.phase, replaced, names, error))
     return changes
 
@@ -295,11 +300,17 @@ def _put(
     base: Tensor | None,
     optimizer: Optimizer | None,
     journal: Journal,
+    *,
+    rows: bool,
 ) -> tuple[str, ...]:
     """New parameters for one site, all of whose modules are given; their names."""
     old, names = parameters_of(modules[0]), modules[0].names_in(move.phase)
     base = None if base is None else in_format_of(base, old)
-    parameters, states = _parameters(modules[0], names, values, old, journal.shards)
+    if is_part(old[0]):
+        parameters, states = put_down(modules[0], names, values, old[0], journal.shards, rows=rows)
+    else:
+        parameters = [Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value, _ in values]
+        states = [state for _, state in values]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             cut = part_as(gradient, parameter) if is_part(parameter) else in_format_of(gradient, [parameter])
@@ -310,16 +321,6 @@ def _put(
     new = dict(zip(names, parameters, strict=True))
     replace_parameters(modules, move.phase, new, optimizer, states, base, journal.shards)
     return names
-
-
-def _parameters(
-    module: Switched, names: Sequence[str], values: Sequence[Value], old: Sequence[Parameter], shards: Shards
-) -> tuple[list[Parameter], list[State]]:
-    """New parameters of a site, with their optimizer states, as the old ones are: whole, or in parts."""
-    if is_part(old[0]):
-        return put_down(module, names, values, old[0], shards)
-    new = [Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value, _ in values]
-    return new, [state for _, state in values]
 
 
 def _gradients(move: Move, optimizer: Optimizer | None, new: Sequence[Sequence[Value]]) -> list[list[Tensor | None]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -112,6 +112,17 @@ class Outline:
         if not is_part(tensor):
             return None
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tuple(tensor.stride()))
+
+    @property
+    def cuts(self) -> list[tuple[int, int]]:
+        """Along which axes it is cut, and into how many parts."""
+        dims = enumerate(self.placements)
+        return [(each.dim, self.mesh.size(index)) for index, each in dims if hasattr(each, "dim")]
+
+    def of_rows(self, count: int, like: Tensor) -> Outline:
+        """That of another tensor, cut alike, with so many rows in all, which are as long as those given."""
+        shape = torch.Size((count, *like.shape[1:]))
+        return replace(self, shape=shape, stride=_contiguous(shape))
 
     def around(self, local: Tensor) -> Tensor:
         """The tensor of which this process has that."""
