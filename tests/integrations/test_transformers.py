@@ -525,6 +525,17 @@ def test_bfloat16_goes_through_the_phases(tmp_path):
     assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
 
 
+@pytest.mark.fuzz
+def test_a_compiled_training_is_that_of_eager(tmp_path):
+    given = {"save_strategy": "no", "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer, callback = hugging_face(tmp_path, classifier(), **given)
+    trainer.train()
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    eager, _ = hugging_face(tmp_path, classifier(), save_strategy="no")
+    eager.train()
+    assert_same(trainer.model, eager.model)
+
+
 def test_nothing_is_written_before_training_has_begun(tmp_path):
     from transformers import TrainerState
 
