@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ class PhasesHolder:
         return self.phases.history if self.phases is not None else []
 
 
-def refuse_engine(engine: str, instead: str) -> NoReturn:
+def refuse_engine(engine: str, instead: str) -> None:
     """Raise TransitionError for a way of training in several processes that phases do not go with.
 
     Args:

@@ -24,6 +24,7 @@ from .. import files, store
 from ..aliases import StateDict
 from ..checks import checked_path
 from ..errors import StoreError, TransitionError
+from ..processes import is_part
 from ..randomness import random_state, set_random_state
 from ..rewrite import expect_factors_, switched_modules
 from ..tracing import Net, meta_of
@@ -41,7 +42,8 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 class PhasesCallback(PhasesHolder, TrainerCallback):
     """Enters the phases of a schedule at every tick, optimizer state along.
 
-    Several processes train as one does, by DDP: ``accelerate launch`` or ``torchrun`` starts them.
+    Several processes, which ``accelerate launch`` or ``torchrun`` starts, train as one does: by DDP, or by FSDP2 where
+    it is asked for (``fsdp=True``).
 
     A tick is an epoch; where ``max_steps`` is given, or there is one epoch, it is a twentieth of the optimizer steps,
     and of up to five epochs a part where the schedule does not count epochs, as ``auto`` does not.
@@ -53,7 +55,7 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
 
     Raises:
         TransitionError: When training begins, where the model holds no net of ``transform``, and for several devices or
-            processes that train it by anything but DDP.
+            processes that train it by anything but DDP and FSDP2.
     """
 
     resume_from: str | Path | None = None
@@ -273,7 +275,7 @@ def _clone_tied(model: nn.Module, state: StateDict, prefix: str, metadata: objec
     """After ``state_dict()``: safetensors writes no two tensors of one memory, and the Trainer asks it to."""
     seen = set()
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.numel():
+        if isinstance(value, Tensor) and value.numel() and not is_part(value):  # parts are gathered before
             memory = value.untyped_storage().data_ptr()
             if memory in seen:
                 state[name] = value.clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import runpy
 import sys
@@ -21,6 +20,7 @@ from several import as_launched, in_processes
 from torch import Tensor, nn
 
 import dynrank_fx as dr
+from dynrank_fx.processes import whole as whole_of
 from dynrank_fx.schedules import Schedule
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -563,6 +563,17 @@ def test_bfloat16_goes_through_the_phases(tmp_path):
     assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
 
 
+@pytest.mark.fuzz
+def test_a_compiled_training_is_that_of_eager(tmp_path):
+    given = {"save_strategy": "no", "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer, callback = hugging_face(tmp_path, classifier(), **given)
+    trainer.train()
+    assert [record.phase for record in callback.history] == ["LOW", "FULL", "FULL", "LOW", "LOW"]
+    eager, _ = hugging_face(tmp_path, classifier(), save_strategy="no")
+    eager.train()
+    assert_same(trainer.model, eager.model)
+
+
 def test_nothing_is_written_before_training_has_begun(tmp_path):
     from transformers import TrainerState
 
@@ -602,6 +613,20 @@ def run_of(folder: Path, processes: int, **more: Any) -> tuple[Any, Any]:
     return hugging_face(folder, more.pop("net", None) or classifier(), **(given | more))
 
 
+def shard_without_devices() -> None:
+    """Accelerate calls ``fully_shard`` where there are devices alone; here they are taken to be there."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    def found(self: Any, *_: Any) -> tuple[str, Any]:
+        return "gloo", DistributedType.MULTI_GPU
+
+    def cpu(self: Any) -> None:
+        self.device = torch.device("cpu")
+
+    PartialState._prepare_backend, PartialState.set_device = found, cpu
+
+
 def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
     """What is done by each of two processes: the results are compared where they come together."""
     from dynrank_fx.integrations.transformers import resume_from_
@@ -610,7 +635,7 @@ def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def keep(name: str, trainer: Any, callback: Any) -> None:
-        state = copy.deepcopy(trainer.model.state_dict())
+        state = {name: whole_of(value).clone() for name, value in trainer.model.state_dict().items()}
         found[name] = (state, [record.phase for record in callback.history])
 
     trainer, callback = run_of(folder / "whole", 2)
@@ -639,6 +664,17 @@ def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
     trainer.train()
     keep("best", trainer, callback)
     found["losses"] = (trainer.state.best_metric, trainer.evaluate()["eval_loss"])
+
+    shard_without_devices()
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
+    trainer, callback = run_of(folder / "sharded", 2, **sharding)
+    trainer.train()
+    keep("sharded", trainer, callback)
+    net = classifier()
+    resume_from_(net, folder / "sharded" / "checkpoint-6")
+    trainer, callback = run_of(folder / "sharded", 2, net=net, **(sharding | {"save_strategy": "no"}))
+    trainer.train(resume_from_checkpoint=str(folder / "sharded" / "checkpoint-6"))
+    keep("sharded and gone on with", trainer, callback)
     return found
 
 
@@ -653,7 +689,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     whole, callback = run_of(tmp_path / "one", 1)
     whole.train()
     phases = [record.phase for record in callback.history]
-    for name in ("whole", "gone on with", "accumulated"):
+    for name in ("whole", "gone on with", "accumulated", "sharded", "sharded and gone on with"):
         assert first[name][1] == phases
         assert_near(first[name][0], whole.model.state_dict())
     assert first["again"][1] == phases
