@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own fol
 from benchmarks.held import held
 from benchmarks.large import large
 from benchmarks.layers import layers, shares
-from benchmarks.layers import shares
 from benchmarks.memory import memory
 from benchmarks.neighbours import neighbours
 from benchmarks.onnx_files import onnx
