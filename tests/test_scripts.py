@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from several import in_processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +28,17 @@ def test_the_demo_does_the_whole_job(samples, tmp_path, capsys):
     for word in ("sites factored", "agrees with PyTorch", "truncated / dense", "accuracy", "latency, batch 1", "drew"):
         assert word in printed
     assert {p.name for p in tmp_path.iterdir()} == {"dense.onnx", "truncated.onnx", "ranks.png"}
+
+
+def _with_ddp(rank, samples):
+    sys.path.insert(0, samples)
+    return runpy.run_path(f"{samples}/with_ddp.py", run_name="with_ddp")["main"](2)
+
+
+def test_two_processes_learn_the_same(samples):
+    first, second = in_processes(_with_ddp, str(samples))
+    assert first == second
+    assert first[-1] < 1.0
 
 
 def test_own_loop_learns(samples):

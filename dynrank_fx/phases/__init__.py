@@ -1,11 +1,13 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
+from .agreement import agree_before
 from .averages import averages_in, copy_factors_
 from .carry import Carry, checked_carry
 from .checkpoint import check_place, how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .gradients import forget_steps, note_steps
 from .groups import Optimizers, optimizers_in
 from .init import randomize_
+from .refusals import refuse_wrapped
 from .rerank import LatencyOf, RankUnit, rank_units, reranked
 from .setting import phases_in
 from .switch import Transition
@@ -17,6 +19,7 @@ __all__ = [
     "Optimizers",
     "RankUnit",
     "Transition",
+    "agree_before",
     "averages_in",
     "check_place",
     "checked_carry",
@@ -34,6 +37,7 @@ __all__ = [
     "rank_units",
     "read_plan",
     "rebuilt",
+    "refuse_wrapped",
     "replan_",
     "reranked",
     "restore_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import TransitionError
 from ..layouts import Factors
 from ..phase import Phase
+from ..processes import processes_of, wrappers_of
 from ..rewrite import Switched, switched_modules
 from ..tracing import unwrap
 
@@ -42,9 +44,20 @@ def randomize_(net: nn.Module) -> None:
         raise TransitionError(
             "no site is in LOW, so that there are no factors to randomize: enter_(net, Phase.LOW) first"
         )
+    processes = processes_of(wrappers_of(net))
+    drawn = processes.from_one(0, lambda: _drawn(sites), TransitionError, "drawing random factors")
+    for site, values in zip(sites, drawn, strict=True):
+        for factor, value in zip(site.factors, values, strict=False):
+            factor.copy_(value)
+
+
+def _drawn(sites: Sequence[Switched]) -> list[list[Tensor]]:
+    """For each site its own factors."""
+    drawn = []
     norms = [site.weight.square().sum() for site in sites]
     for site, norm in zip(sites, norms, strict=True):
         terms, count = site.layout.terms(site.shape, site.rank), len(site.factors)
         deviation = float(norm / (math.prod(site.shape) * terms)) ** (0.5 / count)
-        for factor in site.factors if not site.owner else site.factors[:1]:
-            factor.normal_(0.0, deviation)
+        own = site.factors if not site.owner else site.factors[:1]
+        drawn.append([torch.empty_like(factor).normal_(0.0, deviation) for factor in own])
+    return drawn

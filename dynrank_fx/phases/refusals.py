@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from ..rewrite import SiteGroup, Switched
 from .carry import Carry
 from .gradients import all_finite, pending_gradient
 from .groups import holder_in, holders_of
-from .replace import parameters_of, refuse_sharded
+from .replace import parameters_of
+from .sharding import refuse_fully_sharded, refuse_sharded
+
+_INSTEAD = "wrap the net in DistributedDataParallel instead"
+# By the name of the class, since DeepSpeed need not be installed.
+_REFUSED = {
+    "DataParallel": f"which copies it for every batch: {_INSTEAD}, with a process for each device",
+    "FullyShardedDataParallel": f"the first FSDP, which keeps parameters flattened into one: {_INSTEAD}",
+    "DeepSpeedEngine": f"which keeps parameters and the optimizer's state in buffers of its own: {_INSTEAD}",
+}
 
 
 def refuse_inference() -> None:
@@ -23,18 +32,13 @@ def refuse_inference() -> None:
         raise TransitionError("within torch.inference_mode no weight can be made that trains: switch phases outside it")
 
 
-def refuse_wrapped(root: nn.Module) -> None:
-    """Raises TransitionError for a net that is wrapped for several processes."""
-    for module in root.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise TransitionError(
-                "the net is wrapped in DistributedDataParallel, whose ranks would go apart: enter_ the module "
-                "inside, then wrap it again"
-            )
-        if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
-            raise TransitionError(
-                "the net is sharded by FSDP, which would keep the old parameters: gather it, switch, and shard it again"
-            )
+def refuse_wrapped(net: nn.Module) -> None:
+    """Raises TransitionError for a net that something wraps whose processes a switch cannot bring along."""
+    for module in net.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _REFUSED:
+                raise TransitionError(f"the net is wrapped in {kind.__name__}, {_REFUSED[kind.__name__]}")
+    refuse_fully_sharded(net)
 
 
 def refuse_untrained(sites: Mapping[str, Sequence[Switched]], optimizers: Sequence[Optimizer]) -> None:
@@ -95,3 +99,14 @@ def check_values(
         )
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise TransitionError("LBFGS keeps one history over all parameters: switch without it, then make a new LBFGS")
+
+
+def check_held(groups: Iterable[SiteGroup], ignored: Collection[int]) -> None:
+    """Raises TransitionError for a site whose parameters, by their ids, each process has its own of."""
+    for group in groups:
+        for module in group.firsts:
+            if any(id(p) in ignored for p in parameters_of(module)):
+                raise TransitionError(
+                    f"{module.site} is among the parameters that DistributedDataParallel was told to ignore, so that "
+                    "each process has its own, and a switch would give all the same: exclude it by transform(exclude=)"
+                )

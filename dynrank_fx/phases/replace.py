@@ -12,23 +12,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..errors import TransitionError
 from ..files import scratch
 from ..phase import Phase
 from ..rewrite import Switched
 from .groups import State, place_of, put_back, swap_parameters
+from .sharding import refuse_sharded
 
 
 def parameters_of(module: Switched) -> tuple[Parameter, ...]:
     """The parameters that a site trains in its present phase, in the order of their names."""
     parameters = (module._parameters[name] for name in module.parameter_names)
     return tuple(p for p in parameters if p is not None)
-
-
-def refuse_sharded(name: str, parameter: Parameter) -> None:
-    """Raise TransitionError for a parameter that is sharded over devices."""
-    if isinstance(parameter, torch.distributed.tensor.DTensor) if torch.distributed.is_available() else False:
-        raise TransitionError(f"{name} is a DTensor, sharded over devices: gather it, switch, and shard it again")
 
 
 def replace_parameters(

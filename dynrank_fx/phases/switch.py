@@ -1,26 +1,36 @@
-"""The only weight moves: site by site, the old parameters freed before the next site is touched, all or none."""
+"""The only weight moves: site by site, the old parameters freed before the next site is touched, all or none.
+
+Of several processes one computes what the sites of a group become, in turns, and sends it to the others before anything
+moves: singular vectors have no sign of their own, and processes that found other ones would train other nets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import TransitionError
 from ..files import why
 from ..layouts import full_precision
 from ..phase import ALPHA, Phase
+from ..processes import Processes, ignored_by, let_go, processes_of
 from ..rewrite import SiteGroup, Switched, in_format_of, specialize_
+from .agreement import agree_after, agree_before
 from .averages import near, sites_of_average
 from .carry import Carry, can_move, warn_reset
 from .gradients import at_factors, pending_gradient
 from .groups import holder_in, holders_of, in_slots
 from .init import branch
-from .refusals import check_values
+from .refusals import check_held, check_values
 from .replace import Journal, parameters_of, replace_parameters
 from .values import Split, Value, dense_of, factors_of
 
@@ -71,38 +81,71 @@ class Move:
     rank: int
 
 
-def switch(
-    root: nn.Module,
-    moves: Sequence[Move],
-    optimizers: Sequence[Optimizer],
-    averages: Sequence[nn.Module],
-    carry: Carry,
-    split: Split | None = None,
-) -> Transition:
-    """All moves, in order, or none of them."""
-    copies = [sites_of_average(average, root) for average in averages]
-    # A group may move twice, by way of FULL.
-    check_values(root, {move.group.name: move.group for move in moves}.values(), optimizers, carry)
-    for copy in copies:
-        check_values(root, [_averaged(move.group, copy) for move in moves], ())
-    holders = holders_of(optimizers)
-    training = {move.group.name: holder_in(holders, _trained(move)) for move in moves}
-    movable, carry = _movable(moves, [each for each in optimizers if each in training.values()], carry)
+@dataclass(frozen=True)
+class Changed:
+    """What a switch changes, in all processes that train it.
+
+    Attributes:
+        root: The net.
+        optimizers: All that train it.
+        averages: The modules that hold averages of its weights.
+        wrappers: The DDP objects that hold it.
+    """
+
+    root: nn.Module
+    optimizers: Sequence[Optimizer] = ()
+    averages: Sequence[nn.Module] = ()
+    wrappers: Sequence[DistributedDataParallel] = ()
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train the net."""
+        return processes_of(self.wrappers)
+
+
+def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split | None = None) -> Transition:
+    """All moves, in order, or none of them; in all processes, or in none."""
+    root, optimizers, averages = changed.root, changed.optimizers, changed.averages
+    processes, groups = changed.processes, list({move.group.name: move.group for move in moves}.values())
+    ignored = ignored_by(changed.wrappers)
+    with processes.all_or_none(TransitionError, "the switch"):
+        copies = [sites_of_average(average, root) for average in averages]
+        # A group may move twice, by way of FULL.
+        check_values(root, groups, optimizers, carry)
+        check_held(groups, ignored)
+        for copy in copies:
+            check_values(root, [_averaged(move.group, copy) for move in moves], ())
+        holders = holders_of(optimizers)
+        training = {move.group.name: holder_in(holders, _trained(move)) for move in moves}
+        movable, carry = _movable(moves, [each for each in optimizers if each in training.values()], carry)
+    agree_before(processes, root, optimizers, ignored)
     changes = []
-    with in_slots(optimizers), Journal() as journal:
-        for move in moves:
-            optimizer = training[move.group.name]
-            try:
-                with full_precision():
-                    changes += _change_sites(move, optimizer, optimizer in movable, copies, journal, split)
-            except OSError as error:
-                raise TransitionError(
-                    f"no room to keep {move.group.name} safe during its switch ({why(error)}); "
-                    "net and optimizer are as before"
-                ) from error
+    copied = [part for copy in averages for part in copy.modules() if isinstance(part, DistributedDataParallel)]
+    with let_go([*changed.wrappers, *copied]) as make_again, in_slots(optimizers), Journal() as journal:
+        for turn, move in enumerate(moves):
+            optimizer, what = training[move.group.name], f"the switch of {move.group.name}"
+            carrying = optimizer if optimizer in movable else None
+            made = partial(_made, move, carrying, copies, split)
+            news = processes.from_one(turn % processes.count, made, TransitionError, what)
+            with processes.all_or_none(TransitionError, what), _room_for(move.group):
+                changes += _install(move, news, optimizer, copies, journal)
+        with processes.all_or_none(TransitionError, "making DistributedDataParallel anew"):
+            make_again()
+        agree_after(processes, groups, optimizers)
     for net in (root, *averages):
         specialize_(net)
     return Transition(tuple(changes), carry if optimizers else None)
+
+
+@contextmanager
+def _room_for(group: SiteGroup) -> Iterator[None]:
+    """Words for a disk without room for the journal."""
+    try:
+        yield
+    except OSError as error:
+        raise TransitionError(
+            f"no room to keep {group.name} safe during its switch ({why(error)}); net and optimizer are as before"
+        ) from error
 
 
 def _trained(move: Move) -> list[Parameter]:
@@ -127,51 +170,60 @@ def _averaged(group: SiteGroup, copy: Mapping[str, Sequence[Switched]]) -> SiteG
     return SiteGroup(tuple(tuple(copy[name]) for name in group.names))
 
 
+class _News(NamedTuple):
+    """What the sites of a group become, one entry each: what one process computes, and sends to the others.
+
+    values: of the new parameters, with their optimizer states. bases: of an ADAPTOR. errors: of the weights.
+    """
+
+    values: list[list[Value]]
+    bases: list[Tensor | None]
+    errors: list[float]
+
+
 @torch.no_grad()
-def _change_sites(
-    move: Move,
-    optimizer: Optimizer | None,
-    movable: bool,
-    copies: Sequence[Mapping[str, Sequence[Switched]]],
-    journal: Journal,
-    split: Split | None,
-) -> list[SiteChange]:
+def _made(
+    move: Move, optimizer: Optimizer | None, copies: Sequence[Mapping[str, Sequence[Switched]]], split: Split | None
+) -> list[_News]:
+    """For the net, and for each of its averages. optimizer: whose state goes along."""
     group, phase = move.group, move.phase
     firsts, owner, layout = group.firsts, group.owner, group.layout
-    adaptor = Phase.ADAPTOR in (phase, Phase(owner.phase))
     # A branch that starts at zero has no moments to take over, and its own say little of the weight that it ends in.
-    carrying = optimizer if movable and not adaptor else None
-    old_weights = [module.weight.detach() for module in firsts]
-    new: list[list[Value]]
-    if phase is Phase.ADAPTOR:
-        new = [[(value, {}) for value in branch(owner, move.rank, old_weights[0])]]
-        new_weights = old_weights
-    elif phase is Phase.LOW:
-        new = factors_of(firsts, old_weights, move.rank, carrying, split)
-        others = [value for value, _ in new[0][1:]]
-        new_weights = [layout.join((values[0][0], *others)) for values in new]
-    else:
-        new = dense_of(firsts, old_weights, carrying)
-        new_weights = old_weights
-    if not all(bool(torch.isfinite(value).all()) for values in new for value, _ in values):
-        raise TransitionError(f"{group.name} could not be split into finite factors; net and optimizer are as before")
-    for copy in copies:
-        _change_average(move, _averaged(group, copy), [[value for value, _ in values] for values in new], journal)
-    gradients = _gradients(move, optimizer, new, old_weights)
-    changes = []
-    for modules, values, grads, old_weight, new_weight in zip(
-        group.sites, new, gradients, old_weights, new_weights, strict=True
-    ):
-        module, before, replaced = modules[0], Phase(modules[0].phase), modules[0].parameter_names
-        lost = torch.linalg.vector_norm((new_weight - old_weight).float())
-        error = float(lost / torch.linalg.vector_norm(old_weight.float()).clamp_min(1e-30))
-        names = _put(modules, move, values, grads, old_weight, optimizer, journal)
-        changes.append(SiteChange(module.site, before, phase, replaced, names, error))
-    return changes
+    carrying = None if Phase.ADAPTOR in (phase, Phase(owner.phase)) else optimizer
+    with full_precision():
+        old_weights = [module.weight.detach() for module in firsts]
+        new: list[list[Value]]
+        if phase is Phase.ADAPTOR:
+            new = [[(value, {}) for value in branch(owner, move.rank, old_weights[0])]]
+            new_weights = old_weights
+        elif phase is Phase.LOW:
+            new = factors_of(firsts, old_weights, move.rank, carrying, split)
+            others = [value for value, _ in new[0][1:]]
+            new_weights = [layout.join((values[0][0], *others)) for values in new]
+        else:
+            new = dense_of(firsts, old_weights, carrying)
+            new_weights = old_weights
+        if not all(bool(torch.isfinite(value).all()) for values in new for value, _ in values):
+            raise TransitionError(
+                f"{group.name} could not be split into finite factors; net and optimizer are as before"
+            )
+        errors = [_error(now, old) for now, old in zip(new_weights, old_weights, strict=True)]
+        values = [[value for value, _ in each] for each in new]
+        averages = [_made_of_average(move, _averaged(group, copy), values) for copy in copies]
+    return [_News(new, _bases(move, old_weights), errors), *averages]
 
 
-def _change_average(move: Move, group: SiteGroup, new: list[list[Tensor]], journal: Journal) -> None:
-    """The sites of an average, beside those of the net, of which ``new`` holds the values."""
+def _error(now: Tensor, old: Tensor) -> float:
+    lost = torch.linalg.vector_norm((now - old).float())
+    return float(lost / torch.linalg.vector_norm(old.float()).clamp_min(1e-30))
+
+
+def _bases(move: Move, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    return [weight if move.phase is Phase.ADAPTOR else None for weight in weights]
+
+
+def _made_of_average(move: Move, group: SiteGroup, new: list[list[Tensor]]) -> _News:
+    """For the sites of an average, beside those of the net, of which ``new`` holds the values."""
     weights = [module.weight.detach() for module in group.firsts]
     values = [[weight] for weight in weights]
     if move.phase is Phase.ADAPTOR:
@@ -182,9 +234,31 @@ def _change_average(move: Move, group: SiteGroup, new: list[list[Tensor]], journ
         left, *rest = near(group.layout, (stacked[0], *others), stacked[1])
         values = [[each] for each in left.split([weight.shape[0] for weight in weights])]
         values[0] += rest
-    for modules, values_of_site, weight in zip(group.sites, values, weights, strict=True):
-        none = [None] * len(values_of_site)
-        _put(modules, move, [(value, {}) for value in values_of_site], none, weight, None, journal)
+    return _News([[(value, {}) for value in each] for each in values], _bases(move, weights), [])
+
+
+@torch.no_grad()
+def _install(
+    move: Move,
+    news: Sequence[_News],
+    optimizer: Optimizer | None,
+    copies: Sequence[Mapping[str, Sequence[Switched]]],
+    journal: Journal,
+) -> list[SiteChange]:
+    """Put what was made into its places, those of the averages first."""
+    own, *of_averages = news
+    for copy, new in zip(copies, of_averages, strict=True):
+        for modules, values, base in zip(_averaged(move.group, copy).sites, new.values, new.bases, strict=True):
+            _put(modules, move, values, [None] * len(values), base, None, journal)
+    gradients = _gradients(move, optimizer, own.values)
+    changes = []
+    for modules, values, grads, base, error in zip(
+        move.group.sites, own.values, gradients, own.bases, own.errors, strict=True
+    ):
+        module, before, replaced = modules[0], Phase(modules[0].phase), modules[0].parameter_names
+        names = _put(modules, move, values, grads, base, optimizer, journal)
+        changes.append(SiteChange(module.site, before, move.phase, replaced, names, error))
+    return changes
 
 
 def _put(
@@ -192,13 +266,13 @@ def _put(
     move: Move,
     values: Sequence[Value],
     gradients: Sequence[Tensor | None],
-    weight: Tensor,
+    base: Tensor | None,
     optimizer: Optimizer | None,
     journal: Journal,
 ) -> tuple[str, ...]:
-    """New parameters for one site, all of whose modules are given; their names. weight: what the site stood for."""
+    """New parameters for one site, all of whose modules are given; their names."""
     old, names = parameters_of(modules[0]), modules[0].names_in(move.phase)
-    base = in_format_of(weight, old) if move.phase is Phase.ADAPTOR else None
+    base = None if base is None else in_format_of(base, old)
     parameters = [Parameter(in_format_of(value, old), requires_grad=old[0].requires_grad) for value, _ in values]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else in_format_of(gradient.to(parameter.dtype), [parameter])
@@ -210,17 +284,18 @@ def _put(
     return names
 
 
-def _gradients(
-    move: Move, optimizer: Optimizer | None, new: Sequence[Sequence[Value]], weights: Sequence[Tensor]
-) -> list[list[Tensor | None]]:
-    """Per site the gradients of its new parameters: those that were pending, carried; see ``gradients``."""
+def _gradients(move: Move, optimizer: Optimizer | None, new: Sequence[Sequence[Value]]) -> list[list[Tensor | None]]:
+    """Per site the gradients of its new parameters: those that were pending in this process, carried; see
+    ``gradients``.
+    """
     group = move.group
     pending = [[pending_gradient(p, optimizer) for p in parameters_of(module)] for module in group.firsts]
     if all(gradient is None for gradients in pending for gradient in gradients):
         return [[None] * len(values) for values in new]
     if group.owner.phase != int(Phase.FULL):
         return [[torch.full_like(value, torch.nan) for value, _ in values] for values in new]
-    stacked = [values[0][0] for values in new]
+    stacked, weights = [values[0][0] for values in new], [module.weight.detach() for module in group.firsts]
     factors = (torch.cat(stacked) if group.shared else stacked[0], *(value for value, _ in new[0][1:]))
     scale = ALPHA / move.rank if move.phase is Phase.ADAPTOR else 1.0
-    return at_factors(group.layout, factors, [gradient for (gradient,) in pending], weights, scale)
+    with full_precision():
+        return at_factors(group.layout, factors, [gradient for (gradient,) in pending], weights, scale)

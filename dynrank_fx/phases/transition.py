@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import PlanError, TransitionError
 from ..phase import Phase
 from ..plan import Plan, checked_plan
-from ..rewrite import plan_of, set_plan, site_groups, specialize_, switched_modules
+from ..processes import check_wrapper, processes_of, wrappers_of
+from ..rewrite import SiteGroup, plan_of, set_plan, site_groups, specialize_, switched_modules
 from ..schedules import Setting
 from ..tracing import is_captured, meta_of, unwrap
+from .agreement import agree_on
 from .averages import averages_of, sites_of_average
 from .carry import Carry, checked_carry
 from .gradients import note_steps
 from .groups import Optimizers, optimizers_in
 from .refusals import refuse_inference, refuse_untrained, refuse_wrapped
 from .setting import phases_in
-from .switch import Move, Transition, switch
+from .switch import Changed, Move, Transition, switch
 from .values import Split
 
 
@@ -62,34 +67,56 @@ def enter_(
     Warns:
         DynrankWarning: Where the optimizer's state was reset since it could not be moved.
     """
-    checked_carry(carry)
-    refuse_inference()
-    root = unwrap(net)
-    refuse_wrapped(root)
-    sites = switched_modules(root)
-    if not sites:
-        raise TransitionError(
-            "the net has no site to switch: make it by transform, and look at its plan for the reasons"
-        )
-    optimizers, copies = optimizers_in(optimizer), averages_of(averages, root)
-    refuse_untrained(sites, optimizers)
-    targets = phases_in(setting, sites)
-    for each in optimizers:
-        note_steps(each)
-    changing = [name for name, phase in targets.items() if sites[name][0].phase != int(phase)]
+    wrappers = wrappers_of(net)
+    processes = processes_of(wrappers)
+    with processes.all_or_none(TransitionError, "the switch"):
+        changed = _checked(net, optimizer, averages, carry, wrappers)
+        sites = switched_modules(changed.root)
+        if not sites:
+            raise TransitionError(
+                "the net has no site to switch: make it by transform, and look at its plan for the reasons"
+            )
+        targets = phases_in(setting, sites)
+        changing = [name for name, phase in targets.items() if sites[name][0].phase != int(phase)]
+        groups = site_groups(changed.root, changing)
+        for group in groups:
+            _check_phases(group, targets)
+    agree_on(processes, {f"what {name} is to become": (targets.get(name), name in changing, carry) for name in sites})
     if not changing:
         return Transition(())
-    groups = site_groups(root, changing)
-    for group in groups:
-        if len({targets.get(module.site, Phase(module.phase)) for module in group.firsts}) > 1:
-            raise TransitionError(f"{', '.join(group.names)} share a factor: give them one phase")
-        if group.shared and targets[group.name] is Phase.ADAPTOR:
-            raise TransitionError(
-                f"{', '.join(group.names)} share a factor, which takes the place of their input and leaves none for "
-                "the base of an ADAPTOR: transform without share_inputs, or give them another phase"
-            )
-    moves = [Move(group, targets[group.name], group.owner.rank) for group in groups]
-    return switch(root, moves, optimizers, copies, carry, split)
+    return switch(changed, [Move(group, targets[group.name], group.owner.rank) for group in groups], carry, split)
+
+
+def _checked(
+    net: nn.Module,
+    optimizer: Optimizers | None,
+    averages: object,
+    carry: Carry,
+    wrappers: Sequence[DistributedDataParallel],
+) -> Changed:
+    """What a switch is to change, if it can."""
+    checked_carry(carry)
+    refuse_inference()
+    refuse_wrapped(net)
+    for wrapper in wrappers:
+        check_wrapper(wrapper)
+    root = unwrap(net)
+    changed = Changed(root, optimizers_in(optimizer), averages_of(averages, root), wrappers)
+    refuse_untrained(switched_modules(root), changed.optimizers)
+    for each in changed.optimizers:
+        note_steps(each)
+    return changed
+
+
+def _check_phases(group: SiteGroup, targets: Mapping[str, Phase]) -> None:
+    """Raises TransitionError for phases that sites which share a factor cannot have."""
+    if len({targets.get(module.site, Phase(module.phase)) for module in group.firsts}) > 1:
+        raise TransitionError(f"{', '.join(group.names)} share a factor: give them one phase")
+    if group.shared and targets[group.name] is Phase.ADAPTOR:
+        raise TransitionError(
+            f"{', '.join(group.names)} share a factor, which takes the place of their input and leaves none for "
+            "the base of an ADAPTOR: transform without share_inputs, or give them another phase"
+        )
 
 
 def replan_(
@@ -119,27 +146,26 @@ def replan_(
         PlanError: Where the new plan has other sites or layouts.
         TransitionError: As ``enter_`` does.
     """
-    checked_carry(carry)
-    refuse_inference()
-    root = unwrap(net)
-    refuse_wrapped(root)
-    old, sites = plan_of(root), switched_modules(root)
-    same = [[(row.site.name, row.layout, row.sharing) for row in each.sites] for each in (checked_plan(plan), old)]
-    if same[0] != same[1]:
-        raise PlanError("the new plan has other sites, layouts or shared factors than the net; only ranks can change")
-    optimizers, copies = optimizers_in(optimizer), averages_of(averages, root)
-    refuse_untrained(sites, optimizers)
-    for each in optimizers:
-        note_steps(each)
-    ranks = {row.site.name: row.rank for row in plan.sites}
-    changed = [name for name, modules in sites.items() if modules[0].rank != ranks[name]]
-    moves = [
-        Move(group, phase, ranks[group.name])
-        for group in site_groups(root, changed)
-        if group.owner.phase != int(Phase.FULL)
-        for phase in (Phase.FULL, Phase(group.owner.phase))
-    ]
-    transition = switch(root, moves, optimizers, copies, carry) if moves else Transition(())
+    wrappers = wrappers_of(net)
+    processes = processes_of(wrappers)
+    with processes.all_or_none(TransitionError, "the change of ranks"):
+        changed = _checked(net, optimizer, averages, carry, wrappers)
+        root, copies = changed.root, changed.averages
+        old, sites = plan_of(root), switched_modules(root)
+        same = [[(row.site.name, row.layout, row.sharing) for row in each.sites] for each in (checked_plan(plan), old)]
+        if same[0] != same[1]:
+            raise PlanError(
+                "the new plan has other sites, layouts or shared factors than the net; only ranks can change"
+            )
+        ranks = {row.site.name: row.rank for row in plan.sites}
+        moves = [
+            Move(group, phase, ranks[group.name])
+            for group in site_groups(root, [name for name, modules in sites.items() if modules[0].rank != ranks[name]])
+            if group.owner.phase != int(Phase.FULL)
+            for phase in (Phase.FULL, Phase(group.owner.phase))
+        ]
+    agree_on(processes, {f"the rank that {name} is to have": (rank, carry) for name, rank in ranks.items()})
+    transition = switch(changed, moves, carry) if moves else Transition(())
     for own in (sites, *(sites_of_average(copy, root) for copy in copies)):
         for name, modules in own.items():
             for module in modules:

@@ -2,7 +2,22 @@
 be equal is compared.
 """
 
+from .agreement import agree
 from .digests import Digest, digest_of, unequal
 from .together import ALONE, Processes, started
+from .wrappers import check_wrapper, ignored_by, let_go, processes_of, wrappers_of
 
-__all__ = ["ALONE", "Digest", "Processes", "digest_of", "started", "unequal"]
+__all__ = [
+    "ALONE",
+    "Digest",
+    "Processes",
+    "agree",
+    "check_wrapper",
+    "digest_of",
+    "ignored_by",
+    "let_go",
+    "processes_of",
+    "started",
+    "unequal",
+    "wrappers_of",
+]

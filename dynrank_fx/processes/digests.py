@@ -22,7 +22,7 @@ def digest_of(values: Mapping[str, object]) -> Digest:
     """
     sums = {name: _checksum(value) for name, value in values.items() if isinstance(value, Tensor)}
     read = dict(zip(sums, _read(list(sums.values())), strict=True))
-    return {name: read.get(name, repr(value)) for name, value in values.items()}
+    return {name: read[name] if name in read else repr(value) for name, value in values.items()}
 
 
 def unequal(digests: Sequence[Digest]) -> tuple[str, list[int]] | None:

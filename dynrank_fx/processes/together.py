@@ -90,7 +90,8 @@ class Processes:
         if self.group is None or self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count  # Any: the list that torch fills
-        dist.all_gather_object(values, value, group=self.group)
+        with self._waiting(DynrankError):
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     @contextmanager
@@ -108,9 +109,22 @@ class Processes:
             if self.count > 1:
                 self._tell(failure, error, what)
 
+    @contextmanager
+    def _waiting(self, error: type[DynrankError]) -> Iterator[None]:
+        """Words for others that do not come within the time that the group was given, or are gone."""
+        try:
+            yield
+        except RuntimeError as failed:
+            raise error(
+                f"process {self.rank} of {self.count} waited in vain for the others ({first_line(failed)}): look for "
+                "the first error among them, and give every process as many batches (DistributedSampler with "
+                "drop_last=True), since one that makes fewer steps ends, or comes to a switch, before the others"
+            ) from failed
+
     def _tell(self, failure: BaseException | None, error: type[DynrankError], what: str) -> None:
         failed = torch.tensor([0 if failure is None else 1], device=self.device)
-        dist.all_reduce(failed, group=self.group)
+        with self._waiting(error):
+            dist.all_reduce(failed, group=self.group)
         if not int(failed):
             return
         said = self.gathered(None if failure is None else _said(failure))
@@ -141,19 +155,23 @@ class Processes:
         if sent[1] is not None:
             raise error(f"{what} failed in process {source} of {self.count}, and nothing was done in any: {sent[1]}")
         leaves, spec = pytree.tree_flatten(sent[0])
-        own = iter(made)
-        values = [self._sent(each, next(own, None), source) if isinstance(each, _Stands) else each for each in leaves]
-        value: T = pytree.tree_unflatten(values, spec)
+        tensors = made if self.rank == source else [_empty(each) for each in leaves if isinstance(each, _Stands)]
+        self._send(tensors, source)
+        there = iter(tensors)
+        value: T = pytree.tree_unflatten([next(there) if isinstance(e, _Stands) else e for e in leaves], spec)
         return value
 
-    def _sent(self, like: _Stands, tensor: Tensor | None, source: int) -> Tensor:
-        """A tensor of the source, everywhere, on the same kind of device and with the same strides."""
-        kind = torch.device(like.device)
-        here = kind if kind.type == "cpu" else torch.device(kind.type, torch.accelerator.current_device_index())
-        own = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=here) if tensor is None else tensor
-        there = own.contiguous().to(self._there(own))
-        dist.broadcast(there, group_src=source, group=self.group)
-        return own.copy_(there) if tensor is None else tensor
+    def _send(self, tensors: list[Tensor], source: int) -> None:
+        """Fill these tensors, everywhere, with those of the source; one message for all of one dtype and device."""
+        kinds: dict[tuple[torch.dtype, str], list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device.type), []).append(tensor)
+        for several in kinds.values():
+            flat = torch.cat([each.reshape(-1) for each in several]).to(self._there(several[0]))
+            dist.broadcast(flat, group_src=source, group=self.group)
+            if self.rank != source:
+                for each, part in zip(several, flat.split([each.numel() for each in several]), strict=True):
+                    each.copy_(part.view(each.shape))
 
     def _there(self, tensor: Tensor) -> torch.device:
         """Where this tensor is sent from: where it is, if the backend takes it there."""
@@ -174,6 +192,13 @@ def started() -> Processes:
 
 def _stands(tensor: Tensor) -> _Stands:
     return _Stands(tuple(tensor.shape), tensor.dtype, _dense_strides(tensor), tensor.device.type)
+
+
+def _empty(like: _Stands) -> Tensor:
+    """Room for a tensor of the source, on the same kind of device and with the same strides."""
+    kind = torch.device(like.device)
+    here = kind if kind.type == "cpu" else torch.device(kind.type, torch.accelerator.current_device_index())
+    return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=here)
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

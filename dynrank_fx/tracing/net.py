@@ -292,10 +292,14 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def unwrap(net: nn.Module) -> nn.Module:
-    """The module behind torch.compile's wrapper, or the module itself. Raises DynrankError for what is no module."""
+    """The module behind the wrappers of torch.compile and DistributedDataParallel, or the module itself. Raises
+    DynrankError for what is no module.
+    """
     if not isinstance(net, nn.Module):
         raise DynrankError(f"{net!r} is no module: give an nn.Module, such as the net that transform made")
-    return net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net
+    while isinstance(net, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel):
+        net = net._orig_mod if isinstance(net, torch._dynamo.OptimizedModule) else net.module
+    return net
 
 
 _META = "dynrank_meta"  # the attribute that stands in for GraphModule.meta where the model keeps its own class

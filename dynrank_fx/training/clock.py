@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_epochs, is_whole
 from ..errors import ScheduleError, TransitionError
+from ..processes import Processes, started
 from ..schedules import Schedule
 
 TICKS = 20
@@ -199,6 +200,19 @@ def is_nested(optimizer: Optimizer) -> bool:
         steps += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer  # of torch, around step
         frame = frame.f_back  # type: ignore[assignment]
     return steps > 1
+
+
+def refuse_unwrapped(processes: Processes) -> None:
+    """Raise TransitionError where several processes run, and none is known to train the same net as this one.
+
+    processes: those that train the net.
+    """
+    count = started().count
+    if count > 1 and processes.count == 1:
+        raise TransitionError(
+            f"{count} processes run, and the net is wrapped in nothing that averages their gradients, so that each "
+            "would train a model of its own: wrap what transform made in DistributedDataParallel, and give that"
+        )
 
 
 def refuse_processes(count: int | None = None) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..phase import Phase, summary
 from ..phases import (
     Optimizers,
     Transition,
+    agree_before,
     averages_in,
     copy_factors_,
     enter_,
@@ -30,12 +31,14 @@ from ..phases import (
     phases_in,
     phases_of,
     randomize_,
+    refuse_wrapped,
     replan_,
 )
+from ..processes import agree, ignored_by, processes_of, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
 from ..tracing import meta_of, note, unwrap
-from .clock import Clock, SkipHook, StepHook, clock_of, refuse_processes, refuse_second
+from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
 from .finite import infinite_buffers, not_finite
@@ -43,6 +46,8 @@ from .landing import Landing, epochs_to_cut
 from .rewarm import Rewarm
 from .settings import PhaseSettings
 from .starts import Starts
+
+T = TypeVar("T")
 
 _POINTS = 64  # of a spectrum in a record
 _KEPT = 1_000_000  # letters of the records in a state, as JSON
@@ -93,8 +98,8 @@ class Phases:
 
     Raises:
         TransitionError: Without an optimizer; for one of which it is not known how it decays weights, where ``decay``
-            asks for that; for a net that ``transform`` did not make, for a choice that is none, and where several
-            processes train.
+            asks for that; for a net that ``transform`` did not make, for a choice that is none, for a net that
+            nothing wraps where several processes run, and where processes begin with different ones.
         ScheduleError: For what is no schedule, for numbers of epochs or steps that cannot be, and where neither is
             given.
         StoreError: For a state to resume from that is of something else.
@@ -119,9 +124,11 @@ class Phases:
         settings: PhaseSettings | None = None,
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
-        refuse_processes()
         if not isinstance(net, nn.Module):
             raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
+        refuse_wrapped(net)
+        self._together = processes_of(wrappers_of(net))
+        refuse_unwrapped(self._together)
         kinds = (
             ("clock", clock, Clock),
             ("settings", settings, PhaseSettings),
@@ -166,8 +173,10 @@ class Phases:
         self._waits = False  # whether the first tick of an epoch waits for begin()
         try:
             if resume is not None:
-                self.load_state_dict(resume)
-            elif self._by_itself and _RESUMED not in meta_of(unwrap(net)):
+                with self._together.all_or_none(StoreError, "going on from a checkpoint"):
+                    self.load_state_dict(resume)
+            agree_before(self._together, unwrap(net), self.optimizers, ignored_by(wrappers_of(net)))
+            if resume is None and self._by_itself and _RESUMED not in meta_of(unwrap(net)):
                 self.begin_tick(0)
         except BaseException:
             self.remove()
@@ -272,6 +281,12 @@ class Phases:
             TransitionError: As ``enter_`` does.
             ScheduleError: For a tick of which the state that training goes on from has no record.
         """
+        agree(
+            self._together,
+            {"the clock of the run": repr(self.clock), "the tick that begins": tick, "the optimizer step": self.step},
+            TransitionError,
+            "give all the same number of steps, of batches to each as many (DistributedSampler, drop_last=True)",
+        )
         self._forget(tick)
         meta_of(unwrap(self.net)).pop(_RESUMED, None)
         started = time.perf_counter()
@@ -279,7 +294,9 @@ class Phases:
         if clock.every is not None:
             self.step = clock.start(tick)
         state = self._state(tick, stepped)
-        setting, before = self.schedule(state), phases_of(self.net)
+        # Spectra differ from process to process in their last digits, and what a schedule draws at random in all.
+        setting = self._from_first(lambda: _plain(self.schedule(state)))
+        before = phases_of(self.net)
         asked = phases_in(setting, before) if before else {}
         changing = [name for name, phase in asked.items() if phase is not before[name]]
         watched = changing if self.settings.spectra and tick > 0 else []
@@ -288,7 +305,7 @@ class Phases:
         phases = phases_of(self.net)
         cuts: dict[str, int] = {}
         if self.landing is not None and clock.every is not None:
-            cuts = epochs_to_cut(self.schedule, state, phases)
+            cuts = self._from_first(lambda: epochs_to_cut(self.schedule, state, phases))
             self.landing.begin({name: clock.start(tick + count) - self.step for name, count in cuts.items()})
         record = EpochRecord(
             epoch=tick,
@@ -305,6 +322,10 @@ class Phases:
         )
         self.history.append(record)
         return record
+
+    def _from_first(self, make: Callable[[], T]) -> T:
+        """What the schedule says in the first process, in all."""
+        return self._together.from_one(0, make, ScheduleError, "the schedule")
 
     def _forget(self, tick: int) -> None:
         """The records of a tick that is begun again after a stop, and of those after it."""
@@ -504,6 +525,13 @@ class Phases:
             rewarm.stop()
         for each in self.optimizers:
             forget_steps(each)
+
+
+def _plain(setting: Setting) -> Setting:
+    """A setting that can be sent."""
+    if isinstance(setting, Decision):
+        return Decision(dict(setting.phases), tuple(setting.reasons))
+    return dict(setting) if isinstance(setting, Mapping) else setting
 
 
 def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Spectra]:

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 import dynrank_fx as dr
-from dynrank_fx.training import clock_of
+from dynrank_fx.training import clock_of, refuse_processes
 from dynrank_fx.training.clock import StepHook
 
 FULL, LOW = dr.Phase.FULL, dr.Phase.LOW
@@ -508,12 +508,9 @@ def test_lengths_that_cannot_be(given: dict[str, Any], sentence: str) -> None:
         dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), **given)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    net = made()
+def test_several_processes_of_which_each_would_train_its_own_net_are_refused() -> None:
     with pytest.raises(dr.TransitionError, match=r"2 processes train this model together, .* train in one process"):
-        dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2)
+        refuse_processes(2)
 
 
 def test_weights_of_other_phases_that_are_loaded_under_way_are_told_at_the_next_step() -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from several import in_processes
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import dynrank_fx as dr
+from dynrank_fx.processes import digest_of
 from dynrank_fx.rewrite import switched_modules
 from dynrank_fx.schedules import Decision, EpochRecord, Setting
 from dynrank_fx.training import PhaseSettings, cost_of
@@ -311,3 +315,72 @@ def test_where_steps_stand_in_a_state_of_something_else_is_refused(more: dict[st
     phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(FULL), 2, rewarm=4, landing=True)
     with pytest.raises(dr.StoreError, match=f"^{sentence}"):
         phases.load_state_dict(phases.state_dict() | more)
+
+
+class _Drawing:
+    """A schedule that reads spectra and draws at random: it says something else in every process."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = Random(seed)
+        self.calls = 0
+
+    def __call__(self, state: dr.TrainState) -> Setting:
+        self.calls += 1
+        assert all(state.spectra[name] for name in state.sites)
+        return Decision({name: self._draw.choice([FULL, LOW]) for name in state.sites}, (f"{self._draw.random()}",))
+
+
+def _in_two(rank: int) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+
+    def refused(name: str, net: nn.Module, lr: float = 0.1, **given: Any) -> None:
+        optimizer = SGD(net.parameters(), lr=lr)
+        with pytest.raises(dr.DynrankError) as error:
+            dr.Phases(net, optimizer, dr.schedules.always(LOW), **given)
+        said[name] = str(error.value)
+
+    refused("bare", made(), steps=4)
+    refused("clock", DistributedDataParallel(made()), steps=20 + rank)
+    refused("optimizer", DistributedDataParallel(made()), lr=0.1 + rank, steps=20)
+    other = DistributedDataParallel(made())
+    with torch.no_grad():
+        other.module.get_parameter("0.bias")[3] += rank * 1e-6
+    refused("model", other, steps=20)
+
+    torch.manual_seed(rank)
+    wrapper, schedule = DistributedDataParallel(made()), _Drawing(rank)
+    optimizer = AdamW(wrapper.parameters(), lr=1e-2)
+    settings = PhaseSettings(random_init=True, landing=True, spectra=True)
+    phases = dr.Phases(wrapper, optimizer, schedule, 3, steps=6, settings=settings)
+    for _ in range(18):
+        nn.functional.mse_loss(wrapper(X[rank::2]), Y[rank::2]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    records = [record.to_json() for record in phases.history]
+    for record in records:
+        del record["switch_seconds"]
+    said |= {"records": records, "calls": schedule.calls, "weights": digest_of(wrapper.state_dict())}
+    said["spent"] = _error(lambda: phases.begin(1 + rank))
+    return said
+
+
+def _error(do: Callable[[], object]) -> str:
+    try:
+        do()
+    except dr.DynrankError as error:
+        return str(error)
+    return ""
+
+
+def test_two_processes_begin_with_the_same_and_follow_the_schedule_of_the_first() -> None:
+    first, second = in_processes(_in_two)
+    assert "wrapped in nothing that averages their gradients" in first["bare"]
+    for name, what in (("clock", "the clock of the run"), ("optimizer", "lr of parameter group"), ("model", "0.bias")):
+        assert first[name] == second[name]
+        assert first[name].startswith(what)
+        assert "in process 1 of 2 it is another" in first[name]
+    assert first["records"] == second["records"]
+    assert len(first["records"]) == 3
+    assert first["weights"] == second["weights"]
+    assert (first["calls"] > 0, second["calls"]) == (True, 0)
+    assert first["spent"].startswith("the tick that begins is not the same")
