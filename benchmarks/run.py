@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own fol
 
 from benchmarks.held import held
 from benchmarks.large import large
+from benchmarks.layers import layers, shares
 from benchmarks.memory import memory
 from benchmarks.neighbours import neighbours
 from benchmarks.onnx_files import onnx
@@ -48,6 +49,10 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("steps", "A training step: FULL and LOW against the original model, beside the ratio of FLOPs.", steps),
+    Benchmark(
+        "layers", "A step of layers of real widths: LOW over FULL beside the ratio of FLOPs and a floor.", layers
+    ),
+    Benchmark("shares", "Where the time of such a step goes, by kinds of operations.", shares),
     Benchmark("switch", "The time of a switch of all sites with their optimizer state, against an epoch.", switch),
     Benchmark("held", "Bytes of parameters, gradients and optimizer state in each phase, over the original's.", held),
     Benchmark("memory", "Peak memory and time of the verbs over the size of a Llama-shaped model.", memory),

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,11 +187,22 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
 
 
+def time_share(history: Sequence[EpochRecord]) -> float | None:
+    """What the steps took, over what as many would have taken with every site in FULL; None where no epoch tells."""
+    full = [record.step_seconds for record in history if set(record.phases.values()) == {Phase.FULL}]
+    known = [each for each in full if each]
+    took = [(record.step_seconds, record.steps) for record in history if record.step_seconds and record.steps]
+    if not known or len(took) < len(history):
+        return None
+    return sum(each * steps for each, steps in took) / (statistics.median(known) * sum(steps for _, steps in took))
+
+
 def _summary(history: Sequence[EpochRecord], plan: Plan, metric: str) -> str:
-    last, epochs = history[-1], len(history)
+    last, epochs, share = history[-1], len(history), time_share(history)
     rows: list[tuple[str, str]] = [
         (f"{last.unit}s", str(epochs)),
         (f"training compute, of as many dense {last.unit}s", f"{last.spent / epochs:.1%}"),
+        *([] if share is None else [("time of the steps, of as many in FULL", f"{share:.1%}")]),
         ("training time", f"{sum(record.seconds or 0 for record in history):.0f} s"),
         (f"time of a step, median of the last {last.unit}", f"{1e3 * (last.step_seconds or 0):.1f} ms"),
         ("parameters, dense", f"{plan.total_params:,}"),

@@ -13,6 +13,8 @@ from benchmarks.run import BENCHMARKS, RESULTS, main, run
 
 NAMES = [
     "steps",
+    "layers",
+    "shares",
     "switch",
     "held",
     "memory",

@@ -19,9 +19,11 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 import dynrank_fx as dr
 from dynrank_fx.report import About, plots, verdict, write_page
-from dynrank_fx.report.page import grouped, judged, score
+from dynrank_fx.report.page import grouped, judged, score, time_share
 from dynrank_fx.schedules import EpochRecord
 from dynrank_fx.training import Run, Settings, Task, fit
+
+FULL, LOW = dr.Phase.FULL, dr.Phase.LOW
 
 
 class Text(HTMLParser):
@@ -245,3 +247,15 @@ def test_thinned_epochs_are_evenly_spread_from_the_first_to_the_last():
     epochs = [each.epoch for each in plots.thinned([replace(record, epoch=i) for i in range(2000)])]
     assert (len(epochs), epochs[0], epochs[-1]) == (300, 0, 1999)
     assert {b - a for a, b in itertools.pairwise(epochs)} == {6, 7}
+
+
+def test_the_time_of_the_steps_is_told_beside_what_as_many_in_full_would_take() -> None:
+    full, low, both = ({"a": a, "b": b} for a, b in ((FULL, FULL), (LOW, LOW), (FULL, LOW)))
+    timed = ((full, 0.2, 10), (full, 0.4, 10), (low, 0.15, 20), (both, 0.3, 10), (full, 0.3, 10))
+    history = [
+        EpochRecord(epoch=i, phases=phases, lr=0.1, spent=0.0, step_seconds=seconds, steps=steps)
+        for i, (phases, seconds, steps) in enumerate(timed)
+    ]
+    assert time_share(history) == pytest.approx((2 + 4 + 3 + 3 + 3) / (0.3 * 60))
+    assert time_share([record for record in history if record.phases != full]) is None
+    assert time_share([*history, replace(history[0], step_seconds=None)]) is None

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import dynrank_fx as dr
+from dynrank_fx import store
 from dynrank_fx.errors import StoreError
 from dynrank_fx.layouts import svd
 from dynrank_fx.rewrite import site_groups, switched_modules
 from dynrank_fx.training.starts import Starts
+from dynrank_fx.training.state_tree import flatten, unflatten
 
 FULL, LOW = dr.Phase.FULL, dr.Phase.LOW
 
@@ -130,3 +132,17 @@ def test_of_small_weights_nothing_is_kept():
     net = dr.transform(nn.Linear(20, 30), (x,), rank=dr.Fixed(4))
     dr.enter_(net, LOW)
     assert Starts.of_factors(net, ["weight"]) == {}
+
+
+def test_the_state_goes_through_a_file(tmp_path):
+    net, optimizer, x = made()
+    at_work = phases(net, optimizer)
+    while not at_work.hooks_state()["starts"]:
+        trained(net, optimizer, x, 1)
+    tree, tensors = flatten(at_work.state_dict(), "phases")
+    store.write(tmp_path / "state", tensors, {"tree": tree})
+    tensors, info = store.read(tmp_path / "state")
+    again = unflatten(info["tree"], tensors)["starts"]
+    for name, (start,) in at_work.hooks_state()["starts"].items():
+        assert torch.equal(again[name][0], start)
+    Starts().load(again)
