@@ -55,6 +55,9 @@ class Form(enum.Enum):
     LAYERS = "layers"
 
 
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: ExampleInputs | None = None,
@@ -101,6 +104,11 @@ def capture(
     check_shapes(dynamic_shapes)
     if torch.is_inference_mode_enabled():
         raise CaptureError("within torch.inference_mode no weight can be made that trains: leave it to capture")
+    wrapped = next((part for part in model.modules() if isinstance(part, _WRAPPERS)), None)
+    if wrapped is not None:
+        raise CaptureError(
+            f"the model is in a {type(wrapped).__name__}: transform it first, and wrap what transform made"
+        )
     model = unwrap(model)
     if is_captured(model):
         net = shell(model)

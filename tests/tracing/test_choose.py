@@ -386,6 +386,12 @@ class Output:
     hidden: tuple[Tensor, ...]
 
 
+def test_what_is_wrapped_already_is_refused() -> None:
+    wrapped = nn.Sequential(nn.DataParallel(nn.Linear(3, 3)))
+    with pytest.raises(dr.CaptureError, match="in a DataParallel: transform it first, and wrap what transform made"):
+        dr.capture(wrapped, (torch.randn(2, 3),))
+
+
 def test_a_dataclass_as_the_output_is_kept():
     class Structured(Loops):
         def forward(self, x: Tensor) -> Output:
