@@ -24,6 +24,7 @@ from benchmarks.onnx_files import onnx
 from benchmarks.peak import peak
 from benchmarks.result import Result, Table, load_all, measured_here, save
 from benchmarks.scale import scale
+from benchmarks.several import several
 from benchmarks.shared import shared
 from benchmarks.sites import sites
 from benchmarks.startup import startup
@@ -49,13 +50,14 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("steps", "A training step: FULL and LOW against the original model, beside the ratio of FLOPs.", steps),
+    Benchmark("switch", "The time of a switch of all sites with their optimizer state, against an epoch.", switch),
     Benchmark(
         "layers", "A step of layers of real widths: LOW over FULL beside the ratio of FLOPs and a floor.", layers
     ),
     Benchmark("shares", "Where the time of such a step goes, by kinds of operations.", shares),
-    Benchmark("switch", "The time of a switch of all sites with their optimizer state, against an epoch.", switch),
     Benchmark("held", "Bytes of parameters, gradients and optimizer state in each phase, over the original's.", held),
     Benchmark("memory", "Peak memory and time of the verbs over the size of a Llama-shaped model.", memory),
+    Benchmark("several", "Two processes: a step, a switch, DDP made anew, and what each process holds.", several),
     Benchmark("peak", "Peak memory of a switch beside the memory before and after it.", peak),
     Benchmark("truncation", "Truncated SVD to a quarter of the rank, against torch.linalg.svd.", truncation),
     Benchmark("startup", "The time in which the command answers `--help`.", startup),

@@ -173,7 +173,15 @@ def read_run_file(folder: Path) -> JsonObject:
     return data
 
 
-_KINDS = {"model_file": str, "options": dict, "run": str, "epochs": int | None, "metric": str, "versions": dict}
+_KINDS = {
+    "model_file": str,
+    "options": dict,
+    "run": str,
+    "job": str | None,
+    "epochs": int | None,
+    "metric": str,
+    "versions": dict,
+}
 """What is in the file of a run, by name."""
 _DEFAULTS: JsonObject = {"run": "", "metric": "", "versions": {}}  # earlier versions noted less
 

@@ -112,7 +112,7 @@ def refuse_several(command: str, but: tuple[str, ...]) -> None:
 def device_of(given: str | None, launch: Launched | None) -> str:
     """The device of this process: of several, its own GPU, or the CPU. Raises UsageError for what cannot be shared."""
     if launch is None:
-        return given or "cpu"
+        return "cpu" if given is None else given
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

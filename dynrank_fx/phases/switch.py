@@ -7,6 +7,7 @@ moves: singular vectors have no sign of their own, and processes that found othe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,10 +129,14 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
     changes = []
     copied = [part for copy in averages for part in copy.modules() if isinstance(part, DistributedDataParallel)]
     with let_go([*changed.wrappers, *copied]) as make_again, in_slots(optimizers), Journal(shards) as journal:
-        for turn, move in enumerate(moves):
+        carried = [each if (each := training[move.group.name]) in movable else None for move in moves]
+        makes = [
+            partial(_made, move, carrying, copies, split, in_parts(move.group))
+            for move, carrying in zip(moves, carried, strict=True)
+        ]
+        for turn, made in enumerate(makes if shards else _side_by_side(makes, moves, processes)):
+            move, carrying, source = moves[turn], carried[turn], turn % processes.count
             optimizer, what = training[move.group.name], f"the switch of {move.group.name}"
-            carrying = optimizer if optimizer in movable else None
-            made, source = partial(_made, move, carrying, copies, split, in_parts(move.group)), turn % processes.count
             if not copies and split is None and rows_of(move.group, move.phase, carrying, pending):
                 with (
                     in_rows(move.group, carrying, Rows(processes, source)),
@@ -150,6 +155,30 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
     for net in (root, *averages):
         specialize_(net)
     return Transition(tuple(changes), carry if optimizers else None)
+
+
+def _side_by_side(
+    makes: Sequence[Callable[[], list[_News]]], moves: Sequence[Move], processes: Processes
+) -> Iterator[Callable[[], list[_News]]]:
+    """What makes each move's news, in rounds: each process has computed its own of a round when the first is sent, so
+    that all compute at once. Moves of one group wait for each other, since the second goes on from the first.
+    """
+    for start in range(0, len(moves), processes.count):
+        turns, mine = range(len(moves))[start : start + processes.count], start + processes.rank
+        apart = len({moves[turn].group.name for turn in turns}) == len(turns)
+        done = _called(makes[mine]) if apart and mine in turns else None
+        for turn in turns:
+            yield done if done is not None and turn == mine else makes[turn]
+
+
+def _called(make: Callable[[], list[_News]]) -> Callable[[], list[_News]]:
+    """It has been called; what it gave, or raised, is kept until it is asked for."""
+    kept: Future[list[_News]] = Future()
+    try:
+        kept.set_result(make())
+    except BaseException as error:
+        kept.set_exception(error)
+    return kept.result
 
 
 def _finite(changed: Changed) -> Callable[[], bool]:

@@ -79,6 +79,8 @@ def enter_(
         groups = site_groups(changed.root, changing)
         for group in groups:
             _check_phases(group, targets)
+        for each in changed.optimizers:
+            note_steps(each)
     agree_on(processes, {f"what {name} is to become": (targets.get(name), name in changing, carry) for name in sites})
     if not changing:
         return Transition(())
@@ -94,18 +96,16 @@ def _checked(
     """What a switch is to change, if it can."""
     checked_carry(carry)
     refuse_inference()
+    root = unwrap(net)
     refuse_wrapped(net)
     wrappers = wrappers_of(net)
     for wrapper in wrappers:
         check_wrapper(wrapper)
-    root = unwrap(net)
     copies = averages_of(averages, root)
     shards = Shards([root, *copies])
     shards.settle()
     changed = Changed(root, optimizers_in(optimizer), copies, wrappers, shards)
     refuse_untrained(switched_modules(root), changed.optimizers)
-    for each in changed.optimizers:
-        note_steps(each)
     return changed
 
 
@@ -164,6 +164,8 @@ def replan_(
             if group.owner.phase != int(Phase.FULL)
             for phase in (Phase.FULL, Phase(group.owner.phase))
         ]
+        for each in changed.optimizers:
+            note_steps(each)
     agree_on(processes, {f"the rank that {name} is to have": (rank, carry) for name, rank in ranks.items()})
     transition = switch(changed, moves, carry) if moves else Transition(())
     for own in (sites, *(sites_of_average(copy, root) for copy in copies)):

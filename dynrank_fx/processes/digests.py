@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -11,8 +12,8 @@ from torch import Tensor
 Digest: TypeAlias = dict[str, object]
 """A checksum or a plain value, by name."""
 
-_CHUNK = 1 << 20  # entries at a time, so that a checksum needs no second copy of a weight
-_FACTOR = 6364136223846793005  # odd, hence no bit of an entry is lost; of Knuth's MMIX generator
+_CHUNK = 1 << 17  # words at a time, so that a checksum needs no second copy of a weight, and what it does need is near
+_FACTOR = 6364136223846793005  # odd, hence no bit of a word is lost; of Knuth's MMIX generator
 
 
 def digest_of(values: Mapping[str, object]) -> Digest:
@@ -38,19 +39,30 @@ def unequal(digests: Sequence[Digest]) -> tuple[str, list[int]] | None:
 
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> Tensor:
-    """A sum over all bits, each entry times a number that its place decides, modulo 2⁶⁴: a changed sign, two entries
-    exchanged, or a rotation of the columns give another.
+    """A sum over all bits modulo 2⁶⁴, each word of eight bytes times a number that its place decides: two words
+    exchanged, or a rotation of the columns, give another. So do changed signs, even of an even number: the upper half
+    of each product goes into the lower one, or a change of topmost bits alone would add up to 2⁶⁴.
     """
-    flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view(torch.uint8) if flat.element_size() not in (1, 2, 4, 8) or flat.is_complex() else flat
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
-    words, total = bits.view(whole), torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, len(words), _CHUNK):
-        chunk = words[start : start + _CHUNK].long()
-        places = torch.arange(start + 1, start + 1 + len(chunk), device=flat.device)
-        mixed = places * _FACTOR
-        total += (chunk * (mixed ^ (mixed >> 29) | 1)).sum()
+    words = _words(tensor.detach().contiguous().view(-1))
+    places, total = _places(words.device), torch.full((), tensor.numel(), device=words.device)
+    for chunk in words.split(_CHUNK):
+        product = chunk * places[: len(chunk)]
+        total = total * _FACTOR + product.bitwise_xor_(product >> 29).sum()
     return total
+
+
+def _words(flat: Tensor) -> Tensor:
+    """Its bytes, eight in a word, the last one filled up with zeros."""
+    octets = flat.view(torch.uint8)
+    if len(octets) % 8 or octets.storage_offset() % 8:
+        octets = torch.nn.functional.pad(octets, (0, -len(octets) % 8)).clone()
+    return octets.view(torch.int64)
+
+
+@functools.cache
+def _places(device: torch.device) -> Tensor:
+    mixed = torch.arange(1, _CHUNK + 1, device=device) * _FACTOR
+    return mixed ^ (mixed >> 29) | 1
 
 
 def _read(sums: Sequence[Tensor]) -> list[int]:

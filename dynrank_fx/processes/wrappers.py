@@ -51,6 +51,8 @@ def processes_training(net: nn.Module) -> Processes:
     """The processes that train this net together, as DistributedDataParallel or fully_shard has it; one alone where
     neither does. Raises TransitionError where they are several groups.
     """
+    if not isinstance(net, nn.Module):
+        return ALONE  # whoever is given it says what is wrong with it
     shards = Shards([net])
     return shards.processes if shards else processes_of(wrappers_of(net))
 

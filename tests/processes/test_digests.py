@@ -20,7 +20,10 @@ def test_what_is_unlike_has_another_digest() -> None:
     rolled, transposed, rounded = weight.roll(1, 0), weight.T, weight.bfloat16().float()
     nudged = weight.clone()
     nudged[3, 3] = torch.nextafter(nudged[3, 3], torch.tensor(9.0))
-    every = [weight, signs, rolled, transposed, rounded, nudged, -weight, weight.flip(0), weight[:4]]
+    high = weight.clone()
+    high.view(-1)[1::2].neg_()  # topmost bits of words of two, and an even number of them
+    ends = torch.cat([weight, torch.zeros(1, 6)])
+    every = [weight, high, ends, signs, rolled, transposed, rounded, nudged, -weight, weight.flip(0), weight[:4]]
     assert len({digest_of({"w": each})["w"] for each in every}) == len(every)
 
 
@@ -30,3 +33,13 @@ def test_the_first_name_that_differs_and_the_ranks() -> None:
     assert unequal([usual, usual, {**usual, "rank": "5"}]) == ("rank", [2])
     assert unequal([{**usual, "a": 0}, usual, usual]) == ("a", [0])
     assert unequal([usual, {"a": usual["a"]}]) == ("rank", [1])
+
+
+def test_views_and_odd_sizes_have_the_digests_of_their_values() -> None:
+    many = torch.randn(3, 5, 7)
+    for each in (many[1], many[:, 1], many[1, 1, 1], torch.empty(0), many[0, 0, 1:4].bfloat16()):
+        assert digest_of({"w": each}) == digest_of({"w": each.clone()})
+    large = torch.randn((1 << 18) + 3)
+    moved = large.clone()
+    moved[[5, 1 << 17]] = moved[[1 << 17, 5]]
+    assert digest_of({"w": large}) != digest_of({"w": moved})

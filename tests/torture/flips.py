@@ -123,7 +123,9 @@ def _make_checkpoints(folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     (folder / "trainer" / "checkpoint-2").mkdir(parents=True)
-    callback.on_save(SimpleNamespace(output_dir=folder / "trainer"), SimpleNamespace(global_step=2), None)  # type: ignore[arg-type]
+    callback.on_save(
+        SimpleNamespace(output_dir=folder / "trainer", should_save=True), SimpleNamespace(global_step=2), None
+    )  # type: ignore[arg-type]
     saved = {"callbacks": {"PhasesCallback": callback.phases.state_dict()}, "state_dict": net.state_dict()}
     torch.save(saved, folder / "lightning.ckpt")
 
