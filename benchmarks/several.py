@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -97,8 +97,8 @@ def _one(rank: int, count: int, folder: str, quick: bool) -> None:
     """What one of the processes measures."""
     torch.set_num_threads(1)
     if count > 1:
-        store = dist.FileStore(f"{folder}/store", count)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(minutes=5))
+        place = f"file://{folder}/store"
+        dist.init_process_group("gloo", place, timedelta(minutes=5), rank=rank, world_size=count)
     measured = _steps(count, 3 if quick else 15) | ({} if count == 1 else _anew() | _sharded(3 if quick else 7))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(measured))
     if count > 1:
@@ -129,7 +129,7 @@ def _step(net: nn.Module, optimizer: Optimizer, x: Tensor) -> None:
     optimizer.zero_grad()
 
 
-def _in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def _in_turn(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Medians, after a round that does not count."""
     seconds: dict[str, list[float]] = {kind: [] for kind in calls}
     for _ in range(rounds + 1):

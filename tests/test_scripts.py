@@ -53,6 +53,7 @@ def test_pipeline_shows_the_factors_as_nodes(samples):
     assert {"0.left", "0.right", "3.left", "3.right"} <= set(targets)
 
 
+@pytest.mark.fuzz
 def test_tensor_parallelism_sends_once_each_way_for_a_site():
     """Started as a user does, so that each process has an order of its own in its sets."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "samples/tensor_parallel.py"]

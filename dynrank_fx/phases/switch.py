@@ -134,7 +134,8 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
             partial(_made, move, carrying, copies, split, in_parts(move.group))
             for move, carrying in zip(moves, carried, strict=True)
         ]
-        for turn, made in enumerate(makes if shards else _side_by_side(makes, moves, processes)):
+        ready = iter(makes) if shards else _side_by_side(makes, moves, processes)
+        for turn, made in enumerate(ready):
             move, carrying, source = moves[turn], carried[turn], turn % processes.count
             optimizer, what = training[move.group.name], f"the switch of {move.group.name}"
             if not copies and split is None and rows_of(move.group, move.phase, carrying, pending):
