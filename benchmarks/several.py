@@ -7,10 +7,8 @@ as in one where nothing is lost.
 from __future__ import annotations
 
 import json
-import re
 import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 import dynrank_fx as dr
 from benchmarks.measuring import chars, timed
 from benchmarks.result import Cell, Column, Table
+from benchmarks.study.phases import most_allocated
 from dynrank_fx.processes import let_go, wrappers_of
 
 WIDTH, HEADS, LAYERS, BATCH, TOKENS = 512, 8, 2, 8, 64
@@ -71,7 +71,7 @@ def several(quick: bool) -> Table:
         tuple(rows),
         f"{LAYERS} transformer layers of width {WIDTH}, {BATCH * TOKENS} tokens in each process, AdamW, eager, gloo, "
         f"one thread each; memory of a chain of {CHAIN} linear layers of {SIDE}×{SIDE} with AdamW under fully_shard, "
-        "by the resident set. A switch moves weights and moments; its time is also in steps of FULL.",
+        "what tensors allocate. A switch moves weights and moments; its time is also in steps of FULL.",
     )
 
 
@@ -185,37 +185,24 @@ def _memory() -> dict[str, dict[str, float]]:
     """What a process holds, over its share, and the peak of a switch above both states in weights of a site."""
     model = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False) for _ in range(CHAIN)))
     net = dr.transform(model, (torch.zeros(2, SIDE),), rank=dr.Ratio(0.25))
-    whole = {"FULL": sum(p.numel() for p in net.parameters())}
     del model
     for site in net.children():
         fully_shard(site)
     fully_shard(net)
     optimizer = AdamW(net.parameters())
     held, peak = dict[str, float](), dict[str, float]()
-    for kind in ("FULL", "LOW", "FULL", "LOW"):
+    for kind in ("LOW", "FULL", "LOW"):
         _step(net, optimizer, torch.zeros(2, SIDE))
-        before = _resident(restart=True)
-        dr.enter_(net, dr.Phase[kind], optimizer)
-        highest = _resident()
-        after = _resident(restart=True)
-        peak[kind] = max(0.0, highest - max(before, after)) / (4 * SIDE * SIDE)
-        _step(net, optimizer, torch.zeros(2, SIDE))
-        whole[kind] = sum(p.numel() for p in net.parameters())
-        tensors = [*net.parameters(), *(t for state in optimizer.state.values() for t in state.values() if t.ndim)]
-        held[kind] = _bytes(tensors) / (3 * 4 * whole[kind] / dist.get_world_size())
+        before = _held(net, optimizer)
+        most = most_allocated(partial(dr.enter_, net, dr.Phase[kind], optimizer), "cpu")
+        after = _held(net, optimizer)
+        peak[kind] = (most - max(0, after - before)) / (4 * SIDE * SIDE)
+        whole = 3 * 4 * sum(p.numel() for p in net.parameters())
+        held[kind] = after / (whole / dist.get_world_size())
     return {"held": held, "peak": peak}
 
 
-def _bytes(tensors: Sequence[Tensor]) -> float:
-    """Of this process's parts."""
-    return float(sum(t.to_local().nbytes if isinstance(t, dist.tensor.DTensor) else t.nbytes for t in tensors))
-
-
-def _resident(*, restart: bool = False) -> float:
-    """The most bytes that the process had in memory since the last restart, or the bytes of now."""
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    said = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    if said is None:
-        sys.exit("this system does not tell a process the peak of its memory")
-    return 1024.0 * int(said[1])
+def _held(net: nn.Module, optimizer: Optimizer) -> float:
+    """Bytes of this process's parts: parameters and moments."""
+    tensors = [*net.parameters(), *(t for state in optimizer.state.values() for t in state.values() if t.ndim)]
+    return float(sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in tensors))
