@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 
@@ -17,6 +18,7 @@ from ..text import change, text_table
 from .site import Site, Skipped
 
 VERSION = 1
+_BORDER = 64  # the rank up to which a narrower dense model has been measured
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,17 @@ class Plan:
             return None
         return self.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in self.sites)
 
+    @property
+    def narrower(self) -> float | None:
+        """The width of the dense model that takes as many FLOPs as this one with every planned site factored.
+
+        It is a share of the width of this one, all of whose layers cost their inputs times their outputs, roughly: the
+        root of the share of FLOPs. None without an example, and where nothing is factored.
+        """
+        if not self.sites or not self.total_flops or self.low_flops is None:
+            return None
+        return math.sqrt(self.low_flops / self.total_flops)
+
     def with_ranks(self, ranks: dict[str, int]) -> Plan:
         """The same plan with other ranks for some sites.
 
@@ -209,12 +222,22 @@ class Plan:
         lines.append(f"parameters  {change(self.total_params, self.low_params)}")
         if self.total_flops is not None and self.low_flops is not None:
             lines.append(f"FLOPs       {change(self.total_flops, self.low_flops)} on the example inputs")
+        if self.narrower is not None:
+            width = f"a dense model {self.narrower:.2f} times as wide has as many: train it too, and compare"
+            lines.append(f"narrower    {width}{_known(self.sites)}")
         timed = [row.seconds for row in self.sites if row.seconds]
         if timed:
             dense, low = (1e3 * sum(times) for times in zip(*timed, strict=True))
             which = "sites" if len(timed) == len(self.sites) else f"sites that were timed ({len(timed)})"
             lines.append(f"step        {dense:.4g} -> {low:.4g} ms in the {which}, forward and backward ({self.timed})")
         return "\n".join(lines)
+
+
+def _known(sites: Sequence[PlannedSite]) -> str:
+    """What docs/measured.md knows of which of the two is better: of text, by the rank of most matrices."""
+    ranks = [row.rank for row in sites if row.site.kind == "linear"]
+    measured = len(ranks) > len(sites) / 2 and statistics.median_low(ranks) <= _BORDER
+    return "; on text it was better at ranks 16 and 32, and level at 64" if measured else ""
 
 
 def _for_people(capture: str) -> str:

@@ -37,7 +37,8 @@ head.weight    20x24      dense          480                                 exc
 3 sites factored, 2 matrices left dense
 captured    as one graph
 parameters  5,371 -> 2,086 (38.8% of dense)
-FLOPs       541,296 -> 193,244 (35.7% of dense) on the example inputs"""
+FLOPs       541,296 -> 193,244 (35.7% of dense) on the example inputs
+narrower    a dense model 0.60 times as wide has as many: train it too, and compare"""
 
 SHARED_TABLE = """\
 weight                        shape  layout  rank  params     shared
@@ -257,3 +258,24 @@ def test_the_line_of_the_capture_names_no_classes(capture: str, said: str) -> No
     plan = dr.Plan((), (), 10, capture=capture)
     assert f"captured    {said}\n" in str(plan)
     assert dr.Plan.from_json(plan.to_json()).capture == capture
+
+
+@pytest.mark.parametrize("rank", [32, 100])
+def test_the_narrower_dense_model_has_as_many_flops(rank):
+    def model(width: int) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(3)))
+
+    net = dr.transform(model(256), (torch.randn(2, 256),), rank=dr.Fixed(rank))
+    plan = dr.plan_of(net)
+    width = round(256 * plan.narrower)
+    narrow = flops(model(width), torch.randn(2, width))
+    assert narrow == pytest.approx(plan.low_flops, rel=0.01)
+    assert f"a dense model {plan.narrower:.2f} times as wide has as many" in str(plan)
+    assert ("level at 64" in str(plan)) == (rank == 32)
+
+
+def test_nothing_factored_or_no_example_has_no_narrower_model():
+    model = nn.Sequential(nn.Linear(8, 8))
+    assert dr.plan_of(dr.transform(model, (torch.randn(2, 8),), exclude=["*"], allow_empty=True)).narrower is None
+    traced = dr.capture(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8))))
+    assert dr.plan_of(dr.transform(traced)).narrower is None
