@@ -15,16 +15,21 @@ copies buffers from the net (AveragedModel with its defaults) takes the net's ba
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TransitionError
+from ..errors import DynrankWarning, TransitionError
 from ..layouts import Factors, Layout, TwoFactors
 from ..phase import Phase
-from ..rewrite import Switched, switched_modules
+from ..rewrite import Switched, copies_of, switched_modules
 
+_AVERAGES = ("AveragedModel", "ModelEmaV2", "ModelEmaV3")  # by name, since timm need not be installed
+_TOLD: WeakSet[object] = WeakSet()
 _STEPS = 50  # of conjugate gradients, for one factor of Tucker or CP
 _LITTLE = 1e-6  # λ, in parts of the largest entry on the diagonal of A Aᵀ
 
@@ -68,6 +73,36 @@ def sites_of_average(average: nn.Module, net: nn.Module) -> dict[str, list[Switc
     own = set(net.modules())
     found = {name: [each for each in modules if each not in own] for name, modules in switched_modules(average).items()}
     return {name: modules for name, modules in found.items() if modules}
+
+
+def warn_of_left_out(net: nn.Module, given: Sequence[nn.Module]) -> None:
+    """Say once of each average that could be the net's and is not among those that were given.
+
+    Only where copies of the net's sites are about, since the search for what holds them goes through all objects.
+    """
+    sites = switched_modules(net)
+    known = {part for module in (net, *given) for part in module.modules()}
+    (first, *_), *_ = sites.values()
+    if not any(_alike(copy, first) and copy not in known for copy in copies_of(first)):
+        return
+    for average in [each for each in gc.get_objects() if type(each).__name__ in _AVERAGES]:
+        module = getattr(average, "module", None)
+        if not isinstance(module, nn.Module) or {average, module} & known or average in _TOLD:
+            continue
+        averaged = sites_of_average(module, net)
+        if averaged.keys() == sites.keys() and all(_alike(averaged[name][0], sites[name][0]) for name in sites):
+            _TOLD.add(average)
+            warnings.warn(
+                f"there is an {type(average).__name__} of a net with the same sites, which is not among the averages: "
+                "if it is of this net, it cannot go on after a switch without it, and a switch of its own would ruin "
+                "it; give it to every switch, enter_(net, ..., averages=[average]), or to Phases",
+                DynrankWarning,
+                stacklevel=3,
+            )
+
+
+def _alike(one: Switched, other: Switched) -> bool:
+    return (one.phase, one.rank, one.shape) == (other.phase, other.rank, other.shape)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..rewrite import SiteGroup, plan_of, set_plan, site_groups, specialize_, sw
 from ..schedules import Setting
 from ..tracing import is_captured, meta_of, unwrap
 from .agreement import agree_on
-from .averages import averages_of, sites_of_average
+from .averages import averages_of, sites_of_average, warn_of_left_out
 from .carry import Carry, checked_carry
 from .gradients import note_steps
 from .groups import Optimizers, optimizers_in
@@ -64,7 +64,8 @@ def enter_(
             of another net or of other phases. Nothing has been changed then.
 
     Warns:
-        DynrankWarning: Where the optimizer's state was reset since it could not be moved.
+        DynrankWarning: Where the optimizer's state was reset since it could not be moved, and of an average that is
+            about and could be the net's, and was not given.
     """
     processes = processes_training(net)
     with processes.all_or_none(TransitionError, "the switch"):
@@ -79,6 +80,8 @@ def enter_(
         groups = site_groups(changed.root, changing)
         for group in groups:
             _check_phases(group, targets)
+        if changing and changed.optimizers:
+            warn_of_left_out(changed.root, changed.averages)
         for each in changed.optimizers:
             note_steps(each)
     agree_on(processes, {f"what {name} is to become": (targets.get(name), name in changing, carry) for name in sites})

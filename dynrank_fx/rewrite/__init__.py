@@ -7,7 +7,7 @@ from .loading import LOADED
 from .memory_format import in_format_of
 from .meta import a_twin, plan_of, set_plan, specialize_
 from .pretrained import expect_factors_
-from .switched import STEM, Switched, switched_modules
+from .switched import STEM, Switched, copies_of, switched_modules
 from .transform import transform
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SiteGroup",
     "Switched",
     "a_twin",
+    "copies_of",
     "expect_factors_",
     "factorize",
     "factorize_",

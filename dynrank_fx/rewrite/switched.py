@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Never
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from ..processes import whole
 _FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
 TIED = "_tied_weights_keys"  # Hugging Face's: the names of a module's parameters that another one holds too
 STEM = -1  # the call of the owner that applies a shared factor
+
+_COPIES: WeakSet[nn.Module] = WeakSet()
 
 
 class Switched(nn.Module):
@@ -75,6 +78,11 @@ class Switched(nn.Module):
         b = bias[0] if bias else self._parameters["bias"]
         y: Tensor = self.compute(self.read, x, b, use, at)
         return y
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """As a copy, or what was pickled, is filled."""
+        super().__setstate__(state)
+        _COPIES.add(self)
 
     def read(self, name: str) -> Tensor | None:
         """A parameter or the base, by name; a factor that another site owns, from there."""
@@ -212,3 +220,8 @@ def switched_modules(net: nn.Module) -> dict[str, list[Switched]]:
         if isinstance(module, Switched):
             sites.setdefault(module.site, []).append(module)
     return sites
+
+
+def copies_of(module: Switched) -> list[Switched]:
+    """What was copied of a site, or of one that is called the same, as far as it is still there."""
+    return [each for each in _COPIES if isinstance(each, Switched) and each.site == module.site and each is not module]

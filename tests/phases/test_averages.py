@@ -129,7 +129,8 @@ def test_an_average_by_itself_would_be_of_unlike_things() -> None:
         if along:
             run.enter(LOW)
         else:
-            dr.enter_(run.net, LOW, run.optimizer)
+            with pytest.warns(dr.DynrankWarning, match="an AveragedModel of a net with the same sites"):
+                dr.enter_(run.net, LOW, run.optimizer)
             with torch.no_grad():  # the same cut with other signs, which SVDs differ by
                 dr.enter_(run.average.module, LOW)
                 for factor in switched_modules(run.average)["0.weight"][0].factors:
@@ -235,3 +236,26 @@ def test_what_is_no_average_or_was_left_behind_is_refused_with_the_line_to_add()
         dr.TransitionError, match=r"0\.weight in FULL at rank 2, and the net in LOW .* averages=\[average\]"
     ):
         dr.enter_(net, FULL, averages=[average])
+
+
+def test_an_average_that_is_left_out_is_told_before_it_is_lost() -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(4))
+    average, optimizer = AveragedModel(net), torch.optim.SGD(net.parameters(), lr=0.1)
+    dr.enter_(copy.deepcopy(net), LOW)  # without an optimizer it is a copy that is about to be used for something else
+    with pytest.warns(
+        dr.DynrankWarning, match=r"an AveragedModel of a net with the same sites, .*averages=\[average\]"
+    ):
+        dr.enter_(net, LOW, optimizer)
+    other = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(4))
+    dr.enter_(other, LOW, torch.optim.SGD(other.parameters(), lr=0.1))  # once of each
+    assert dr.phases_of(average.module) == {"0.weight": FULL}
+
+
+def test_averages_that_are_given_or_of_other_nets_are_no_matter() -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(4))
+    other = dr.transform(nn.Sequential(nn.Linear(16, 12)), (torch.randn(2, 16),), rank=dr.Fixed(4))
+    averages = AveragedModel(net), AveragedModel(other)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for phase in (LOW, FULL):
+        dr.enter_(net, phase, optimizer, averages=averages[0])
+    dr.enter_(net, LOW, optimizer, averages=averages[0].module)
