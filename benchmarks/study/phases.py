@@ -92,7 +92,7 @@ def measured(task: StudyTask, rank: float, *, repeats: int) -> dict[str, dict[st
     return found
 
 
-def most_allocated(step: Callable[[], None], device: str) -> int:
+def most_allocated(step: Callable[[], object], device: str) -> int:
     """The most bytes that the step has allocated at once: activations, gradients, temporaries. On the CPU by torch's
     profiler.
     """

@@ -81,7 +81,7 @@ class Switched(nn.Module):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """As a copy, or what was pickled, is filled."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _COPIES.add(self)
 
     def read(self, name: str) -> Tensor | None:
