@@ -203,10 +203,12 @@ def _begun(
     ctx: click.Context, processes: Processes, file: ModelFile, folder: Path, options: Options, device: str
 ) -> tuple[Run, Task, Settings]:
     """A new run, with its folder, which is locked from now on."""
+    from dynrank_fx.phases import agree_before
     from dynrank_fx.training import clock_of_run, save_run
 
     launch = launched()
     run, task, settings = _set_up(file, options, _net(file, options | {"device": device}), device)
+    agree_before(processes, run.net, [run.optimizer])  # while each has all of it, and before there is a folder
     _seed_apart(processes, options, 0)
     facts = {"epochs": clock_of_run(run, task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
     facts |= {"run": run.name, "job": launch.job if launch else None}

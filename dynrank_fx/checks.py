@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Sequence, Set
 from numbers import Integral, Real
 from pathlib import Path
+from types import FunctionType
 from typing import TypeGuard
 
 from .errors import DynrankError, ScheduleError, StoreError
@@ -62,7 +63,9 @@ def check_epochs(epochs: int) -> None:
 
 
 def check_schedule(schedule: object) -> None:
-    """Raises ScheduleError for what is none. A class is one only when it has been called."""
+    """Raises ScheduleError for what is none. A class is one only when it has been called, and so is what makes one."""
+    if isinstance(schedule, FunctionType) and schedule.__module__.startswith("dynrank_fx.schedules"):
+        raise ScheduleError(f"{schedule.__name__} makes a schedule: call it, schedules.{schedule.__name__}(...)")
     if isinstance(schedule, type) or not callable(schedule):
         raise ScheduleError(f"{schedule!r} is no schedule: give one such as schedules.always(Phase.LOW)")
 

@@ -132,7 +132,7 @@ class Plan:
         It is a share of the width of this one, all of whose layers cost their inputs times their outputs, roughly: the
         root of the share of FLOPs. None without an example, and where nothing is factored.
         """
-        if not self.sites or not self.total_flops or self.low_flops is None:
+        if not self.sites or not self.total_flops or self.low_flops is None or self.low_flops < 0:
             return None
         return math.sqrt(self.low_flops / self.total_flops)
 
