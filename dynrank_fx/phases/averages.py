@@ -75,13 +75,13 @@ def sites_of_average(average: nn.Module, net: nn.Module) -> dict[str, list[Switc
     return {name: modules for name, modules in found.items() if modules}
 
 
-def warn_of_left_out(net: nn.Module, given: Sequence[nn.Module]) -> None:
-    """Say once of each average that could be the net's and is not among those that were given.
+def warn_of_left_out(net: nn.Module) -> None:
+    """Say once of each average that could be the net's, where none was given.
 
     Only where copies of the net's sites are about, since the search for what holds them goes through all objects.
     """
     sites = switched_modules(net)
-    known = {part for module in (net, *given) for part in module.modules()}
+    known = set(net.modules())
     (first, *_), *_ = sites.values()
     if not any(_alike(copy, first) and copy not in known for copy in copies_of(first)):
         return

@@ -80,8 +80,8 @@ def enter_(
         groups = site_groups(changed.root, changing)
         for group in groups:
             _check_phases(group, targets)
-        if changing and changed.optimizers:
-            warn_of_left_out(changed.root, changed.averages)
+        if changing and changed.optimizers and not changed.averages:
+            warn_of_left_out(changed.root)
         for each in changed.optimizers:
             note_steps(each)
     agree_on(processes, {f"what {name} is to become": (targets.get(name), name in changing, carry) for name in sites})
