@@ -228,7 +228,8 @@ def _started_by(launch: Launched | None) -> list[str]:
     """How such a process is started."""
     if launch is None or launch.count == 1:
         return ["dynrank-fx"]
-    return ["torchrun", "--nproc-per-node", str(launch.locally), "-m", "dynrank_fx.cli"]
+    alone = ["--standalone"] if launch.count == launch.locally else []  # on this machine, with a port of its own
+    return ["torchrun", *alone, "--nproc-per-node", str(launch.locally), "-m", "dynrank_fx.cli"]
 
 
 def _seed_apart(processes: Processes, options: Options, steps: int) -> None:

@@ -15,7 +15,8 @@ import queue
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,13 @@ def in_processes(work: Callable[..., Any], *args: object, count: int = 2, second
 
     Raises AssertionError with the traceback of the process that failed first.
     """
+    with _begun(work, args, count, seconds) as (started, results):
+        return _collected(results, started, seconds)
+
+
+@contextmanager
+def _begun(work: Callable[..., Any], args: Any, count: int, seconds: float) -> Iterator[tuple[list[Any], Any]]:
+    """The processes, with the queue of their results; none is left afterwards."""
     results = _STARTING.Queue()
     with TemporaryDirectory() as folder:
         started = [
@@ -43,7 +51,7 @@ def in_processes(work: Callable[..., Any], *args: object, count: int = 2, second
         for process in started:
             process.start()
         try:
-            return _collected(results, started, seconds)
+            yield started, results
         finally:
             for process in started:
                 process.join(timeout=10)
@@ -58,23 +66,9 @@ def until_one_ends(
     """Run ``work`` as ``in_processes`` does, where processes are killed: by themselves, or by ``kill``, which is given
     their ids. When one has ended, the others have a little time to do so. Returns the exit codes.
     """
-    results = _STARTING.Queue()
-    with TemporaryDirectory() as folder:
-        started = [
-            _STARTING.Process(target=_one, args=(work, rank, count, folder, results, args, seconds), daemon=True)
-            for rank in range(count)
-        ]
-        for process in started:
-            process.start()
-        try:
-            kill([process.pid for process in started if process.pid is not None])
-            multiprocessing.connection.wait([process.sentinel for process in started], timeout=seconds)
-        finally:
-            for process in started:
-                process.join(timeout=10)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+    with _begun(work, args, count, seconds) as (started, _):
+        kill([process.pid for process in started if process.pid is not None])
+        multiprocessing.connection.wait([process.sentinel for process in started], timeout=seconds)
     return [process.exitcode or 0 for process in started]
 
 

@@ -163,8 +163,8 @@ def test_a_killed_process_comes_back_and_a_stopped_job_says_how_to_go_on(
     assert "3 sites; schedule Interleave(low=1, full=1); 4 epochs; 2 processes, cpu" in said
     assert said.count("epoch 1/4") == 1  # one process prints, and one start trained it
     assert said.count("stopping after this step") == 1
-    told = "and saved; go on with: torchrun --nproc-per-node 2 -m dynrank_fx.cli train model.py --out two --resume"
-    assert said.count(told) == 1
+    again = "torchrun --standalone --nproc-per-node 2 -m dynrank_fx.cli train model.py --out two --resume"
+    assert said.count(f"and saved; go on with: {again}") == 1
     assert {path.name for path in Path("two").iterdir()} == {"checkpoint.safetensors", "history.jsonl", "run.json"}
     info = read_run(Path("two"))[1]
     assert (info["epoch"], info["dealt"]) == (1, "2 x 8 samples")
@@ -173,6 +173,16 @@ def test_a_killed_process_comes_back_and_a_stopped_job_says_how_to_go_on(
     run("train", "model.py", *OPTIONS, "--out", "one")
     check_near("two", "one")
     torch.testing.assert_close(figures("two"), figures("one"), rtol=1e-5, atol=1e-6)
+
+
+def test_unlike_models_are_refused_before_there_is_a_run(model_file: Path) -> None:
+    """Of parts nobody could tell that they are of other wholes."""
+    text = model_file.read_text()
+    model_file.write_text(text.replace("def model():\n", "def model():\n    torch.manual_seed(rank)\n"))
+    ended = torchrun(out="two", last=["--fsdp"])
+    assert ended.returncode != 0
+    assert ended.stdout.count("Error: 0.weight is not the same in all processes, in process 1 of 2 it is another") == 1
+    assert not Path("two").exists()
 
 
 @pytest.fixture
