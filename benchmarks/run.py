@@ -31,6 +31,7 @@ from benchmarks.startup import startup
 from benchmarks.steps import steps
 from benchmarks.study.cells import study
 from benchmarks.study.cutting import cutting
+from benchmarks.study.narrower import narrower
 from benchmarks.study.phases import phases
 from benchmarks.study.rivals import rivals
 from benchmarks.switch import switch
@@ -72,6 +73,9 @@ BENCHMARKS = (
     ),
     Benchmark(
         "cutting", "How to cut a trained model, and which training leaves one that is cut best (takes hours).", cutting
+    ),
+    Benchmark(
+        "narrower", "A factored model beside a narrower dense one, at equal FLOPs of training and inference.", narrower
     ),
     Benchmark("rivals", "The same trained network given to other compression tools, which must be installed.", rivals),
     Benchmark("neighbours", "Training, the change of shapes and the result beside LoRA and pruning.", neighbours),
