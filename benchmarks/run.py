@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own folder; the benchmarks are a package
 
+from benchmarks.beside import beside
 from benchmarks.held import held
 from benchmarks.large import large
 from benchmarks.layers import layers, shares
@@ -56,6 +57,7 @@ BENCHMARKS = (
         "layers", "A step of layers of real widths: LOW over FULL beside the ratio of FLOPs and a floor.", layers
     ),
     Benchmark("shares", "Where the time of such a step goes, by kinds of operations.", shares),
+    Benchmark("beside", "A training step beside CoLA, SLTrain, LoRA, GaLore and a narrower dense model.", beside),
     Benchmark("held", "Bytes of parameters, gradients and optimizer state in each phase, over the original's.", held),
     Benchmark("memory", "Peak memory and time of the verbs over the size of a Llama-shaped model.", memory),
     Benchmark("several", "Two processes: a step, a switch, DDP made anew, and what each process holds.", several),

@@ -16,6 +16,7 @@ NAMES = [
     "switch",
     "layers",
     "shares",
+    "beside",
     "held",
     "memory",
     "several",
@@ -30,6 +31,7 @@ NAMES = [
     "phases",
     "study",
     "cutting",
+    "narrower",
     "rivals",
     "neighbours",
 ]
