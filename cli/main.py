@@ -18,6 +18,7 @@ from .compress import compress
 from .export import export
 from .failures import blamed, of_the_machine
 from .inspect import inspect
+from .pilot import pilot
 from .report import report
 from .several import OfAnotherError, is_told_here, of_another, refuse_several, say
 from .streams import echo, lasting_streams
@@ -67,6 +68,7 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
     \b
     dynrank-fx transform model.py           what would be factored, and what it saves
+    dynrank-fx pilot model.py               which way to train is worth a long run, by short ones
     dynrank-fx train model.py --out run     train by a schedule, with checkpoints
     dynrank-fx report run                   one page with pictures of what happened
     dynrank-fx export run -o model.onnx     truncate, export, compare in onnxruntime
@@ -105,7 +107,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|copyreg)")
 
 
-for command in (transform, train, report, export, inspect, compress, verify, bench):
+for command in (transform, pilot, train, report, export, inspect, compress, verify, bench):
     cli.add_command(command)
 
 

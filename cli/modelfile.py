@@ -46,6 +46,7 @@ _DATA = Iterable, "an iterable of batches, such as a DataLoader"
 
 FUNCTIONS = {
     "model": Function("", nn.Module, "a torch.nn.Module"),
+    "narrower": Function("share", nn.Module, "a torch.nn.Module"),
     "example_inputs": Function("", *_INPUTS),
     "train_data": Function("", *_DATA),
     "eval_data": Function("", *_DATA),
@@ -92,6 +93,10 @@ class ModelFile:
             if said:
                 echo(said, err=True)
         return made
+
+    def narrower(self, share: float) -> nn.Module | None:
+        """The same model, so many times as wide, where the file has such."""
+        return self._call("narrower", share) if self.has("narrower") else None
 
     def example_inputs(self) -> ExampleInputs:
         made: ExampleInputs = self._call("example_inputs")

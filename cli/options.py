@@ -322,9 +322,14 @@ def plan_options_of(options: Options, policy: RankPolicy | None = None) -> PlanO
 
 
 def transformed(
-    file: ModelFile, options: Options, *, policy: RankPolicy | None = None, allow_empty: bool = False
+    file: ModelFile,
+    options: Options,
+    *,
+    policy: RankPolicy | None = None,
+    allow_empty: bool = False,
+    model: nn.Module | None = None,
 ) -> nn.Module:
-    """The model of a model file, transformed as ``plan_options`` say."""
+    """The model of a model file, or another that it gave, transformed as ``plan_options`` say."""
     from dynrank_fx.phases import read_plan
     from dynrank_fx.rewrite import transform
 
@@ -337,7 +342,8 @@ def transformed(
         if options.get("measure"):
             plan["times"] = step_times_of(file, options)
     form, how = form_of(options["form"]), capture_of(options["how"])
-    return transform(file.model(), file.example_inputs(), form=form, how=how, allow_empty=allow_empty, **plan)
+    model = file.model() if model is None else model
+    return transform(model, file.example_inputs(), form=form, how=how, allow_empty=allow_empty, **plan)
 
 
 def step_times_of(file: ModelFile, options: Options) -> StepTimes:

@@ -111,7 +111,7 @@ def train(
     if options.get("steps") and options["epochs"]:
         raise click.UsageError("--steps is the length of a run in place of --epochs: give one of them")
     device = device_of(options["device"], launch)
-    _check_device(device)
+    check_device(device)
     seed_all(options["seed"])
     # On a resume the run's own weights count.
     file = load_model_file(model_file, None if resume else options["weights"])
@@ -383,7 +383,8 @@ def _net(file: ModelFile, options: Options) -> nn.Module:
     return transformed(file, options, policy=how_to_train(options).rank if of_preset else None)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises ModelFileError for a device that cannot be used here."""
     import torch
 
     try:

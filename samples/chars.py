@@ -75,6 +75,11 @@ def model() -> nn.Module:
     return CharTransformer()
 
 
+def narrower(share: float) -> nn.Module:
+    """The model so many times as wide, for `dynrank-fx pilot`: the dense model of as many FLOPs as the factored one."""
+    return CharTransformer(HEADS * round(share * WIDTH / HEADS))
+
+
 def example_inputs() -> tuple[Tensor]:
     return (torch.zeros(2, CONTEXT, dtype=torch.long),)
 

@@ -6,6 +6,7 @@ from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
 from .facts import cost_of, train_state
 from .loop import clock_for, clock_of_run, fit
 from .phases import Phases, resume_phases_
+from .pilot import Pilot, Trial, pilot
 from .presets import Preset, paper_cifar10, paper_cifar100, practical
 from .rewarm import rewarm_
 from .run import CHECKPOINT, Run, history_in, plan_in, read_run, restore_run_, save_run, weights_in
@@ -22,10 +23,12 @@ __all__ = [
     "Decay",
     "PhaseSettings",
     "Phases",
+    "Pilot",
     "Preset",
     "Run",
     "Settings",
     "Task",
+    "Trial",
     "Watcher",
     "Watchers",
     "autocast",
@@ -42,6 +45,7 @@ __all__ = [
     "load_checkpoint_",
     "paper_cifar10",
     "paper_cifar100",
+    "pilot",
     "plan_in",
     "practical",
     "read_run",

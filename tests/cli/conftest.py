@@ -90,7 +90,7 @@ def write(folder: Path) -> Callable[..., str]:
 
 Invoke = Callable[..., Result]
 # So small a network is nothing but stem and classifier.
-DEFAULTS = {name: {"leave": ("none",)} for name in ("transform", "train")}
+DEFAULTS = {name: {"leave": ("none",)} for name in ("transform", "pilot", "train")}
 
 
 def invoke(*args: str) -> Result:

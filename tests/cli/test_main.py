@@ -43,6 +43,29 @@ OPTIONS = {
         "-h",
         "-o",
     ],
+    "pilot": [
+        "--amp",
+        "--capture",
+        "--device",
+        "--energy",
+        "--exclude",
+        "--form",
+        "--help",
+        "--include",
+        "--json",
+        "--layout",
+        "--leave",
+        "--multiple-of",
+        "--no-compile",
+        "--override",
+        "--plan",
+        "--rank",
+        "--seed",
+        "--share-inputs",
+        "--steps",
+        "--weights",
+        "-h",
+    ],
     "train": [
         "--accumulate",
         "--amp",
@@ -159,7 +182,8 @@ def command(name: str) -> click.Command:
 
 
 def test_the_commands() -> None:
-    assert list(cli.commands) == ["transform", "train", "report", "export", "inspect", "compress", "verify", "bench"]
+    names = ["transform", "pilot", "train", "report", "export", "inspect", "compress", "verify", "bench"]
+    assert list(cli.commands) == names
 
 
 @pytest.mark.parametrize("name", OPTIONS)

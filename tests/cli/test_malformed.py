@@ -35,6 +35,7 @@ def loss(output, batch):
 SOUND = {  # each works as it is
     "transform": ("model.py", "--out", "new", "--leave", "none"),
     "train": ("model.py", "--out", "new", "--leave", "none", "--epochs", "1", "--no-compile"),
+    "pilot": ("model.py", "--leave", "none", "--steps", "20", "--no-compile"),
     "report": ("run", "--out", "new.html"),
     "export": ("model.py", "--out", "new.onnx"),
     "inspect": ("model.py",),

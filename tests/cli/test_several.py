@@ -213,7 +213,9 @@ def test_who_a_process_is(told: Callable[..., several.Launched], monkeypatch: py
     assert several.is_first()
 
 
-@pytest.mark.parametrize("command", ["transform", "compress", "export", "report", "inspect", "verify", "bench"])
+@pytest.mark.parametrize(
+    "command", ["transform", "pilot", "compress", "export", "report", "inspect", "verify", "bench"]
+)
 def test_a_command_of_one_process_is_refused(
     command: str, told: Callable[..., several.Launched], refused: Callable[..., str]
 ) -> None:
