@@ -164,7 +164,7 @@ def measured(width: int, tokens: int, repeats: int) -> Iterator[tuple[Cell, ...]
         ratios = (each[name] / each["dense"] for each in (held, peak, ends))
         speed = tokens / (pair.first * pair.ratio)
         parts = kept[name] / kept["dense"], flops[name] / flops["dense"], pair.ratio, speed
-        row = (width, name, *parts, *ratios)
+        row: tuple[Cell, ...] = (width, name, *parts, *ratios)
         print(*row, sep="  ", file=sys.stderr, flush=True)  # a table that is cut short is lost
         yield row
 

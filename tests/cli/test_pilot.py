@@ -10,7 +10,8 @@ def narrower(share):
     from torch import nn
     width = max(2, round(share * 16))
     return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 2 * width), nn.Linear(2 * width, 8)
+        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * width, 2 * width), nn.Linear(2 * width, 8),
     )
 """
 SHORT = ("pilot", "model.py", "--steps", "20", "--no-compile", "--rank", "1")
