@@ -30,6 +30,7 @@ from ..rewrite import Switched, copies_of, switched_modules
 
 _AVERAGES = ("AveragedModel", "ModelEmaV2", "ModelEmaV3")  # by name, since timm need not be installed
 _TOLD: WeakSet[object] = WeakSet()
+_SEARCHED: WeakSet[nn.Module] = WeakSet()  # copies that no average holds: one that is made later has copies of its own
 _STEPS = 50  # of conjugate gradients, for one factor of Tucker or CP
 _LITTLE = 1e-6  # λ, in parts of the largest entry on the diagonal of A Aᵀ
 
@@ -78,18 +79,22 @@ def sites_of_average(average: nn.Module, net: nn.Module) -> dict[str, list[Switc
 def warn_of_left_out(net: nn.Module) -> None:
     """Say once of each average that could be the net's, where none was given.
 
-    Only where copies of the net's sites are about, since the search for what holds them goes through all objects.
+    Only where copies of the net's sites are about, and once for each of them, since the search for what holds them goes
+    through all objects.
     """
     sites = switched_modules(net)
     known = set(net.modules())
-    (first, *_), *_ = sites.values()
-    if not any(_alike(copy, first) and copy not in known for copy in copies_of(first)):
+    if _not_searched(net):
+        gc.collect(0)  # takes no time, and most copies are of a net that nobody has any more
+    copies = _not_searched(net)
+    if not copies:
         return
     for average in [each for each in gc.get_objects() if type(each).__name__ in _AVERAGES]:
         module = getattr(average, "module", None)
         if not isinstance(module, nn.Module) or {average, module} & known or average in _TOLD:
             continue
         averaged = sites_of_average(module, net)
+        copies -= {each for modules in averaged.values() for each in modules}
         if averaged.keys() == sites.keys() and all(_alike(averaged[name][0], sites[name][0]) for name in sites):
             _TOLD.add(average)
             warnings.warn(
@@ -99,6 +104,14 @@ def warn_of_left_out(net: nn.Module) -> None:
                 DynrankWarning,
                 stacklevel=3,
             )
+    _SEARCHED.update(copies)
+
+
+def _not_searched(net: nn.Module) -> set[nn.Module]:
+    """Copies of the net's first site that are as it is now."""
+    (first, *_), *_ = switched_modules(net).values()
+    copies: set[nn.Module] = {copy for copy in copies_of(first) if _alike(copy, first)}
+    return copies - set(net.modules()) - set(_SEARCHED)
 
 
 def _alike(one: Switched, other: Switched) -> bool:

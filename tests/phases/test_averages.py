@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -249,6 +250,21 @@ def test_an_average_that_is_left_out_is_told_before_it_is_lost() -> None:
     other = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(4))
     dr.enter_(other, LOW, torch.optim.SGD(other.parameters(), lr=0.1))  # once of each
     assert dr.phases_of(average.module) == {"0.weight": FULL}
+
+
+def test_all_objects_are_gone_through_once_for_a_copy_that_no_average_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(17, 16)), (torch.randn(2, 17),), rank=dr.Fixed(4))
+    kept, optimizer = copy.deepcopy(net), torch.optim.SGD(net.parameters(), lr=0.1)
+    gone_through: list[int] = []
+    objects = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: gone_through.append(1) or objects())
+    for phase in (LOW, FULL, LOW, FULL):
+        dr.enter_(net, phase, optimizer)
+    assert len(gone_through) == 1
+    average = AveragedModel(net)
+    with pytest.warns(dr.DynrankWarning, match="an AveragedModel of a net with the same sites"):
+        dr.enter_(net, LOW, optimizer)
+    assert dr.phases_of(kept) == dr.phases_of(average.module) == {"0.weight": FULL}
 
 
 def test_averages_that_are_given_or_of_other_nets_are_no_matter() -> None:
