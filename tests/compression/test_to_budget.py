@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from compressing import SaidTimes, batches, error, params, perceptron
@@ -25,11 +25,14 @@ def test_a_budget_is_met_and_better_than_one_rank_for_all(share: float) -> None:
     assert params(found.module) <= share * params(dense)
     assert found.params == (params(dense), params(found.module))
     net = dr.transform(dense, batches()[0], rank=dr.Ratio(0.01), allow_unprofitable=True)
-    for ratio in np.arange(0.99, 0.0, -0.01):  # the largest ratio that fits
-        even = dr.truncate(net, batches(), rank=dr.Ratio(float(ratio)))
-        if params(even) <= share * params(dense):
-            break
-    assert error(found.module, dense) < error(even, dense)
+
+    def even(percent: int) -> nn.Module:
+        return dr.truncate(net, batches(), rank=dr.Ratio(percent / 100))
+
+    too_large = bisect.bisect(range(1, 100), False, key=lambda percent: params(even(percent)) > share * params(dense))
+    fits = even(range(1, 100)[too_large - 1])
+    assert params(fits) <= share * params(dense) < params(even(range(1, 100)[too_large]))
+    assert error(found.module, dense) < error(fits, dense)
 
 
 def test_flops_too() -> None:

@@ -142,20 +142,26 @@ def covering(features: Callable[[Cell], set[Hashable]]) -> tuple[Cell, ...]:
 
 
 # What the tests of every day run on, where the whole grid would take too long; `make fuzz` runs the rest of it.
-# Every case in every layout of it and under every capture: for what both have a hand in.
-PAIRS = covering(
-    lambda cell: {(cell.case.name, cell.layout), (cell.case.name, cell.how), (cell.layout, cell.how)},
-)
-# Every case in every layout of it: for what happens to weights, however the model became a graph.
+# Every case in every layout of it: for what the net computes.
 LAYOUTS = covering(
     lambda cell: {(cell.case.name, cell.layout), (cell.case.kind, cell.how), (cell.layout, cell.how)},
 )
-# Every kind of op under every capture: for what is the same whatever the case.
-KINDS = covering(lambda cell: {(cell.case.kind, cell.how)})
-# Every case under every capture: for names and ties, whatever the layout.
+# Every case, and every kind of layer in every layout of it and under every capture: for what happens to weights.
+PAIRS = covering(
+    lambda cell: {
+        cell.case.name,
+        (cell.case.kind, cell.layout),
+        (cell.case.kind, cell.how),
+        (cell.layout, cell.how),
+    },
+)
+# Every case under every capture: for names, whatever the layout.
 CAPTURES = covering(lambda cell: {(cell.case.name, cell.how), (cell.layout, cell.how)})
-# Every kind of layer, every layout and every capture: for what takes a second a cell.
+# Every kind of layer, every layout and every capture: for what is the same whatever the case.
 KINDS = covering(lambda cell: {cell.case.kind, cell.layout, cell.how})
+# Every family of layers, every layout and every capture: for what takes a second a cell. The family of Conv1d, Conv2d,
+# Conv3d, in groups or not, is Conv.
+FAMILIES = covering(lambda cell: {cell.case.kind.partition(" ")[0].rstrip("123d"), cell.layout, cell.how})
 
 
 def seeded(model: nn.Module, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def held(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@cells()
+@cells(every_day=PAIRS)
 def test_flops_and_parameters_of_the_plan_are_those_of_the_models(cell: Cell) -> None:
     model, net, x = cell.model().eval(), cell.net().eval(), cell.inputs()
     plan = dr.plan_of(net)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from grid import LAYOUTS, LOW, Cell, cells
+from grid import LOW, PAIRS, Cell, cells
 from models import Case
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def _least_squares(W: Tensor, axes: list[Tensor], sweeps: int = 60) -> float:
     return float((torch.einsum("ar,br,cr,dr->abcd", *axes) - W).norm())
 
 
-@cells(every_day=LAYOUTS)
+@cells(every_day=PAIRS)
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_a_cut_loses_no_more_than_it_must(cell: Cell, ratio: float) -> None:
     """In float32, as models are. What is lost where nothing must be is rounding: 100 ε ‖W‖."""

@@ -81,7 +81,7 @@ def test_truncate_is_plain_torch_and_equals_low_on_other_shapes_too(cell: Cell, 
         assert_near(small(x), net(x), rounding=1e-12)
 
 
-@cells(every_day=LAYOUTS)
+@cells(every_day=PAIRS)
 def test_truncate_of_full_is_truncate_of_low(cell: Cell) -> None:
     net, x = cell.net().eval(), cell.inputs()
     small = dr.truncate(net)
@@ -89,7 +89,7 @@ def test_truncate_of_full_is_truncate_of_low(cell: Cell) -> None:
     assert_near(small(x), net(x), rounding=1e-12)
 
 
-@cells(every_day=LAYOUTS)
+@cells(every_day=PAIRS)
 def test_an_adaptor_starts_at_the_function_and_is_its_base_plus_the_scaled_branch(cell: Cell, device: str) -> None:
     net, x = cell.net(device=device).eval(), cell.inputs(device=device)
     expected = net(x)

@@ -1,6 +1,6 @@
 """Contract 4, its other half: the ONNX file of a truncated net, run by onnxruntime, equals the net on other shapes.
 
-An export takes a second or so: every day on few cells, that have every kind of layer and every layout under every
+An export takes a second or so: every day on few cells, that have every family of layers, every layout and every
 capture; `make fuzz` runs the others.
 """
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from grid import KINDS, LOW, Cell, cells
+from grid import FAMILIES, LOW, Cell, cells
 
 import dynrank_fx as dr
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
-@cells(every_day=KINDS)
+@cells(every_day=FAMILIES)
 def test_the_file_computes_what_the_truncated_net_does_on_another_batch(cell: Cell, tmp_path: Path) -> None:
     net, x = cell.net(dtype=torch.float32).eval(), cell.inputs(torch.float32)
     dr.enter_(net, LOW)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import CAPTURES, KINDS, LOW, Cell, cells, fast_path, layouts_of
+from grid import KINDS, LOW, PAIRS, Cell, cells, fast_path, layouts_of
 from models import CASES, Case
 
 import dynrank_fx as dr
@@ -15,7 +15,7 @@ from dynrank_fx.layouts import CONV_LAYOUTS
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
-@cells(every_day=CAPTURES)
+@cells(every_day=PAIRS)
 def test_every_matrix_is_a_site_or_listed_with_the_reason(cell: Cell) -> None:
     def planned(**filters: Any) -> dr.Plan:
         more = {"conv_layout": cell.layout, "allow_unprofitable": True, **filters}

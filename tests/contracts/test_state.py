@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import ADAPTOR, CAPTURES, FULL, KINDS, LAYOUTS, LOW, PAIRS, Cell, cells, seeded
+from grid import ADAPTOR, CAPTURES, FULL, KINDS, LOW, PAIRS, Cell, cells, seeded
 from models import Tied, randomized
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -80,7 +80,7 @@ def ties(module: nn.Module, renamed: bool = False) -> set[frozenset[str]]:
     return {frozenset(names) for names in found.values()}
 
 
-@cells(every_day=CAPTURES)
+@cells(every_day=PAIRS)
 def test_tied_weights_stay_tied_in_every_phase_and_after_the_cut(cell: Cell) -> None:
     net, model = cell.net(), cell.model()
     original = dict(model.named_parameters(remove_duplicate=False))
@@ -205,7 +205,7 @@ def assert_same(now: Any, before: Any, where: str = "") -> None:
         assert now == before, where
 
 
-@cells(every_day=LAYOUTS)
+@cells(every_day=PAIRS)
 def test_a_transition_that_fails_at_the_last_site_leaves_everything_as_it_was(cell: Cell) -> None:
     net, x = cell.net(), cell.inputs()
     optimizer = trained(net, x)
@@ -224,7 +224,7 @@ def test_a_transition_that_fails_at_the_last_site_leaves_everything_as_it_was(ce
     step(net, x, optimizer)
 
 
-@cells(every_day=LAYOUTS)
+@cells(every_day=PAIRS)
 @pytest.mark.parametrize("phase", [FULL, LOW])
 def test_non_finite_weights_are_refused_and_nothing_is_switched(cell: Cell, phase: dr.Phase) -> None:
     net, x = cell.net(), cell.inputs()
