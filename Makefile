@@ -16,14 +16,18 @@ $(INSTALLED): constraints.txt pyproject.toml
 demo: $(INSTALLED)          ## the main job on real data: plan, train, truncate, export, compare, draw
 	$(BIN)/python samples/demo.py demo
 
-test: $(INSTALLED)          ## the everyday tests; one thread each, so that JOBS of them do not fight over the cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+# One thread each, so that JOBS of them do not fight over the cores; byte code is kept, which every process that a test
+# starts would make again; and neighbours stay in one process, so that what they share is made once.
+TESTED := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+test: $(INSTALLED)          ## the everyday tests
+	$(TESTED)
 
 test-gpu: $(INSTALLED)      ## what needs a CUDA device
 	$(BIN)/python -m pytest -q -m 'gpu and not fuzz' tests
 
 fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ_EXAMPLES=2000 for each), and all of their grid
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'fuzz and not gpu' -n $(JOBS)
+	$(TESTED) -m 'fuzz and not gpu'
 
 zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py

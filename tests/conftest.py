@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -25,4 +26,34 @@ def _translations_of_torch_onnx_are_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _composite_ops_are_looked_up_when_there_are_new_ones() -> Iterator[None]:
+    """At every decomposition torch looks up all of its composite ops, once for each of thirty namespaces, a seventh of
+    the time of an export.
+    """
+    import torch
+    from torch._export import utils
+
+    look_up = utils._materialize_cpp_cia_ops
+
+    @functools.cache
+    def once(_count: int) -> None:
+        look_up()
+
+    def registered() -> int:
+        return len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_materialize_cpp_cia_ops", lambda: once(registered()))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _files_of_tests_need_not_outlive_a_loss_of_power() -> Iterator[None]:
+    """A disk that is waited for is most of what a small run takes. Tests of what fsync does set one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         yield

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import dynrank_fx as dr
 
-CAPTURES = (dr.Capture.SYMBOLIC, dr.Capture.EXPORT)
+CAPTURES = (dr.Capture.SYMBOLIC, pytest.param(dr.Capture.EXPORT, marks=pytest.mark.fuzz))
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -86,6 +87,23 @@ def write(folder: Path) -> Callable[..., str]:
         return name
 
     return write
+
+
+_MADE: dict[str, Path] = {}
+
+
+@pytest.fixture
+def once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Make files in the folder, by a name: the first time by what is given, and from then on by copying."""
+
+    def once(name: str, make: Callable[[], object]) -> None:
+        if name in _MADE:
+            shutil.copytree(_MADE[name], folder, dirs_exist_ok=True)
+        else:
+            make()
+            _MADE[name] = Path(shutil.copytree(folder, tmp_path_factory.mktemp("made") / "copy"))
+
+    return once
 
 
 Invoke = Callable[..., Result]

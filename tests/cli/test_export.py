@@ -22,8 +22,9 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def trained(write: Run, run: Run) -> str:
-    run("train", write(), "--no-compile", "--epochs", "2", "--schedule", "interleave", "--low", "1", "--out", "r")
+def trained(write: Run, run: Run, once: Callable[..., None]) -> str:
+    options = ("--no-compile", "--epochs", "2", "--schedule", "interleave", "--low", "1")
+    once("a run to export", lambda: run("train", write(), *options, "--out", "r"))
     return "r"
 
 

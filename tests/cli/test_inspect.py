@@ -20,8 +20,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def trained(write: Run, run: Run) -> str:
-    run("train", write(), "--no-compile", "--epochs", "2", "--schedule", "low", "--out", "r")
+def trained(write: Run, run: Run, once: Callable[..., None]) -> str:
+    options = ("--no-compile", "--epochs", "2", "--schedule", "low")
+    once("a run to inspect", lambda: run("train", write(), *options, "--out", "r"))
     return "r"
 
 

@@ -26,13 +26,17 @@ RUNNING = [name for name in READERS if name not in ("report", "train --resume")]
 
 
 @pytest.fixture
-def runs(write: Callable[..., str], run: Callable[..., Result]) -> None:
+def runs(write: Callable[..., str], run: Callable[..., Result], once: Callable[..., None]) -> None:
     """Two runs of one model, of two epochs each, and an ONNX file of the first."""
-    write()
-    for name, seed in (("first", "1"), ("second", "2")):
-        options = ("--schedule", "interleave", "--no-compile", "--rank", "0.25", "--epochs", "2", "--seed", seed)
-        run("train", "model.py", *options, "--out", name)
-    run("export", "first", "-o", "a.onnx")
+
+    def make() -> None:
+        write()
+        for name, seed in (("first", "1"), ("second", "2")):
+            options = ("--schedule", "interleave", "--no-compile", "--rank", "0.25", "--epochs", "2", "--seed", seed)
+            run("train", "model.py", *options, "--out", name)
+        run("export", "first", "-o", "a.onnx")
+
+    once("two runs", make)
 
 
 def refusal(reader: str) -> str:

@@ -50,10 +50,10 @@ def history(folder: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def whole(write: Run, run: Run) -> str:
+def whole(write: Run, run: Run, once: Callable[..., None]) -> str:
     """The folder of a run that was never stopped."""
-    write()
-    run("train", "model.py", "--no-compile", "--schedule", "interleave", "--low", "1", "--out", "whole")
+    options = ("--no-compile", "--schedule", "interleave", "--low", "1")
+    once("a whole run", lambda: run("train", write(), *options, "--out", "whole"))
     return "whole"
 
 
@@ -245,8 +245,19 @@ def stopped(monkeypatch: pytest.MonkeyPatch, step: int, *args: str, by: int = si
     return result
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda by: by.name)
-@pytest.mark.parametrize("step", [1, 4, 7, 13], ids=["first", "after the epoch's last", "FULL", "third epoch"])
+@pytest.mark.parametrize(
+    ("step", "by"),
+    [
+        pytest.param(step, by, id=f"{place}-{by.name}", marks=() if by is by_day else pytest.mark.fuzz)
+        for step, place, by_day in (
+            (1, "first", signal.SIGTERM),
+            (4, "after the epoch's last", signal.SIGINT),
+            (7, "FULL", signal.SIGTERM),
+            (13, "third epoch", signal.SIGINT),
+        )
+        for by in (signal.SIGINT, signal.SIGTERM)
+    ],
+)
 def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(
     whole: str, run: Run, monkeypatch: pytest.MonkeyPatch, step: int, by: signal.Signals
 ) -> None:
@@ -262,8 +273,19 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_never_stopped(
     assert len(history("a run")) == EPOCHS
 
 
-@pytest.mark.parametrize("interval", ['"epoch"', '"step"'])
-@pytest.mark.parametrize("step", [2, 4, 9, 11], ids=["within a tick", "a tick's last", "within a pass", "later"])
+@pytest.mark.parametrize(
+    ("step", "interval"),
+    [
+        pytest.param(step, f'"{each}"', id=f"{place}-{each}", marks=() if each == by_day else pytest.mark.fuzz)
+        for step, place, by_day in (
+            (2, "within a tick", "epoch"),
+            (4, "a tick's last", "step"),
+            (9, "within a pass", "epoch"),
+            (11, "later", "step"),
+        )
+        for each in ("epoch", "step")
+    ],
+)
 def test_a_run_in_steps_that_is_stopped_ends_as_if_never_stopped(
     write: Run, run: Run, monkeypatch: pytest.MonkeyPatch, step: int, interval: str
 ) -> None:

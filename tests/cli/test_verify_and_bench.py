@@ -20,15 +20,19 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def files(write: Run) -> tuple[str, str]:
+def files(write: Run, once: Callable[..., None]) -> tuple[str, str]:
     """The model of the model file, and the same with another weight in its second matrix."""
-    torch.manual_seed(0)
-    file = load_model_file(Path(write()))
-    model = file.model()
-    dr.export_onnx(model, file.example_inputs(), "one.onnx")
-    with torch.no_grad():
-        model[4].weight[3, 5] += 1
-    dr.export_onnx(model, file.example_inputs(), "other.onnx")
+
+    def make() -> None:
+        torch.manual_seed(0)
+        file = load_model_file(Path(write()))
+        model = file.model()
+        dr.export_onnx(model, file.example_inputs(), "one.onnx")
+        with torch.no_grad():
+            model[4].weight[3, 5] += 1
+        dr.export_onnx(model, file.example_inputs(), "other.onnx")
+
+    once("two files", make)
     return "one.onnx", "other.onnx"
 
 

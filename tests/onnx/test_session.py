@@ -118,7 +118,7 @@ QUIET = """
 """
 
 
-@pytest.mark.parametrize("severity", [0, 2])
+@pytest.mark.parametrize("severity", [0, pytest.param(2, marks=pytest.mark.fuzz)])
 def test_our_sessions_log_nothing_and_the_callers_go_on_as_they_were_set(exported: Any, severity: int) -> None:
     """0 logs everything, and 2, the default, warnings. Of our sessions nothing is logged in any case, beyond what
     onnxruntime itself says of its environment; after them the caller's own severity still holds.
