@@ -122,14 +122,33 @@ def test_a_graph_that_is_asked_for_a_method_names_the_form_that_has_it() -> None
 
         def predict(self) -> None: ...
 
-    net = dr.transform(Plain(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(2))
-    for each in (net, copy.deepcopy(net)):
+    x = (torch.randn(2, 16),)
+    net = dr.transform(Plain(nn.Linear(16, 16)), x, rank=dr.Fixed(2))
+    small = dr.compress(Plain(nn.Linear(16, 16)), x, dr.Budget(flops=0.5), [x]).module
+    for each in (net, copy.deepcopy(net), dr.inline(net), dr.truncate(net), small):
         for name in ("predict", "stride"):
             assert not hasattr(each, name)
             with pytest.raises(AttributeError, match=rf"has no '{name}': transform\(\.\.\., form=dr.Form.LAYERS\)"):
                 getattr(each, name)
         with pytest.raises(AttributeError, match="has no attribute 'other'"):
             _ = each.other
+
+
+@pytest.mark.filterwarnings("ignore:.*cut by plain SVD")
+def test_a_truncated_graph_that_knows_this_is_still_torchs_own() -> None:
+    class Plain(nn.Sequential):
+        def predict(self) -> None: ...
+
+    x = torch.randn(4, 16)
+    small = dr.truncate(dr.transform(Plain(nn.Linear(16, 16)), (x,), rank=dr.Fixed(2)).eval())
+    want = small(x)
+    compiled = torch.compile(small, fullgraph=True, backend="eager")
+    twins = copy.deepcopy(small), pickle.loads(pickle.dumps(small)), torch.export.export(small, (x,)).module()
+    assert all(torch.equal(each(x), want) for each in (compiled, *twins))
+    assert "dynrank" not in str(pickle.dumps(small))
+    for twin in twins:
+        with pytest.raises(AttributeError, match="object has no attribute 'predict'"):
+            _ = twin.predict
 
 
 def test_the_roles_come_from_a_graph_beside() -> None:

@@ -18,15 +18,16 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Mapping, Sequence
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import DynrankWarning, TransitionError
 from ..layouts import Factors, Layout, TwoFactors
 from ..phase import Phase
-from ..rewrite import Switched, copies_of, switched_modules
+from ..rewrite import Switched, copies_of, is_written, switched_modules
 
 _AVERAGES = ("AveragedModel", "ModelEmaV2", "ModelEmaV3")  # by name, since timm need not be installed
 _TOLD: WeakSet[object] = WeakSet()
@@ -79,39 +80,73 @@ def sites_of_average(average: nn.Module, net: nn.Module) -> dict[str, list[Switc
 def warn_of_left_out(net: nn.Module) -> None:
     """Say once of each average that could be the net's, where none was given.
 
-    Only where copies of the net's sites are about, and once for each of them, since the search for what holds them goes
-    through all objects.
+    Only where copies of the net's sites are about, and once for each of them that is not written to, since the search
+    for what holds them goes through all objects.
     """
-    sites = switched_modules(net)
-    known = set(net.modules())
     if _not_searched(net):
         gc.collect(0)  # takes no time, and most copies are of a net that nobody has any more
     copies = _not_searched(net)
     if not copies:
         return
-    for average in [each for each in gc.get_objects() if type(each).__name__ in _AVERAGES]:
-        module = getattr(average, "module", None)
-        if not isinstance(module, nn.Module) or {average, module} & known or average in _TOLD:
-            continue
-        averaged = sites_of_average(module, net)
-        copies -= {each for modules in averaged.values() for each in modules}
-        if averaged.keys() == sites.keys() and all(_alike(averaged[name][0], sites[name][0]) for name in sites):
+    left = _left_out(net)
+    if left:
+        gc.collect()  # a copy that nobody has any more is no average
+    for average, told in [(reference(), told) for reference, told in left]:
+        if average is not None and average not in _TOLD:
             _TOLD.add(average)
             warnings.warn(
-                f"there is an {type(average).__name__} of a net with the same sites, which is not among the averages: "
-                "if it is of this net, it cannot go on after a switch without it, and a switch of its own would ruin "
-                "it; give it to every switch, enter_(net, ..., averages=[average]), or to Phases",
+                f"there is {told}, which is not among the averages: if it is of this net, it cannot go on after a "
+                "switch without it, and a switch of its own would ruin it; give it to every switch, "
+                "enter_(net, ..., averages=[average]), or to Phases",
                 DynrankWarning,
                 stacklevel=3,
             )
     _SEARCHED.update(copies)
 
 
-def _not_searched(net: nn.Module) -> set[nn.Module]:
-    """Copies of the net's first site that are as it is now."""
+def _left_out(net: nn.Module) -> list[tuple[ref[object], str]]:
+    """What could average this net, among all objects, and what each is."""
+    objects, left = gc.get_objects(), list[tuple[ref[object], str]]()
+    known = [each for each in objects if any(kind.__name__ in _AVERAGES for kind in type(each).__mro__)]
+    for average in known:
+        if _averages(average, net):
+            left.append((ref(average), f"an {type(average).__name__} of a net with the same sites"))
+    within = {part for each in known for part in _averaged(each).modules()}
+    written = [copy for copy in _copies(net) if is_written(copy) and copy not in within]
+    # Not isinstance, which asks objects for their class: of lazy ones that imports modules.
+    optimizers = [each for each in objects if issubclass(type(each), Optimizer)] if written else []
+    trained = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    for copy in written:
+        if not any(id(parameter) in trained for parameter in copy.parameters()):
+            left.append((ref(copy), "a copy of a net with the same sites, written to by hand"))
+    return left
+
+
+def _not_searched(net: nn.Module) -> list[Switched]:
+    """The copies whose holders are to be looked for: those that are new, and those that are written to by hand."""
+    return [copy for copy in _copies(net) if copy not in _SEARCHED or (is_written(copy) and copy not in _TOLD)]
+
+
+def _copies(net: nn.Module) -> list[Switched]:
+    """Of the net's first site, as it is now."""
     (first, *_), *_ = switched_modules(net).values()
-    copies: set[nn.Module] = {copy for copy in copies_of(first) if _alike(copy, first)}
-    return copies - set(net.modules()) - set(_SEARCHED)
+    known = set(net.modules())
+    return [copy for copy in copies_of(first) if _alike(copy, first) and copy not in known]
+
+
+def _averaged(average: object) -> nn.Module:
+    """What an average of a known class holds."""
+    module = getattr(average, "module", None)
+    return module if isinstance(module, nn.Module) else nn.Module()
+
+
+def _averages(average: object, net: nn.Module) -> bool:
+    """Whether it could average this net, and is no part of it."""
+    module, sites = _averaged(average), switched_modules(net)
+    if {average, module} & set(net.modules()):
+        return False
+    averaged = sites_of_average(module, net)
+    return averaged.keys() == sites.keys() and all(_alike(averaged[name][0], sites[name][0]) for name in sites)
 
 
 def _alike(one: Switched, other: Switched) -> bool:

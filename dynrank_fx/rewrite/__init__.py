@@ -7,7 +7,7 @@ from .loading import LOADED
 from .memory_format import in_format_of
 from .meta import a_twin, plan_of, set_plan, specialize_
 from .pretrained import expect_factors_
-from .switched import STEM, Switched, copies_of, switched_modules
+from .switched import STEM, Switched, copies_of, is_written, switched_modules
 from .transform import transform
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "in_format_of",
     "inline",
     "inline_",
+    "is_written",
     "plan_of",
     "set_plan",
     "site_groups",

@@ -20,6 +20,7 @@ from ..tracing import (
     drop_dead_reads,
     forget_meta,
     meta_of,
+    names_the_form_,
     refuse_parts,
     set_submodule,
     unwrap,
@@ -112,6 +113,7 @@ def _inlined(net: Net, holders: Counter[int] | None) -> fx.GraphModule:
     for name, _ in plain.named_buffers():
         _keep_persistence(net, plain, name)
     plain.meta = {}  # the plan is of this package
+    names_the_form_(plain, net)
     plain.graph.lint()
     plain.training = net.training
     if holders is not None:

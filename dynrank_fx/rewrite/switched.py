@@ -6,8 +6,8 @@ Several modules may belong to one site: tied weights stay tied as in plain torch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Never
-from weakref import WeakSet
+from typing import Any, Never
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ _FULL, _ADAPTOR = int(Phase.FULL), int(Phase.ADAPTOR)
 TIED = "_tied_weights_keys"  # Hugging Face's: the names of a module's parameters that another one holds too
 STEM = -1  # the call of the owner that applies a shared factor
 
-_COPIES: WeakSet[nn.Module] = WeakSet()
+_COPIES: WeakKeyDictionary[Switched, dict[int, int]] = WeakKeyDictionary()  # with the versions of their parameters
 
 
 class Switched(nn.Module):
@@ -82,7 +82,7 @@ class Switched(nn.Module):
     def __setstate__(self, state: dict[str, object]) -> None:
         """As a copy, or what was pickled, is filled."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _COPIES.add(self)
+        _COPIES[self] = _versions(self)
 
     def read(self, name: str) -> Tensor | None:
         """A parameter or the base, by name; a factor that another site owns, from there."""
@@ -194,6 +194,11 @@ class Switched(nn.Module):
         if self.bare and prefix + "weight" in destination:
             destination[prefix.removesuffix(".")] = destination.pop(prefix + "weight")
 
+    def _load_from_state_dict(self, *args: Any) -> None:  # Any: torch's own
+        super()._load_from_state_dict(*args)
+        if self in _COPIES:
+            _COPIES[self] = _versions(self)
+
     def _replicate_for_data_parallel(self) -> Never:
         raise TransitionError(
             "DataParallel copies a module for every batch, which a site does not allow: use "
@@ -224,4 +229,16 @@ def switched_modules(net: nn.Module) -> dict[str, list[Switched]]:
 
 def copies_of(module: Switched) -> list[Switched]:
     """What was copied of a site, or of one that is called the same, as far as it is still there."""
-    return [each for each in _COPIES if isinstance(each, Switched) and each.site == module.site and each is not module]
+    return [each for each in list(_COPIES) if each.site == module.site and each is not module]
+
+
+def is_written(copy: Switched) -> bool:
+    """Whether something was written into the parameters of a copy since it was made, or loaded by a state_dict."""
+    before = _COPIES.get(copy, {})
+    return any(version > before.get(name, version) for name, version in _versions(copy).items())
+
+
+def _versions(module: Switched) -> dict[int, int]:
+    """torch's count of what was written into each parameter, by its id; there is none of those of inference mode."""
+    parameters = [p for p in module._parameters.values() if p is not None and not p.is_inference()]
+    return {id(parameter): parameter._version for parameter in parameters}

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Never, TypeAlias
@@ -132,15 +132,7 @@ class Net(fx.GraphModule):
             raise TypeError(sentence) from error
 
     def __getattr__(self, name: str) -> Any:  # Any: as nn.Module's own
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name not in vars(self).get("meta", {}).get("own", ()):
-                raise
-            raise AttributeError(
-                f"a graph of {type(self).__name__} has no {name!r}: transform(..., form=dr.Form.LAYERS) makes a net "
-                "that keeps the model's own methods and attributes"
-            ) from None
+        return _attribute(self, name, vars(self).get("meta", {}).get("own", ()))
 
     def load_state_dict(
         self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
@@ -205,6 +197,32 @@ class Net(fx.GraphModule):
 
     def __copy__(self) -> Net:
         raise CaptureError("a shallow copy would share its switches with the original; use copy.deepcopy")
+
+
+def names_the_form_(plain: fx.GraphModule, net: Net) -> None:
+    """Have a graph that was made of the net say, as the net does, where the methods of the model's class are kept.
+
+    That goes into the class that torch has made for this one graph: what is copied or saved is torch's own again.
+    """
+    own = net.meta.get("own", frozenset())
+
+    def missing(self: fx.GraphModule, name: str) -> Any:  # Any: as nn.Module's own
+        return _attribute(self, name, own)
+
+    type(plain).__getattr__ = missing  # type: ignore[method-assign, assignment]
+
+
+def _attribute(graph: fx.GraphModule, name: str, own: Container[str]) -> Any:  # Any: as nn.Module's own
+    """nn.Module's attribute. Raises AttributeError, with the form that has it for a name of the model's class."""
+    try:
+        return nn.Module.__getattr__(graph, name)
+    except AttributeError:
+        if name not in own:
+            raise
+        raise AttributeError(
+            f"a graph of {type(graph).__name__} has no {name!r}: transform(..., form=dr.Form.LAYERS) makes a net "
+            "that keeps the model's own methods and attributes, and so does what is cut from it"
+        ) from None
 
 
 _TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")

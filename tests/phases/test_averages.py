@@ -275,3 +275,60 @@ def test_averages_that_are_given_or_of_other_nets_are_no_matter() -> None:
     for phase in (LOW, FULL):
         dr.enter_(net, phase, optimizer, averages=averages[0])
     dr.enter_(net, LOW, optimizer, averages=averages[0].module)
+
+
+def by_hand(average: nn.Module, net: nn.Module) -> None:
+    with torch.no_grad():
+        for mine, its in zip(average.parameters(), net.parameters(), strict=True):
+            mine.lerp_(its, 0.1)
+
+
+def loaded(average: nn.Module, net: nn.Module) -> None:
+    average.load_state_dict(net.state_dict())
+
+
+def trained(average: nn.Module, net: nn.Module) -> None:
+    average.optimizer = torch.optim.SGD(average.parameters(), lr=0.1)
+    average(torch.randn(2, 16)).sum().backward()
+    average.optimizer.step()
+
+
+@pytest.mark.parametrize("form", list(dr.Form))
+@pytest.mark.parametrize("told", [by_hand, loaded, trained, lambda *_: None])
+def test_a_copy_that_is_an_average_is_told_from_other_copies(told: Callable[..., None], form: dr.Form) -> None:
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(4), form=form)
+    average, optimizer = copy.deepcopy(net), torch.optim.SGD(net.parameters(), lr=0.1)
+    told(average, net)
+    if told is by_hand:
+        with pytest.warns(dr.DynrankWarning, match=r"a copy of a net .*, written to by hand, .*averages=\[average\]"):
+            dr.enter_(net, LOW, optimizer)
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            by_hand(average, net)
+        return
+    dr.enter_(net, LOW, optimizer)
+    if told is loaded:
+        loaded(average, net)
+        assert dr.phases_of(average) == dr.phases_of(net)
+
+
+def test_an_average_of_bare_tensors_stops_at_its_next_update() -> None:
+    """No net holds them, so that nothing can be told of them before: neither by name nor by place they can be mixed."""
+    net = dr.transform(nn.Sequential(nn.Linear(16, 16)), (torch.randn(2, 16),), rank=dr.Fixed(4))
+    by_name = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def update_by_name() -> None:
+        for name, parameter in net.named_parameters():
+            by_name[name].lerp_(parameter.detach(), 0.1)
+
+    def update_by_place() -> None:
+        for mine, its in zip(by_name.values(), net.parameters(), strict=False):
+            mine.lerp_(its.detach(), 0.1)
+
+    update_by_name()
+    update_by_place()
+    dr.enter_(net, LOW, optimizer)
+    with pytest.raises(KeyError, match=r"0\.left"):
+        update_by_name()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        update_by_place()
