@@ -135,7 +135,8 @@ class PhasesCallback(PhasesHolder, TrainerCallback):
             settings=self.settings,
         )
         own.register_load_state_dict_pre_hook(lambda *_: _refuse_stale(net, own))
-        expect_factors_(kwargs["model"], True)  # a checkpoint is to be gone on from
+        # A checkpoint is to be gone on from; what is pushed, others load by from_pretrained.
+        expect_factors_(kwargs["model"], not (args.push_to_hub and args.hub_strategy != "end"))
 
     def on_train_end(
         self,

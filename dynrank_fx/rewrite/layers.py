@@ -47,7 +47,7 @@ def as_layers_(graph_module: fx.GraphModule, sites: Collection[str], holders: Co
         layer.training = graph_module.training
         layers[path] = layer
         for use in same:
-            _call_layer(graph, use, path)
+            _call_layer(graph, use, path, layer)
         for bias in biases[:1]:
             del graph_module.get_submodule(bias.site)._parameters[bias.name]
     for path, layer in layers.items():
@@ -158,12 +158,14 @@ def _is_own(biases: Sequence[_Read], uses: Sequence[_Use]) -> bool:
     return bool(readers) and readers <= {use.node for use in uses} and biases[0].parameter.ndim == 1
 
 
-def _call_layer(graph: fx.Graph, use: _Use, path: str) -> None:
+def _call_layer(graph: fx.Graph, use: _Use, path: str, layer: nn.Module) -> None:
     x = use.x
     assert isinstance(x, fx.Node)
     with graph.inserting_before(use.node):
         new = graph.create_node("call_module", path, (x,))
-    new.meta = dict(use.node.meta)
+    # Quantisers take the calls within one layer of torch for one call: the two factors are in layers of their own.
+    around = {key: each for key, each in use.node.meta.get("nn_module_stack", {}).items() if each[0] != use.read.site}
+    new.meta = use.node.meta | {"nn_module_stack": {**around, path: (path, type(layer))}}
     use.node.replace_all_uses_with(new)
     graph.erase_node(use.node)
     if use.weight is not use.read.node and not use.weight.users:

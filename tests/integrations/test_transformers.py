@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import runpy
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -490,6 +491,54 @@ def test_checkpoints_in_low_are_gone_on_with_and_a_model_saved_in_low_is_told(tm
     with warnings.catch_warnings():
         warnings.simplefilter("error", dr.DynrankWarning)
         whole.save_model(str(tmp_path / "saved"))
+
+
+class Hub:
+    """In the place of Hugging Face's: keeps what is uploaded, and what was said until then."""
+
+    def __init__(self, folder: Path, said: list[warnings.WarningMessage]) -> None:
+        self.folder, self.said = folder, said
+        self.uploads: list[tuple[Path, bool]] = []
+
+    def create_repo(self, name: str, **_: object) -> Any:
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, *, folder_path: str, **_: object) -> Any:
+        told = any("save_pretrained writes factors" in str(each.message) for each in self.said)
+        self.said.clear()
+        copied = shutil.copytree(
+            folder_path,
+            self.folder / str(len(self.uploads)),
+            ignore=lambda _, names: [name for name in names if name.startswith(("checkpoint-", "pushed"))],
+        )
+        self.uploads.append((copied, told))
+        return SimpleNamespace(done=lambda: True, is_done=lambda: True)
+
+
+def test_what_is_pushed_is_loaded_by_from_pretrained_or_it_is_told(tmp_path, monkeypatch):
+    """While it trains, and after it."""
+    import transformers as hf
+    from transformers.utils import hub
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(40, (24, 8))]
+    net = language_model()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", dr.DynrankWarning)
+        fake = Hub(tmp_path / "pushed", said)
+        for module in (hf.trainer, hub):
+            monkeypatch.setattr(module, "hf_api", lambda: fake)
+        monkeypatch.setattr(hf.Trainer, "create_model_card", lambda *_, **__: None)
+        more = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_always_push": True}
+        trainer, callback = hugging_face(tmp_path, net, rows=rows, **more)
+        trainer.train()
+        trainer.push_to_hub()
+        dr.enter_(net, dr.Phase.FULL)
+        trainer.push_to_hub()
+    in_full = [record.phase == "FULL" for record in callback.history] + [False, True]
+    assert [told for _, told in fake.uploads] == [not full for full in in_full]
+    for folder, told in fake.uploads:
+        _, info = hf.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+        assert bool(info["missing_keys"]) is told
 
 
 def test_a_callback_that_comes_after_the_trainer_prepares_the_model_as_well(tmp_path):
