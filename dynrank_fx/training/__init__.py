@@ -5,9 +5,10 @@ from .clock import Clock, clock_of
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
 from .facts import cost_of, train_state
 from .loop import clock_for, clock_of_run, fit
-from .phases import Phases, resume_phases_
+from .phases import Phases
 from .pilot import Pilot, Trial, pilot
 from .presets import Preset, paper_cifar10, paper_cifar100, practical
+from .resume import resume_phases_
 from .rewarm import rewarm_
 from .run import CHECKPOINT, Run, history_in, plan_in, read_run, restore_run_, save_run, weights_in
 from .settings import PhaseSettings, Settings

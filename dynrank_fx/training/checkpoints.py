@@ -34,7 +34,8 @@ from ..tracing import load_state_, note, unwrap
 from .fits import check_fit
 from .optimizer_state import named_of_numbered, named_state, restore_state_
 from .parts import Parts, of_all, parts_of, stored_in, tensors_of
-from .phases import RESUMED, Phases
+from .phases import Phases
+from .resume import RESUMED
 from .saved import STATE, Saved, read_saved
 from .state_tree import flatten
 

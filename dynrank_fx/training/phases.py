@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..aliases import JsonObject, StateDict
-from ..checks import check_flags, check_schedule, is_list, is_number, is_whole
+from ..aliases import StateDict
+from ..checks import check_flags, check_schedule, is_list, is_whole
 from ..errors import DynrankWarning, ScheduleError, StoreError, TransitionError
 from ..phase import Phase, summary
 from ..phases import (
@@ -32,13 +31,12 @@ from ..phases import (
     phases_of,
     randomize_,
     refuse_wrapped,
-    replan_,
 )
 from ..processes import Shards, agree, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
-from ..schedules import Decision, EpochRecord, Schedule, Setting, Spectra, TrainState
+from ..schedules import Decision, EpochRecord, Schedule, Setting, TrainState
 from ..text import rounded
-from ..tracing import meta_of, note, unwrap
+from ..tracing import meta_of, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
 from .deciding import decided
 from .factor_decay import factor_decay_
@@ -46,16 +44,11 @@ from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at,
 from .finite import infinite_buffers, not_finite
 from .history import add_
 from .landing import Landing, epochs_to_cut
+from .records import NO_STATE, history_in, last_of, rates_so_far, thinned
+from .resume import RESUMED
 from .rewarm import Rewarm
 from .settings import PhaseSettings
 from .starts import Starts
-
-T = TypeVar("T")
-
-_POINTS = 64  # of a spectrum in a record
-_KEPT = 1_000_000  # letters of the records in a state, as JSON
-_NO_STATE = "the state holds no history of phases: give what Phases.state_dict() gave"
-RESUMED = "dynrank_resumed"  # in the meta of a net that is in the phases of a checkpoint
 
 
 class Phases:
@@ -317,7 +310,7 @@ class Phases:
             reasons=tuple(setting.reasons) if isinstance(setting, Decision) else (),
             epochs_to_cut=cuts,
             switch_error={change.site: rounded(change.error, 6) for change in self.transition.changes},
-            switch_spectra=_thinned(old, self._spectra(watched)),
+            switch_spectra=thinned(old, self._spectra(watched)),
             switch_seconds=time.perf_counter() - started,
             spent=state.spent + cost_of(self.net),
             step=None if clock.by_epochs else self.step,
@@ -344,19 +337,10 @@ class Phases:
             tick,
             self.clock.ticks,
             self._rates(tick, stepped),
-            rates=self._rates_so_far(tick),
+            rates=rates_so_far(self._earlier, self.history, tick),
             spent=self.history[-1].spent if self.history else 0.0,
             unit=self.clock.unit,
         )
-
-    def _rates_so_far(self, tick: int) -> list[float]:
-        """The learning rates of the ticks before this one; of one that never began, where an epoch was shorter than
-        was said, that of the tick before it.
-        """
-        rates = [*self._earlier]
-        for record in self.history:
-            rates += rates[-1:] * (record.epoch - len(rates)) + [record.lr]
-        return rates + rates[-1:] * (tick - len(rates))
 
     def _rates(self, tick: int, stepped: bool) -> tuple[float, ...]:
         """The learning rate of this tick and of all that follow; empty where it is not known."""
@@ -452,7 +436,7 @@ class Phases:
         # Before steps were counted, a state was that of the end of an epoch.
         step, rewarm = state.get("step", self.clock.start(self.begun)), state.get("rewarm") or ()
         if not is_whole(step) or not is_list(rewarm) or not all(map(is_whole, rewarm)):
-            raise StoreError(_NO_STATE)
+            raise StoreError(NO_STATE)
         self.step = step
         self._waits = bool(state.get("waits", False))
         if self._rewarms and rewarm:
@@ -488,8 +472,8 @@ class Phases:
                 DynrankWarning,
                 stacklevel=2,
             )
-        history = _last(self.history)
-        rates = self._rates_so_far(self.begun)[: history[0]["epoch"]] if history else []
+        history = last_of(self.history)
+        rates = rates_so_far(self._earlier, self.history, self.begun)[: history[0]["epoch"]] if history else []
         return {"history": history, "rates": rates, **self.hooks_state()}
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -503,7 +487,7 @@ class Phases:
         Raises:
             StoreError: For a state that is of something else, or of other phases than the net is in.
         """
-        earlier, history = _history_in(state)
+        earlier, history = history_in(state)
         if history and history[-1].phases != phases_of(self.net):
             raise StoreError(
                 "the net is in other phases than the state is of: call resume_phases_(net, state) before its weights "
@@ -540,84 +524,6 @@ def _plain(setting: Setting) -> Setting:
     return dict(setting) if isinstance(setting, Mapping) else setting
 
 
-def _thinned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Spectra]:
-    """Per site both spectra at the same up to 64 indices, evenly spread from first to last; zeros where the smaller one
-    has ended.
-    """
-    thinned = {}
-    for name in before:
-        count = max(len(before[name]), len(after[name]))
-        step = max(1.0, (count - 1) / (_POINTS - 1))
-        chosen = [round(i * step) for i in range(min(count, _POINTS))]
-        thinned[name] = (_at(before[name], chosen, count), _at(after[name], chosen, count))
-    return thinned
-
-
-def _at(spectrum: Tensor, chosen: list[int], count: int) -> tuple[float, ...]:
-    """A spectrum, with zeros up to ``count`` values, at these indices, in four digits."""
-    padded = torch.nn.functional.pad(spectrum, (0, count - len(spectrum)))
-    return tuple(rounded(value, 4) for value in padded[chosen].tolist())
-
-
-def _last(history: Sequence[EpochRecord]) -> list[JsonObject]:
-    """The last records, for a state."""
-    kept, size = list[JsonObject](), 0
-    for record in reversed(history):
-        said = record.to_json()
-        size += len(json.dumps(said, default=str))
-        if kept and size > _KEPT:
-            break
-        kept.append(said)
-    return kept[::-1]
-
-
-def _history_in(state: StateDict) -> tuple[list[float], list[EpochRecord]]:
-    """The records in what ``Phases.state_dict`` gave, and the learning rates before them. Raises StoreError for what is
-    of something else.
-    """
-    try:
-        history = [EpochRecord.from_json(record) for record in state["history"]]
-        earlier = [*state.get("rates", ())]
-        sound = all(map(_is_record, history)) and all(map(is_number, earlier))
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise StoreError(_NO_STATE) from error
-    if not sound or (earlier and (not history or history[0].epoch != len(earlier))):
-        raise StoreError(_NO_STATE)
-    return earlier, history
-
-
-def _is_record(record: EpochRecord) -> bool:
-    """Whether what training goes on from is there."""
-    whole = is_whole(record.epoch) and all(is_whole(rank, 1) for rank in record.ranks.values())
-    return whole and is_number(record.lr) and is_number(record.spent, 0)
-
-
 def phase_label(net: nn.Module) -> str:
     """``FULL``, ``LOW``, or how many sites are in which."""
     return summary(phases_of(net).values())
-
-
-def resume_phases_(net: nn.Module, state: StateDict) -> None:
-    """Bring a freshly transformed net into the phases of a checkpoint, so that its weights load by name.
-
-    Call it before the optimizer is made, and before weights are loaded.
-
-    Args:
-        net: What ``transform`` made.
-        state: What ``Phases.state_dict()`` gave.
-
-    Raises:
-        StoreError: For a state that is of something else.
-        PlanError: For ranks that a site cannot have.
-        TransitionError: For sites that the net does not have.
-    """
-    (_, history), root = _history_in(state), unwrap(net)
-    if not history:
-        return
-    last = history[-1]
-    plan = {name: modules[0].rank for name, modules in switched_modules(root).items()}
-    ranks = {name: rank for name, rank in last.ranks.items() if plan.get(name) != rank}
-    if ranks:
-        replan_(net, plan_of(net).with_ranks(ranks))
-    enter_(net, last.phases)
-    note(root, **{RESUMED: True})

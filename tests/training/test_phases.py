@@ -188,7 +188,7 @@ def begun_and_trained(epochs: int, total: int, resume: Any = None) -> dr.Phases:
 def test_a_state_is_bounded_in_the_number_of_epochs_and_goes_on_from_what_it_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dynrank_fx.training import phases as module
+    from dynrank_fx.training import records as module
 
     monkeypatch.setattr(module, "_KEPT", 10_000)
     few, many = begun_and_trained(60, 200).state_dict(), begun_and_trained(150, 200).state_dict()
@@ -217,7 +217,7 @@ def test_a_state_is_bounded_in_the_number_of_epochs_and_goes_on_from_what_it_has
 
 
 def test_one_record_larger_than_the_bound_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynrank_fx.training import phases as module
+    from dynrank_fx.training import records as module
 
     monkeypatch.setattr(module, "_KEPT", 1)
     state = begun_and_trained(3, 5).state_dict()
