@@ -90,6 +90,33 @@ def test_averages_that_lightning_keeps_come_along(kind, tmp_path):
     assert float(gap) < 0.5
 
 
+def test_the_best_checkpoint_of_other_phases_comes_back_whole(tmp_path):
+    """By ``validate(ckpt_path="best")`` and by ``load_from_checkpoint``, into a net in the phases of the last epoch."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    class Scored(type(lightning_module())):
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def on_validation_end(self) -> None:
+            scores.append(float(self.trainer.callback_metrics["loss"]))
+
+    scores: list[float] = []
+    more = {"num_sanity_val_steps": 0, "enable_checkpointing": False, "schedule": dr.schedules.warm_up(full=3)}
+    trainer, callback = lightning(5, tmp_path, **more)
+    trainer.callbacks.append(best := ModelCheckpoint(tmp_path, monitor="loss", mode="max"))
+    module, rows = Scored(), DataLoader(data(), 8)
+    trainer.fit(module, rows, rows)
+    told, phases = max(scores), callback.history[scores.index(max(scores))].phases
+    assert phases != dr.phases_of(module.net), "the worst is an early one"
+    scores.clear()
+    trainer.validate(module, rows, ckpt_path="best", weights_only=False)
+    again = Scored.load_from_checkpoint(best.best_model_path, weights_only=False)
+    assert scores == [told]
+    assert dr.phases_of(module.net) == dr.phases_of(again.net) == phases
+    assert_same(again.net, module.net)
+
+
 def test_it_lands_by_optimizer_steps_where_batches_are_accumulated(tmp_path):
     trainer, callback = lightning(5, tmp_path, enable_checkpointing=False, accumulate_grad_batches=2)
     trainer.fit(lightning_module(), DataLoader(data(), 8))

@@ -541,6 +541,18 @@ def test_what_is_pushed_is_loaded_by_from_pretrained_or_it_is_told(tmp_path, mon
         assert bool(info["missing_keys"]) is told
 
 
+@pytest.mark.parametrize("make", [language_model, tied], ids=["layers", "graph"])
+def test_the_best_model_at_the_end_is_that_of_its_phases(make, tmp_path):
+    """The worst, since that is an early one, of other phases than the last."""
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(40, (24, 8))] if make is language_model else None
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer, callback = hugging_face(tmp_path, make(), rows=rows, eval_strategy="epoch", **best)
+    trainer.train()
+    epoch = next(index for index in range(5) if trainer.state.best_model_checkpoint.endswith(f"-{3 * (index + 1)}"))
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    assert dr.phases_of(trainer.model) == callback.history[epoch].phases
+
+
 def test_a_callback_that_comes_after_the_trainer_prepares_the_model_as_well(tmp_path):
     trainer, callback = hugging_face(tmp_path, tied(), save_strategy="no")
     late = type(trainer)(tied(), trainer.args, train_dataset=trainer.train_dataset)
