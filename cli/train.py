@@ -135,7 +135,7 @@ def train(
         length = f"{whole} in {length}"
     trained_by = f"; {processes.count} processes, {device.partition(':')[0]}" if processes.count > 1 else ""
     say(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}{trained_by}")
-    bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, unit=clock.unit)
+    bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, file.metric_name, unit=clock.unit)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] and processes.first else bar
     with stop_signals(passed_on=launch is not None) as stopped:
         finished = fit(

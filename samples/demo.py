@@ -39,7 +39,12 @@ def trained(net: Net, schedule: Schedule, epochs: int, *, compiled: bool) -> Run
     """The net after training by the schedule, and how it went."""
     optimizer = digits.optimizer(net.parameters())
     run = Run(net, optimizer, schedule, digits.lr_scheduler(optimizer))
-    fit(run, task(), Settings(epochs=epochs, compile=compiled), watcher=Bar(epochs, len(digits.train_data())))
+    fit(
+        run,
+        task(),
+        Settings(epochs=epochs, compile=compiled),
+        watcher=Bar(epochs, len(digits.train_data()), "accuracy"),
+    )
     return run
 
 

@@ -58,7 +58,7 @@ def plot_run(history: Sequence[EpochRecord], path: Path) -> None:
         metric = losses.twinx()
         values = [100 * value for value in known(record.eval_metric for record in history)]
         metric.plot(epochs, values, color="#c0392b", marker="s", markersize=3, linestyle="--")
-        metric.set_ylabel("held-out accuracy, %", color="#c0392b")
+        metric.set_ylabel("held-out metric, %", color="#c0392b")
     _save(figure, path)
 
 

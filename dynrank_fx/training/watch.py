@@ -76,7 +76,7 @@ class Bar(Watcher):
         self,
         epochs: int,
         steps: int | None,
-        metric: str = "accuracy",
+        metric: str = "metric",
         file: TextIO | None = None,
         *,
         unit: str = "epoch",

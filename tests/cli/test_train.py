@@ -77,7 +77,7 @@ def test_a_run_is_a_folder_and_a_line_per_epoch(write: Run, run: Run, folder: Pa
             f"epoch {number}/4",
             record["phase"],
             f"loss {record['loss']:.4f}",
-            f"accuracy {record['metric']:.2%}",
+            f"metric {record['metric']:.2%}",
             f"held out {record['eval_metric']:.2%}",
             f"lr {record['lr']:.3g}",
         ):

@@ -34,7 +34,7 @@ def shown(file: io.StringIO, *, evaluate: bool = True, metric: bool = True) -> s
         eval_data=[batch] if evaluate else None,
         metric=accuracy if metric else None,
     )
-    bar = Bar(2, 11, file=file)
+    bar = Bar(2, 11, "accuracy", file)
     run = Run(net, SGD(net.parameters(), lr=0.125), dr.schedules.interleave(low=1, full=1))
     assert fit(run, task, Settings(epochs=2, compile=False), watcher=bar)
     assert bar.bar is None
