@@ -163,68 +163,6 @@ def test_the_state_of_an_earlier_version_goes_on() -> None:
     assert phases.begin(1).spent == pytest.approx(0.9 + cost_of(net))
 
 
-def test_a_state_from_before_the_first_epoch_changes_nothing() -> None:
-    net = made()
-    phases = dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.always(LOW), 2)
-    dr.resume_phases_(net, phases.state_dict())
-    phases.load_state_dict(phases.state_dict())
-    assert set(dr.phases_of(net).values()) == {FULL}
-    assert phases.history == []
-
-
-def begun_and_trained(epochs: int, total: int, resume: Any = None) -> dr.Phases:
-    """Epochs in turn LOW and FULL, of a learning rate that falls in each."""
-    net = made()
-    if resume is not None:
-        dr.resume_phases_(net, resume)
-    optimizer = SGD(net.parameters(), lr=0.1)
-    phases = dr.Phases(net, optimizer, dr.schedules.interleave(low=1, full=1), total, resume=resume)
-    for epoch in range(phases.begun, epochs):
-        optimizer.param_groups[0]["lr"] = 0.1 / (epoch + 1)
-        phases.begin(epoch)
-    return phases
-
-
-def test_a_state_is_bounded_in_the_number_of_epochs_and_goes_on_from_what_it_has(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from dynrank_fx.training import records as module
-
-    monkeypatch.setattr(module, "_KEPT", 10_000)
-    few, many = begun_and_trained(60, 200).state_dict(), begun_and_trained(150, 200).state_dict()
-    for state in (few, many):
-        assert len(json.dumps(state["history"])) <= 10_000
-    assert len(json.dumps(many)) - len(json.dumps(few)) < 30 * 90 + 1000, "a number for an epoch more"
-    kept = [record["epoch"] for record in many["history"]]
-    assert kept == list(range(150 - len(kept), 150))
-    assert many["rates"] == [0.1 / (epoch + 1) for epoch in range(150 - len(kept))]
-
-    whole, seen = begun_and_trained(152, 200), []
-    again = begun_and_trained(150, 200, many)
-    assert again.begun == 150
-    assert "epoch 150 of 200" in repr(again)
-    schedule = again.schedule
-    again.schedule = lambda state: seen.append(state) or schedule(state)  # type: ignore[func-returns-value]
-    again.optimizer.param_groups[0]["lr"] = 0.1 / 151
-    record = again.begin(150)
-    assert (record.phases, record.spent) == (whole.history[150].phases, pytest.approx(whole.history[150].spent))
-    assert seen[0].lrs[:151] == pytest.approx([each.lr for each in whole.history[:151]])
-    assert again.state_dict()["rates"][:10] == many["rates"][:10]
-    with pytest.raises(dr.ScheduleError, match=r"^epoch 3 cannot begin again, since the state .* only from"):
-        again.begin(3)
-    assert again.begin(0).spent == pytest.approx(whole.history[0].spent)
-    assert again.begun == 1
-
-
-def test_one_record_larger_than_the_bound_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynrank_fx.training import records as module
-
-    monkeypatch.setattr(module, "_KEPT", 1)
-    state = begun_and_trained(3, 5).state_dict()
-    assert [record["epoch"] for record in state["history"]] == [2]
-    assert len(begun_and_trained(3, 5, state).history) == 1
-
-
 def test_random_factors_are_those_that_training_starts_with_only() -> None:
     for schedule, random in ((by_epoch(LOW, FULL, LOW), True), (by_epoch(FULL, LOW, LOW), False)):
         net = made()
