@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..errors import TransitionError
 from ..layouts import LinearLayout
 from ..phase import Phase
-from ..processes import Outline, Processes, Shards, is_part, is_sharded, own, part_as, whole
+from ..processes import Heard, Outline, Processes, Shards, is_part, is_sharded, own, part_as, whole
 from ..rewrite import SiteGroup, Switched
 from ..tracing import regions
 from .gradients import pending_gradient
@@ -68,12 +68,12 @@ def rows_of(group: SiteGroup, phase: Phase, optimizer: Optimizer | None, pending
 
 
 @contextmanager
-def in_rows(group: SiteGroup, optimizer: Optimizer | None, rows: Rows) -> Iterator[None]:
+def in_rows(group: SiteGroup, optimizer: Optimizer | None, processes: Heard, source: int) -> Iterator[None]:
     """Within it a site holds this process's rows of its weight, or of its left factor, and all of the right one, and
-    its layout computes on those in all processes together.
+    its layout computes on those in all processes together. source: the one that decomposes.
     """
-    layout, held = group.layout, _held([group])
-    read = {name: own if name == held[0][1] else whole for _, name in held}
+    layout, held, rows = group.layout, _held([group]), Rows(processes, source)
+    read = {name: own if name == held[0][1] else _gathered_by(processes) for _, name in held}
     with _standing(optimizer) as stand:
         for site, name in held:
             stand(site, name, read[name], frozenset())
@@ -88,17 +88,28 @@ def in_rows(group: SiteGroup, optimizer: Optimizer | None, rows: Rows) -> Iterat
 
 @contextmanager
 def in_hand(
-    groups: Sequence[SiteGroup], optimizer: Optimizer | None, pending: Collection[int], *, here: bool
+    groups: Sequence[SiteGroup], optimizer: Optimizer | None, pending: Collection[int], processes: Heard, source: int
 ) -> Iterator[None]:
-    """Within it the sites of these groups hold whole parameters in one process. All processes call this.
+    """Within it the sites of these groups hold whole parameters in one process, the source. All processes call this;
+    the others lend what they have.
 
-    optimizer: whose state comes too. pending: ids of the parameters whose gradients do. here: whether this process is
-    the one; the others lend what they have.
+    optimizer: whose state comes too. pending: ids of the parameters whose gradients do.
     """
     with _standing(optimizer) as stand:
         for site, name in _held(groups):
-            stand(site, name, whole, pending, keep=here)
+            stand(site, name, _gathered_by(processes), pending, keep=processes.rank == source)
         yield
+
+
+def _gathered_by(processes: Heard) -> Callable[[Tensor], Tensor]:
+    """``whole``, where none of these processes has failed."""
+
+    def gathered(tensor: Tensor) -> Tensor:
+        if is_part(tensor):
+            processes.hear()
+        return whole(tensor)
+
+    return gathered
 
 
 @contextmanager

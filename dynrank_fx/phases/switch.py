@@ -33,7 +33,7 @@ from .groups import holder_in, holders_of, in_slots
 from .init import branch
 from .refusals import check_held, check_values
 from .replace import Journal, parameters_of, replace_parameters
-from .rows import Rows, error_of
+from .rows import error_of
 from .sharding import in_hand, in_parts, in_rows, pending_in_parts, put_down, rows_of
 from .values import Split, Value, dense_of, factors_of
 
@@ -138,17 +138,16 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
         for turn, made in enumerate(ready):
             move, carrying, source = moves[turn], carried[turn], turn % processes.count
             optimizer, what = training[move.group.name], f"the switch of {move.group.name}"
-            if not copies and split is None and rows_of(move.group, move.phase, carrying, pending):
-                with (
-                    in_rows(move.group, carrying, Rows(processes, source)),
-                    processes.all_or_none(TransitionError, what),
-                ):
-                    news = [new._replace(rows=True) for new in made()]
-            else:
-                held = [move.group, *(_averaged(move.group, copy) for copy in copies)]
-                with in_hand(held, carrying, pending, here=processes.rank == source):
-                    news = processes.from_one(source, made, TransitionError, what)
+            by_rows = not copies and split is None and rows_of(move.group, move.phase, carrying, pending)
+            heard = processes.heard(TransitionError, what)
             with processes.all_or_none(TransitionError, what), _room_for(move.group):
+                if by_rows:
+                    with in_rows(move.group, carrying, heard, source):
+                        news = [new._replace(rows=True) for new in made()]
+                else:
+                    held = [move.group, *(_averaged(move.group, copy) for copy in copies)]
+                    with in_hand(held, carrying, pending, heard, source):
+                        news = heard.from_one(source, made, TransitionError, what)
                 changes += _install(move, news, optimizer, copies, journal)
         with processes.all_or_none(TransitionError, "making DistributedDataParallel anew"):
             make_again()

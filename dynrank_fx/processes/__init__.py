@@ -6,12 +6,13 @@ from .agreement import agree
 from .asked import as_first_, check_same, in_group, whole_weights
 from .digests import Digest, digest_of, unequal
 from .shards import Outline, Shards, is_part, is_sharded, outlined, own, part_as, whole
-from .together import ALONE, Processes, started
+from .together import ALONE, Heard, Processes, started
 from .wrappers import check_wrapper, ignored_by, let_go, processes_of, processes_training, wrappers_of
 
 __all__ = [
     "ALONE",
     "Digest",
+    "Heard",
     "Outline",
     "Processes",
     "Shards",

@@ -81,7 +81,8 @@ class Processes:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for several in kinds.values():
             flat = torch.cat([each.reshape(-1) for each in several]).to(self._there(several[0]))
-            dist.all_reduce(flat, group=self.group)
+            with self._waiting(DynrankError):
+                dist.all_reduce(flat, group=self.group)
             for each, part in zip(several, flat.split([each.numel() for each in several]), strict=True):
                 each.copy_(part.view(each.shape))
 
@@ -90,7 +91,8 @@ class Processes:
         if self.count == 1:
             return int(number)
         largest = torch.tensor([int(number)], device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        with self._waiting(DynrankError):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return int(largest)
 
     def gathered(self, value: T) -> list[T]:
@@ -105,8 +107,8 @@ class Processes:
     @contextmanager
     def all_or_none(self, error: type[DynrankError], what: str) -> Iterator[None]:
         """Where the block fails in one process, it fails in all: the others raise an error of the same kind (such an
-        error, for what is none of ours), which says what failed and why. No block holds communication that a failure
-        before it would leave half done.
+        error, for what is none of ours), which says what failed and why. Communication within the block goes by
+        ``heard``, or a failure before it would leave it half done.
         """
         failure: BaseException | None = None
         try:
@@ -115,8 +117,13 @@ class Processes:
             failure = caught
             raise
         finally:
-            if self.count > 1:
+            told = failure is not None and vars(failure).pop(_HEARD, False)
+            if self.count > 1 and not told:
                 self._tell(failure, error, what)
+
+    def heard(self, error: type[DynrankError], what: str) -> Heard:
+        """These processes within a block of ``all_or_none`` that was given the same."""
+        return Heard(self.group, error, what)
 
     @contextmanager
     def _waiting(self, error: type[DynrankError]) -> Iterator[None]:
@@ -161,7 +168,8 @@ class Processes:
                 sent[0] = pytree.tree_unflatten([_stands(e) if isinstance(e, Tensor) else e for e in leaves], spec)
             except BaseException as caught:
                 failure, sent[1] = caught, _said(caught)
-        dist.broadcast_object_list(sent, group_src=source, group=self.group, device=self.device)
+        with self._waiting(error):
+            dist.broadcast_object_list(sent, group_src=source, group=self.group, device=self.device)
         if failure is not None:
             raise failure
         if sent[1] is not None:
@@ -169,20 +177,20 @@ class Processes:
             raise (kind or error)(self._failed(what, source, sentence))
         leaves, spec = pytree.tree_flatten(sent[0])
         tensors = made if self.rank == source else [_empty(each) for each in leaves if isinstance(each, _Stands)]
-        self._send(tensors, source)
+        self._send(tensors, source, error)
         there = iter(tensors)
         value: T = pytree.tree_unflatten([next(there) if isinstance(e, _Stands) else e for e in leaves], spec)
         return value
 
-    def _send(self, tensors: list[Tensor], source: int) -> None:
+    def _send(self, tensors: list[Tensor], source: int, error: type[DynrankError]) -> None:
         """Fill these tensors, everywhere, with those of the source; one message for all of one dtype and device."""
         kinds: dict[tuple[torch.dtype, str], list[Tensor]] = {}
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device.type), []).append(tensor)
         for several in kinds.values():
             flat = torch.cat([each.reshape(-1) for each in several]).to(self._there(several[0]))
-            # Backends do not know every dtype, and all of them know bytes.
-            dist.broadcast(flat.view(torch.uint8), group_src=source, group=self.group)
+            with self._waiting(error):  # backends do not know every dtype, and all of them know bytes
+                dist.broadcast(flat.view(torch.uint8), group_src=source, group=self.group)
             if self.rank != source:
                 for each, part in zip(several, flat.split([each.numel() for each in several]), strict=True):
                     each.copy_(part.view(each.shape))
@@ -192,6 +200,48 @@ class Processes:
         assert self.group is not None
         return tensor.device if tensor.device in self.group._device_types else self.device
 
+
+@dataclass(frozen=True)
+class Heard(Processes):
+    """Processes within a block of ``all_or_none`` that communicate there: before each message they hear whether the
+    block has failed in one of them, which then sends no more, and all raise as at the block's end.
+
+    Attributes:
+        error: What the block was given.
+        what: What the block was given.
+    """
+
+    error: type[DynrankError] = DynrankError
+    what: str = ""
+
+    def hear(self) -> None:
+        """Raises where the block of another has failed."""
+        if self.count == 1:
+            return
+        try:
+            Processes(self.group)._tell(None, self.error, self.what)
+        except DynrankError as failed:
+            setattr(failed, _HEARD, True)  # the others know already
+            raise
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        self.hear()
+        super().sum_(tensors)
+
+    def most(self, number: int) -> int:
+        self.hear()
+        return super().most(number)
+
+    def gathered(self, value: T) -> list[T]:
+        self.hear()
+        return super().gathered(value)
+
+    def from_one(self, source: int, make: Callable[[], T], error: type[DynrankError], what: str) -> T:
+        self.hear()
+        return super().from_one(source, make, error, what)
+
+
+_HEARD = "_dynrank_heard"  # of an error that all know of, so that the end of its block need not tell it
 
 ALONE = Processes()
 """A process of its own."""

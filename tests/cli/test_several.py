@@ -39,7 +39,8 @@ TOLD = {
     "GROUP_WORLD_SIZE": "2",
 }
 
-# What the processes are to suffer is in PLAN: in which start, at which call of loss() in process 1, and what.
+# What the processes are to suffer is in PLAN: in which start, at which call of loss() in process 1, or in the only one,
+# and what.
 MODEL = """
     import os, random, signal, sys, threading
     import torch
@@ -79,7 +80,7 @@ MODEL = """
         calls += 1
         for suffered in filter(None, os.environ.get("PLAN", "").split()):
             when, call, what = suffered.split(":")
-            if (rank, start, calls) == (1, int(when), int(call)):
+            if (rank, start, calls) == (int(os.environ.get("WORLD_SIZE", 1)) > 1, int(when), int(call)):
                 os.kill(os.getpid() if what == "kill" else os.getppid(), getattr(signal, f"SIG{what.upper()}"))
         if calls == 1 and start < int(os.environ.get("KILLS", 0)):
             drawn = random.Random(start)
@@ -307,14 +308,29 @@ def test_gpus_train_as_the_cpu_does(model_file: Path, run: Callable[..., Result]
 
 
 @pytest.mark.fuzz
-def test_thirty_kills_lose_nothing(model_file: Path) -> None:
+@pytest.mark.parametrize("parts", [[], ["--fsdp"]])
+def test_thirty_kills_lose_nothing(model_file: Path, parts: list[str]) -> None:
     """At random moments of training, each in one of two processes, while steps, switches and saves go on."""
-    alone = torchrun(out="whole", EPOCHS="150", seconds=600)
+    alone = torchrun(out="whole", EPOCHS="150", last=parts, seconds=900)
     assert alone.returncode == 0, alone.stdout
-    done = torchrun("--max-restarts", "40", out="killed-run", EPOCHS="150", KILLS="30", seconds=3000)
+    done = torchrun("--max-restarts", "40", out="killed-run", EPOCHS="150", KILLS="30", last=parts, seconds=3000)
     assert done.returncode == 0, done.stdout
     killed = Path("killed").read_text().splitlines()
     print(*killed, sep="\n")
     assert len(killed) == 30
     torch.testing.assert_close(weights("killed-run"), weights("whole"), rtol=0, atol=0)
     assert figures("killed-run") == figures("whole")
+
+
+@pytest.mark.fuzz
+def test_one_two_four_and_one_process_go_on_with_one_run(model_file: Path, run: Callable[..., Result]) -> None:
+    """Each is told to end in the midst of an epoch, and as many samples make a step throughout."""
+    run("train", "model.py", *OPTIONS, "--out", "one")
+    stopped = torchrun(out="many", count=1, PLAN="0:5:term")
+    assert "and saved; go on with" in stopped.stdout
+    for count, last in ((2, []), (4, ["--fsdp"])):
+        stopped = torchrun(out="many", count=count, last=["--resume", *last], PLAN="0:7:term")
+        assert "and saved; go on with" in stopped.stdout, stopped.stdout
+    run("train", "model.py", "--out", "many", "--resume")
+    check_near("many", "one")
+    torch.testing.assert_close(figures("many"), figures("one"), rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import dynrank_fx as dr
 from dynrank_fx.phases import switch
-from dynrank_fx.processes import digest_of, is_part, outlined, own, whole
+from dynrank_fx.processes import Heard, digest_of, is_part, outlined, own, whole
 from dynrank_fx.rewrite import switched_modules
 from dynrank_fx.training import PhaseSettings, cost_of
 
@@ -30,10 +31,10 @@ def _sharded(net: nn.Module, **choices: Any) -> nn.Module:
     return net
 
 
-def _said(do: Callable[[], object]) -> str:
+def _said(do: Callable[[], object], *kinds: type[Exception]) -> str:
     try:
         do()
-    except dr.DynrankError as error:
+    except (dr.DynrankError, *kinds) as error:
         return str(error)
     return ""
 
@@ -131,6 +132,29 @@ def _failing(rank: int, net: nn.Module, optimizer: torch.optim.Optimizer, phase:
         return _said(lambda: dr.enter_(net, phase, optimizer))
     finally:
         switch._install = install
+
+
+def _between(rank: int) -> list[str]:
+    """What is said of a process that fails between any two messages of a switch, by rows and of whole weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 12))
+    net = _sharded(dr.transform(model, (X,), rank=dr.Fixed(3), leave=(), allow_unprofitable=True))
+    optimizer, hear, said = trained(net), Heard.hear, list[str]()
+    for phase in (LOW, FULL):
+        before, last = _snapshot(net, optimizer), 0
+        while not (last and said[-1] == ""):
+            count, last = itertools.count(), last + 1
+
+            def failing(processes: Heard, at: int = last, count: Any = count) -> None:
+                if next(count) + 1 == at and rank == 1:
+                    raise MemoryError(f"at message {at}")
+                hear(processes)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Heard, "hear", failing)
+                said.append(_said(lambda phase=phase: dr.enter_(net, phase, optimizer), MemoryError))
+            assert (_snapshot(net, optimizer) == before) == (said[-1] != "")
+    return said
 
 
 def _carried(rank: int) -> dict[str, Tensor]:
@@ -243,6 +267,7 @@ def _everything(rank: int, folder: str) -> dict[str, Any]:
     return {
         "refused": _refused(rank),
         "undone": _undone(rank),
+        "between": _between(rank),
         "carried": _carried(rank),
         "phases": _phases(rank),
         "saved": _saved(rank, folder),
@@ -271,6 +296,15 @@ def test_what_cannot_be_switched_says_what_to_do(both: Any) -> None:
 def test_a_failure_in_one_process_leaves_all_as_they_were(both: Any) -> None:
     for done in both[1]:
         assert done["undone"] == dict.fromkeys(done["undone"], True)
+
+
+def test_a_failure_between_two_messages_of_a_switch_keeps_nobody_waiting(both: Any) -> None:
+    first, second = (done["between"] for done in both[1])
+    assert len(first) > 20
+    for here, there in zip(first, second, strict=True):
+        assert here.endswith(f"failed in process 1 of 2, and nothing was done in any: MemoryError: {there}") or (
+            here == there == ""
+        )
 
 
 def test_pending_gradients_in_parts_are_carried(both: Any) -> None:
