@@ -1,6 +1,6 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
-from .agreement import agree_before
+from .agreement import agree_before, agree_on_origin
 from .averages import averages_in, averages_of, copy_factors_
 from .carry import Carry, checked_carry
 from .checkpoint import check_place, how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
@@ -20,6 +20,7 @@ __all__ = [
     "RankUnit",
     "Transition",
     "agree_before",
+    "agree_on_origin",
     "averages_in",
     "averages_of",
     "check_place",

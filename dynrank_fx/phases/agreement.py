@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from ..aliases import Group
 from ..errors import TransitionError
 from ..phase import Phase
-from ..processes import Processes, agree, digest_of, outlined
-from ..rewrite import SiteGroup, Switched, switched_modules
+from ..processes import Processes, agree, digest_of, is_part, of_unlike_wholes, others, outlined
+from ..rewrite import GIVEN, SiteGroup, Switched, switched_modules
+from ..tracing import meta_of
 from .groups import State
 from .replace import parameters_of
 
@@ -36,6 +37,23 @@ def agree_before(
         TransitionError,
         "nothing was switched; give all the same model, seed, plan and optimizer before they begin, and the same code",
     )
+
+
+def agree_on_origin(processes: Processes, root: nn.Module) -> None:
+    """Compare, once, the weights that ``transform`` was given, of a net in parts. Raises TransitionError in all."""
+    parts = {name: p for name, p in root.named_parameters() if is_part(p)}
+    if processes.count == 1 or not parts:
+        return
+    meta = meta_of(root)
+    unlike = of_unlike_wholes(processes, parts, meta.get(GIVEN, {}))
+    if unlike is not None:
+        name, ranks = unlike
+        raise TransitionError(
+            f"{name} was not the same in all processes when the net was made, {others(ranks, processes.count)}, and "
+            "each has kept its part of another model: give all the same seed before the model is made, or load the "
+            "same weights into all after fully_shard, which sends none"
+        )
+    meta.pop(GIVEN, None)
 
 
 def agree_on(processes: Processes, wanted: Mapping[str, object]) -> None:

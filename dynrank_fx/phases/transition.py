@@ -13,7 +13,7 @@ from ..processes import Shards, check_wrapper, processes_training, wrappers_of
 from ..rewrite import SiteGroup, plan_of, set_plan, site_groups, specialize_, switched_modules
 from ..schedules import Setting
 from ..tracing import is_captured, meta_of, unwrap
-from .agreement import agree_on
+from .agreement import agree_on, agree_on_origin
 from .averages import averages_of, sites_of_average, warn_of_left_out
 from .carry import Carry, checked_carry
 from .gradients import note_steps
@@ -85,6 +85,7 @@ def enter_(
         for each in changed.optimizers:
             note_steps(each)
     agree_on(processes, {f"what {name} is to become": (targets.get(name), name in changing, carry) for name in sites})
+    agree_on_origin(processes, changed.root)
     if not changing:
         return Transition(())
     return switch(changed, [Move(group, targets[group.name], group.owner.rank) for group in groups], carry, split)
@@ -170,6 +171,7 @@ def replan_(
         for each in changed.optimizers:
             note_steps(each)
     agree_on(processes, {f"the rank that {name} is to have": (rank, carry) for name, rank in ranks.items()})
+    agree_on_origin(processes, root)
     transition = switch(changed, moves, carry) if moves else Transition(())
     for own in (sites, *(sites_of_average(copy, root) for copy in copies)):
         for name, modules in own.items():

@@ -2,9 +2,10 @@
 be equal is compared.
 """
 
-from .agreement import agree
+from .agreement import agree, others
 from .asked import as_first_, check_same, in_group, whole_weights
 from .digests import Digest, digest_of, unequal
+from .origins import entries_of, of_unlike_wholes
 from .shards import Outline, Shards, is_part, is_sharded, outlined, own, part_as, whole
 from .together import ALONE, Heard, Processes, started
 from .wrappers import check_wrapper, ignored_by, let_go, processes_of, processes_training, wrappers_of
@@ -21,11 +22,14 @@ __all__ = [
     "check_same",
     "check_wrapper",
     "digest_of",
+    "entries_of",
     "ignored_by",
     "in_group",
     "is_part",
     "is_sharded",
     "let_go",
+    "of_unlike_wholes",
+    "others",
     "outlined",
     "own",
     "part_as",

@@ -20,9 +20,10 @@ def agree(processes: Processes, digest: Digest, error: type[DynrankError], when:
         return
     found = unequal(processes.gathered(digest))
     name, ranks = found if found is not None else ("the order of what is compared", [processes.count - 1])
-    raise error(f"{name} is not the same in all processes, {_others(ranks, processes.count)}: {when}")
+    raise error(f"{name} is not the same in all processes, {others(ranks, processes.count)}: {when}")
 
 
-def _others(ranks: list[int], count: int) -> str:
+def others(ranks: list[int], count: int) -> str:
+    """Words for the processes, of so many, that have another than most."""
     which = f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
     return f"in {which} of {count} it is another"

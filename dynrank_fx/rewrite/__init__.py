@@ -5,12 +5,13 @@ from .groups import SiteGroup, site_groups
 from .inline import holds_captured, inline, inline_
 from .loading import LOADED
 from .memory_format import in_format_of
-from .meta import a_twin, plan_of, set_plan, specialize_
+from .meta import GIVEN, a_twin, plan_of, set_plan, specialize_
 from .pretrained import expect_factors_
 from .switched import STEM, Switched, copies_of, is_written, switched_modules
 from .transform import transform
 
 __all__ = [
+    "GIVEN",
     "LOADED",
     "STEM",
     "SiteGroup",

@@ -13,7 +13,7 @@ from ..ops import Op, module_op
 from ..plan import Located, NodeUse, Plan, PlannedSite, Reader, checked_plan, locate, may_share, why_not
 from ..tracing import Net, drop_dead_reads, regions, set_submodule, unwrap
 from .loading import follows_states_
-from .meta import set_plan, specialize_
+from .meta import note_given, set_plan, specialize_
 from .pretrained import watch_pretrained_
 from .switched import STEM, TIED, Switched, switched_modules
 
@@ -66,6 +66,7 @@ def factorize_(net: nn.Module, plan: Plan, located: Mapping[str, Located] | None
     _tell_ties(net)
     watch_pretrained_(net, [name for row in plan.sites for name in located[row.site.name].names])
     set_plan(net, plan)
+    note_given(net)
     follows_states_(net)
     specialize_(net)
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..errors import PlanError
 from ..plan import Plan
+from ..processes import entries_of, started
 from ..tracing import is_captured, meta_of, note, regions, shell, unwrap
 from .switched import switched_modules
 
@@ -27,6 +28,15 @@ def plan_of(net: nn.Module) -> Plan:
     if plan is None:
         raise PlanError(f"{type(net).__name__} has no plan: it was not made by transform or factorize")
     return plan
+
+
+GIVEN = "dynrank_given"  # in the meta of a net of which processes have parts: some entries of what each was given
+
+
+def note_given(net: nn.Module) -> None:
+    """Note some entries of the weights, where several processes run, which may keep parts of unlike ones."""
+    if started().count > 1:
+        note(net, **{GIVEN: entries_of(dict(net.named_parameters()))})
 
 
 def set_plan(net: nn.Module, plan: Plan) -> None:

@@ -21,6 +21,7 @@ from ..phases import (
     Optimizers,
     Transition,
     agree_before,
+    agree_on_origin,
     averages_in,
     copy_factors_,
     enter_,
@@ -172,6 +173,7 @@ class Phases:
                 with self._together.all_or_none(StoreError, "going on from a checkpoint"):
                     self.load_state_dict(resume)
             agree_before(self._together, unwrap(net), self.optimizers, ignored_by(wrappers_of(net)))
+            agree_on_origin(self._together, unwrap(net))
             if resume is None and self._by_itself and RESUMED not in meta_of(unwrap(net)):
                 self.begin_tick(0)
         except BaseException:

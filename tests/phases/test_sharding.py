@@ -13,11 +13,12 @@ import torch
 from several import in_processes
 from switching import Pair, chain, trained
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 import dynrank_fx as dr
 from dynrank_fx.phases import switch
-from dynrank_fx.processes import Heard, digest_of, is_part, outlined, own, whole
+from dynrank_fx.processes import Heard, digest_of, is_part, outlined, own, started, whole
 from dynrank_fx.rewrite import switched_modules
 from dynrank_fx.training import PhaseSettings, cost_of
 
@@ -89,6 +90,20 @@ def _refused(rank: int) -> dict[str, str]:
     said["moment"] = _said(lambda: dr.enter_(net, FULL, optimizer))
     own(moment).copy_(kept)
     assert _snapshot(net, optimizer) == before
+    for name, width, seed in (("seeds", 16, rank), ("sizes", 16 - 4 * rank, 0)):
+        torch.manual_seed(seed)
+        unlike = nn.Sequential(nn.Linear(16, width), nn.Linear(width, 16))
+        unlike = _sharded(dr.transform(unlike, (X,), rank=dr.Fixed(3)))
+        optimizer = torch.optim.SGD(unlike.parameters(), lr=0.1)
+        said[name] = _said(lambda net=unlike: dr.enter_(net, FULL))
+        said[f"{name} of phases"] = _said(
+            lambda net=unlike, o=optimizer: dr.Phases(net, o, dr.schedules.always(FULL), steps=4)
+        )
+    torch.manual_seed(rank)
+    loaded = dr.transform(nn.Sequential(nn.Linear(16, 16)), (X,), rank=dr.Fixed(3), leave=())
+    state = started().from_one(0, lambda: dict(loaded.state_dict()), dr.DynrankError, "")
+    set_model_state_dict(_sharded(loaded), state, options=StateDictOptions(full_state_dict=True))
+    said["loaded"] = _said(lambda: dr.enter_(loaded, LOW))
     said["copy"] = _said(lambda: dr.truncate(net))
     said["inlined"] = _said(lambda: dr.inline(net))
     return said
@@ -256,6 +271,7 @@ def _weight(module: Any) -> Tensor:
 
 
 def _saved(rank: int, folder: str) -> dict[str, Any]:
+    torch.manual_seed(0)
     net = _sharded(dr.transform(Pair(), (X,), rank=dr.Fixed(3)))
     dr.enter_(net, {"a": LOW})
     dr.save(net, Path(folder) / "net")
@@ -289,6 +305,12 @@ def test_what_cannot_be_switched_says_what_to_do(both: Any) -> None:
         assert "has a pending gradient" in said["pending"]
         assert "wait unreduced" in said["unreduced"]
         assert "state of 0.weight is not finite" in said["moment"]
+        assert (
+            "0.weight was not the same in all processes when the net was made, in process 1 of 2 it is" in said["seeds"]
+        )
+        assert said["sizes"] == said["seeds of phases"] == said["seeds"]
+        assert "0.weight is not the same in all processes, in process 1 of 2" in said["sizes of phases"]
+        assert said["loaded"] == ""
         assert "dr.save(net, folder)" in said["copy"]
         assert "dr.save(net, folder)" in said["inlined"]
 
