@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..errors import TransitionError
 from ..phase import Phase
-from ..processes import Shards, is_part, own
+from ..processes import Shards, in_pipeline, is_part, own
 from ..rewrite import SiteGroup, Switched
 from .carry import Carry
 from .gradients import pending_gradient
@@ -34,7 +34,17 @@ def refuse_inference() -> None:
 
 
 def refuse_wrapped(net: nn.Module) -> None:
-    """Raises TransitionError for a net that something wraps whose processes a switch cannot bring along."""
+    """Raises TransitionError for a net that something wraps whose processes a switch cannot bring along, whatever is
+    given of it.
+    """
+    if in_pipeline(net):
+        raise TransitionError(
+            "the net is in a stage of a pipeline (torch.distributed.pipelining); each process has another part of it "
+            "that would change phase by itself: train the whole net by fully_shard, which leaves each process a part "
+            "of every weight, or in DistributedDataParallel"
+        )
+    if not isinstance(net, nn.Module):
+        return  # whoever is given it says what is wrong with it
     for module in net.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _REFUSED:

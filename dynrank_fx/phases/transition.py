@@ -100,8 +100,8 @@ def _checked(
     """What a switch is to change, if it can."""
     checked_carry(carry)
     refuse_inference()
-    root = unwrap(net)
     refuse_wrapped(net)
+    root = unwrap(net)
     wrappers = wrappers_of(net)
     for wrapper in wrappers:
         check_wrapper(wrapper)

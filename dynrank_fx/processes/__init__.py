@@ -8,7 +8,7 @@ from .digests import Digest, digest_of, unequal
 from .origins import entries_of, of_unlike_wholes
 from .shards import Outline, Shards, is_part, is_sharded, outlined, own, part_as, whole
 from .together import ALONE, Heard, Processes, started
-from .wrappers import check_wrapper, ignored_by, let_go, processes_of, processes_training, wrappers_of
+from .wrappers import check_wrapper, ignored_by, in_pipeline, let_go, processes_of, processes_training, wrappers_of
 
 __all__ = [
     "ALONE",
@@ -25,6 +25,7 @@ __all__ = [
     "entries_of",
     "ignored_by",
     "in_group",
+    "in_pipeline",
     "is_part",
     "is_sharded",
     "let_go",

@@ -10,6 +10,7 @@ whoever changed them.
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,13 +38,34 @@ def wrappers_of(net: nn.Module) -> list[DistributedDataParallel]:
     given = [module for module in net.modules() if isinstance(module, DistributedDataParallel)]
     if given:
         return given
-    kinds = _kinds()
-    alive: list[Any] = [each for each in gc.get_objects() if type(each) in kinds]  # Any: the collector knows no types
+    alive = _alive(DistributedDataParallel)
     return [wrapper for wrapper in alive if any(module is net for module in wrapper.modules())]
 
 
-def _kinds(kind: type = DistributedDataParallel) -> set[type]:
-    """DDP and what is made of it. To ask each of a million objects by ``issubclass`` takes seconds, as it is an ABC."""
+def in_pipeline(net: object) -> bool:
+    """Whether this is a pipeline of torch.distributed.pipelining, a stage of one, or a net that such a stage holds,
+    whatever is given of it.
+    """
+    pipelining = sys.modules.get("torch.distributed.pipelining.stage")
+    if pipelining is None or not dist.is_initialized():
+        return False
+    names = {kind.__name__ for kind in type(net).__mro__ if kind.__module__.startswith("torch.distributed.pipelining")}
+    if names:
+        return True
+    ours = {id(module) for module in net.modules()} if isinstance(net, nn.Module) else set()
+    return any(
+        id(module) in ours for stage in _alive(pipelining._PipelineStageBase) for module in stage.submod.modules()
+    )
+
+
+def _alive(kind: type) -> list[Any]:  # Any: the collector knows no types
+    """All objects of a class and of what is made of it."""
+    kinds = _kinds(kind)
+    return [each for each in gc.get_objects() if type(each) in kinds]
+
+
+def _kinds(kind: type) -> set[type]:
+    """A class and what is made of it. To ask each of a million objects by ``issubclass`` takes seconds, of an ABC."""
     return {kind}.union(*map(_kinds, kind.__subclasses__()))
 
 
@@ -68,7 +90,13 @@ def processes_of(wrappers: Sequence[DistributedDataParallel]) -> Processes:
 
 
 def check_wrapper(wrapper: DistributedDataParallel) -> None:
-    """Raises TransitionError for a wrapper that cannot be made again."""
+    """Raises TransitionError for a wrapper that cannot be made again, or not by all processes."""
+    if wrapper._join_config.enable and not wrapper._join_config.throw_on_early_termination:
+        raise TransitionError(
+            "the net is within join(), which goes on without the processes that have no more batches, and these do not "
+            "come to a switch: give all as many batches (DistributedSampler with drop_last=True) and leave join() out, "
+            "or end all with the first by join(throw_on_early_termination=True)"
+        )
     delayed = getattr(wrapper, "_delay_all_reduce_params", ())
     overlapped = [hook for hook, _ in _hooks_of(wrapper) if "hook_then_optimizer" in getattr(hook, "__qualname__", "")]
     inside = any(hasattr(p, "_in_backward_optimizers") for p in wrapper.module.parameters())

@@ -181,6 +181,12 @@ class Switched(nn.Module):
                 f"{self.site} has no weight to write in {Phase(self.phase).name}: enter FULL first, or write to "
                 f"its factors"
             )
+        if name == "weight" and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            raise TransitionError(
+                f"{self.site} has its weight as a parameter, which a switch replaces, and no plain tensor can be in "
+                "its place, as the first FSDP (FullyShardedDataParallel) and pruning have it: shard by fully_shard, or "
+                "wrap in DistributedDataParallel, and prune what truncate gives"
+            )
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

@@ -33,7 +33,7 @@ from ..phases import (
     randomize_,
     refuse_wrapped,
 )
-from ..processes import Shards, agree, ignored_by, processes_training, wrappers_of
+from ..processes import Shards, agree, check_wrapper, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, TrainState
 from ..text import rounded
@@ -121,9 +121,9 @@ class Phases:
         settings: PhaseSettings | None = None,
         **choices: Any,  # Any: each is of its field's type
     ) -> None:
+        refuse_wrapped(net)
         if not isinstance(net, nn.Module):
             raise TransitionError(f"a {type(net).__name__} is no net: give the net first, and then the optimizer")
-        refuse_wrapped(net)
         self._together = processes_training(net)
         refuse_unwrapped(self._together)
         kinds = (
@@ -279,6 +279,8 @@ class Phases:
             TransitionError: As ``enter_`` does.
             ScheduleError: For a tick of which the state that training goes on from has no record.
         """
+        for wrapper in wrappers_of(self.net):
+            check_wrapper(wrapper)
         agree(
             self._together,
             {"the clock of the run": repr(self.clock), "the tick that begins": tick, "the optimizer step": self.step},
