@@ -119,6 +119,9 @@ def train(
     _refuse_other_files(processes, model_file)
     if resume:
         run, task, settings = _resumed(processes, file, folder, options, device)
+        changed = task.train_share.other_than(run.dealt)
+        if changed is not None:
+            say(changed)
     else:
         run, task, settings = _begun(ctx, processes, file, folder, options, device)
     if options["fsdp"]:

@@ -11,7 +11,7 @@ from .refusals import refuse_wrapped
 from .rerank import LatencyOf, RankUnit, rank_units, reranked
 from .setting import phases_in
 from .switch import Transition
-from .transition import enter_, phases_of, replan_
+from .transition import enter_, phases_of, replan_, tried
 
 __all__ = [
     "Carry",
@@ -45,4 +45,5 @@ __all__ = [
     "restore_",
     "save",
     "state_of",
+    "tried",
 ]

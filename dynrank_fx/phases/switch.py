@@ -108,8 +108,17 @@ class Changed:
         return self.shards.processes if self.shards else processes_of(self.wrappers)
 
 
-def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split | None = None) -> Transition:
-    """All moves, in order, or none of them; in all processes, or in none."""
+def switch(
+    changed: Changed,
+    moves: Sequence[Move],
+    carry: Carry,
+    split: Split | None = None,
+    then: Callable[[], object] | None = None,
+) -> Transition:
+    """All moves, in order, or none of them; in all processes, or in none.
+
+    then: what is called before they are good for ever; where it raises, all is as before.
+    """
     root, optimizers, averages = changed.root, changed.optimizers, changed.averages
     processes, groups = changed.processes, list({move.group.name: move.group for move in moves}.values())
     ignored, shards = ignored_by(changed.wrappers), changed.shards
@@ -152,6 +161,8 @@ def switch(changed: Changed, moves: Sequence[Move], carry: Carry, split: Split |
         with processes.all_or_none(TransitionError, "making DistributedDataParallel anew"):
             make_again()
         agree_after(processes, groups, optimizers)
+        if then is not None:
+            then()
     for net in (root, *averages):
         specialize_(net)
     return Transition(tuple(changes), carry if optimizers else None)

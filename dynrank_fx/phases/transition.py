@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from torch import nn
 
@@ -22,6 +23,8 @@ from .refusals import refuse_inference, refuse_untrained, refuse_wrapped
 from .setting import phases_in
 from .switch import Changed, Move, Transition, switch
 from .values import Split
+
+T = TypeVar("T")
 
 
 def enter_(
@@ -67,6 +70,43 @@ def enter_(
         DynrankWarning: Where the optimizer's state was reset since it could not be moved, and of an average that is
             about and could be the net's, and was not given.
     """
+    return _entered(net, setting, optimizer, averages, carry, split)
+
+
+def tried(net: nn.Module, phase: Phase, do: Callable[[], T]) -> T:
+    """What ``do`` gives while all sites are in a phase, of a net in parts, which no process can copy. Afterwards the
+    net is as it was, in the same parameters, and what an optimizer has of them has not been touched.
+    """
+    root, given = unwrap(net), list[T]()
+
+    def then() -> None:
+        specialize_(root)
+        given.append(do())
+        Shards([root]).settle()
+        raise _TriedError
+
+    try:
+        _entered(net, phase, None, (), Carry.RESET, None, then)
+    except _TriedError:
+        specialize_(root)
+        return given[0]
+    return do()  # they are in that phase
+
+
+class _TriedError(Exception):
+    """What undoes a switch that was for a while only."""
+
+
+def _entered(
+    net: nn.Module,
+    setting: Setting,
+    optimizer: Optimizers | None,
+    averages: object,
+    carry: Carry,
+    split: Split | None,
+    then: Callable[[], object] | None = None,
+) -> Transition:
+    """As ``enter_``. then: see ``switch``."""
     processes = processes_training(net)
     with processes.all_or_none(TransitionError, "the switch"):
         changed = _checked(net, optimizer, averages, carry)
@@ -88,7 +128,8 @@ def enter_(
     agree_on_origin(processes, changed.root)
     if not changing:
         return Transition(())
-    return switch(changed, [Move(group, targets[group.name], group.owner.rank) for group in groups], carry, split)
+    moves = [Move(group, targets[group.name], group.owner.rank) for group in groups]
+    return switch(changed, moves, carry, split, then)
 
 
 def _checked(

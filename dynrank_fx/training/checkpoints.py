@@ -54,6 +54,10 @@ class Loaded:
     phases: StateDict | None
     extra: StateDict
 
+    def __repr__(self) -> str:
+        phases = None if self.phases is None else f"<state after {len(self.phases['history'])} records>"
+        return f"Loaded(phases={phases}, extra=<{', '.join(map(str, self.extra)) or 'nothing'}>)"
+
 
 def save_checkpoint(
     folder: str | Path,
@@ -66,8 +70,9 @@ def save_checkpoint(
 ) -> None:
     """Write everything that training goes on from, between any two steps.
 
-    X
-    generators of Python, NumPy and torch are in it, those of each process. Buffers are those of the first.
+    All processes call it, with one folder on a disk that all of them see. It appears whole or not at all: an
+    interruption at any moment leaves the one that was there. The random generators of Python, NumPy and torch are in
+    it, those of each process. Buffers are those of the first.
 
     Args:
         folder: Where to write; a checkpoint that is there is replaced.

@@ -21,7 +21,7 @@ from ..aliases import Batch
 from ..errors import DynrankError, DynrankWarning
 from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
-from ..phases import enter_
+from ..phases import enter_, tried
 from ..processes import Processes, is_part, is_sharded, own, started
 from ..randomness import random_state, set_random_state
 from ..rewrite import a_twin, inline_, switched_modules
@@ -388,8 +388,7 @@ def _finish_epoch(run: Run, task: Task, settings: Settings, clock: Clock) -> Non
         run.note(stable_rank={name: rounded(stable_rank(s), 5) for name, s in spectra.items()})
     if clock.by_epochs or (isinstance(run.lr_scheduler, ReduceLROnPlateau) and (ends or clock.parts == 1)):
         _step_scheduler(run, task)
-    low = set(run.current.phases.values()) == {Phase.LOW}
-    if run.epoch + 1 == clock.ticks and task.eval_data is not None and (low or not is_sharded(run.net)):
+    if run.epoch + 1 == clock.ticks and task.eval_data is not None:
         run.note(truncated=_truncated(run, task, settings))
     add_(run.history, run.current)
     run.record, run.step, run.epoch = None, 0, run.epoch + 1
@@ -426,6 +425,8 @@ def _truncated(run: Run, task: Task, settings: Settings) -> dict[str, float | No
     """Loss and metric of the truncated model: those just measured, where every site is in LOW already."""
     if set(run.current.phases.values()) == {Phase.LOW}:
         return {"eval_loss": run.current.eval_loss, "eval_metric": run.current.eval_metric}
+    if is_sharded(run.net):
+        return tried(run.net, Phase.LOW, lambda: evaluate(run.net, task, settings))
     twin = a_twin(run.net)
     enter_(twin, Phase.LOW)
     return evaluate(inline_(twin), task, settings)

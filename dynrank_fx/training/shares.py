@@ -8,6 +8,7 @@ by fewer. The entries are samples where a ``DataLoader`` makes batches of single
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard
@@ -61,6 +62,23 @@ class Share:
     def dealt(self) -> str:
         """What has to be the same where a pass is taken up as if it had never been left."""
         return f"{self.processes.count} x {self.size} {self.unit}"
+
+    def other_than(self, dealt: str | None) -> str | None:
+        """A sentence where a run goes on with other steps than before; None where they take as much of the data.
+
+        dealt: as it was then; None where there is nothing to go on with.
+        """
+        count, size = map(int, re.findall(r"\d+", dealt or self.dealt))
+        before, now = count * size, self.processes.count * self.size
+        if before == now:
+            return None
+        of, has = ("fewer", "more") if now < before else ("more", "fewer")
+        return (
+            f"so far {before} {self.unit} were taken at a time ({count} x {size}), and from here on {now} are "
+            f"({self.processes.count} x {self.size}): a step of the optimizer is of {of}, an epoch has {has} steps, "
+            "and the learning rate was chosen for the others; to train as before, start "
+            f"{count} processes, or give batches {before / now:.3g} times as large"
+        )
 
     def passed(self, batches: int) -> int:
         """The entries that are behind when every process has had so many batches of this pass."""

@@ -150,7 +150,8 @@ def check_near(folder: str, other: str) -> None:
 
 def figures(folder: str) -> list[list[float]]:
     history = read_run(Path(folder))[1]["history"]
-    return [[each[key] for key in ("loss", "metric", "eval_loss", "eval_metric")] for each in history]
+    each = [[record[key] for key in ("loss", "metric", "eval_loss", "eval_metric")] for record in history]
+    return [*each, list(history[-1]["truncated"].values())]
 
 
 def test_a_killed_process_comes_back_and_a_stopped_job_says_how_to_go_on(
@@ -170,7 +171,9 @@ def test_a_killed_process_comes_back_and_a_stopped_job_says_how_to_go_on(
     info = read_run(Path("two"))[1]
     assert (info["epoch"], info["dealt"]) == (1, "2 x 8 samples")
     assert 2 < info["step"] <= 6
-    run("train", "model.py", "--out", "two", "--resume")
+    assert (
+        "at a time" not in run("train", "model.py", "--out", "two", "--resume").output
+    )  # its batches are twice as large
     run("train", "model.py", *OPTIONS, "--out", "one")
     check_near("two", "one")
     torch.testing.assert_close(figures("two"), figures("one"), rtol=1e-5, atol=1e-6)

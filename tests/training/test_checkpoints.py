@@ -31,6 +31,8 @@ def test_training_goes_on_bit_by_bit_wherever_it_stopped(stop: int, tmp_path: Pa
     again.train(range(2))  # it has gone elsewhere
     extra = again.load(tmp_path / "saved")
     assert (extra["step"], extra["mine"].tolist()) == (stop, [0, 1, 2])
+    said = repr(dr.load_checkpoint_(tmp_path / "saved", again.net))
+    assert said == f"Loaded(phases=<state after {len(first.phases.history)} records>, extra=<step, mine>)"
     assert dr.phases_of(again.net) == dr.phases_of(first.net)
     assert before + again.train(range(stop, STEPS)) == losses
     assert unequal(again.state(), expected.state()) == []

@@ -80,6 +80,7 @@ def train(
         folder.mkdir(exist_ok=True)
     finished = fit(run, task, SETTINGS, save=lambda r: save_run(r, folder), should_stop=should_stop)
     figures = [[each.loss, each.metric, each.eval_loss, each.eval_metric, each.steps] for each in run.history]
+    figures.append([run.history[-1].truncated.get(key) for key in ("eval_loss", "eval_metric")] if finished else [])
     weights = {name: whole(value.detach()).clone() for name, value in run.net.state_dict().items()}
     return {"finished": finished, "place": (run.epoch, run.step), "figures": figures, "weights": weights}
 

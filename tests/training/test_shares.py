@@ -208,3 +208,14 @@ def test_less_data_than_processes_are_refused() -> None:
         shares(loader(3), 4)
     with pytest.raises(DynrankError, match=r"^train_data\(\) has 1 batches, and 2 processes share them"):
         shares([1], 2)
+
+
+def test_other_steps_than_before_are_said() -> None:
+    (share,) = shares(DataLoader(list(range(40)), 8), 1)
+    assert share.other_than(None) is share.other_than("1 x 8 samples") is share.other_than("4 x 2 samples") is None
+    said = share.other_than("2 x 8 samples")
+    assert said is not None
+    assert said.startswith("so far 16 samples were taken at a time (2 x 8), and from here on 8 are (1 x 8): a step of")
+    assert said.endswith("start 2 processes, or give batches 2 times as large")
+    two = shares([1, 2, 3], 2)
+    assert "is of more, an epoch has fewer steps" in str(two[0].other_than("1 x 1 batches"))
