@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import fully_shard
 
 import dynrank_fx as dr
-from dynrank_fx.phases import switch
+from dynrank_fx.phases import switch, tried
 from dynrank_fx.processes import Heard, digest_of, is_part, outlined, own, started, whole
 from dynrank_fx.rewrite import switched_modules
 from dynrank_fx.training import PhaseSettings, cost_of
@@ -119,6 +119,9 @@ def _undone(rank: int) -> dict[str, bool]:
         for each, optimizer in pairs:
             dr.enter_(each, phase, optimizer)
         before, first = _snapshot(*pairs[0]), next(net.parameters())
+        assert set(tried(net, other, lambda net=net: (net(X), dr.phases_of(net))[1]).values()) == {other}
+        assert tried(net, phase, lambda: "there already") == "there already"
+        same[f"tried {other.name}"] = _snapshot(*pairs[0]) == before
         assert "no room" in _failing(rank, *pairs[0], other)
         same[f"as before {other.name}"] = _snapshot(*pairs[0]) == before and next(net.parameters()) is first
         for each, optimizer in pairs:
