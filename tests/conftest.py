@@ -57,3 +57,14 @@ def _files_of_tests_need_not_outlive_a_loss_of_power() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture
+def gpus() -> int:
+    """How many processes can have a GPU each, 2 or 4; a test that asks is skipped where there are fewer than two."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        pytest.skip(f"NCCL needs a GPU for each of two processes, and this machine has {count}")
+    return 4 if count >= 4 else 2

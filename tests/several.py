@@ -29,23 +29,29 @@ _STARTING = multiprocessing.get_context("forkserver")
 _STARTING.set_forkserver_preload(["dynrank_fx", "dynrank_fx.rewrite", "dynrank_fx.training", "torch._dynamo"])
 
 
-def in_processes(work: Callable[..., Any], *args: object, count: int = 2, seconds: float = SECONDS) -> list[Any]:
+def in_processes(
+    work: Callable[..., Any], *args: object, count: int = 2, seconds: float = SECONDS, backend: str = "gloo"
+) -> list[Any]:
     """What ``work(rank, *args)`` returns in each of so many processes, by rank. It is a function of a module's, and
-    what it takes and returns can be pickled. The group is there when it is called.
+    what it takes and returns can be pickled. The group is there when it is called; of NCCL, each has a GPU.
 
     Raises AssertionError with the traceback of the process that failed first.
     """
-    with _begun(work, args, count, seconds) as (started, results):
+    with _begun(work, args, count, seconds, backend) as (started, results):
         return _collected(results, started, seconds)
 
 
 @contextmanager
-def _begun(work: Callable[..., Any], args: Any, count: int, seconds: float) -> Iterator[tuple[list[Any], Any]]:
+def _begun(
+    work: Callable[..., Any], args: Any, count: int, seconds: float, backend: str = "gloo"
+) -> Iterator[tuple[list[Any], Any]]:
     """The processes, with the queue of their results; none is left afterwards."""
     results = _STARTING.Queue()
     with TemporaryDirectory() as folder:
         started = [
-            _STARTING.Process(target=_one, args=(work, rank, count, folder, results, args, seconds), daemon=True)
+            _STARTING.Process(
+                target=_one, args=(work, rank, count, folder, results, args, seconds, backend), daemon=True
+            )
             for rank in range(count)
         ]
         for process in started:
@@ -97,13 +103,24 @@ def _collected(results: Any, started: list[Any], seconds: float) -> list[Any]:
     return [found[rank] for rank in range(len(started))]
 
 
-def _one(work: Callable[..., Any], rank: int, count: int, folder: str, results: Any, args: Any, seconds: float) -> None:
+def _one(
+    work: Callable[..., Any],
+    rank: int,
+    count: int,
+    folder: str,
+    results: Any,
+    args: Any,
+    seconds: float,
+    backend: str,
+) -> None:
     os.setpgid(0, 0)
     faulthandler.dump_traceback_later(seconds, exit=True)  # where it hangs
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(Path(folder) / "store"), count)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds / 2)
+        backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds / 2)
     )
     try:
         # Pickled here: a queue would send a tensor as memory of this process, which is about to end.

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from several import in_processes
+from together import OUTPUTS, WIDTH, Convolutions, Tied, adamw, batches, check, device_of, held, made, sgd, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import dynrank_fx as dr
-from dynrank_fx.processes import digest_of, whole
 from dynrank_fx.rewrite import switched_modules
 
-ROWS, WIDTH, STEPS = 16, 16, 2
+STEPS = 2
 
 
 class Block(nn.Module):
@@ -34,7 +34,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.head = Block(), Block(), nn.Linear(WIDTH, 5)
+        self.one, self.two, self.head = Block(), Block(), nn.Linear(WIDTH, OUTPUTS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.two(self.one(x)))
@@ -46,38 +46,6 @@ class Parts(Blocks):
     def forward(self, x: Tensor) -> Tensor:
         y = self.one(x)
         return self.head(self.two(y) if float(y.detach().abs().sum()) >= 0 else y)
-
-
-class Tied(nn.Module):
-    """Four layers of which two share a weight, and three read one input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.back, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
-        self.back.weight = self.v.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.q(x) * torch.tanh(self.k(x)) + self.back(torch.tanh(self.v(x)))))
-
-
-class Convolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(1, 13, 3, padding=1), nn.Conv2d(13, 11, 3, padding=1)
-        self.c = nn.Linear(11, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.b(torch.tanh(self.a(x.view(-1, 1, 4, 4)))))
-        return self.c(y.mean((2, 3)))
-
-
-def _sgd(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def _adamw(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=1e-3, eps=1e-4)
 
 
 def _leaves(net: nn.Module, **choices: Any) -> None:
@@ -104,8 +72,8 @@ class Case:
     """A way to train under FSDP2. shard: what is sharded below the root. choices: of fully_shard."""
 
     name: str
-    model: Callable[[], nn.Module] = Blocks
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = _sgd
+    model: type[nn.Module] = Blocks
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd
     shard: Callable[..., None] = _root
     choices: dict[str, Any] = field(default_factory=dict)
     transforming: dict[str, Any] = field(default_factory=dict)
@@ -120,17 +88,17 @@ class Case:
 _LAYERS = {"form": dr.Form.LAYERS}
 _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 CASES = (
-    Case("root", switches=20),
-    Case("root, kept after forward", optimizer=_adamw, choices={"reshard_after_forward": False}, clip=0.05),
-    Case("leaves", shard=_leaves, optimizer=_adamw, switches=20),
+    Case("root"),
+    Case("root, kept after forward", optimizer=adamw, choices={"reshard_after_forward": False}, clip=0.05),
+    Case("leaves", shard=_leaves, optimizer=adamw, switches=20),
     Case("groups", shard=_groups, choices={"reshard_after_forward": True}, accumulate=2),
-    Case("blocks of layers", shard=_blocks, optimizer=_adamw, transforming=_LAYERS),
+    Case("blocks of layers", shard=_blocks, optimizer=adamw, transforming=_LAYERS),
     Case("parts", Parts, shard=_blocks),
-    Case("shared and tied", Tied, _adamw, transforming={"share_inputs": True}),
-    Case("convolutions", Convolutions, _adamw, shard=_leaves),
+    Case("shared and tied", Tied, adamw, transforming={"share_inputs": True}),
+    Case("convolutions", Convolutions, adamw, shard=_leaves),
     Case("offloaded", choices={"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
     Case("bfloat16", choices={"mp_policy": _BF16}, shard=_groups, near=0.05),
-    Case("compiled", optimizer=_adamw, compiled=True),
+    Case("compiled", optimizer=adamw, compiled=True),
 )
 MORE = tuple(
     replace(case, switches=20, compiled=compiled, choices=case.choices | after)
@@ -140,34 +108,24 @@ MORE = tuple(
 )
 MESHES = (
     Case("copies of parts", shard=_groups, hsdp=True, switches=20),
-    Case("copies of leaves", optimizer=_adamw, shard=_leaves, hsdp=True, clip=0.05),
-    Case("copies of convolutions", Convolutions, _adamw, hsdp=True),
-    Case("copies, compiled", optimizer=_adamw, hsdp=True, compiled=True),
-    Case("four parts", shard=_blocks, transforming=_LAYERS, optimizer=_adamw, switches=20),
+    Case("copies of leaves", optimizer=adamw, shard=_leaves, hsdp=True, clip=0.05),
+    Case("copies of convolutions", Convolutions, adamw, hsdp=True),
+    Case("copies, compiled", optimizer=adamw, hsdp=True, compiled=True),
+    Case("four parts", shard=_blocks, transforming=_LAYERS, optimizer=adamw, switches=20),
     Case("four parts, shared and tied", Tied, transforming={"share_inputs": True}),
 )
-
-
-def _made(case: Case) -> nn.Module:
-    torch.manual_seed(0)
-    model = case.model()
-    return dr.transform(model, (torch.randn(2, WIDTH),), allow_unprofitable=True, rank=dr.Fixed(3), **case.transforming)
-
-
-def _batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    draw = torch.Generator().manual_seed(1)
-    return [(torch.randn(ROWS, WIDTH, generator=draw), torch.randn(ROWS, 5, generator=draw)) for _ in range(count)]
 
 
 def _train(case: Case, net: nn.Module, rank: int, count: int) -> torch.optim.Optimizer:
     """The phases in turn, and a step in each. count: of processes."""
     optimizer = case.optimizer(net)
     called = torch.compile(net, backend="aot_eager", dynamic=False) if case.compiled else net
-    batches = iter(_batches((case.switches + 1) * STEPS))
+    device = "cpu" if count == 1 else device_of(rank)
+    coming = iter(batches((case.switches + 1) * STEPS, device))
     for turn in range(case.switches + 1):
         assert bool(dr.enter_(called, dr.Phase.LOW if turn % 2 else dr.Phase.FULL, optimizer)) == (turn > 0)
         for _ in range(STEPS):
-            x, y = next(batches)
+            x, y = next(coming)
             for index, (inputs, wanted) in enumerate(
                 zip(x.chunk(case.accumulate), y.chunk(case.accumulate), strict=True)
             ):
@@ -182,31 +140,15 @@ def _train(case: Case, net: nn.Module, rank: int, count: int) -> torch.optim.Opt
     return optimizer
 
 
-def _weights(net: nn.Module) -> dict[str, Tensor]:
-    """What is the same whatever signs the factors have: the weights of the sites, and the other parameters."""
-    sites = {}
-    for name, modules in switched_modules(net).items():
-        full = modules[0].phase == int(dr.Phase.FULL)
-        held = [whole(p) for p in ([modules[0]._parameters["weight"]] if full else modules[0].factors)]
-        sites[name] = held[0].detach().clone() if full else modules[0].joined(held)
-    inside = {id(p) for modules in switched_modules(net).values() for p in modules[0].parameters()}
-    return sites | {n: whole(p).detach().clone() for n, p in net.named_parameters() if id(p) not in inside}
-
-
-def _held(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """A checksum of all that the processes hold together, gathered."""
-    states = {f"{name} {key}": value for name, p in net.named_parameters() for key, value in optimizer.state[p].items()}
-    return digest_of({name: whole(value.detach()) for name, value in (dict(net.named_parameters()) | states).items()})
-
-
 def _in_each(rank: int, cases: tuple[Case, ...]) -> list[Any]:
     found = []
     for case in cases:
-        net = _made(case)
+        device = device_of(rank)
+        net = made(case.model, case.transforming, device)
         kind, parameters = type(net), len(list(net.parameters()))
         choices = dict(case.choices)
         if case.hsdp:
-            choices["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+            choices["mesh"] = init_device_mesh(torch.device(device).type, (2, 2), mesh_dim_names=("copies", "parts"))
         case.shard(net, **choices)
         fully_shard(net, **choices)
         optimizer = _train(case, net, rank, torch.distributed.get_world_size())
@@ -214,21 +156,16 @@ def _in_each(rank: int, cases: tuple[Case, ...]) -> list[Any]:
         assert len(list(net.parameters())) == parameters
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in net.parameters()}
         assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in net.parameters())
-        found.append((_held(net, optimizer), _weights(net)))
+        found.append((held(net, optimizer), weights(net)))
     return found
 
 
-def _compared(cases: tuple[Case, ...], count: int = 2, **given: Any) -> None:
+def _compared(cases: tuple[Case, ...], count: int = 2, near: float | None = None, **given: Any) -> None:
     each = in_processes(_in_each, cases, count=count, **given)
     for index, case in enumerate(cases):
-        held, weights = each[0][index]
-        for rank in range(1, count):
-            assert each[rank][index][0] == held, f"{case.name}: process {rank} holds something else"
-        net = _made(case)
+        net = made(case.model, case.transforming)
         _train(case, net, 0, 1)
-        for name, weight in _weights(net).items():
-            error = (weights[name] - weight).norm() / weight.norm()
-            assert error < case.near, f"{case.name}: {name} is off by {error:.1e}"
+        check(case.name, [done[index] for done in each], net, case.near if near is None else max(near, case.near))
 
 
 def test_switches_under_fully_shard_are_those_of_one_process() -> None:
@@ -247,3 +184,8 @@ def test_twenty_switches_in_every_way(index: int) -> None:
 @pytest.mark.fuzz
 def test_four_processes_in_parts_and_copies() -> None:
     _compared(MESHES, count=4, seconds=500)
+
+
+@pytest.mark.gpu
+def test_gpus_are_as_one_cpu(gpus: int) -> None:
+    _compared((*CASES, *(MESHES if gpus == 4 else ())), count=gpus, backend="nccl", seconds=500, near=1e-3)
