@@ -119,9 +119,6 @@ def train(
     _refuse_other_files(processes, model_file)
     if resume:
         run, task, settings = _resumed(processes, file, folder, options, device)
-        changed = task.train_share.other_than(run.dealt)
-        if changed is not None:
-            say(changed)
     else:
         run, task, settings = _begun(ctx, processes, file, folder, options, device)
     if options["fsdp"]:
@@ -138,6 +135,8 @@ def train(
         length = f"{whole} in {length}"
     trained_by = f"; {processes.count} processes, {device.partition(':')[0]}" if processes.count > 1 else ""
     say(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}{trained_by}")
+    if (changed := task.train_share.other_than(run.dealt)) is not None:
+        say(changed)
     bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, file.metric_name, unit=clock.unit)
     watcher = _with_tensorboard(bar, folder) if options["tensorboard"] and processes.first else bar
     with stop_signals(passed_on=launch is not None) as stopped:
