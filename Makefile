@@ -32,7 +32,7 @@ fuzz: $(INSTALLED)          ## the contracts on thousands of random models (FUZZ
 zoo: $(INSTALLED)           ## real architectures through the library: tests/zoo/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py
 
-torture: $(INSTALLED)       ## kills and flipped bits, an hour of them: tests/torture/RESULTS.md
+torture: $(INSTALLED)       ## kills and flipped bits, an hour of them: tests/torture/RESULTS.md; goes on where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run.py
 
 bench: $(INSTALLED)         ## the figures of the documents, measured here: all that take minutes, or NAME="steps switch"

@@ -239,7 +239,11 @@ def _kind(outcome: Outcome, should: object) -> str:
     return outcome.kind
 
 
-def campaign(count: int, seed: int = 0) -> list[Flip]:
+Once = Callable[[str, type[Flip], Callable[[], Flip]], Flip]
+"""Does a piece of work under its name, or knows what came of it."""
+
+
+def campaign(count: int, seed: int, once: Once) -> list[Flip]:
     """So many flips, spread over all files and readers."""
     chance, flips = random.Random(seed), []
     with tempfile.TemporaryDirectory(prefix="torture") as place:
@@ -261,5 +265,6 @@ def campaign(count: int, seed: int = 0) -> list[Flip]:
         for i in range(count):
             reader, file = pairs[i % len(pairs)]
             harm = _harm(chance, (original / file).stat().st_size)
-            flips.append(flip(original, reader, file, harm, should(reader)))
+            name = f"flip {i}: {reader.name}, {file}"
+            flips.append(once(name, Flip, lambda: flip(original, reader, file, harm, should(reader))))  # noqa: B023
     return flips

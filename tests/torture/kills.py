@@ -203,14 +203,20 @@ def kill(job: Job, should: object, *, side: int | None = None, after: float | No
     return Kill(job.name, moment, "" if result == should else "another result than undisturbed")
 
 
-def campaign(count: int, seed: int = 0) -> list[Kill]:
+Once = Callable[[str, type[Kill], Callable[[], Kill]], Kill]
+"""Does a piece of work under its name, or knows what came of it."""
+
+
+def campaign(count: int, seed: int, once: Once) -> list[Kill]:
     """So many kills: a fifth at random moments, the others at sides of calls, each once as far as they go."""
     chance, should = random.Random(seed), {job.name: undisturbed(job) for job in JOBS}
     every = [(job, side) for job in JOBS for side in range(should[job.name].sides)]
     kills = []
     for job, side in chance.sample(every, min(len(every), count - count // 5)):
-        kills.append(kill(job, should[job.name].result, side=side))
+        name, result = f"{job.name}, side {side}", should[job.name].result
+        kills.append(once(name, Kill, lambda: kill(job, result, side=side)))  # noqa: B023
     while len(kills) < count:
-        job = chance.choice(JOBS)
-        kills.append(kill(job, should[job.name].result, after=chance.uniform(0, should[job.name].seconds)))
+        job, share = chance.choice(JOBS), chance.random()
+        name, usual = f"{job.name}, at {share} of it", should[job.name]
+        kills.append(once(name, Kill, lambda: kill(job, usual.result, after=share * usual.seconds)))  # noqa: B023
     return kills
