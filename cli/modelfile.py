@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from numbers import Real
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from dynrank_fx.aliases import Batch, Output
 from dynrank_fx.errors import ModelFileError
 from dynrank_fx.randomness import random_state, set_random_state
-from dynrank_fx.tracing import ExampleInputs, Inputs, split_inputs
+from dynrank_fx.tracing import ExampleInputs, Inputs, in_words, split_inputs
 
 from .failures import MODULE, users_code
 from .streams import echo
@@ -124,14 +123,18 @@ class ModelFile:
                 f"{self.path.name} has neither calibration_data() nor train_data(), whose batches tell what the layers "
                 "give: add one, or ask for a plain SVD by --calibrate 0"
             )
-        data = self._call(name)
-        with _users_code(self.path, f"{name}()"):  # a generator runs only now
-            batches = list(islice(data, count))
+        batches = self.first_batches(name, count)
         if not batches:
             raise ModelFileError(
                 f"{name}() of {self.path.name} gave no batch: give one or more, or ask for a plain SVD by --calibrate 0"
             )
         return batches
+
+    def first_batches(self, name: str, count: int) -> list[Batch]:
+        """So many batches of the data of this name, or all that there are."""
+        data = self._call(name)
+        with _users_code(self.path, f"{name}()"):  # a generator runs only now
+            return list(islice(data, count))
 
     def inputs(self, batch: Batch) -> Inputs:
         """The model's arguments in a batch: what the file's ``inputs(batch)`` says, or all elements but the last (the
@@ -168,7 +171,15 @@ class ModelFile:
     @property
     def metric(self) -> Callable[[Output, Batch], float | Tensor] | None:
         """A mean over the batch, larger is better."""
-        return partial(self._call, "metric") if self.has("metric") else None
+        return self._score if self.has("metric") else None
+
+    def _score(self, output: Output, batch: Batch) -> float | Tensor:
+        value: float | Tensor = self._call("metric", output, batch)
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.is_meta):
+            raise ModelFileError(
+                f"the metric must be one number, the mean over a batch: metric() gave {in_words(value)}"
+            )
+        return value
 
     @property
     def metric_name(self) -> str:

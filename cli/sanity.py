@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from dynrank_fx.errors import ModelFileError
@@ -32,10 +31,10 @@ def _chance(file: ModelFile, model: nn.Module) -> str:
     """Where the model's metric on eval_data() is no better than with its outputs shuffled."""
     from dynrank_fx.onnx import score_onnx
 
-    data = file.eval_data()
-    if data is None or file.metric is None:
+    if not file.has("eval_data") or file.metric is None:
         return ""
-    return score_onnx((), model, islice(data, 4 * _BATCHES), file.inputs, file.metric).chance
+    batches = file.first_batches("eval_data", 4 * _BATCHES)
+    return score_onnx((), model, batches, file.inputs, file.metric).chance
 
 
 def _other_scale(file: ModelFile, batches: Sequence[Batch]) -> str:
@@ -43,8 +42,9 @@ def _other_scale(file: ModelFile, batches: Sequence[Batch]) -> str:
     name = next((name for name in ("eval_data", "train_data") if file.has(name)), None)
     if name is None or not batches:
         return ""
-    data = file.train_data() if name == "train_data" else file.eval_data() or ()
-    figures = zip(_figures(file, batches), _figures(file, islice(data, _BATCHES)), strict=False)
+    its_own = file.first_batches(name, _BATCHES)
+    with file.guard("comparing the calibration data"):
+        figures = list(zip(_figures(file, batches), _figures(file, its_own), strict=False))
     for place, (mine, its) in enumerate(figures):
         if _is_far(mine, its):
             return (

@@ -13,6 +13,8 @@ from typing import TypeGuard
 
 from .errors import DynrankError, ScheduleError, StoreError
 
+_MOST_TICKS = 1_000_000
+
 # A slip, although Python counts with them: True and False, and members of an enumeration such as Phase.
 _NO_NUMBERS = (bool, enum.Enum)
 
@@ -60,6 +62,13 @@ def check_epochs(epochs: int) -> None:
     """Raises ScheduleError for a length that no run can have."""
     if not is_whole(epochs, 1):
         raise ScheduleError(f"a run cannot have {epochs!r} epochs: give a whole number of 1 or more")
+    check_length(epochs, "epoch")
+
+
+def check_length(ticks: int, unit: str) -> None:
+    """Raises ScheduleError for a run whose plan, which has a learning rate for each tick, would fill the memory."""
+    if ticks > _MOST_TICKS:
+        raise ScheduleError(f"a run of {ticks} {unit}s is longer than can be planned: give {_MOST_TICKS:,} or less")
 
 
 def check_schedule(schedule: object) -> None:

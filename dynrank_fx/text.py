@@ -22,6 +22,11 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
 
 
+def counted(count: int, one: str, more: str | None = None) -> str:
+    """So many of something: ``1 step``, ``2 steps``. more: where its plural has no mere s at the end."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
 def change(before: int, after: int) -> str:
     """Both sizes, and the second as a share of the first, which is the dense model's."""
     return f"{before:,} -> {after:,} ({after / before:.1%} of dense)" if before else "0"

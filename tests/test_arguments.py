@@ -50,6 +50,8 @@ KINDS: dict[str, set[str]] = {  # which of these a kind of argument may be
     "count from zero": {"0", "huge"},
     "count": {"huge"},
     "optional count": {"huge", "None"},
+    "length": set(),
+    "optional length": {"None"},
     "phase": {"phase", "0"},
     "shapes": {"None", "list", "dict", "a list of text", "a list of None"},
     "share or none": {"half", "0"},
@@ -283,7 +285,7 @@ CALLS: dict[str, Call] = {
             "net": "none",
             "optimizer": "none",
             "schedule": "call",
-            "epochs": "optional count",
+            "epochs": "optional length",
             "lr_scheduler": "optional",
             "steps": "optional count",
             "every": "optional",
@@ -315,7 +317,7 @@ CALLS: dict[str, Call] = {
             "net": "none",
             "optimizer": "none",
             "epoch": "count from zero",
-            "epochs": "count",
+            "epochs": "length",
             "lr_scheduler": "optional",
             "steps_per_epoch": "count",
             "rates": "several",
@@ -327,7 +329,7 @@ CALLS: dict[str, Call] = {
     "aligned": (
         schedules.aligned,
         {"epochs": 9, "lr_milestones": [3, 6]},
-        {"epochs": "count", "lr_milestones": "none", "last": "phase"},
+        {"epochs": "length", "lr_milestones": "none", "last": "phase"},
     ),
     "auto": (
         schedules.auto,
@@ -434,11 +436,17 @@ def test_arguments_in_another_order_are_one_sentence(call: Callable[[], object],
 
 
 def test_no_weight_is_made_that_could_not_train() -> None:
+    low = a_net()
+    dr.enter_(low, dr.Phase.LOW)
     with torch.inference_mode():
         with pytest.raises(dr.CaptureError, match="inference_mode"):
             dr.transform(MODEL, X)
         with pytest.raises(dr.TransitionError, match="inference_mode"):
             dr.enter_(NET, dr.Phase.LOW)
+        with pytest.raises(dr.CalibrationError, match="inference_mode"):
+            dr.recover_(MODEL, MODEL, [X], steps=1)
+        with pytest.raises(dr.StoreError, match="inference_mode"):
+            NET.load_state_dict(low.state_dict())
 
 
 def test_a_state_that_is_not_finite_does_not_go_along() -> None:

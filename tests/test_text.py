@@ -1,11 +1,11 @@
-"""JSON that every reader takes: Python would write NaN, which is none."""
+"""Numbers of things in words, and JSON that every reader takes: Python would write NaN, which is none."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from dynrank_fx.text import finite, json_text
+from dynrank_fx.text import counted, finite, json_text
 
 
 def refused(name: str) -> Any:
@@ -23,3 +23,8 @@ def test_what_is_not_finite_is_nothing_in_json() -> None:
         "f": True,
     }
     assert finite(value)["d"] == "nan"
+
+
+def test_one_is_told_in_the_singular() -> None:
+    assert [counted(count, "step") for count in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
+    assert [counted(count, "batch", "batches") for count in (1, 3)] == ["1 batch", "3 batches"]

@@ -15,7 +15,7 @@ from ..aliases import Output
 from ..checks import is_list, is_whole
 from ..errors import CalibrationError
 from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
-from ..tracing import ExampleInputs, same_buffers, tensors, unwrap
+from ..tracing import ExampleInputs, refuse_inference, same_buffers, tensors, unwrap
 from .batches import call, checked_batches
 
 Loss: TypeAlias = Callable[[Output, int], Tensor]
@@ -75,6 +75,7 @@ def _chosen(
     root: nn.Module, dense: nn.Module, steps: int, loss: Loss | None, names: Sequence[str] | None
 ) -> list[tuple[str, nn.Parameter]]:
     """What is to be trained. Raises CalibrationError for arguments that cannot be."""
+    refuse_inference(CalibrationError, "recover")
     wanted = dict(root.named_parameters())
     unwrap(dense)  # which refuses what is no module
     if loss is not None and not callable(loss):

@@ -27,12 +27,6 @@ _REFUSED = {
 }
 
 
-def refuse_inference() -> None:
-    """Raises TransitionError where no parameter can be made that trains."""
-    if torch.is_inference_mode_enabled():
-        raise TransitionError("within torch.inference_mode no weight can be made that trains: switch phases outside it")
-
-
 def refuse_wrapped(net: nn.Module) -> None:
     """Raises TransitionError for a net that something wraps whose processes a switch cannot bring along, whatever is
     given of it.

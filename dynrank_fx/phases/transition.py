@@ -13,13 +13,13 @@ from ..plan import Plan, checked_plan
 from ..processes import Shards, check_wrapper, processes_training, wrappers_of
 from ..rewrite import SiteGroup, plan_of, set_plan, site_groups, specialize_, switched_modules
 from ..schedules import Setting
-from ..tracing import is_captured, meta_of, unwrap
+from ..tracing import is_captured, meta_of, refuse_inference, unwrap
 from .agreement import agree_on, agree_on_origin
 from .averages import averages_of, sites_of_average, warn_of_left_out
 from .carry import Carry, checked_carry
 from .gradients import note_steps
 from .groups import Optimizers, optimizers_in
-from .refusals import refuse_inference, refuse_untrained, refuse_wrapped
+from .refusals import refuse_untrained, refuse_wrapped
 from .setting import phases_in
 from .switch import Changed, Move, Transition, switch
 from .values import Split
@@ -140,7 +140,7 @@ def _checked(
 ) -> Changed:
     """What a switch is to change, if it can."""
     checked_carry(carry)
-    refuse_inference()
+    refuse_inference(TransitionError, "switch phases")
     refuse_wrapped(net)
     root = unwrap(net)
     wrappers = wrappers_of(net)

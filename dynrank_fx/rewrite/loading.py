@@ -16,7 +16,7 @@ from ..aliases import StateDict
 from ..errors import StoreError
 from ..ops import Shape
 from ..phase import Phase
-from ..tracing import is_captured, meta_of, note
+from ..tracing import is_captured, meta_of, note, refuse_inference
 from .groups import site_groups
 from .memory_format import in_format_of
 from .meta import specialize_
@@ -60,13 +60,15 @@ def follow_state(root: nn.Module, state: StateDict, prefix: str, *_: object) -> 
         if len({setting if setting[0] is not Phase.FULL else Phase.FULL for setting in of_group}) > 1:
             told = ", ".join(f"{name} in {settings[name][0].name}" for name in group.names if name in settings)
             raise StoreError(f"{', '.join(group.names)} share a factor, and the state has {told}: load all of them")
-    changed = False
-    for site, (phase, rank) in settings.items():
-        first = modules[site][0]
-        if (phase, rank) != (Phase(first.phase), first.rank):
+    changing = {
+        site: setting
+        for site, setting in settings.items()
+        if setting != (Phase(modules[site][0].phase), modules[site][0].rank)
+    }
+    if changing:
+        refuse_inference(StoreError, "load the state")
+        for site, (phase, rank) in changing.items():
             _enter(modules[site], phase, rank)
-            changed = True
-    if changed:
         if is_captured(root):
             note(root, **{LOADED: True})
         _note_ranks(root, {site: rank for site, (_, rank) in settings.items()})

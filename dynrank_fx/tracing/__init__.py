@@ -1,6 +1,6 @@
 """From any model to a graph that trains, and the proof that the graph computes what the model does."""
 
-from .blame import origin
+from .blame import in_words, origin
 from .choose import Capture, Form, capture
 from .equivalence import ROUNDING, Original, difference, tensors_in
 from .inputs import (
@@ -19,7 +19,7 @@ from .inputs import (
     split_inputs,
     with_batch,
 )
-from .isolation import named_keywords, quiet, same_buffers, same_values, slow_attention
+from .isolation import named_keywords, quiet, refuse_inference, same_buffers, same_values, slow_attention
 from .measure import flop_counter, measure
 from .nested import as_dicts, leaves, leaves_with_paths, mapped, tensors
 from .net import (
@@ -69,6 +69,7 @@ __all__ = [
     "free_dimensions",
     "fresh",
     "in_order",
+    "in_words",
     "infinite_statistic",
     "is_captured",
     "is_statistic",
@@ -86,6 +87,7 @@ __all__ = [
     "origin",
     "own_",
     "quiet",
+    "refuse_inference",
     "refuse_parts",
     "regions",
     "same_buffers",

@@ -27,6 +27,14 @@ def describe(args: Args, kwargs: Kwargs) -> str:
     return ", ".join([*(one(a) for a in args), *(f"{k}={one(v)}" for k, v in kwargs.items())])
 
 
+def in_words(value: object) -> str:
+    """A value in words: type and shape of a tensor, the type of everything else."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    where = ", without values (on the device meta)" if value.is_meta else ""
+    return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {tuple(value.shape)}{where}"
+
+
 def origin(error: BaseException, root: nn.Module) -> str:
     """The module and line of the innermost frame of the user's own code."""
     place = type(root).__name__

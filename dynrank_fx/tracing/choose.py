@@ -14,10 +14,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..checks import check_flags
 from ..errors import CaptureError, first_line
 from ..ops import module_op
+from ..text import counted
 from .blame import describe
 from .equivalence import ROUNDING, Original, difference
 from .export import export_both_modes, fixed_sizes, mode_of, settle_inputs, shortcoming
 from .inputs import DynamicShapes, ExampleInputs, check_shapes, split_inputs
+from .isolation import refuse_inference
 from .modules import capture_layers, capture_parts, modules_read
 from .net import Net, copy_graph, copy_tree, finished, is_captured, meta_of, note, untraced, unwrap
 from .shell import own_, same_parameters, sharing, shell
@@ -102,8 +104,7 @@ def capture(
         raise CaptureError(f"{how!r} is no way to capture a model: give one of {ways}")
     check_flags(CaptureError, copy=copy)
     check_shapes(dynamic_shapes)
-    if torch.is_inference_mode_enabled():
-        raise CaptureError("within torch.inference_mode no weight can be made that trains: leave it to capture")
+    refuse_inference(CaptureError, "capture the model")
     wrapped = next((part for part in model.modules() if isinstance(part, _WRAPPERS)), None)
     if wrapped is not None:
         raise CaptureError(
@@ -230,7 +231,9 @@ def _parts(model: nn.Module, original: Original, why: str) -> nn.Module:
         raise CaptureError(f"with its parts captured, {type(model).__name__} is not the same: {deviation.words}")
     read, asked = modules_read(twin, example_inputs)
     note(twin, read=read, asked=asked)
-    return _noted(twin, f"module by module ({len(parts)} parts and {len(layers)} single layers): {why}")
+    return _noted(
+        twin, f"module by module ({counted(len(parts), 'part')} and {counted(len(layers), 'single layer')}): {why}"
+    )
 
 
 def _layers(model: nn.Module, original: Original) -> nn.Module:
@@ -249,7 +252,9 @@ def _layers(model: nn.Module, original: Original) -> nn.Module:
     read, asked = modules_read(twin, example_inputs)
     note(twin, read=read, asked=asked)
     words = f", {len(own)} of them of the model's own making" if own else ""
-    return _noted(twin, f"layer by layer: {len(own) + len(layers)} layers{words}, in a copy of the model itself")
+    return _noted(
+        twin, f"layer by layer: {counted(len(own) + len(layers), 'layer')}{words}, in a copy of the model itself"
+    )
 
 
 def _noted(net: nn.Module, words: str) -> nn.Module:

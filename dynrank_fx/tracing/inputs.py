@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..aliases import Args, Kwargs
 from ..errors import CaptureError
+from ..text import counted
 from .nested import mapped, tensors
 
 # What a model takes may be anything: only the model itself knows.
@@ -92,7 +93,9 @@ def shapes_by_argument(module: nn.Module, inputs: Inputs, dynamic_shapes: Dynami
         bound = inspect.signature(module.forward).bind(*inputs[0], **inputs[1]).arguments
         names = list(bound if len(bound) == len(shapes) else given)
         if len(names) != len(shapes):
-            raise CaptureError(f"there are {len(shapes)} dynamic shapes: give one for each of {list(given)}")
+            raise CaptureError(
+                f"there are dynamic shapes of {counted(len(shapes), 'argument')}: give those of each of {list(given)}"
+            )
         shapes = dict(zip(names, shapes, strict=True))
     shapes = dict(shapes or {})
     if caught and caught not in given and isinstance(shapes.get(caught), Mapping):

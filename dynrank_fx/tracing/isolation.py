@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..aliases import Args, Function, Kwargs, Output
+from ..errors import DynrankError
 from ..randomness import random_state, set_random_state
 from .inputs import Inputs
 from .net import set_mode
@@ -227,3 +228,9 @@ def named_keywords(model: nn.Module, inputs: Inputs) -> Iterator[None]:
         vars(model).pop("forward")
         if before is not None:
             vars(model)["forward"] = before
+
+
+def refuse_inference(kind: type[DynrankError], what: str) -> None:
+    """Raises such an error where no parameter can be made that trains. what: is to be done elsewhere."""
+    if torch.is_inference_mode_enabled():
+        raise kind(f"within torch.inference_mode no weight can be made that trains: {what} outside it")

@@ -62,9 +62,21 @@ def trace_symbolically(root: nn.Module, model: nn.Module, example_inputs: Exampl
             raise CaptureError(f"{where} cannot be traced symbolically: {why}.") from error
     given = _given(model, example_inputs)
     for mode, graph in graphs.items():
+        _refuse_caught(root, graph)
         _pin_optional(root, graph, mode, given)
     same = graphs[True].python_code("self").src == graphs[False].python_code("self").src
     return finished(root, graphs[True], None if same else graphs[False], model)
+
+
+def _refuse_caught(root: nn.Module, graph: fx.Graph) -> None:
+    """Raises CaptureError where forward reads arguments that it has no name for: neither the interpreter of torch.fx
+    nor torch.export hands them to a symbolic graph.
+    """
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*") and node.users:
+            raise CaptureError(
+                f"forward of {type(root).__name__} reads {node.target}, which a symbolic graph cannot be given."
+            )
 
 
 def _given(model: nn.Module, example_inputs: ExampleInputs | None) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..checks import check_epochs, is_whole
+from ..checks import check_epochs, check_length, is_whole
 from ..errors import ScheduleError, TransitionError
 from ..processes import Processes, started
 from ..schedules import Schedule
@@ -134,8 +134,9 @@ def clock_of(epochs: int | None = None, steps: int | None = None, every: int | N
     total = steps if epochs is None else epochs * steps
     if every is not None and every > total:
         raise ScheduleError(f"ticks of {every} steps are longer than the run of {total}: give fewer to each")
-    every = every or math.ceil(total / TICKS)
-    return Clock(math.ceil(total / every), every, False, None if epochs is None else steps, total)
+    every = every or -(-total // TICKS)  # of whole numbers, which may be larger than a float
+    check_length(-(-total // every), "tick")
+    return Clock(-(-total // every), every, False, None if epochs is None else steps, total)
 
 
 class StepHook:

@@ -25,7 +25,7 @@ from ..phases import enter_, tried
 from ..processes import Processes, is_part, is_sharded, own, started
 from ..randomness import random_state, set_random_state
 from ..rewrite import a_twin, inline_, switched_modules
-from ..text import rounded
+from ..text import counted, rounded
 from ..tracing import Net
 from .clock import Clock, clock_of
 from .history import add_
@@ -301,7 +301,8 @@ def _one_pass(run: Run, task: Task) -> Iterator[Batch]:
         batches = batches_of(share, task, "train_data()")
         if sum(1 for _ in itertools.islice(batches, run.drawn)) < run.drawn:
             raise DynrankError(
-                f"train_data() gives fewer than the {run.drawn} batches of the epoch that were trained on"
+                f"train_data() gives fewer than the {counted(run.drawn, 'batch', 'batches')} of the epoch that were "
+                "trained on"
             )
         set_random_state(now, run.generators)
     for batch in _while_all_have_one(batches, share.processes) if isinstance(share, OwnShare) else batches:
@@ -340,6 +341,11 @@ def _gradients(
         )
     with task.guard("the backward pass of loss()"):
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+    if all(p.grad is None for group in run.optimizer.param_groups for p in group["params"]):
+        raise DynrankError(
+            "the loss depends on nothing that the optimizer trains: compute it from the model's output, and give the "
+            "optimizer the parameters that it is given"
+        )
     with torch.no_grad():
         metric = metric_of(task, output, batch, loss)
         run.totals += torch.stack([loss.detach().double(), metric, torch.ones_like(loss).double()])

@@ -15,7 +15,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from ..aliases import Args, Batch, Kwargs, Output
 from ..errors import DynrankError, first_line
 from ..processes import is_sharded, started
-from ..tracing import Inputs, batch_size, evaluating, mapped, tensors, unwrap
+from ..tracing import Inputs, batch_size, evaluating, in_words, mapped, tensors, unwrap
 from .settings import Settings
 from .shares import Share, share_of
 
@@ -57,7 +57,9 @@ class Task:
     @cached_property
     def eval_share(self) -> Share:
         """What this process evaluates on, each entry in one process. All processes ask for it together."""
-        return share_of(self.eval_data or (), "eval_data()", started(), own=self.sharded, even=False)
+        return share_of(
+            () if self.eval_data is None else self.eval_data, "eval_data()", started(), own=self.sharded, even=False
+        )
 
 
 def _gives_once(data: object) -> bool:
@@ -145,7 +147,7 @@ def loss_of(task: Task, settings: Settings, output: Output, batch: Batch) -> Ten
         loss = task.loss(output, batch)
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or loss.is_meta:
         raise DynrankError(
-            f"the loss must be one number that depends on the model's output: loss() gave {_words(loss)}"
+            f"the loss must be one number that depends on the model's output: loss() gave {in_words(loss)}"
         )
     return loss
 
@@ -159,7 +161,7 @@ def metric_of(task: Task, output: Output, batch: Batch, like: Tensor) -> Tensor:
         with task.guard("metric()"):
             value = task.metric(output, batch)
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.is_meta):
-        raise DynrankError(f"the metric must be one number, the mean over a batch: metric() gave {_words(value)}")
+        raise DynrankError(f"the metric must be one number, the mean over a batch: metric() gave {in_words(value)}")
     return torch.as_tensor(value, dtype=torch.float64, device=like.device).reshape(())
 
 
@@ -182,13 +184,6 @@ def _evaluated(net: nn.Module, task: Task) -> Iterator[tuple[Batch, bool]]:
                 "smaller batches"
             )
         yield batch, counts
-
-
-def _words(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    where = ", without values (on the device meta)" if value.is_meta else ""
-    return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {tuple(value.shape)}{where}"
 
 
 @torch.no_grad()

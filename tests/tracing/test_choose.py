@@ -638,3 +638,32 @@ def test_a_model_that_does_not_train_on_the_example_is_said_not_to_be_compared()
     assert said in plan.capture
     assert f"captured    as one graph. {said}" in str(plan)
     assert "not compared" not in dr.plan_of(dr.transform(model, (torch.randn(2, 8),), rank=dr.Fixed(2))).capture
+
+
+class Caught(nn.Module):
+    """Reads arguments that it has no name for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, *xs: Tensor, **batch: Tensor) -> Tensor:
+        return self.b(self.a(xs[0] if xs else batch["x"]).relu()) * batch["mask"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_arguments_without_a_name_are_captured_by_export(named: bool) -> None:
+    model, x, mask = Caught(), torch.randn(4, 8), torch.ones(4, 1)
+    args, kwargs = ((), {"x": x, "mask": mask}) if named else ((x,), {"mask": mask})
+    net = dr.transform(model, (args, kwargs), rank=dr.Fixed(2))
+    assert [row.site.name for row in dr.plan_of(net).sites] == ["a.weight", "b.weight"]
+    assert torch.equal(net(*args, **kwargs), model(*args, **kwargs))
+
+
+def test_a_symbolic_graph_is_not_given_arguments_without_a_name() -> None:
+    class Named(Caught):
+        def forward(self, **batch: Tensor) -> Tensor:  # type: ignore[override]
+            return self.a(batch["x"]) * batch["mask"]
+
+    with pytest.raises(dr.CaptureError, match=r"^forward of Named reads \*\*batch, which a symbolic graph cannot be"):
+        dr.capture(Named(), {"x": torch.randn(4, 8), "mask": torch.ones(4, 1)}, how=dr.Capture.SYMBOLIC)

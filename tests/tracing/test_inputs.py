@@ -247,7 +247,7 @@ def test_dynamic_shapes_of_other_arguments_are_refused_in_a_sentence():
     for shapes, sentence in (
         ({"z": ROWS}, r"^there are dynamic shapes for 'z', .* name them as in \['x', 'scale', 'y'\]$"),
         ({"batch": {"z": ROWS}}, "^there are dynamic shapes for 'z'"),
-        ((ROWS,), "^there are 1 dynamic shapes: give one for each of"),
+        ((ROWS,), "^there are dynamic shapes of 1 argument: give those of each of"),
         (other, "^the ShapesCollection has a tensor that is none of the example inputs"),
     ):
         with pytest.raises(dr.CaptureError, match=sentence):

@@ -534,6 +534,8 @@ def test_a_state_of_other_phases_and_one_that_was_forgotten_are_refused() -> Non
     [
         ({}, "needs an end: give the steps of the run, or its epochs"),
         ({"steps": 0}, "a run cannot have 0 steps: give a whole number of 1 or more"),
+        ({"epochs": 10**30}, rf"a run of {10**30} epochs is longer than can be planned: give 1,000,000 or less"),
+        ({"steps": 10**30, "every": 3}, r"a run of \d+ ticks is longer than can be planned"),
         ({"steps": 1.5}, r"a run cannot have 1\.5 steps"),
         ({"steps": 10, "every": 0}, "a tick cannot have 0 steps"),
         ({"epochs": 10, "every": 3}, "needs an end: give the steps of the run"),

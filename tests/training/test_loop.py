@@ -496,6 +496,18 @@ def test_a_loss_that_cannot_be_trained_on_is_told(wrong: Any, what: str) -> None
     )
 
 
+def test_a_loss_of_nothing_that_trains_is_told() -> None:
+    lost = replace(TASK, loss=lambda output, batch: torch.ones((), requires_grad=True))
+    assert refusal(lambda: fit(a_run(made()), lost, EAGER)).startswith("the loss depends on nothing that the optimizer")
+
+
+def test_held_out_data_may_be_one_tensor() -> None:
+    run = a_run(made())
+    task = replace(TASK, train_data=[X[:4]], eval_data=X[:, None], inputs=lambda batch: ((batch,), {}), metric=None)
+    fit(run, replace(task, loss=lambda output, batch: output.square().sum()), EAGER)
+    assert run.history[-1].eval_loss is not None
+
+
 def test_a_site_that_the_optimizer_does_not_train_has_to_be_frozen_and_stays_as_it_is() -> None:
     net = made()
     left_out = copy.deepcopy(net.get_submodule("3"))
