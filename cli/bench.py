@@ -8,7 +8,7 @@ import click
 
 from dynrank_fx.text import json_text
 
-from .options import given_path, json_option
+from .options import check_given_provider, given_path, json_option
 from .streams import echo
 
 
@@ -56,6 +56,8 @@ def bench(
             raise click.UsageError(f"--provider-option {setting}: write KEY=VALUE, such as enable_cuda_graph=1")
     chosen = (provider, {key: value for key, _, value in pairs}) if provider is not None and settings else provider
     from dynrank_fx.onnx import bench_onnx, onnx_machine, table
+
+    check_given_provider(provider)
 
     timings = bench_onnx(
         file,

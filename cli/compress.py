@@ -33,6 +33,7 @@ from .options import (
     form_option,
     given_path,
     json_option,
+    of_option,
     refuse_beside,
     refuse_export_options,
     roles_of,
@@ -220,7 +221,8 @@ def _budget(text: str) -> RankPolicy | MaxDrop:
             f"{text!r} is none: give params=0.5, flops=0.5, latency=0.7 or max_drop=0.01", param_hint="--budget"
         )
     shares: Kwargs = {what: value}
-    return MaxDrop(value) if what == "max_drop" else Budget(**shares)
+    with of_option("--budget"):
+        return MaxDrop(value) if what == "max_drop" else Budget(**shares)
 
 
 def _opened(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:

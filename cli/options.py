@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
 from dynrank_fx.aliases import Kwargs
+from dynrank_fx.errors import DynrankError
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +50,25 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
+@contextmanager
+def of_option(flag: str) -> Iterator[None]:
+    """What the library says of a value, told as a mistake in using the command."""
+    try:
+        yield
+    except DynrankError as error:
+        raise click.BadParameter(str(error), param_hint=flag) from error
+
+
+class Number(click.FloatRange):
+    """A number within bounds, which nan is not."""
+
+    def convert(self, value: Option, param: click.Parameter | None, ctx: click.Context | None) -> Option:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number", param, ctx)
+        return number
+
+
 # The layouts of convolutions by name, so that `--help` need not import them: as in dynrank_fx.layouts.
 CONV_LAYOUTS = ("channel", "spatial", "tucker", "cp")
 
@@ -71,7 +93,10 @@ share_inputs_option = click.option(
 _PLAN_OPTIONS = (
     click.option("--rank", metavar="R", help="A fraction of each matrix (0.25, the default) or one rank for all (16)."),
     click.option(
-        "--energy", type=float, metavar="E", help="Instead: the least rank that keeps this share of the squares."
+        "--energy",
+        type=Number(0, 1, min_open=True),
+        metavar="E",
+        help="Instead: the least rank that keeps this share of the squares.",
     ),
     click.option("--include", multiple=True, metavar="PATTERN", help="Only weights whose name fits; may be repeated."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights whose name fits; may be repeated."),
@@ -82,7 +107,9 @@ _PLAN_OPTIONS = (
         metavar="PATTERN=WHAT",
         help="For weights whose name fits: dense, a rank (16 or 0.5), a layout (spatial), or several (spatial,0.5).",
     ),
-    click.option("--multiple-of", type=int, default=1, metavar="N", help="Round ranks up to a multiple of N."),
+    click.option(
+        "--multiple-of", type=click.IntRange(min=1), default=1, metavar="N", help="Round ranks up to a multiple of N."
+    ),
     click.option(
         "--layout",
         type=click.Choice(CONV_LAYOUTS),
@@ -117,7 +144,11 @@ amp_option = click.option(
 _EXPORT_OPTIONS = (
     click.option("--opset", type=int, metavar="N", help="ONNX opset; by default the exporter's own."),
     click.option(
-        "--batch", "batches", type=int, multiple=True, help="A batch size to compare on; by default 1, 2 and 5."
+        "--batch",
+        "batches",
+        type=click.IntRange(min=1),
+        multiple=True,
+        help="A batch size to compare on; by default 1, 2 and 5.",
     ),
     click.option(
         "--precision",
@@ -191,14 +222,22 @@ def export_arguments(options: Options) -> Kwargs:
 
 def check_export(out: Path, arguments: Options, provider: str | None) -> None:
     """Refuse, before any work, what would stop the export after it."""
-    from dynrank_fx.onnx import check_batch_sizes, check_opset, check_place, check_precision, check_provider
+    from dynrank_fx.onnx import check_opset, check_place, check_precision
 
     check_place(out)
-    check_opset(arguments["opset"])
-    check_batch_sizes(arguments["batch_sizes"])
-    if provider is not None:
-        check_provider(provider)
+    with of_option("--opset"):
+        check_opset(arguments["opset"])
+    check_given_provider(provider)
     check_precision(arguments["precision"], provider)
+
+
+def check_given_provider(provider: str | None) -> None:
+    """Refuse an execution provider that the onnxruntime here has not."""
+    from dynrank_fx.onnx import check_provider
+
+    with of_option("--provider"):
+        if provider is not None:
+            check_provider(provider)
 
 
 def check_model(out: Path, module: nn.Module, file: ModelFile, arguments: Options) -> None:
@@ -263,7 +302,8 @@ def rank_policy(rank: str | None, energy: float | None, hint: str = "--rank") ->
     if rank is None:
         return Ratio(0.25)
     try:
-        return Ratio(float(rank)) if "." in rank else Fixed(int(rank))
+        with of_option(hint):
+            return Ratio(float(rank)) if "." in rank else Fixed(int(rank))
     except ValueError as error:
         raise click.BadParameter(f"{rank!r} is neither a fraction (0.25) nor a rank (16)", param_hint=hint) from error
 
@@ -303,6 +343,13 @@ def _conv_layout(word: str) -> ConvLayout:
     from dynrank_fx import layouts
 
     return next(layout for layout in layouts.CONV_LAYOUTS if layout.name == word)
+
+
+def check_plan_options(options: Options) -> None:
+    """Refuse, before anything is looked at, what ``plan_options`` cannot be."""
+    rank_policy(options["rank"], options["energy"])
+    overrides_of(options["override"])
+    roles_of(options["leave"])
 
 
 def plan_options_of(options: Options, policy: RankPolicy | None = None) -> PlanOptions:

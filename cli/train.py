@@ -13,13 +13,15 @@ import click
 from dynrank_fx.aliases import Batch, Json, JsonObject
 from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
-from dynrank_fx.text import json_text
+from dynrank_fx.text import counted, json_text
 
 from .options import (
+    Number,
     Option,
     Options,
     amp_of,
     amp_option,
+    check_plan_options,
     given_path,
     json_option,
     measure_option,
@@ -62,7 +64,9 @@ if TYPE_CHECKING:
 @click.option(
     "--accumulate", type=click.IntRange(min=1), default=1, metavar="N", help="Batches of a step; 1 by default."
 )
-@click.option("--clip", type=float, metavar="NORM", help="Clip the gradients of a step to this norm.")
+@click.option(
+    "--clip", type=Number(0, min_open=True), metavar="NORM", help="Clip the gradients of a step to this norm."
+)
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes of train_data()'s DataLoader.")
 @click.option("--fsdp", is_flag=True, help="Each process of torchrun holds a part of every parameter (FSDP2); eager.")
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
@@ -88,6 +92,11 @@ def train(
       dynrank-fx train samples/digits.py --rank 0.25 --schedule interleave --out digits-run
       torchrun --nproc-per-node 4 -m dynrank_fx.cli train samples/digits.py --out digits-run
     """
+    check_plan_options(options)
+    if options.get("steps") and options["epochs"]:
+        raise click.UsageError("--steps is the length of a run in place of --epochs: give one of them")
+    if options["fsdp"] and launched() is None:
+        raise click.UsageError("--fsdp shares the parameters among processes: start them by torchrun")
     folder, launch = out or Path(f"{model_file.stem}-run"), launched()
     processes = ctx.with_resource(together(launch))
     # Only the first looks at the folder, which the others may not even have.
@@ -101,15 +110,11 @@ def train(
 
     from .modelfile import load_model_file
 
-    if options["fsdp"] and launch is None:
-        raise click.UsageError("--fsdp shares the parameters among processes: start them by torchrun")
     if options["measure"] and processes.count > 1:
         raise click.UsageError(
             "--measure is the work of one process, whose plan the others would not have: make it by "
             "`dynrank-fx transform --measure`, and give its folder as --from"
         )
-    if options.get("steps") and options["epochs"]:
-        raise click.UsageError("--steps is the length of a run in place of --epochs: give one of them")
     device = device_of(options["device"], launch)
     check_device(device)
     seed_all(options["seed"])
@@ -124,17 +129,17 @@ def train(
     if options["fsdp"]:
         shard_(run.net, run.optimizer, device)
     clock = clock_of_run(run, task, settings)
-    length = f"{clock.ticks} {clock.unit}s"
+    length = counted(clock.ticks, clock.unit)
     if run.epoch >= clock.ticks:
         if processes.first:
-            echo(f"{folder} has all its {length} already", err=as_json)
+            echo(f"{folder} has its {length} already", err=as_json)
             _print_result(run, clock, folder, as_json)
         return
     if not clock.by_epochs:
-        whole = f"{clock.steps} steps" if clock.parts == 1 else f"{clock.ticks // clock.parts} epochs"
+        whole = counted(clock.steps or 0, "step") if clock.parts == 1 else counted(clock.ticks // clock.parts, "epoch")
         length = f"{whole} in {length}"
     trained_by = f"; {processes.count} processes, {device.partition(':')[0]}" if processes.count > 1 else ""
-    say(f"{len(phases_of(run.net))} sites; schedule {run.schedule}; {length}{trained_by}")
+    say(f"{counted(len(phases_of(run.net)), 'site')}; schedule {run.schedule}; {length}{trained_by}")
     if (changed := task.train_share.other_than(run.dealt)) is not None:
         say(changed)
     bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, file.metric_name, unit=clock.unit)
@@ -158,7 +163,7 @@ def train(
     again = ["train", str(model_file), "--out", str(folder), *(["--fsdp"] if options["fsdp"] else []), "--resume"]
     then = shlex.join([*_started_by(launch), *again])
     say(
-        f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {run.step} steps, and saved; "
+        f"stopped in {clock.unit} {run.epoch + 1} of {clock.ticks} after {counted(run.step, 'step')}, and saved; "
         f"go on with: {then}"
     )
     ctx.exit(128 + processes.most(wish_to_stop(stopped, launch)))
@@ -392,8 +397,8 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()  # which the device meta has not
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ModelFileError(
-            f"the device {device!r} cannot be used here ({first_line(error)}); give --device cpu"
+        raise click.BadParameter(
+            f"{device!r} cannot be used here ({first_line(error)}): give cpu", param_hint="--device"
         ) from error
 
 

@@ -13,7 +13,7 @@ from dynrank_fx.errors import DynrankWarning
 from dynrank_fx.phase import Phase
 from dynrank_fx.schedules import BY_NAME
 
-from .options import given_options
+from .options import Number, given_options, of_option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -32,11 +32,15 @@ _OPTIONS = (
     ),
     click.option(
         "--cost",
-        type=click.FloatRange(0, 1),
+        type=Number(0, 1),
         help="For auto: compute it may spend, as a share of dense training; by default 0.75.",
     ),
-    click.option("--low", type=int, default=2, show_default=True, help="LOW epochs in a row, for interleave."),
-    click.option("--full", type=int, default=1, show_default=True, help="FULL epochs in a row, for interleave."),
+    click.option(
+        "--low", type=click.IntRange(min=0), default=2, show_default=True, help="LOW epochs in a row, for interleave."
+    ),
+    click.option(
+        "--full", type=click.IntRange(min=0), default=1, show_default=True, help="FULL epochs in a row, for interleave."
+    ),
     click.option(
         "--lr-milestones",
         metavar="E,E",
@@ -127,7 +131,8 @@ def schedule_of(options: Options, clock: Clock, lr_scheduler: LRScheduler | None
                 f"{named.name} goes by the decays of the learning rate: give their {unit} as --lr-milestones, or have "
                 "lr_scheduler() return one with milestones"
             )
-    return named(given)
+    with of_option("--schedule"):
+        return named(given)
 
 
 def _decays(given: str | None, clock: Clock, lr_scheduler: LRScheduler | None, every_step: bool) -> tuple[int, ...]:
@@ -140,6 +145,8 @@ def _decays(given: str | None, clock: Clock, lr_scheduler: LRScheduler | None, e
     else:
         try:
             milestones = [int(part) for part in given.split(",")]
+            if min(milestones) < 1:
+                raise ValueError(given)
         except ValueError as error:
             raise click.BadParameter(
                 f"{given!r} is no list of epochs like 8,10", param_hint="--lr-milestones"

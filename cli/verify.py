@@ -11,7 +11,7 @@ import click
 from dynrank_fx.errors import ExportError
 from dynrank_fx.text import json_text
 
-from .options import Option, calibrate_option, given_path, json_option, weights_option
+from .options import Option, calibrate_option, check_given_provider, given_path, json_option, weights_option
 from .streams import echo
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def verify(
       dynrank-fx verify dense.onnx model.py --weights model.pt
       dynrank-fx verify int8.onnx digits-run --metric
     """
-    from dynrank_fx.onnx import check_provider, compare_onnx
+    from dynrank_fx.onnx import compare_onnx
 
     if not 0 <= tolerance < float("inf"):
         raise click.BadParameter(
@@ -61,7 +61,7 @@ def verify(
     if ".onnx" not in (one.suffix, other.suffix):
         raise click.UsageError(f"neither {one} nor {other} is an .onnx file: export one of them first")
     # What would stop the comparison is said before the other side is exported for it.
-    check_provider(provider)
+    check_given_provider(provider)
     for each in (one, other):
         if each.suffix == ".onnx" and not each.is_file():
             raise ExportError(f"there is no file {each}: export it first")

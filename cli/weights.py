@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynrank_fx.errors import StoreError, first_line
 from dynrank_fx.seals import check_zip
+from dynrank_fx.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -117,11 +118,11 @@ def _misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str
         for name in own
         if name in state and hasattr(own[name], "shape") and own[name].shape != state[name].shape
     ]
-    said = []
+    said, of_all = [], counted(len(own), "name")
     if missing:
-        said.append(f"{len(missing)} of {len(own)} names are missing ({_few(missing)})")
+        said.append(f"{counted(len(missing), f'of {of_all} is', f'of {of_all} are')} missing ({_few(missing)})")
     if foreign:
-        said.append(f"{len(foreign)} are not the model's ({_few(foreign)})")
+        said.append(f"{counted(len(foreign), 'is', 'are')} not the model's ({_few(foreign)})")
     return [*said, *([f"{shapes[0]} (and {len(shapes) - 1} more)" if len(shapes) > 1 else shapes[0]] if shapes else [])]
 
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+
 
 class DynrankError(Exception):
     """A mistake the caller can mend. The commands print its message without a traceback and exit with 1."""
@@ -58,3 +65,24 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
+
+
+@contextmanager
+def telling(what: str, kind: type[DynrankError]) -> Iterator[None]:
+    """Around a call of a function that the caller gave: what it raises is told as such an error, with its line."""
+    try:
+        yield
+    except DynrankError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} raised {first_line(error)}{_place(error)}: mend it") from error
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of the file in which the caller's function is, where Python knows it."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [each for each in frames if not each[0].startswith(_PACKAGE)]
+    if not theirs:
+        return ""
+    file, line = [each for each in theirs if each[0] == theirs[0][0]][-1]
+    return f" ({Path(file).name}, line {line})"

@@ -119,10 +119,12 @@ class Candidates:
             units = self._units()
             ranks = [at.get(unit.names[0]) or max(1, unit.curve.max_rank // 4) for unit in units]
             energies = [unit.curve.spectrum().square().sum(0) for unit in units]
-        effects = {}
+        effects, where = {}, "at the ranks of the best so far" if at else "at a quarter of the rank"
         for number, (unit, rank, energy) in enumerate(zip(units, ranks, energies, strict=True)):
             if number % max(1, len(units) // 5) == 0:
-                self.tell(f"measuring what an error in a weight does to the outputs: {number + 1} of {len(units)}")
+                self.tell(
+                    f"measuring what an error in a weight does to the outputs, {where}: {number + 1} of {len(units)}"
+                )
             lost = float(energy[rank:].sum() / energy.sum().clamp_min(1e-30))
             effects[unit.names[0]] = self._moved(unit, rank) / max(lost, 1e-6)
         return effects

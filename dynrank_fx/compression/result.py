@@ -9,7 +9,7 @@ from torch import nn
 
 from ..aliases import JsonObject
 from ..plan import Plan
-from ..text import change, text_table
+from ..text import change, counted, text_table
 from ..timing import Pair
 from .covariance import Calibration
 from .truncation import Cut, cut_plainly
@@ -113,20 +113,21 @@ def compressed(
 
 def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, untimed: str) -> tuple[str, ...]:
     notes = [f"{sentence}." for sentence in cut_plainly(cuts)]
+    weights = counted(len(cuts), "weight")
     lossy = {cut.site for cut in cuts if cut.loses}
     scarce = [] if known is None else [name for name in known.scarce if name in lossy]
     if scarce:
         fewest = min(known.covariances[name].count for name in scarce) if known else 0
         notes.append(
-            f"The calibration data are few for {len(scarce)} of {len(cuts)} weights ({scarce[0]} was seen to give "
-            f"{fewest} outputs): give more batches."
+            f"The calibration data are few for {len(scarce)} of {weights} ({scarce[0]} was seen to give "
+            f"{counted(fewest, 'output')}): give more batches."
         )
     dense = [cut for cut in cuts if cut.rank is None]
     kept = [cut for cut in cuts if cut.rank is not None and not cut.loses]
     if kept and len(kept) + len(dense) == len(cuts):
         notes.append(
-            f"Nothing is lost: {len(kept)} of {len(cuts)} weights are of low rank already, and stay at that rank, "
-            "whatever more the budget leaves room for."
+            f"Nothing is lost: {counted(len(kept), f'of {weights} is', f'of {weights} are')} of low rank already, "
+            "and kept so, whatever more the budget leaves room for."
         )
     elif times is not None and len(dense) == len(cuts):
         notes.append(
@@ -135,7 +136,8 @@ def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, u
         )
     elif dense and times is not None:
         notes.append(
-            f"{len(dense)} of {len(cuts)} weights are dense, where factors save nothing or the budget leaves room."
+            f"{counted(len(dense), f'of {weights} is', f'of {weights} are')} dense, where factors save nothing or "
+            "the budget leaves room."
         )
     if times is not None and times.ratio > 1 + NOISE and len(dense) < len(cuts):
         notes.append(

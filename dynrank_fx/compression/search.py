@@ -10,10 +10,11 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from ..errors import PlanError
+from ..errors import PlanError, telling
 from ..plan import Budget, Metric, RankPolicy
 from ..processes import ALONE, Processes
 from ..rewrite import plan_of
+from ..text import counted
 from ..tracing import own_, same_buffers
 from .candidates import Candidate, Candidates
 from .model_times import ModelTimes
@@ -86,7 +87,7 @@ class Search:
         cut, data = self.candidates.best(policy, margin), self.candidates.data
         own_(cut.module, self.candidates.net)
         if data is not None and self.recover_steps and any(site.loses for site in cut.cuts):
-            self.candidates.tell(f"fine-tuning the result for {self.recover_steps} steps")
+            self.candidates.tell(f"fine-tuning the result for {counted(self.recover_steps, 'step')}")
             trained = [p for p in cut.module.parameters() if p.is_floating_point()]
             dense, processes = self.candidates.dense, self.candidates.processes
             recovered_(cut.module, dense, data, self.recover_steps, self.loss, trained, processes)
@@ -206,7 +207,7 @@ def scored(metric: Score, module: nn.Module, processes: Processes = ALONE) -> fl
 def _mean_score(metric: Score, module: nn.Module, processes: Processes) -> float:
     """The mean over the processes, each counted by the examples that its score is of, or once."""
     with processes.all_or_none(PlanError, "scoring"):
-        with same_buffers(module):
+        with same_buffers(module), telling("the metric", PlanError):
             said = metric(module)
         value, count = _numbers(said)
     if processes.count == 1:

@@ -16,6 +16,7 @@ from ..phases import LatencyOf, enter_, phases_of
 from ..plan import Budget, Cost, PlanChoices, PlannedSite, PlanOptions, RankPolicy, Ratio, chosen
 from ..processes import Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
+from ..text import counted
 from ..tracing import Capture, ExampleInputs, Form, infinite_statistic, shell, unwrap
 from .batches import checked_batches
 from .calibration import calibrated
@@ -131,7 +132,7 @@ def compress(
         score = scored(metric, dense, processes)
         tell(f"its metric is {score:.4f}")
     if data is not None:
-        tell(f"calibrating on {sum(processes.gathered(len(data)))} batches")
+        tell(f"calibrating on {counted(sum(processes.gathered(len(data))), 'batch', 'batches')}")
     known = None if data is None else calibrated(net, data, processes=processes)
     if times is not None:
         tell(f"timing the dense model by {times.provider}")

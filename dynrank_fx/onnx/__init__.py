@@ -1,6 +1,6 @@
 """Write ONNX files that onnxruntime agrees with, compare them, and time them."""
 
-from .agreement import check_batch_sizes, onnx_inputs
+from .agreement import onnx_inputs
 from .beforehand import check_names, check_precision, check_room
 from .bench import bench_onnx, onnx_machine, table
 from .convert import converted
@@ -21,7 +21,6 @@ __all__ = [
     "bench_onnx",
     "bound",
     "cast",
-    "check_batch_sizes",
     "check_names",
     "check_opset",
     "check_place",

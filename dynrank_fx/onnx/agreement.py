@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import is_list, is_number, is_whole
 from ..errors import ExportError, reason
+from ..text import counted
 from ..tracing import (
     Inputs,
     batch_size,
@@ -147,7 +148,9 @@ def compare(
                 f"{side} fails on a batch of {batch} ({why}): give batch sizes and types it takes"
             ) from error
         if len(got) != len(expected):
-            raise ExportError(f"the ONNX file has {len(got)} outputs and the module {len(expected)}: export it again")
+            raise ExportError(
+                f"the ONNX file has {counted(len(got), 'output')} and the module {len(expected)}: export it again"
+            )
         for name, have, want in zip(outputs, got, expected, strict=True):
             limit = _tolerance(module, args, kwargs, want) if tolerance is None else tolerance
             agreements.append(_agreement(batch, name, have, want, limit))
@@ -171,8 +174,8 @@ def _agreement(batch: int, name: str, got: Tensor, want: Tensor, tolerance: floa
         wrong = int((got != want).sum())
         if wrong:
             raise ExportError(
-                f"onnxruntime and PyTorch differ in {wrong} of {want.numel()} values {where}, which must be equal: "
-                "leave that output out if ties or rounding decide it"
+                f"onnxruntime and PyTorch differ in {wrong} of {counted(want.numel(), 'value')} {where}, which must "
+                "be equal: leave that output out if ties or rounding decide it"
             )
         return Agreement(batch, name, 0.0, 0.0)
     got, want = got.double(), want.double()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ExportError, reason
+from ..text import counted
 from ..tracing import (
     ExampleInputs,
     as_dicts,
@@ -87,8 +88,8 @@ def check_names(
 def _check_count(what: str, names: Sequence[str], count: int) -> None:
     if len(names) != count or len(set(names)) < len(names) or not all(names):
         raise ExportError(
-            f"the model has {count} {what}s and these are names of {len(names)} ({', '.join(names)}): give as many "
-            f"{what} names, each once"
+            f"the model has {counted(count, what)} and these are names of {len(names)} ({', '.join(names)}): give as "
+            f"many {what} names, each once"
         )
 
 

@@ -16,8 +16,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ..checks import is_number, is_share, is_whole
-from ..errors import PlanError
+from ..errors import PlanError, telling
 from ..layouts import energy_rank, stable_rank
+from ..text import counted
 
 
 class Metric(enum.Enum):
@@ -253,11 +254,12 @@ def ranks_by_policy(policies: Sequence[RankPolicy], curves: Sequence[Curve]) -> 
 
 def _checked_ranks(policy: RankPolicy, curves: Sequence[Curve]) -> list[int]:
     """What the policy says, which may be anybody's. Raises PlanError where that is not one rank for each curve."""
-    ranks = policy.ranks(curves)
+    with telling(f"the rank policy {policy!r}", PlanError):
+        ranks = policy.ranks(curves)
     if len(ranks) != len(curves) or not all(is_whole(rank, 1) for rank in ranks):
         raise PlanError(
-            f"the rank policy {policy!r} gave {textwrap.shorten(str(ranks), 100)} for {len(curves)} sites: it has to "
-            "give one rank for each, a whole number of 1 or more"
+            f"the rank policy {policy!r} gave {textwrap.shorten(str(ranks), 100)} for "
+            f"{counted(len(curves), 'site')}: it has to give one rank for each, a whole number of 1 or more"
         )
     return [int(rank) for rank in ranks]
 

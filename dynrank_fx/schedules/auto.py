@@ -29,6 +29,7 @@ from typing import ClassVar
 from ..checks import is_number
 from ..errors import ScheduleError
 from ..phase import Phase
+from ..text import counted
 from .state import Decision, SiteState, TrainState
 
 _ROUNDING = 1e-9
@@ -109,8 +110,8 @@ class Auto:
             reasons.append(f"{verb}: its effective rank is {seen[name]}")
         if kept:
             reasons.append(
-                f"FULL for {len(kept)} of {len(sites)} sites: {free:.2f} dense {state.unit}s of compute are left above "
-                f"LOW, and {rates[0]:.0%} of the learning rate"
+                f"FULL for {len(kept)} of {counted(len(sites), 'site')}: {free:.2f} dense {state.unit}s of compute "
+                f"are left above LOW, and {rates[0]:.0%} of the learning rate"
             )
         if cut := [name for name in others if name not in kept]:
             what = "the others" if kept or fitting else "every site"

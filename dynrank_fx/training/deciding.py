@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..errors import ScheduleError
+from ..errors import ScheduleError, telling
 from ..processes import Processes, is_sharded
 from ..rewrite import switched_modules
-from ..schedules import TrainState
+from ..schedules import Decision, Schedule, Setting, TrainState
 from ..tracing import unwrap
 
 T = TypeVar("T")
@@ -50,6 +50,12 @@ class SitesSpectra(Mapping[str, tuple[float, ...]]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+
+def asked_of(schedule: Schedule, state: TrainState) -> Setting | Decision:
+    """What a schedule, which may be anybody's, says of a state. Raises ScheduleError for what it raises."""
+    with telling(f"the schedule {schedule!r}, asked of {state.unit} {state.epoch},", ScheduleError):
+        return schedule(state)
 
 
 def decided(processes: Processes, state: TrainState, decide: Callable[[], T]) -> T:

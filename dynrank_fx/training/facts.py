@@ -19,6 +19,7 @@ from ..phases import optimizers_in, phases_of
 from ..plan import PlannedSite
 from ..rewrite import plan_of
 from ..schedules import SiteState, TrainState
+from ..text import counted
 from .clock import Clock
 from .deciding import SitesSpectra
 
@@ -108,7 +109,9 @@ def check_epoch(epoch: int, epochs: int) -> None:
     """Raises ScheduleError for an epoch that is not of the run."""
     check_epochs(epochs)
     if not is_whole(epoch) or epoch >= epochs:
-        raise ScheduleError(f"epoch {epoch!r} is none of a run of {epochs} epochs, which count from 0 to {epochs - 1}")
+        raise ScheduleError(
+            f"epoch {epoch!r} is none of a run of {counted(epochs, 'epoch')}, which count from 0 to {epochs - 1}"
+        )
 
 
 def cost_of(net: nn.Module) -> float:
@@ -183,15 +186,18 @@ def warn_of_rates(lr_scheduler: LRScheduler | None, clock: Clock, every_step: bo
         return
     if planned < coming:
         when = "after every optimizer step" if every_step else "once an epoch"
-        what = f"is stepped {coming} times, {when}: give it total_steps={coming}"
+        what = f"is stepped {counted(coming, 'time')}, {when}: give it total_steps={coming}"
     elif not every_step and planned > coming + 1:
         what = (
-            f"is stepped {coming} times, once an epoch, so that the learning rate stays near its start: step it after "
+            f"is stepped {counted(coming, 'time')}, once an epoch, so that the learning rate stays near its start: "
+            "step it after "
             'every optimizer step and say so (lr_every_step=True; in a model file, return scheduler, "step")'
         )
     else:
         return
-    warnings.warn(f"{type(lr_scheduler).__name__} plans {planned} steps and {what}", DynrankWarning, stacklevel=4)
+    warnings.warn(
+        f"{type(lr_scheduler).__name__} plans {counted(planned, 'step')} and {what}", DynrankWarning, stacklevel=4
+    )
 
 
 def _stand_in(optimizer: Optimizer) -> Optimizer:

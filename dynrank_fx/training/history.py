@@ -19,6 +19,7 @@ from .. import files
 from ..aliases import JsonObject
 from ..errors import StoreError
 from ..schedules import EpochRecord
+from ..text import counted
 from .lines import lines_of, records_in
 
 
@@ -81,8 +82,8 @@ def read_history(path: Path, name: str, told: JsonObject) -> tuple[list[JsonObje
         digest = _digest(digest, line)
     if (len(lines), digest) != (told["records"], told["digest"]):
         raise StoreError(
-            f"{path} is damaged or of another run: it does not begin with the {told['records']} records that the "
-            "checkpoint beside it was written with; put back the file that belongs to it"
+            f"{path} is damaged or of another run: it does not begin with the {counted(told['records'], 'record')} "
+            "that the checkpoint beside it was written with; put back the file that belongs to it"
         )
     return records_in([json.loads(line) for line in lines]), Log(path, len(lines), len(data), digest)
 

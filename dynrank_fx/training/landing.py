@@ -30,6 +30,7 @@ from ..phases import Optimizers, optimizers_in, phases_in
 from ..processes import is_part, own, part_as
 from ..rewrite import SiteGroup, site_groups
 from ..schedules import Schedule, TrainState
+from .deciding import asked_of
 
 EVERY = 5
 """Steps from one application to the next: at rank r it costs about r / (5 · rows of a batch) of a step."""
@@ -133,7 +134,7 @@ def epochs_to_cut(schedule: Schedule, state: TrainState, phases: Mapping[str, Ph
         epoch = state.epoch + ahead
         lr = state.lrs[epoch] if epoch < len(state.lrs) else state.lr
         spent += 1 - sum(site.dense - site.low for site in sites.values() if site.phase is not Phase.FULL)
-        asked = phases_in(schedule(replace(state, epoch=epoch, lr=lr, spent=spent, sites=sites)), sites)
+        asked = phases_in(asked_of(schedule, replace(state, epoch=epoch, lr=lr, spent=spent, sites=sites)), sites)
         cut = {name for name in waiting if asked.get(name, Phase.FULL) is not Phase.FULL}
         waiting -= cut
         due |= {name: ahead for name in sorted(cut) if asked[name] is Phase.LOW}

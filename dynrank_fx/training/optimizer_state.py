@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..aliases import Group, StateDict
 from ..errors import StoreError
 from ..processes import is_part, part_as
+from ..text import counted
 
 Names: TypeAlias = Mapping[int, str]
 """The names of a net's parameters, by their ids."""
@@ -78,8 +79,8 @@ def check_kinds(optimizers: Sequence[Optimizer], kinds: Sequence[str]) -> None:
     """Raises StoreError for others than of these classes."""
     if len(kinds) != len(optimizers):
         raise StoreError(
-            f"the checkpoint has the state of {len(kinds)} optimizers, and {len(optimizers)} were given: give the same "
-            "ones, or none where only the net is to be loaded"
+            f"the checkpoint has the state of {counted(len(kinds), 'optimizer')}, and the call {len(optimizers)}: "
+            "give the same ones, or none where only the net is to be loaded"
         )
     for optimizer, kind in zip(optimizers, kinds, strict=True):
         if type(optimizer).__name__ != kind:

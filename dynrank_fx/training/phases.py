@@ -36,10 +36,10 @@ from ..phases import (
 from ..processes import Shards, agree, check_wrapper, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
 from ..schedules import Decision, EpochRecord, Schedule, Setting, TrainState
-from ..text import rounded
+from ..text import counted, rounded
 from ..tracing import meta_of, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
-from .deciding import decided
+from .deciding import asked_of, decided
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
 from .finite import infinite_buffers, not_finite
@@ -294,7 +294,7 @@ class Phases:
         if clock.every is not None and not stepped:  # which counts itself
             self.step = clock.start(tick)
         state = self._state(tick, stepped)
-        setting = decided(self._together, state, lambda: _plain(self.schedule(state)))
+        setting = decided(self._together, state, lambda: _plain(asked_of(self.schedule, state)))
         before = phases_of(self.net)
         asked = phases_in(setting, before) if before else {}
         changing = [name for name, phase in asked.items() if phase is not before[name]]
@@ -447,7 +447,8 @@ class Phases:
             steps, *lefts = state["rewarm"]
             if len(lefts) != len(self._rewarms):
                 raise StoreError(
-                    f"the state is of {len(lefts)} optimizers, and Phases has {len(self._rewarms)}: give the same ones"
+                    f"the state is of {counted(len(lefts), 'optimizer')}, and Phases has {len(self._rewarms)}: give "
+                    "the same ones"
                 )
             for each, left in zip(self._rewarms, lefts, strict=True):
                 each.restart(steps, left)

@@ -55,7 +55,7 @@ class Share:
         """Of the whole order; None where the data do not say."""
         try:
             return len(self.data) or None  # type: ignore[arg-type]
-        except TypeError:
+        except (TypeError, ValueError):  # of one below zero
             return None
 
     @property
@@ -148,7 +148,7 @@ class SampleShare(Share):
     def entries(self) -> int | None:
         try:
             return len(self.data.sampler) or None  # type: ignore[arg-type]
-        except TypeError:
+        except (TypeError, ValueError):  # of one below zero
             return None
 
     def _length(self, entries: int) -> int:
@@ -219,8 +219,8 @@ def share_of(
     entries = share.entries
     if even and entries is not None and entries < processes.count:
         raise DynrankError(
-            f"{name} has {entries} {share.unit}, and {processes.count} processes share them: start no more processes "
-            f"than there are {share.unit}"
+            f"{name} has fewer {share.unit} ({entries}) than there are processes to share them ({processes.count}): "
+            f"start no more processes than there are {share.unit}"
         )
     return share
 

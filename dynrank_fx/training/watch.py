@@ -13,7 +13,7 @@ from ..phases import Transition
 from ..plan import PlannedSite
 from ..rewrite import plan_of
 from ..schedules import EpochRecord
-from ..text import printable
+from ..text import counted, printable
 from .phases import phase_label
 from .run import Run
 
@@ -89,11 +89,8 @@ class Bar(Watcher):
         if transition:
             for phase in sorted({change.after for change in transition.changes}):
                 errors = [change.error for change in transition.changes if change.after is phase]
-                lost = (
-                    f"truncation moves the weights by up to {max(errors):.0%}" if max(errors) else "weights unchanged"
-                )
-                many = f"{len(errors)} sites enter" if len(errors) > 1 else "1 site enters"
-                self._line(f"{many} {phase.name}: {lost}")
+                many = counted(len(errors), "site enters", "sites enter")
+                self._line(f"{many} {phase.name}: {_moved(max(errors))}")
 
     def step_done(self, run: Run, loss: Tensor, metric: float | Tensor | None) -> None:
         if self.bar is None:
@@ -142,6 +139,13 @@ class Bar(Watcher):
 
     def _line(self, text: str) -> None:
         tqdm.write(printable(text), file=self.file)
+
+
+def _moved(error: float) -> str:
+    """What a switch does to the weights; a landing leaves a cut next to nothing to take away."""
+    if error == 0:
+        return "weights unchanged"
+    return f"truncation moves the weights by {f'up to {error:.0%}' if error >= 0.01 else 'less than 1%'}"
 
 
 def _full_rank(row: PlannedSite) -> int:

@@ -203,7 +203,7 @@ def test_what_would_be_without_effect_is_refused_before_any_work(weights: str, r
     ("options", "sentence"),
     [
         (["-o", "m.onnx", "--opset", "99"], "there is no opset 99"),
-        (["-o", "m.onnx", "--batch", "0"], "batch sizes [0]"),
+        (["-o", "m.onnx", "--batch", "0"], "Invalid value for '--batch': 0 is not in the range x>=1."),
         (["-o", "folder.pt"], "folder.pt is a folder"),
         (["-o", "m.pt", "--recover-by", "loss"], "--recover-by is of --recover-steps"),
         (["-o", "m.pt", "--model", "model.py"], "--model is of a run, and model.py is none"),
@@ -264,8 +264,8 @@ def test_the_compressed_module_is_kept_where_the_export_fails(
     ("options", "sentence"),
     [
         (["--precision", "bfloat16"], "CPUExecutionProvider has no product of matrices in bfloat16"),
-        (["--input-name", "a", "--input-name", "b"], "the model has 1 inputs and these are names of 2 (a, b)"),
-        (["--output-name", "a", "--output-name", "b"], "the model has 1 outputs and these are names of 2 (a, b)"),
+        (["--input-name", "a", "--input-name", "b"], "the model has 1 input and these are names of 2 (a, b)"),
+        (["--output-name", "a", "--output-name", "b"], "the model has 1 output and these are names of 2 (a, b)"),
         (["--dynamic", "x:0=batch"], "takes no tensor 'x'"),
     ],
 )

@@ -77,8 +77,8 @@ def test_options_reach_the_export(trained: str, run: Run) -> None:
     ("opset", "sentence"),
     [
         ("5", "torch's exporter makes no opset 5 of this model, but "),
-        ("99", "there is no opset 99: this onnx knows 1 to "),
-        ("-3", "there is no opset -3: "),
+        ("99", "Invalid value for --opset: there is no opset 99: this onnx knows 1 to "),
+        ("-3", "Invalid value for --opset: there is no opset -3: "),
     ],
 )
 def test_an_opset_that_cannot_be_made_is_told(

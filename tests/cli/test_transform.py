@@ -186,18 +186,24 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--rank", "0"], "a rank of 0 cannot be; give a whole number of 1 or more"),
-        (["--rank", "-3"], "a rank of -3 cannot be; give a whole number of 1 or more"),
-        (["--rank", "0.0"], "a rank ratio of 0.0 is not a fraction; give one above 0 and at most 1"),
-        (["--rank", "1.5"], "a rank ratio of 1.5 is not a fraction; give one above 0 and at most 1"),
+        (["--rank", "0"], "Invalid value for --rank: a rank of 0 cannot be; give a whole number of 1 or more"),
+        (["--rank", "-3"], "Invalid value for --rank: a rank of -3 cannot be; give a whole number of 1 or more"),
+        (
+            ["--rank", "0.0"],
+            "Invalid value for --rank: a rank ratio of 0.0 is not a fraction; give one above 0 and at most 1",
+        ),
+        (
+            ["--rank", "1.5"],
+            "Invalid value for --rank: a rank ratio of 1.5 is not a fraction; give one above 0 and at most 1",
+        ),
         (["--rank", "abc"], "Invalid value for --rank: 'abc' is neither a fraction (0.25) nor a rank (16)"),
         (["--rank", "1.2.3"], "Invalid value for --rank: '1.2.3' is neither a fraction (0.25) nor a rank (16)"),
         (["--rank", "33"], "rank 33 is over the limit of every site (the largest is 32); give 32 or less"),
-        (["--energy", "0"], "an energy of 0.0 is not a share; give one above 0 and at most 1"),
-        (["--energy", "nan"], "an energy of nan is not a share; give one above 0 and at most 1"),
-        (["--energy", "much"], "Invalid value for '--energy': 'much' is not a valid float."),
+        (["--energy", "0"], "Invalid value for '--energy': 0.0 is not in the range 0<x<=1."),
+        (["--energy", "nan"], "Invalid value for '--energy': nan is no number"),
+        (["--energy", "much"], "Invalid value for '--energy': 'much' is not a valid float range."),
         (["--rank", "3", "--energy", "0.5"], "give --rank or --energy, not both"),
-        (["--multiple-of", "0"], "ranks cannot be multiples of 0; give 1 or more"),
+        (["--multiple-of", "0"], "Invalid value for '--multiple-of': 0 is not in the range x>=1."),
         (
             ["--include", "nothing*"],
             "the pattern 'nothing*' matches no weight of the model; its weights are named like ",

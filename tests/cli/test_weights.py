@@ -92,7 +92,7 @@ def test_what_is_missing_foreign_or_of_another_shape_is_named(trained: Tied) -> 
     with pytest.raises(StoreError) as caught:
         loaded("w.pt")
     assert str(caught.value) == (
-        "w.pt is no state_dict of model(): 1 of 9 names are missing (mid.bias); 1 are not the model's (extra); "
+        "w.pt is no state_dict of model(): 1 of 9 names is missing (mid.bias); 1 is not the model's (extra); "
         "it is the state_dict of a checkpoint that has state_dict, optimizer"
     )
     torch.save({**trained.state_dict(), "mid.bias": torch.zeros(9)}, "w.pt")

@@ -13,8 +13,8 @@ from exporting import CPU, Apply
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.onnx import check_batch_sizes, export_onnx, onnx_inputs, session, verify_onnx
-from dynrank_fx.onnx.agreement import Agreement, compare
+from dynrank_fx.onnx import export_onnx, onnx_inputs, session, verify_onnx
+from dynrank_fx.onnx.agreement import Agreement, check_batch_sizes, compare
 
 
 def test_half_precision_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_another_modules_file(exported: Any) -> None:
     _, x, path, _ = exported
     with pytest.raises(dr.ExportError, match=r"gives float32\[1, 4\] and PyTorch float32\[1, 5\] in 'output'"):
         verify_onnx(path, nn.Linear(40, 5), x)
-    with pytest.raises(dr.ExportError, match="has 1 outputs and the module 2"):
+    with pytest.raises(dr.ExportError, match="has 1 output and the module 2"):
         verify_onnx(path, Apply(lambda x: (x, x)), x)
     with pytest.raises(dr.ExportError, match="PyTorch fails on a batch of 1 "):
         verify_onnx(path, nn.Linear(7, 3), x)

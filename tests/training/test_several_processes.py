@@ -155,7 +155,7 @@ def test_two_train_as_one(tmp_path: Path) -> None:
             torch.testing.assert_close(done[name]["figures"], alone["figures"], rtol=1e-5, atol=1e-6)
         assert same(done["drawn"], done["drawn again"])
         assert done["own"]["figures"][0][-1] == 5  # the second has five batches only
-        assert done["few"].startswith("train_data() has 1 batches, and 2 processes share them")
+        assert done["few"].startswith("train_data() has fewer batches (1) than there are processes")
         assert done["none"].startswith("train_data() gave no batch in epoch 1 for process 0 of 2: ")
         assert done["diverged"].startswith("the training diverged in epoch 1, where ")
         assert "layers.0.bias" in done["unlike"]

@@ -204,9 +204,12 @@ def test_one_process_has_the_data_themselves() -> None:
 
 
 def test_less_data_than_processes_are_refused() -> None:
-    with pytest.raises(DynrankError, match=r"^train_data\(\) has 3 samples, and 4 processes share them: start no more"):
+    with pytest.raises(
+        DynrankError,
+        match=r"^train_data\(\) has fewer samples \(3\) than there are processes to share them \(4\): start no more",
+    ):
         shares(loader(3), 4)
-    with pytest.raises(DynrankError, match=r"^train_data\(\) has 1 batches, and 2 processes share them"):
+    with pytest.raises(DynrankError, match=r"^train_data\(\) has fewer batches \(1\) than there are processes"):
         shares([1], 2)
 
 
