@@ -64,12 +64,20 @@ def told(error: BaseException, path: Path, what: str) -> str:
         linecache.checkcache(str(path))
         what = linecache.getline(str(path), lines[-1]).strip() or what
     reason = textwrap.shorten(reason, 300, placeholder=" ...")
-    if "operator torchvision::" in reason:
+    if any("operator torchvision::" in str(each) for each in _behind(error)):  # timm and transformers hide it
         reason += (
             " (torchvision is of another build than torch: install both from one place, such as "
             "`pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu`)"
         )
     return f"{where}: {what} raised {type(error).__name__}" + (f": {reason}" if reason else "")
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it came of."""
+    here: BaseException | None = error
+    while here is not None:
+        yield here
+        here = here.__cause__ or here.__context__
 
 
 def _lines(error: BaseException, path: Path) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -376,7 +377,9 @@ def wrong_with(case: Case) -> str:
     for path in Path().glob("*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     Path("model.py").write_bytes(b"\xff\xfe\x00" if text is None else text.encode())
+    before = list(sys.path)
     result = CliRunner().invoke(cli, (command.split()[0], *COMMANDS[command]))
+    sys.path[:] = before  # as another process has its own
     lines = result.stderr.strip().splitlines()
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return f"raised {result.exception!r}"
