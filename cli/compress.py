@@ -254,7 +254,9 @@ def _store(module: nn.Module, out: Path, inputs: ExampleInputs) -> None:
     stored.seek(0)
     lost = _lost(module, torch.load(stored, weights_only=False), inputs)
     if lost:
-        raise StoreError(f"{out} cannot hold this model: once it is loaded, {lost}; give an .onnx file")
+        raise StoreError(
+            f"{out} cannot hold this model: once it is loaded, {lost}; give an .onnx file, or --form layers"
+        )
     with replacing(out) as beside:
         beside.write_bytes(stored.getbuffer())
 

@@ -300,7 +300,8 @@ def test_a_module_that_unpickling_would_change_is_refused_and_an_onnx_file_holds
     command = ("compress", write(STREAMING), "--budget", "params=0.6", "--no-timing", "-o")
     sentence = refused(*command, "m.pt")
     assert sentence == (
-        "m.pt cannot hold this model: once it is loaded, position has another value; give an .onnx file"
+        "m.pt cannot hold this model: once it is loaded, position has another value; give an .onnx file, or "
+        "--form layers"
     )
     assert [path.name for path in folder.iterdir() if path.suffix != ".py" and path.name != "__pycache__"] == []
     run(*command, "m.onnx")
