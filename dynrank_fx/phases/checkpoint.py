@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from .. import files, store
 from ..aliases import JsonObject
 from ..checks import checked_path
-from ..errors import PlanError, StoreError
+from ..errors import DynrankWarning, PlanError, StoreError
 from ..phase import Phase
 from ..plan import Plan, fit_plan
 from ..processes import Processes, is_sharded, processes_training, whole
@@ -89,6 +90,9 @@ def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | N
     Raises:
         StoreError: For a folder that is none of ``save``, a damaged file, or weights of another model.
         PlanError: For a plan of another model or of a newer version, or one that contradicts the factors of a LOW site.
+
+    Warns:
+        DynrankWarning: Where ``plan.json`` is not as it was written, by an edit or by damage.
     """
     folder = checked_path(folder)
     files.finish(folder)
@@ -97,7 +101,14 @@ def load(folder: str | Path, model: nn.Module, example_inputs: ExampleInputs | N
     if not (folder / _WEIGHTS).is_file():
         raise StoreError(f"{folder} has no {_WEIGHTS}: give a folder that save or `dynrank-fx transform` wrote")
     tensors, info = store.read(folder / _WEIGHTS)
-    net = rebuilt(model, read_plan(folder / _PLAN), example_inputs, how_in(info))
+    plan = read_plan(folder / _PLAN)
+    if "plan" in info and plan.to_json() != Plan.from_json(info["plan"]).to_json():
+        warnings.warn(
+            f"{folder / _PLAN} is not as dynrank-fx wrote it: it counts as it stands, as an edited plan does",
+            DynrankWarning,
+            stacklevel=2,
+        )
+    net = rebuilt(model, plan, example_inputs, how_in(info))
     restore_(net, tensors, info)
     return net
 

@@ -203,6 +203,7 @@ def test_the_seed_decides_the_weights_and_the_data(write: Run, run: Run) -> None
 # From a folder of transform
 
 
+@pytest.mark.filterwarnings("ignore:.*plan.json is not as dynrank-fx wrote it")
 def test_training_starts_from_a_folder_with_its_plan_and_weights(write: Run, run: Run) -> None:
     run("transform", write(), "--rank", "5", "--out", "planned")
     plan = json.loads(Path("planned/plan.json").read_text())
