@@ -157,6 +157,9 @@ def train(
     if processes.first:
         _print_result(run, clock, folder, as_json)
     if finished:
+        last, ticks = run.history[-1], len(run.history)
+        in_time = "" if last.spent_time is None else f", {last.spent_time / ticks:.2f} of its time"
+        say(f"it cost {last.spent / ticks:.2f} of the {_counted(run)} of dense training{in_time}")
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         say(f"wrote {folder}/; next: {then}")
         return
@@ -167,6 +170,13 @@ def train(
         f"go on with: {then}"
     )
     ctx.exit(128 + processes.most(wish_to_stop(stopped, launch)))
+
+
+def _counted(run: Run) -> str:
+    """What compute is counted in."""
+    from dynrank_fx.rewrite import plan_of
+
+    return "FLOPs" if plan_of(run.net).total_flops else "parameters"
 
 
 def _opened(
@@ -328,7 +338,7 @@ def _make_folder(folder: Path) -> None:
 def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
     from dynrank_fx.randomness import generators_of
-    from dynrank_fx.training import Run, Settings, Task, clock_for
+    from dynrank_fx.training import Run, Settings, Task, check_costs, clock_for
 
     how = how_to_train(options)
     # What is to be in parts need not fit the device whole.
@@ -347,6 +357,7 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> t
         clip=options["clip"],
         **how.choices | {"decay": known_decay(how.decay, options, optimizer)},
     )
+    check_costs(net, settings.cost_by)
     task = Task(
         train_data=_train_data(file, options["workers"]),
         loss=file.loss,

@@ -36,6 +36,11 @@ _OPTIONS = (
         help="For auto: compute it may spend, as a share of dense training; by default 0.75.",
     ),
     click.option(
+        "--cost-by",
+        type=click.Choice(["flops", "time"]),
+        help="What --cost counts; time as --measure has found it; by default flops.",
+    ),
+    click.option(
         "--low", type=click.IntRange(min=0), default=2, show_default=True, help="LOW epochs in a row, for interleave."
     ),
     click.option(
@@ -79,11 +84,13 @@ def how_to_train(options: Options) -> Preset:
     """The preset that goes with the schedule, but for what is asked for otherwise."""
     from dynrank_fx import training
     from dynrank_fx.phases import Carry
-    from dynrank_fx.training import Decay
+    from dynrank_fx.training import CostBy, Decay
 
     named = _named(options)
     if options["cost"] is not None and "cost" not in named.takes:
         raise click.UsageError(f"--cost is the budget of auto, and says nothing to {named.name}")
+    if options["cost_by"] is not None and "cost" not in named.takes:
+        raise click.UsageError(f"--cost-by is of the budget of auto, and says nothing to {named.name}")
     for parameter in given_options(("low", "full", "lr_milestones")):
         if parameter.name not in named.takes:
             takes = next(each.name for each in BY_NAME if parameter.name in each.takes)
@@ -96,6 +103,7 @@ def how_to_train(options: Options) -> Preset:
         "rewarm": options["rewarm"],
         "random_init": options["init"] and options["init"] == "random",
         "landing": options["landing"],
+        "cost_by": options["cost_by"] and CostBy[options["cost_by"].upper()],
     }
     return replace(preset, **{key: value for key, value in asked.items() if value is not None})
 

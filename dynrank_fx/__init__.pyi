@@ -59,6 +59,7 @@ from .schedules import TrainState as TrainState
 from .tracing import Capture as Capture
 from .tracing import Form as Form
 from .tracing import capture as capture
+from .training import CostBy as CostBy
 from .training import Decay as Decay
 from .training import Phases as Phases
 from .training import factor_decay_ as factor_decay_

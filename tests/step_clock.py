@@ -13,17 +13,22 @@ from dynrank_fx.timing import Pair
 
 
 class Said(dr.StepTimes):
-    """The time of factors over dense, by rank; by default 0.5. The dense one takes 1 ms."""
+    """The time of factors over dense, by rank; by default 0.5. The dense one takes 1 ms. whole: times of the model."""
 
-    def __init__(self, ratios: dict[int, float] | None = None, other: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self, ratios: dict[int, float] | None = None, other: float = 0.5, whole: Pair | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(cache=None, **kwargs)
-        self.ratios, self.other = ratios or {}, other
+        self.ratios, self.other, self.of_whole = ratios or {}, other, whole
         self.asked: list[PlannedSite] = []
 
     def _measured(self, rows: Any) -> Pair | None:
         self.asked += rows
         ratio = self.ratios.get(rows[0].rank, self.other)
         return Pair(1e-3, ratio * 1e-3, ratio)
+
+    def _measured_whole(self, net: Any, low: Any, inputs: Any) -> Pair | None:
+        return self.of_whole
 
 
 def planned(times: dr.StepTimes, rank: int = 30, size: int = 200, **choices: Any) -> dr.Plan:

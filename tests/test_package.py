@@ -24,6 +24,7 @@ PUBLIC = [
     "Carry",
     "ChannelLayout",
     "Compressed",
+    "CostBy",
     "Decay",
     "DynrankError",
     "DynrankWarning",

@@ -13,6 +13,7 @@ from .ranks import Cost, Curve, Energy, Fixed, Metric, RankPolicy, Ratio, Stable
 from .roles import Role
 from .site import fits
 from .step_times import StepTimes
+from .whole_step import with_whole
 
 __all__ = [
     "Budget",
@@ -50,4 +51,5 @@ __all__ = [
     "ranks_by_policy",
     "spectrum_of",
     "why_not",
+    "with_whole",
 ]

@@ -23,8 +23,12 @@ def by_time(
     limit: int,
     pays: Callable[[Sequence[PlannedSite]], bool],
 ) -> list[PlannedSite] | str:
-    """The rows of a site, or of those that share a factor, at the rank near theirs that is fastest, with its times on
-    the first of them; or as a sentence why it stays dense.
+    """The rows of a site, or of those that share a factor, at the rank near theirs that takes least time for what is
+    kept, with its times on the first of them; or as a sentence why it stays dense.
+
+    A rank below the one asked for has to gain more in time than it loses in rank, so that the time is over the rank: a
+    smaller one is always faster by some, and taken for that alone all ranks would shrink. One above it keeps no more
+    than was asked for.
 
     multiple_of: of which other ranks have to be multiples. limit: the largest rank. pays: whether rows cost less than
     dense otherwise. Rows that cannot be timed stay as they are.
@@ -42,9 +46,9 @@ def by_time(
     if not timed:
         return list(rows)
     measured([each for each in _multiples([rank], multiple_of) if _NEAR[0] * rank <= each <= _NEAR[1] * rank])
-    fastest = min(pair.ratio for pair in timed.values())
-    if fastest < _FASTER:
-        good = [each for each, pair in timed.items() if pair.ratio <= min(_ALIKE * fastest, _FASTER)]
+    prices = {each: pair.ratio / min(each, rank) for each, pair in timed.items() if pair.ratio < _FASTER}
+    if prices:
+        good = [each for each, price in prices.items() if price <= _ALIKE * min(prices.values())]
         return _with_times(rows, min(good, key=lambda each: (abs(each - rank), each)), timed)
     less = _multiples([share * rank for share in (_NEAR[0], _LEAST)], multiple_of)
     for each in reversed([each for each in less if _LEAST * rank <= each < _NEAR[0] * rank]):
@@ -67,7 +71,8 @@ def _multiples(ranks: Sequence[float], multiple_of: int) -> list[int]:
 
 def _with_times(rows: Sequence[PlannedSite], rank: int, timed: dict[int, Pair]) -> list[PlannedSite]:
     pair = timed[rank]
-    first, *others = (replace(row, rank=rank) for row in rows)
+    asked = None if rank == rows[0].rank else rows[0].rank
+    first, *others = (replace(row, rank=rank, asked=asked) for row in rows)
     return [replace(first, seconds=(pair.first, pair.ratio * pair.first)), *others]
 
 

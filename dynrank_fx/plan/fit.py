@@ -45,7 +45,7 @@ def fit_plan(
             raise PlanError(
                 f"the plan has {name} as {row.site.shape} and the model as {here.shape}: the plan is of another model"
             )
-        rows.append(PlannedSite(here, layout_of(here, row.layout.name), row.rank, row.sharing, row.seconds))
+        rows.append(replace(row, site=here, layout=layout_of(here, row.layout.name)))
     checked_rows(rows)
     flops = measured.flops if measured else None
     if measured is None and [_ops(row) for row in rows] == [_ops(row) for row in plan.sites]:
@@ -63,7 +63,8 @@ def fit_plan(
     rows.sort(key=lambda row: order[row.site.name])
     dense.sort(key=lambda s: order[s.name])
     total = sum(p.numel() for p in net.parameters())
-    return Plan(tuple(rows), tuple(dense), total, flops, meta_of(net).get("capture", ""), plan.timed)
+    capture = meta_of(net).get("capture", "")
+    return Plan(tuple(rows), tuple(dense), total, flops, capture, plan.timed, plan.seconds)
 
 
 def _ops(row: PlannedSite) -> list[Op]:

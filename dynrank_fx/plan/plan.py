@@ -33,6 +33,9 @@ class PlannedSite:
             empty for a site with factors of its own.
         seconds: Measured times of a training step of this site alone, forward and backward, dense and factored, where
             it was timed; those of sites that share a factor are all in the first one's.
+        step: What it takes of a training step of the whole model, dense and factored, as shares of the time of the
+            dense one, where that was timed (see ``with_whole``).
+        asked: The rank that the policy gave, where another one was faster.
     """
 
     site: Site
@@ -40,6 +43,8 @@ class PlannedSite:
     rank: int
     sharing: tuple[str, ...] = ()
     seconds: tuple[float, float] | None = field(default=None, compare=False)
+    step: tuple[float, float] | None = field(default=None, compare=False)
+    asked: int | None = field(default=None, compare=False)
 
     @property
     def shares_right(self) -> bool:
@@ -86,9 +91,9 @@ class PlannedSite:
         # The costs are there to be read; reading a plan counts them anew.
         cost = {"params": [self.site.params, self.params], "flops": [self.site.flops, self.flops]}
         sharing = {"sharing": self.sharing} if self.sharing else {}
-        seconds = {"seconds": self.seconds} if self.seconds else {}
+        times = {name: value for name in ("seconds", "step", "asked") if (value := getattr(self, name))}
         what = {"site": self.site.to_json(), "layout": self.layout.name, "rank": self.rank}
-        return {**what, **sharing, **cost, **seconds}
+        return {**what, **sharing, **cost, **times}
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ class Plan:
         total_flops: FLOPs of the whole dense model on the example inputs, two a multiply-add; None without an example.
         capture: How the model became a graph, and why not otherwise.
         timed: On what the sites were timed; empty where they were not.
+        seconds: Measured times of a training step of the whole model, forward and backward, dense and with every site
+            factored; None where they were not measured.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -112,6 +119,7 @@ class Plan:
     total_flops: int | None = None
     capture: str = field(default="", compare=False)
     timed: str = field(default="", compare=False)
+    seconds: tuple[float, float] | None = field(default=None, compare=False)
 
     @property
     def low_params(self) -> int:
@@ -124,6 +132,15 @@ class Plan:
         if self.total_flops is None:
             return None
         return self.total_flops + sum((row.flops or 0) - (row.site.flops or 0) for row in self.sites)
+
+    @property
+    def low_time(self) -> float | None:
+        """A training step with every planned site factored, as a share of the measured time of the dense one.
+
+        None where that was not measured.
+        """
+        steps = [row.step for row in self.sites if row.step is not None]
+        return 1 + sum(low - dense for dense, low in steps) if steps and len(steps) == len(self.sites) else None
 
     @property
     def narrower(self) -> float | None:
@@ -165,6 +182,7 @@ class Plan:
             "version": VERSION,
             "capture": self.capture,
             **({"timed": self.timed} if self.timed else {}),
+            **({"seconds": self.seconds} if self.seconds else {}),
             "total_params": self.total_params,
             "total_flops": self.total_flops,
             "low_params": self.low_params,
@@ -204,7 +222,8 @@ class Plan:
             flops = data["total_flops"]
             total = None if flops is None else index(flops)
             said = str(data.get("capture", "")), str(data.get("timed", ""))
-            plan = cls(sites, skipped, index(data["total_params"]), total, *said)
+            seconds = _times(data["seconds"]) if "seconds" in data else None
+            plan = cls(sites, skipped, index(data["total_params"]), total, *said, seconds)
             str(plan)  # counts every cost: what cannot be counted is no plan
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise PlanError(f"the plan is incomplete or has a value of the wrong kind: {error!r}") from error
@@ -230,6 +249,12 @@ class Plan:
             dense, low = (1e3 * sum(times) for times in zip(*timed, strict=True))
             which = "sites" if len(timed) == len(self.sites) else f"sites that were timed ({len(timed)})"
             lines.append(f"step        {dense:.4g} -> {low:.4g} ms in the {which}, forward and backward ({self.timed})")
+        if self.seconds is not None:
+            dense, low = (1e3 * each for each in self.seconds)
+            lines.append(f"whole step  {dense:.4g} -> {low:.4g} ms of the model ({low / dense:.1%} of dense), in turn")
+        if self.sites and (found := [row for row in self.sites if row.asked is not None]):
+            rows = _amount(len(found), "site has", "sites have")
+            lines.append(f"ranks       {rows} another than was asked for, with which a step is faster (*)")
         return "\n".join(lines)
 
 
@@ -263,7 +288,8 @@ def _table_row(row: PlannedSite) -> tuple[str, ...]:
     calls = f"{len(site.uses)} uses" if len(site.uses) > 1 else ""
     if row.shares_right:
         calls = f"right of {row.sharing[0]}"
-    return (name, "x".join(map(str, site.shape)), row.layout.name, str(row.rank), params, flops, times, calls, "")
+    rank = str(row.rank) if row.asked is None else f"*{row.rank}"
+    return (name, "x".join(map(str, site.shape)), row.layout.name, rank, params, flops, times, calls, "")
 
 
 def _skipped_row(skipped: Skipped) -> tuple[str, ...]:
@@ -282,9 +308,10 @@ def _count(n: int) -> str:
 def _row_from_json(data: JsonObject) -> PlannedSite:
     site = Site.from_json(data["site"])
     sharing: Json = data.get("sharing", data.get("pack", ()))  # its name in older plans
-    seconds = data.get("seconds")
-    times = None if seconds is None else _times(seconds)
-    return PlannedSite(site, layout_of(site, data["layout"]), data["rank"], tuple(map(str, sharing)), times)
+    seconds, step = (None if (each := data.get(name)) is None else _times(each) for name in ("seconds", "step"))
+    asked = None if data.get("asked") is None else index(data["asked"])
+    layout = layout_of(site, data["layout"])
+    return PlannedSite(site, layout, data["rank"], tuple(map(str, sharing)), seconds, step, asked)
 
 
 def _times(values: Json) -> tuple[float, float]:
@@ -295,8 +322,15 @@ def _times(values: Json) -> tuple[float, float]:
 
 
 def _at(row: PlannedSite, rank: int) -> PlannedSite:
-    """The row at a rank; what it takes at another one was not measured."""
-    return row if rank == row.rank else replace(row, rank=rank, seconds=None)
+    """The row at a rank. What it takes at another one was not measured: of a step of the whole as its FLOPs say."""
+    if rank == row.rank:
+        return row
+    other = replace(row, rank=rank, seconds=None, asked=None)
+    if row.step is None:
+        return other
+    dense, low = row.step
+    before, after = (each.flops or each.params for each in (row, other))
+    return replace(other, step=(dense, low * after / before))
 
 
 def layout_of(site: Site, name: str) -> Layout:

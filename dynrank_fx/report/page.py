@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_SWITCHES = 100  # at the start and at the end of a run
+_TIMED = "the same in time, as measured when the plan was made"
 _SITE, _BLANK = "\0", "\1"  # what stands for a site and a figure: they occur in no sentence
 _FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?%?")
 _STYLE = """
@@ -95,10 +96,10 @@ def verdict(history: Sequence[EpochRecord], plan: Plan, about: About) -> list[st
     """What the run cost, what it reached, and how that is beside dense training, in a sentence each."""
     last, done = history[-1], len(history)
     of = f" of {about.epochs}" if about.epochs is not None and about.epochs != done else ""
-    sentences = [
-        f"{done}{of} {last.unit}{'s' if done > 1 else ''} cost {last.spent / done:.1%} of what dense training costs "
-        "in as many."
-    ]
+    what = "what dense training costs in as many"
+    if last.spent_time is not None:
+        what = f"the FLOPs of dense training in as many, and {last.spent_time / done:.1%} of its time, as measured"
+    sentences = [f"{done}{of} {last.unit}{'s' if done > 1 else ''} cost {last.spent / done:.1%} of {what}."]
     small = f"{plan.low_params / max(plan.total_params, 1):.1%} of the dense model's parameters"
     reached, cut = _reached(history), last.truncated.get("eval_metric")
     if reached is not None and reached == cut:  # all sites are in LOW
@@ -111,9 +112,9 @@ def verdict(history: Sequence[EpochRecord], plan: Plan, about: About) -> list[st
         sentences.append(f"The held-out {about.metric} is {score(reached)}; cut, the model has {small}.")
     else:
         loss = last.loss if last.eval_loss is None else last.eval_loss
-        what = "training" if last.eval_loss is None else "held-out"
+        which = "training" if last.eval_loss is None else "held-out"
         sentences.append(
-            f"The {what} loss is {'unknown' if loss is None else f'{loss:.4f}'}; cut, the model has {small}."
+            f"The {which} loss is {'unknown' if loss is None else f'{loss:.4f}'}; cut, the model has {small}."
         )
     return [*sentences, _beside_dense(reached if cut is None else cut, about)]
 
@@ -202,6 +203,7 @@ def _summary(history: Sequence[EpochRecord], plan: Plan, metric: str) -> str:
     rows: list[tuple[str, str]] = [
         (f"{last.unit}s", str(epochs)),
         (f"training compute, of as many dense {last.unit}s", f"{last.spent / epochs:.1%}"),
+        *([] if last.spent_time is None else [(_TIMED, f"{last.spent_time / epochs:.1%}")]),
         *([] if share is None else [("time of the steps, of as many in FULL", f"{share:.1%}")]),
         ("training time", f"{sum(record.seconds or 0 for record in history):.0f} s"),
         (f"time of a step, median of the last {last.unit}", f"{1e3 * (last.step_seconds or 0):.1f} ms"),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
+import torch
 from torch import nn
 
 from ..errors import PlanError
+from ..phase import Phase
 from ..plan import Plan
 from ..processes import entries_of, started
 from ..tracing import is_captured, meta_of, note, regions, shell, unwrap
@@ -61,4 +66,19 @@ def a_twin(net: nn.Module) -> nn.Module:
     twin = shell(source)
     if not getattr(twin, "fixed_mode", False):
         twin.eval()
+    return twin
+
+
+def in_low(net: nn.Module) -> nn.Module:
+    """A copy of a net in FULL with every site in LOW and random numbers for factors: to be timed, and no more."""
+    twin, random = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    for modules in switched_modules(twin).values():
+        site = modules[0]
+        weight, shapes = site.weight, site.layout.factor_shapes(site.shape, site.rank)
+        numbers = [torch.randn(tuple(shape), generator=random) / math.sqrt(math.prod(shape[1:])) for shape in shapes]
+        factors = [nn.Parameter(each.to(weight), requires_grad=weight.requires_grad) for each in numbers]
+        names = site.names_in(Phase.LOW)
+        for module in modules:
+            module.hold(Phase.LOW, dict(zip(names, factors, strict=False)))
+    specialize_(twin)
     return twin

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..aliases import Output
 from ..checks import check_flags, names_of
 from ..errors import CaptureError, DynrankWarning, PlanError
-from ..plan import Located, Plan, PlanChoices, PlanOptions, StepTimes, chosen, fit_plan, locate, plan_by
+from ..plan import Located, Plan, PlanChoices, PlanOptions, StepTimes, chosen, fit_plan, locate, plan_by, with_whole
 from ..tracing import Capture, DynamicShapes, ExampleInputs, Form, capture, tensors_in
 from .factorize import factorize_
 from .inline import holds_captured
+from .meta import in_low, set_plan
 from .switched import switched_modules
 
 
@@ -51,7 +52,8 @@ def transform(
             of its weights, and those that a graph alone reaches.
         dynamic_shapes: As in ``torch.export``; by default every dimension is free that the model leaves free.
         times: Measures training steps of single sites. A site that is not faster factored then gets a rank near its own
-            with which it is, or stays dense; with ``allow_unprofitable`` and for a given plan it says nothing. None to
+            with which it is, or stays dense; with ``allow_unprofitable`` and for a given plan it says nothing. Then the
+            whole model is timed, dense and with every site factored, of which copies are made for that time. None to
             measure nothing.
         allow_empty: Whether a plan without any site is taken.
         copy: Whether the net has weights of its own. If False it shares the model's parameters and buffers, as the
@@ -85,6 +87,7 @@ def transform(
     way = Capture.LAYERS if layers else how
     net = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, how=way, copy=copy)
     located = locate(net)
+    timed = plan is None and not settled.allow_unprofitable
     if plan is None:
         unreached = any(not matrix.uses for matrix in located.values())
         graph = None
@@ -99,6 +102,10 @@ def transform(
             "shows the plan, in Python allow_empty=True)"
         )
     factorize_(net, plan, located)
+    if times is not None and timed and example_inputs is not None:
+        whole = times.whole(net, in_low(net), example_inputs)
+        times.save()
+        set_plan(net, plan if whole is None else with_whole(plan, whole))
     return net
 
 

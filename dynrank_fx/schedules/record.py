@@ -36,7 +36,7 @@ class EpochRecord:
         switch_spectra: The singular values before and after the switch at up to 64 indices; of the sites that were cut,
             and by a training only in the record of the last cut of each.
         switch_seconds: How long the switch took, in seconds.
-        spent: Training compute to the end of the epoch, in epochs of the dense model.
+        spent: Training compute to the end of the epoch, in epochs of the dense model, by FLOPs.
         seconds: How long the epoch has trained so far, in seconds.
         step_seconds: The median of its steps, in seconds.
         steps: Batches trained on.
@@ -49,6 +49,7 @@ class EpochRecord:
         stable_rank: By site, at the end of the epoch.
         truncated: ``eval_loss`` and ``eval_metric`` of the truncated model; of the last epoch.
         step: Optimizer steps of the run before it, where they are counted.
+        spent_time: As ``spent``, by the measured times of the plan's sites; None where the plan has none.
         more: What else a training loop notes of it, by names of its own.
     """
 
@@ -75,6 +76,7 @@ class EpochRecord:
     stable_rank: Mapping[str, float] = field(default_factory=dict)
     truncated: Mapping[str, float | None] = field(default_factory=dict)
     step: int | None = None
+    spent_time: float | None = None
     more: Mapping[str, object] = field(default_factory=dict)
 
     @property

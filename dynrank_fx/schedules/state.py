@@ -47,7 +47,8 @@ class TrainState:
         epochs: How many epochs the run will have; None where that is not known.
         lr: The learning rate of the optimizer's first parameter group; None where that is not known.
         spectra: By site name the singular values of the site as it is now, largest first.
-        spent: Training compute so far, in epochs of the dense model.
+        spent: Training compute so far, in epochs of the dense model: in FLOPs, or in measured time where costs are
+            counted so (``PhaseSettings.cost_by``), and so are those of the sites.
         lrs: The learning rate of every epoch of the run, as the scheduler will set it; empty where that is not known.
         sites: What is known of each site, by name.
         unit: What a tick is called in sentences: ``epoch`` or ``tick``.

@@ -2,8 +2,9 @@
 
 from .checkpoints import load_checkpoint_, save_checkpoint
 from .clock import Clock, clock_of
+from .costs import CostBy, check_costs, cost_of, is_timed
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
-from .facts import cost_of, train_state
+from .facts import train_state
 from .loop import clock_for, clock_of_run, fit
 from .phases import Phases
 from .pilot import Pilot, Trial, pilot
@@ -21,6 +22,7 @@ __all__ = [
     "CHECKPOINT",
     "Bar",
     "Clock",
+    "CostBy",
     "Decay",
     "PhaseSettings",
     "Phases",
@@ -33,6 +35,7 @@ __all__ = [
     "Watcher",
     "Watchers",
     "autocast",
+    "check_costs",
     "clock_for",
     "clock_of",
     "clock_of_run",
@@ -43,6 +46,7 @@ __all__ = [
     "fit",
     "flatten",
     "history_in",
+    "is_timed",
     "load_checkpoint_",
     "paper_cifar10",
     "paper_cifar100",

@@ -14,13 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..checks import check_epochs, is_list, is_number, is_whole
 from ..errors import DynrankWarning, ScheduleError
-from ..phase import Phase
 from ..phases import optimizers_in, phases_of
-from ..plan import PlannedSite
 from ..rewrite import plan_of
 from ..schedules import SiteState, TrainState
 from ..text import counted
 from .clock import Clock
+from .costs import CostBy, check_costs, costs_in
 from .deciding import SitesSpectra
 
 
@@ -34,6 +33,7 @@ def train_state(
     steps_per_epoch: int = 1,
     rates: Sequence[float] = (),
     spent: float = 0.0,
+    cost_by: CostBy = CostBy.FLOPS,
 ) -> TrainState:
     """The state of a training at the start of an epoch, for a schedule to look at.
 
@@ -48,13 +48,14 @@ def train_state(
         steps_per_epoch: How often it is stepped in an epoch.
         rates: The learning rates of the epochs so far.
         spent: Training compute so far, in epochs of the dense model: the sum of ``cost_of`` over the epochs.
+        cost_by: What costs are counted in, those of the sites and what was spent.
 
     Returns:
         The state.
 
     Raises:
         PlanError: For a net without a plan.
-        ScheduleError: For epochs or steps that cannot be.
+        ScheduleError: For epochs or steps that cannot be, and for measured time where nothing was measured.
     """
     check_epoch(epoch, epochs)
     if not is_whole(steps_per_epoch, 1):
@@ -64,7 +65,7 @@ def train_state(
     if not is_list(rates) or not all(map(is_number, rates)) or not is_number(spent, 0):
         raise ScheduleError(f"rates {rates!r} and spent {spent!r} cannot be: give a list of numbers, and a number")
     planned = planned_rates(optimizer, lr_scheduler, epochs - epoch, steps_per_epoch)
-    return state_at(net, optimizer, epoch, epochs, planned, rates=rates, spent=spent)
+    return state_at(net, optimizer, epoch, epochs, planned, rates=rates, spent=spent, cost_by=cost_by)
 
 
 def state_at(
@@ -77,12 +78,14 @@ def state_at(
     rates: Sequence[float],
     spent: float,
     unit: str = "epoch",
+    cost_by: CostBy = CostBy.FLOPS,
 ) -> TrainState:
     """As ``train_state``, at any tick. planned: the learning rates from this tick on, empty where they are unknown."""
+    check_costs(net, cost_by)
     plan, phases = plan_of(net), phases_of(net)
     sites = {}
     for row in plan.sites:
-        dense, low = _costs(row, plan.total_flops, plan.total_params)
+        dense, low = costs_in(plan, row, cost_by)
         groups = row.site.params // math.prod(row.layout.matrix_shape(row.site.shape))
         sites[row.site.name] = SiteState(phases[row.site.name], row.rank, dense, low, groups, row.sharing)
     known = (*rates, *planned) if planned and len(rates) == tick else ()
@@ -112,38 +115,6 @@ def check_epoch(epoch: int, epochs: int) -> None:
         raise ScheduleError(
             f"epoch {epoch!r} is none of a run of {counted(epochs, 'epoch')}, which count from 0 to {epochs - 1}"
         )
-
-
-def cost_of(net: nn.Module) -> float:
-    """What a training step costs in the present setting, with a step of the dense model as 1.
-
-    It is counted in FLOPs, in parameters where those are unknown. The base of an ADAPTOR takes two of the three
-    products of a dense step, which needs no gradient of it.
-
-    Args:
-        net: What ``transform`` made.
-
-    Returns:
-        The cost of a step, in dense steps.
-
-    Raises:
-        PlanError: For a net without a plan.
-    """
-    plan, phases = plan_of(net), phases_of(net)
-    more = 0.0
-    for row in plan.sites:
-        dense, low = _costs(row, plan.total_flops, plan.total_params)
-        more += {Phase.FULL: 0.0, Phase.LOW: low - dense, Phase.ADAPTOR: low - dense / 3}[phases[row.site.name]]
-    return 1 + more
-
-
-def _costs(row: PlannedSite, total_flops: int | None, total_params: int) -> tuple[float, float]:
-    """What a site costs dense and factored, in shares of the model. One without FLOPs runs in training only: as in the
-    plan's own total, it counts nothing.
-    """
-    if total_flops:
-        return (row.site.flops or 0) / total_flops, (row.flops or 0) / total_flops
-    return row.site.params / total_params, row.params / total_params
 
 
 def planned_rates(

@@ -39,9 +39,14 @@ from ..schedules import Decision, EpochRecord, Schedule, Setting, TrainState
 from ..text import counted, rounded
 from ..tracing import meta_of, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
+<<<<<<< HEAD
 from .deciding import asked_of, decided
+=======
+from .costs import CostBy, check_costs, cost_of, is_timed
+from .deciding import decided
+>>>>>>> 5321e51 (Measured time beside FLOPs: the whole model is timed dense and factored, its savings divided among the sites; budgets, records and reports count by it; a lower rank has to gain more time than rank; compiled sites can be timed, which failed)
 from .factor_decay import factor_decay_
-from .facts import check_epoch, check_scheduler, cost_of, rates_after, state_at, warn_of_rates
+from .facts import check_epoch, check_scheduler, rates_after, state_at, warn_of_rates
 from .finite import infinite_buffers, not_finite
 from .history import add_
 from .landing import Landing, epochs_to_cut
@@ -85,7 +90,7 @@ class Phases:
         resume: What ``state_dict`` gave, to go on from; the net was brought into its phases by ``resume_phases_``.
         settings: How phases are entered and left, see ``PhaseSettings``; by default its defaults.
         **choices: Fields of ``PhaseSettings`` that are chosen otherwise: ``carry``, ``rewarm``, ``decay``,
-            ``random_init``, ``landing``, ``spectra``.
+            ``random_init``, ``landing``, ``spectra``, ``cost_by``.
 
     Attributes:
         clock: The ticks of the run.
@@ -97,8 +102,8 @@ class Phases:
         TransitionError: Without an optimizer; for one of which it is not known how it decays weights, where ``decay``
             asks for that; for a net that ``transform`` did not make, for a choice that is none, for a net that
             nothing wraps where several processes run, and where processes begin with different ones.
-        ScheduleError: For what is no schedule, for numbers of epochs or steps that cannot be, and where neither is
-            given.
+        ScheduleError: For what is no schedule, for numbers of epochs or steps that cannot be, where neither is given,
+            and where costs are to be counted in time and the plan has none.
         StoreError: For a state to resume from that is of something else.
     """
 
@@ -150,6 +155,7 @@ class Phases:
         self.averages = averages_in(averages)
         self.lr_every_step = clock.per_epoch is None and not clock.by_epochs if lr_every_step is None else lr_every_step
         self.settings = replace(settings or PhaseSettings(), **choices)
+        check_costs(net, self.settings.cost_by)
         warn_of_rates(lr_scheduler, clock, self.lr_every_step)
         self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
         self.landing = Landing(net, self.optimizers) if self.settings.landing else None
@@ -316,8 +322,9 @@ class Phases:
             switch_error={change.site: rounded(change.error, 6) for change in self.transition.changes},
             switch_spectra=thinned(old, self._spectra(watched)),
             switch_seconds=time.perf_counter() - started,
-            spent=state.spent + cost_of(self.net),
+            spent=(self.history[-1].spent if self.history else 0.0) + cost_of(self.net),
             step=None if clock.by_epochs else self.step,
+            spent_time=self._time_with(cost_of(self.net, CostBy.TIME)) if is_timed(plan_of(self.net)) else None,
         )
         add_(self.history, record)
         return record
@@ -341,11 +348,46 @@ class Phases:
             tick,
             self.clock.ticks,
             self._rates(tick, stepped),
+<<<<<<< HEAD
             rates=rates_so_far(self._earlier, self.history, tick),
             spent=self.history[-1].spent if self.history else 0.0,
+=======
+            rates=self._rates_so_far(tick),
+            spent=self._spent(),
+>>>>>>> 5321e51 (Measured time beside FLOPs: the whole model is timed dense and factored, its savings divided among the sites; budgets, records and reports count by it; a lower rank has to gain more time than rank; compiled sites can be timed, which failed)
             unit=self.clock.unit,
+            cost_by=self.settings.cost_by,
         )
 
+<<<<<<< HEAD
+=======
+    def _spent(self) -> float:
+        """So far, in what costs are counted in."""
+        if not self.history or self.settings.cost_by is CostBy.FLOPS:
+            return self.history[-1].spent if self.history else 0.0
+        so_far = self._time_with(0.0)
+        if so_far is None:
+            raise ScheduleError(
+                "the run's records so far tell no measured time, by which costs are to be counted from now on: go on "
+                "with cost_by=CostBy.FLOPS"
+            )
+        return so_far
+
+    def _time_with(self, more: float) -> float | None:
+        """Measured time to the last tick, and so much more; None where its record does not tell."""
+        so_far = self.history[-1].spent_time if self.history else 0.0
+        return None if so_far is None else so_far + more
+
+    def _rates_so_far(self, tick: int) -> list[float]:
+        """The learning rates of the ticks before this one; of one that never began, where an epoch was shorter than
+        was said, that of the tick before it.
+        """
+        rates = [*self._earlier]
+        for record in self.history:
+            rates += rates[-1:] * (record.epoch - len(rates)) + [record.lr]
+        return rates + rates[-1:] * (tick - len(rates))
+
+>>>>>>> 5321e51 (Measured time beside FLOPs: the whole model is timed dense and factored, its savings divided among the sites; budgets, records and reports count by it; a lower rank has to gain more time than rank; compiled sites can be timed, which failed)
     def _rates(self, tick: int, stepped: bool) -> tuple[float, ...]:
         """The learning rate of this tick and of all that follow; empty where it is not known."""
         clock, every_step = self.clock, self.lr_every_step

@@ -10,6 +10,7 @@ from ..aliases import Kwargs
 from ..checks import check_flags, is_number, is_whole
 from ..errors import DynrankError, TransitionError
 from ..phases import Carry, checked_carry
+from .costs import CostBy, checked_cost_by
 from .factor_decay import Decay, checked_decay
 
 
@@ -25,9 +26,11 @@ class PhaseSettings:
         landing: Whether, before a cut, what it will take away decays to nothing (see ``landing``).
         spectra: Whether spectra are recorded: around the last cut of each site, and effective and stable ranks at the
             end of an epoch.
+        cost_by: What the budget of a schedule such as ``auto`` is counted in.
 
     Raises:
         TransitionError: For a value that is none of these.
+        ScheduleError: For a ``cost_by`` that is none.
     """
 
     carry: Carry = Carry.MOVE
@@ -36,10 +39,12 @@ class PhaseSettings:
     random_init: bool = False
     landing: bool = False
     spectra: bool = True
+    cost_by: CostBy = CostBy.FLOPS
 
     def __post_init__(self) -> None:
         checked_carry(self.carry)
         checked_decay(self.decay)
+        checked_cost_by(self.cost_by)
         if not is_whole(self.rewarm):
             raise TransitionError(f"a learning rate cannot re-warm over {self.rewarm!r} steps; give 0 or more")
         flags = {"random_init": self.random_init, "landing": self.landing, "spectra": self.spectra}

@@ -74,6 +74,7 @@ OPTIONS = {
         "--checkpoint-steps",
         "--clip",
         "--cost",
+        "--cost-by",
         "--decay",
         "--deflate",
         "--device",

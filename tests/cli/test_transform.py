@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,7 @@ def test_measured_sites_that_are_no_faster_stay_dense_and_the_folder_keeps_the_t
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr(StepTimes, "_measured", said)
+    monkeypatch.setattr(StepTimes, "_measured_whole", lambda *_: Pair(4e-3, 3e-3, 0.75))
     write()
     result = run("transform", "model.py", "--rank", "6", "--measure", "--amp", "bf16", "--json", "--out", "kept")
     data = plan(result)
@@ -328,9 +330,16 @@ def test_measured_sites_that_are_no_faster_stay_dense_and_the_folder_keeps_the_t
     count = len(asked)
     run("transform", "model.py", "--rank", "6", "--measure", "--amp", "bf16", "--out", "again")
     assert len(asked) == count, "the cache knows them"
-    trained = ("--epochs", "1", "--no-compile", "--schedule", "low", "--out", "run")
-    run("train", "model.py", "--from", "kept", *trained)
+    trained = ("--epochs", "1", "--no-compile", "--cost", "0", "--out", "run")
+    result = run("train", "model.py", "--from", "kept", *trained, "--cost-by", "time")
+    assert re.search(r"it cost 0\.\d\d of the FLOPs of dense training, 0\.75 of its time\n", result.stderr)
+    run("transform", "model.py", "--rank", "6", "--out", "untimed")
+    refused = CliRunner().invoke(cli, ["train", "model.py", "--from", "untimed", "--cost-by", "time", "--out", "other"])
+    assert "the plan has no measured times to count costs by" in refused.output
+    assert not Path("other").exists()
     refused = CliRunner().invoke(cli, ["train", "model.py", "--from", "kept", "--measure", "--out", "other"])
     assert "--from brings its plan along: leave out --measure" in refused.output
+    refused = CliRunner().invoke(cli, ["train", "model.py", "--schedule", "low", "--cost-by", "time"])
+    assert "--cost-by is of the budget of auto, and says nothing to low" in refused.output
     refused = CliRunner().invoke(cli, ["transform", "model.py", "--amp", "bf16"])
     assert "--amp says where --measure measures" in refused.output

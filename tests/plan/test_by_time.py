@@ -26,6 +26,23 @@ def test_the_fastest_rank_nearby_is_taken_and_of_those_alike_the_nearest() -> No
     assert ranks(planned(Said({24: 0.59, 30: 0.6, 32: 0.9}))) == [30, 30]
 
 
+def test_a_lower_rank_has_to_gain_more_in_time_than_it_loses_in_rank() -> None:
+    """Kernels of time proportional to the rank would else shrink every rank by a quarter."""
+    in_proportion = {rank: 0.02 * rank for rank in range(16, 40)}
+    assert ranks(planned(Said(in_proportion))) == [30, 30]
+    plan = planned(Said(in_proportion | {24: 0.4}))
+    assert ranks(plan) == [24, 24]
+    assert [row.asked for row in plan.sites] == [30, 30]
+    assert "  *24  " in str(plan)
+    assert "ranks       2 sites have another than was asked for, with which a step is faster (*)" in str(plan)
+    assert [row.asked for row in dr.Plan.from_json(plan.to_json()).sites] == [30, 30]
+
+
+def test_a_higher_rank_keeps_no_more_than_was_asked_for() -> None:
+    assert ranks(planned(Said({30: 0.5, 32: 0.51}))) == [30, 30]
+    assert ranks(planned(Said({30: 0.6, 32: 0.5}))) == [32, 32]
+
+
 def test_lower_ranks_are_tried_where_none_nearby_is_faster_than_dense() -> None:
     assert ranks(planned(Said({16: 0.8}, other=1.2))) == [16, 16]
 

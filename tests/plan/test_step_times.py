@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,18 @@ def test_it_runs_as_the_net_does_in_autocast_and_compiled() -> None:
     for times in (dr.StepTimes(cache=None, amp=torch.bfloat16, repeats=1), dr.StepTimes(cache=None, repeats=1)):
         assert times.pair(rows) is not None
     assert str(dr.StepTimes(cache=None, amp=torch.bfloat16)).endswith(", bfloat16, eager")
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_torch_compile_takes_what_is_timed_as_one_graph(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its front is what could refuse; the kernels behind it would take seconds for each shape."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    times = dr.StepTimes(cache=None, compile=True, repeats=1)
+    eager = dr.StepTimes(cache=None)
+    for rows in groups(share):
+        for factored in (False, True):
+            given, wanted = times._step(rows, factored)(), eager._step(rows, factored)()
+            torch.testing.assert_close(given, wanted)
 
 
 def test_what_has_no_shapes_is_not_timed() -> None:

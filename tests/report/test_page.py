@@ -101,6 +101,19 @@ def test_the_page_of_a_run_says_what_its_history_says(tmp_path):
         xml.etree.ElementTree.fromstring(base64.b64decode(source.partition(",")[2]))
 
 
+def test_time_stands_beside_the_flops_where_it_was_measured(tmp_path):
+    run = trained(dr.schedules.always(LOW), epochs=2)
+    plan = dr.plan_of(run.net)
+    assert "% of what dense training costs in as many." in verdict(run.history, plan, About())[0]
+    run.history = [record.with_figures(spent_time=0.55 * (record.epoch + 1)) for record in run.history]
+    said = verdict(run.history, plan, About())[0]
+    share = f"{run.history[-1].spent / 2:.1%}"
+    assert (
+        said == f"2 epochs cost {share} of the FLOPs of dense training in as many, and 55.0% of its time, as measured."
+    )
+    assert "55.0%" in page(run, tmp_path / "r.html").cells
+
+
 def test_spectra_before_and_after_a_cut_are_those_of_the_weight():
     run = trained(dr.schedules.warm_up(2), epochs=3)
     before, after = run.history[2].switch_spectra["2.weight"]

@@ -1,9 +1,8 @@
-"""What a schedule is told: costs by FLOPs, spectra as torch.linalg has them, and rates as the scheduler sets them."""
+"""What a schedule is told: spectra as torch.linalg has them, and rates as the scheduler sets them."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,64 +12,9 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 import dynrank_fx as dr
 from dynrank_fx.schedules import SiteState
-from dynrank_fx.training import cost_of
 from dynrank_fx.training.facts import planned_rates
 
 FULL, LOW, ADAPTOR = dr.Phase.FULL, dr.Phase.LOW, dr.Phase.ADAPTOR
-
-
-# What it costs
-
-
-def made() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 8))
-    return dr.transform(model, (torch.randn(2, 12),), rank=dr.Fixed(2))
-
-
-def test_the_cost_of_a_step_follows_the_flops_of_the_phases() -> None:
-    net = made()
-    assert cost_of(net) == 1
-    dr.enter_(net, LOW)
-    assert cost_of(net) == pytest.approx((2 * (12 + 16) + 2 * (16 + 8)) / (12 * 16 + 16 * 8))
-    dr.enter_(net, {"3.*": FULL})
-    assert cost_of(net) == pytest.approx((2 * (12 + 16) + 16 * 8) / (12 * 16 + 16 * 8))
-
-
-def test_the_cost_counts_convolutions_by_flops_and_what_is_not_factored_as_dense() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 10))
-    net = dr.transform(model, (torch.zeros(2, 4, 4, 4),), rank=dr.Fixed(2), include=["0"])
-    dr.enter_(net, LOW)
-    dense, low, head = 4 * 8 * 4 * 9, 4 * (2 * 4 * 9 + 8 * 2), 32 * 10
-    assert cost_of(net) == pytest.approx((low + head) / (dense + head))
-
-
-def test_the_cost_is_by_parameters_where_no_example_told_the_flops() -> None:
-    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)))
-    net = dr.transform(model, rank=dr.Fixed(2))
-    dr.enter_(net, LOW)
-    dense = 12 * 16 + 16 + 16 * 8 + 8
-    assert cost_of(net) == pytest.approx((2 * 28 + 16 + 2 * 24 + 8) / dense)
-
-
-def test_cost_is_counted_in_one_unit_where_the_flops_of_a_site_are_unknown():
-    net = dr.transform(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), (torch.zeros(1, 16),))
-    first, second = dr.plan_of(net).sites
-    blind = replace(
-        second, site=replace(second.site, uses=tuple(replace(u, input_shape=None) for u in second.site.uses))
-    )
-    net.meta["dynrank"] = replace(dr.plan_of(net), sites=(first, blind))
-    dr.enter_(net, dr.Phase.LOW)
-    plan = dr.plan_of(net)
-    assert cost_of(net) == plan.low_flops / plan.total_flops == 0.75, "half of one of two equal products is saved"
-
-
-def test_an_adaptor_costs_its_branch_and_two_of_the_three_products_of_a_dense_step() -> None:
-    net = made()
-    dr.enter_(net, ADAPTOR)
-    dense, low = 12 * 16 + 16 * 8, 2 * (12 + 16) + 2 * (16 + 8)
-    assert cost_of(net) == pytest.approx(2 / 3 + low / dense)
 
 
 # The state
