@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from dynrank_fx.aliases import Kwargs
+from dynrank_fx.checks import COMPILE_MODES
 from dynrank_fx.errors import DynrankError
 
 if TYPE_CHECKING:
@@ -135,6 +136,12 @@ measure_option = click.option(
     "--measure",
     is_flag=True,
     help="Time each site in a training step, and factor only what is then faster; kept by machine.",
+)
+
+compile_option = click.option(
+    "--compile",
+    type=click.Choice(COMPILE_MODES),
+    help="The mode of torch.compile; max-autotune-no-cudagraphs tries many kernels, on a GPU.",
 )
 
 amp_option = click.option(
@@ -397,8 +404,17 @@ def step_times_of(file: ModelFile, options: Options) -> StepTimes:
     """What measures sites as the options say that the net will train."""
     from dynrank_fx.plan import StepTimes
 
-    amp, compiled = amp_of(options["amp"]), not options["no_compile"]
-    return StepTimes(options["device"], amp=amp, compile=compiled, inputs=file.training_inputs())
+    amp = amp_of(options["amp"])
+    return StepTimes(options["device"], amp=amp, compile=compile_of(options), inputs=file.training_inputs())
+
+
+def compile_of(options: Options) -> bool | str:
+    """Whether ``--compile`` and ``--no-compile`` ask for compiling, or in which mode."""
+    eager = "--no-compile" if options["no_compile"] else "--fsdp" if options.get("fsdp") else None
+    for name, flag in (("compile", "--compile"), ("activation_memory", "--activation-memory")):
+        if eager and options.get(name) is not None:
+            raise click.UsageError(f"{flag} is of torch.compile, which {eager} leaves out: give one of them")
+    return False if eager else options.get("compile") or True
 
 
 def amp_of(name: str | None) -> torch.dtype | None:

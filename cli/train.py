@@ -22,6 +22,8 @@ from .options import (
     amp_of,
     amp_option,
     check_plan_options,
+    compile_of,
+    compile_option,
     given_path,
     json_option,
     measure_option,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dynrank_fx.processes import Processes
+    from dynrank_fx.schedules import EpochRecord
     from dynrank_fx.training import Clock, Run, Settings, Task, Watcher
 
     from .modelfile import ModelFile
@@ -69,7 +72,14 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes of train_data()'s DataLoader.")
 @click.option("--fsdp", is_flag=True, help="Each process of torchrun holds a part of every parameter (FSDP2); eager.")
+@compile_option
 @click.option("--no-compile", is_flag=True, help="Run eagerly.")
+@click.option(
+    "--activation-memory",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Keep so much of what torch.compile keeps for the backward pass, and compute the rest again.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all random numbers.")
 @click.option(
     "--checkpoint-steps", type=click.IntRange(min=1), metavar="N", help="Also save every N steps of the optimizer."
@@ -157,9 +167,8 @@ def train(
     if processes.first:
         _print_result(run, clock, folder, as_json)
     if finished:
-        last, ticks = run.history[-1], len(run.history)
-        in_time = "" if last.spent_time is None else f", {last.spent_time / ticks:.2f} of its time"
-        say(f"it cost {last.spent / ticks:.2f} of the {_counted(run)} of dense training{in_time}")
+        for last in run.history[-1:]:
+            say(_cost(last, run))
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         say(f"wrote {folder}/; next: {then}")
         return
@@ -172,11 +181,13 @@ def train(
     ctx.exit(128 + processes.most(wish_to_stop(stopped, launch)))
 
 
-def _counted(run: Run) -> str:
-    """What compute is counted in."""
+def _cost(last: EpochRecord, run: Run) -> str:
+    """What the run cost, as a share of a dense one of as many epochs."""
     from dynrank_fx.rewrite import plan_of
 
-    return "FLOPs" if plan_of(run.net).total_flops else "parameters"
+    counted, ticks = "FLOPs" if plan_of(run.net).total_flops else "parameters", len(run.history)
+    in_time = "" if last.spent_time is None else f", {last.spent_time / ticks:.2f} of its time"
+    return f"it cost {last.spent / ticks:.2f} of the {counted} of dense training{in_time}"
 
 
 def _opened(
@@ -351,7 +362,8 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> t
         steps=steps,
         device=device,
         amp=amp_of(options["amp"]),
-        compile=not (options["no_compile"] or options["fsdp"]),
+        compile=compile_of(options),
+        activation_memory=options["activation_memory"],
         checkpoint_steps=options["checkpoint_steps"],
         accumulate=options["accumulate"],
         clip=options["clip"],

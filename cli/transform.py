@@ -10,6 +10,7 @@ import click
 from .options import (
     Option,
     amp_option,
+    compile_option,
     given_options,
     given_path,
     json_option,
@@ -28,6 +29,7 @@ from .streams import echo
 @measure_option
 @click.option("--device", default="cpu", show_default=True, help="Where --measure measures: cpu, cuda, cuda:1, ...")
 @amp_option
+@compile_option
 @click.option("--no-compile", is_flag=True, help="For --measure, where the net will run eagerly.")
 @click.option("--out", "-o", type=given_path, metavar="FOLDER", help="Where to write; by default <model>-dynrank.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -47,7 +49,7 @@ def transform(model_file: Path, out: Path | None, dry_run: bool, as_json: bool, 
 
     from .modelfile import load_model_file
 
-    for parameter in [] if options["measure"] else given_options(("device", "amp", "no_compile")):
+    for parameter in [] if options["measure"] else given_options(("device", "amp", "compile", "no_compile")):
         raise click.UsageError(
             f"{parameter.opts[0]} says where --measure measures: give --measure too, or leave it out"
         )

@@ -51,6 +51,22 @@ def check_flags(error: type[DynrankError], **flags: object) -> None:
             raise error(f"{name} is {value!r}: give True or False")
 
 
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")  # those of torch.compile without CUDA graphs
+
+
+def check_compile(error: type[DynrankError], compile: object) -> None:
+    """Raises such an error for what says neither whether to compile nor how."""
+    if not isinstance(compile, bool) and compile not in COMPILE_MODES:
+        raise error(
+            f"compile is {compile!r}: give True, False, or a mode of torch.compile ({', '.join(COMPILE_MODES)})"
+        )
+
+
+def compile_mode(compile: bool | str) -> str | None:
+    """The mode for torch.compile, None where none was asked for."""
+    return compile if isinstance(compile, str) else None
+
+
 def checked_path(path: str | os.PathLike[str]) -> Path:
     """It as a Path. Raises StoreError for what is none."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):

@@ -7,9 +7,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch._inductor
 
 import dynrank_fx as dr
-from dynrank_fx.checks import is_number, is_share, is_whole, names_of
+from dynrank_fx.checks import COMPILE_MODES, is_number, is_share, is_whole, names_of
+
+
+def test_modes_of_torch_compile_are_torchs_own() -> None:
+    assert set(COMPILE_MODES) <= set(torch._inductor.list_mode_options())
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3)])

@@ -253,8 +253,8 @@ class Plan:
             dense, low = (1e3 * each for each in self.seconds)
             lines.append(f"whole step  {dense:.4g} -> {low:.4g} ms of the model ({low / dense:.1%} of dense), in turn")
         if self.sites and (found := [row for row in self.sites if row.asked is not None]):
-            rows = _amount(len(found), "site has", "sites have")
-            lines.append(f"ranks       {rows} another than was asked for, with which a step is faster (*)")
+            many = _amount(len(found), "site has", "sites have")
+            lines.append(f"ranks       {many} another than was asked for, with which a step is faster (*)")
         return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..aliases import Output
-from ..checks import check_flags, checked_path, is_whole
+from ..checks import check_compile, checked_path, compile_mode, is_whole
 from ..errors import PlanError, first_line
 from ..ops import EmbeddingOp, ProductOp
 from ..randomness import random_state, set_random_state
@@ -43,7 +43,8 @@ class StepTimes:
         device: Where the net trains, as torch names it.
         dtype: Of its weights.
         amp: What it autocasts to: ``torch.bfloat16``, ``torch.float16``, or None.
-        compile: Whether it is compiled. Each shape is then compiled for the measurement too, which takes seconds.
+        compile: Whether it is compiled, or in which mode of torch.compile. Each shape is then compiled for the
+            measurement too, which takes seconds.
         inputs: The model's inputs in a batch of the training, by default the example inputs: what a site costs depends
             on how much there is to do in a step.
         cache: The file; its entries are keyed by machine, versions, types and shapes. None for no file.
@@ -56,7 +57,7 @@ class StepTimes:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     amp: torch.dtype | None = None
-    compile: bool = False
+    compile: bool | str = False
     inputs: ExampleInputs | None = None
     cache: Path | None = field(default_factory=default_cache)
     repeats: int = 15
@@ -67,7 +68,7 @@ class StepTimes:
             raise PlanError(f"amp is {self.amp!r}: give torch.bfloat16, torch.float16, or None for full precision")
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise PlanError(f"weights of dtype {self.dtype!r} do not train: give torch.float32 or the like")
-        check_flags(PlanError, compile=self.compile)
+        check_compile(PlanError, self.compile)
         if not is_whole(self.repeats, 1):
             raise PlanError(f"{self.repeats!r} repeats measure nothing: give a whole number of 1 or more")
         if self.inputs is not None and not isinstance(self.inputs, tuple | list | dict):
@@ -127,7 +128,8 @@ class StepTimes:
         where = device() if torch.device(self.device).type == "cuda" else processor()
         kind = str(self.amp or self.dtype).removeprefix("torch.")
         threads = "" if torch.device(self.device).type == "cuda" else f", {threads_said(torch.get_num_threads())}"
-        return f"{where}{threads}, {kind}, {'compiled' if self.compile else 'eager'}"
+        how = compile_mode(self.compile) or ("compiled" if self.compile else "eager")
+        return f"{where}{threads}, {kind}, {how}"
 
     def _key(self, rows: Sequence[PlannedSite]) -> str:
         uses = [[row.layout.name, row.site.shape, row.site.to_json()["uses"]] for row in rows]
@@ -179,7 +181,8 @@ class StepTimes:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     def _compiled(self, forward: Callable[..., Output], fullgraph: bool) -> Callable[..., Output]:
-        return torch.compile(forward, fullgraph=fullgraph, dynamic=False) if self.compile else forward
+        mode = compile_mode(self.compile)
+        return torch.compile(forward, fullgraph=fullgraph, dynamic=False, mode=mode) if self.compile else forward
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         kind = torch.device(self.device).type

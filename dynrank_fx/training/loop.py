@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..aliases import Batch
+from ..checks import compile_mode
 from ..errors import DynrankError, DynrankWarning
 from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
@@ -111,7 +112,8 @@ def _forward(run: Run, settings: Settings) -> nn.Module:
         return forward
     if settings.compile:
         whole = isinstance(run.net, Net)  # around captured parts, the model's own code may break the graph
-        forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic)  # type: ignore[assignment]
+        mode = compile_mode(settings.compile)
+        forward = torch.compile(run.net, fullgraph=whole, dynamic=settings.dynamic, mode=mode)  # type: ignore[assignment]
     if started().count == 1:
         return forward
     device = torch.device(settings.device)

@@ -39,12 +39,8 @@ from ..schedules import Decision, EpochRecord, Schedule, Setting, TrainState
 from ..text import counted, rounded
 from ..tracing import meta_of, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
-<<<<<<< HEAD
-from .deciding import asked_of, decided
-=======
 from .costs import CostBy, check_costs, cost_of, is_timed
-from .deciding import decided
->>>>>>> 5321e51 (Measured time beside FLOPs: the whole model is timed dense and factored, its savings divided among the sites; budgets, records and reports count by it; a lower rank has to gain more time than rank; compiled sites can be timed, which failed)
+from .deciding import asked_of, decided
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, rates_after, state_at, warn_of_rates
 from .finite import infinite_buffers, not_finite
@@ -348,19 +344,12 @@ class Phases:
             tick,
             self.clock.ticks,
             self._rates(tick, stepped),
-<<<<<<< HEAD
             rates=rates_so_far(self._earlier, self.history, tick),
-            spent=self.history[-1].spent if self.history else 0.0,
-=======
-            rates=self._rates_so_far(tick),
             spent=self._spent(),
->>>>>>> 5321e51 (Measured time beside FLOPs: the whole model is timed dense and factored, its savings divided among the sites; budgets, records and reports count by it; a lower rank has to gain more time than rank; compiled sites can be timed, which failed)
             unit=self.clock.unit,
             cost_by=self.settings.cost_by,
         )
 
-<<<<<<< HEAD
-=======
     def _spent(self) -> float:
         """So far, in what costs are counted in."""
         if not self.history or self.settings.cost_by is CostBy.FLOPS:
@@ -378,16 +367,6 @@ class Phases:
         so_far = self.history[-1].spent_time if self.history else 0.0
         return None if so_far is None else so_far + more
 
-    def _rates_so_far(self, tick: int) -> list[float]:
-        """The learning rates of the ticks before this one; of one that never began, where an epoch was shorter than
-        was said, that of the tick before it.
-        """
-        rates = [*self._earlier]
-        for record in self.history:
-            rates += rates[-1:] * (record.epoch - len(rates)) + [record.lr]
-        return rates + rates[-1:] * (tick - len(rates))
-
->>>>>>> 5321e51 (Measured time beside FLOPs: the whole model is timed dense and factored, its savings divided among the sites; budgets, records and reports count by it; a lower rank has to gain more time than rank; compiled sites can be timed, which failed)
     def _rates(self, tick: int, stepped: bool) -> tuple[float, ...]:
         """The learning rate of this tick and of all that follow; empty where it is not known."""
         clock, every_step = self.clock, self.lr_every_step

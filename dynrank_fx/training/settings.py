@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..aliases import Kwargs
-from ..checks import check_flags, is_number, is_whole
+from ..checks import check_compile, check_flags, is_number, is_whole
 from ..errors import DynrankError, TransitionError
 from ..phases import Carry, checked_carry
 from .costs import CostBy, checked_cost_by
@@ -66,7 +66,10 @@ class Settings(PhaseSettings):
             record, with an evaluation, for every twentieth of them.
         device: The device, as torch names it.
         amp: The type to autocast to: ``torch.bfloat16``, ``torch.float16`` (gradients are scaled) or None.
-        compile: Whether to compile the net.
+        compile: Whether to compile the net, or the mode of torch.compile to do it in: ``max-autotune-no-cudagraphs``
+            tries many kernels for each product, on a GPU.
+        activation_memory: How much memory may hold what the backward pass needs of the forward one, from 0 to 1, what
+            torch.compile keeps by itself; the rest is computed again. None leaves it to torch.
         dynamic: As in torch.compile; with False every shape has a graph of its own, so that a resumed run repeats the
             very same graphs.
         checkpoint_steps: Save after every so many optimizer steps too, and not only after an epoch.
@@ -81,7 +84,8 @@ class Settings(PhaseSettings):
     steps: int | None = None
     device: str = "cpu"
     amp: torch.dtype | None = None
-    compile: bool = True
+    compile: bool | str = True
+    activation_memory: float | None = None
     dynamic: bool | None = False
     checkpoint_steps: int | None = None
     accumulate: int = 1
@@ -91,6 +95,15 @@ class Settings(PhaseSettings):
         super().__post_init__()
         if self.amp not in (None, torch.bfloat16, torch.float16):
             raise DynrankError(f"amp is {self.amp!r}: give torch.bfloat16, torch.float16, or None for full precision")
+        check_compile(DynrankError, self.compile)
+        if self.activation_memory is not None:
+            if not is_number(self.activation_memory, 0, 1):
+                raise DynrankError(f"activation_memory is a share, from 0 to 1, not {self.activation_memory!r}")
+            if not self.compile:
+                raise DynrankError(
+                    "activation_memory is kept to by torch.compile, and compile is False: compile the net, or leave it "
+                    "out (torch.utils.checkpoint in the model saves memory eagerly)"
+                )
         if not is_whole(self.accumulate, 1):
             raise DynrankError(f"a step of {self.accumulate!r} batches is none: give a whole number of 1 or more")
         if self.clip is not None and (not is_number(self.clip, 0) or self.clip == 0):

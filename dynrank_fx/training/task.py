@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -89,7 +90,7 @@ def apply(forward: nn.Module, task: Task, settings: Settings, batch: Batch) -> t
     with task.guard(f"moving a batch to {settings.device}"):
         batch = _on_device(batch, settings.device)
     args, kwargs = task.inputs(batch)
-    with autocast(settings), task.guard("the model"):
+    with autocast(settings), keeping(settings), task.guard("the model"):
         try:
             return forward(*args, **kwargs), batch
         except FailOnRecompileLimitHit as error:
@@ -139,6 +140,16 @@ def autocast(settings: Settings) -> AbstractContextManager[object]:
     if settings.amp is None:
         return nullcontext()
     return torch.autocast(torch.device(settings.device).type, dtype=settings.amp)
+
+
+def keeping(settings: Settings) -> AbstractContextManager[object]:
+    """What is compiled inside keeps so much for the backward pass as the settings say."""
+    if settings.activation_memory is None:
+        return nullcontext()
+    patched: AbstractContextManager[object] = torch._functorch.config.patch(
+        activation_memory_budget=float(settings.activation_memory)
+    )
+    return patched
 
 
 def loss_of(task: Task, settings: Settings, output: Output, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ OPTIONS = {
     "transform": [
         "--amp",
         "--capture",
+        "--compile",
         "--device",
         "--dry-run",
         "--energy",
@@ -68,11 +69,13 @@ OPTIONS = {
     ],
     "train": [
         "--accumulate",
+        "--activation-memory",
         "--amp",
         "--capture",
         "--carry",
         "--checkpoint-steps",
         "--clip",
+        "--compile",
         "--cost",
         "--cost-by",
         "--decay",

@@ -20,6 +20,7 @@ OTHER = {
     "random_init": True,
     "landing": True,
     "spectra": False,
+    "cost_by": dr.CostBy.TIME,
 }
 # Spectra are what the report shows: the command line always records them.
 OPTIONS = {"random_init": "init", "spectra": None}
@@ -54,6 +55,11 @@ def test_settings_are_frozen_and_comparable() -> None:
     ("choice", "sentence"),
     [
         ({"amp": True}, "amp is True: give torch.bfloat16"),
+        ({"cost_by": "time"}, r"cost_by is 'time': give one of CostBy\.FLOPS"),
+        ({"compile": "fast"}, r"compile is 'fast': give True, False, or a mode of torch.compile \(default, max"),
+        ({"compile": 1}, "compile is 1: give True, False"),
+        ({"activation_memory": 2}, "activation_memory is a share, from 0 to 1, not 2"),
+        ({"activation_memory": 0.5, "compile": False}, "activation_memory is kept to by torch.compile, and compile is"),
         ({"accumulate": 0}, "a step of 0 batches is none"),
         ({"accumulate": 1.5}, "a step of 1.5 batches is none"),
         ({"clip": 0}, "gradients cannot be clipped to a norm of 0"),

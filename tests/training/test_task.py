@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import dynrank_fx as dr
 from dynrank_fx.training import Settings, Task, autocast, evaluate
@@ -134,3 +137,57 @@ def test_a_loader_that_begins_anew_by_itself_is_taken() -> None:
 
     task = replace(TASK, eval_data=Anew())
     assert evaluate(made(), task, EAGER) == evaluate(made(), task, EAGER)
+
+
+class Block(nn.Module):
+    """What a budget can do without: two norms and an activation around products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(F.gelu(self.up(self.norm(x)).sin()).cos())
+        return y
+
+
+def test_what_a_budget_of_activation_memory_holds_for_is_the_models_own_forward() -> None:
+    seen = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch._functorch.config.activation_memory_budget)
+            return x
+
+    for budget in (None, 0.5):
+        apply(Watched(), TASK, Settings(epochs=1, activation_memory=budget), [X, Y])
+    assert [*seen, torch._functorch.config.activation_memory_budget] == [1.0, 0.5, 1.0]
+
+
+@pytest.mark.fuzz
+def test_activation_memory_keeps_less_for_the_backward_pass_and_changes_no_gradient() -> None:
+    """What the forward graph hands on is counted in its outputs, as torch splits it for the kernels behind."""
+    torch.manual_seed(0)
+    net, kept = dr.transform(Block(), (X[:2],), rank=dr.Fixed(2)), list[int]()
+    dr.enter_(net, dr.Phase.LOW)
+
+    def forward_graph(graph: torch.fx.GraphModule, _: object) -> Any:
+        values = [each.meta["val"] for each in graph.graph.output_node().args[0] if isinstance(each, torch.fx.Node)]
+        kept.append(sum(value.nbytes for value in values if isinstance(value, Tensor)))
+        return make_boxed_func(graph.forward)
+
+    splitting = aot_autograd(
+        fw_compiler=forward_graph,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    gradients = []
+    for budget in (None, 0.3):
+        settings = Settings(epochs=1, activation_memory=budget)
+        output, _ = apply(torch.compile(net, backend=splitting), TASK, settings, [X, Y])
+        gradients.append(torch.autograd.grad(loss(output, [X, Y]), list(net.parameters())))
+        torch._dynamo.reset()
+    whole, less = kept
+    assert less < 0.8 * whole
+    for each, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(each, other)
