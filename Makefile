@@ -38,8 +38,8 @@ torture: $(INSTALLED)       ## kills and flipped bits, an hour of them: tests/to
 bench: $(INSTALLED)         ## the figures of the documents, measured here: all that take minutes, or NAME="steps switch"
 	$(BIN)/python benchmarks/run.py $(NAME)
 
-bench-gpu: $(INSTALLED)     ## what only a GPU can say
-	$(BIN)/python benchmarks/run.py large onnx
+bench-gpu: $(INSTALLED)     ## what only a GPU can say, in under ten minutes; then also make bench NAME="large onnx"
+	$(BIN)/python benchmarks/gpu.py --out gpu.jsonl
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

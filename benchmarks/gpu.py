@@ -15,7 +15,6 @@ would not be done in time by its estimate is left out, and said. What fails beco
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import subprocess
@@ -32,8 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # a script finds its own folder; the benchmarks are a package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own folder; the benchmarks are a package
 
 import dynrank_fx as dr
 from benchmarks.large import peak
@@ -79,8 +77,14 @@ def items(sizes: Sizes) -> list[Item]:
     """By worth."""
     first, *others = [(width, tokens) for tokens in sizes.tokens for width in sizes.widths]
     middle = len(sizes.widths) - 1
-    block = lambda at, mode=None: Item("block", 60, partial(blocks, sizes, *at, mode))  # noqa: E731
-    step = lambda width: Item("step", 30, partial(steps, sizes, width))  # noqa: E731
+
+    def block(at: tuple[int, int], mode: str | None = None) -> Item:
+        width, tokens = at
+        return Item("block", 60, lambda: blocks(sizes, width, tokens, mode))
+
+    def step(width: int) -> Item:
+        return Item("step", 30, lambda: steps(sizes, width))
+
     return [
         Item("products", 15, partial(products, sizes)),
         block(first),
@@ -260,7 +264,7 @@ def attributed(step: Callable[[], None], tokens: int, rank: int, times: int = 3)
 
 
 def role_of(operation: str, shapes: Sequence[Sequence[int]], tokens: int, rank: int) -> str | None:
-    """Of which product of a step this is, by its shapes; None where it is none, or has none. rank: 0 in a dense step."""
+    """Of which product of a step this is, by its shapes; None where it is none. rank: 0 in a dense step."""
     matrices = [shape for shape in shapes if len(shape) == 2]
     if operation not in ("aten::mm", "aten::addmm") or len(matrices) < 2:
         return None
@@ -287,7 +291,9 @@ def switch(sizes: Sizes) -> Iterator[Row]:
         optimizer.zero_grad(set_to_none=True)
         before = _restarted_peak()
         took = timed(partial(dr.enter_, net, phase, optimizer))
-        memory = {} if before is None else {"GB before": before / 1e9, "GB peak": torch.cuda.max_memory_allocated() / 1e9}
+        memory = (
+            {} if before is None else {"GB before": before / 1e9, "GB peak": torch.cuda.max_memory_allocated() / 1e9}
+        )
         yield {"parameters": dr.plan_of(net).total_params, "to": phase.name, "s": took, **memory}
 
 
@@ -304,14 +310,14 @@ def captures(sizes: Sizes) -> Iterator[Row]:
     width = min(sizes.widths)
     _, net, _ = _sides(sizes, width, sizes.parts[0])
     x = _batch(sizes, width, sizes.window)
-    forward = torch.compile(copy.deepcopy(net), fullgraph=True, dynamic=False)
+    forward = torch.compile(net, fullgraph=True, dynamic=False)
     settings: Sequence[Any] = (dr.Phase.LOW, dr.Phase.FULL, {"0.*": dr.Phase.LOW, "1.*": dr.Phase.FULL})
     counters.clear()
     graphs = []
     for setting in (*settings, *settings):
-        dr.enter_(forward, setting)
+        dr.enter_(net, setting)
         forward(x).square().mean().backward()
-        forward.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
         graphs.append(counters["stats"]["unique_graphs"])
     half = len(settings)
     yield {"settings": half, "graphs": graphs[half - 1], "more when they come again": graphs[-1] - graphs[half - 1]}
@@ -320,7 +326,7 @@ def captures(sizes: Sizes) -> Iterator[Row]:
 def tests(sizes: Sizes) -> Iterator[Row]:
     """As a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", *sizes.tests]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     last = [line for line in done.stdout.splitlines() if line.strip()][-1:]
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     yield {"code": done.returncode, "said": "".join(last), "failed": failed[:20]}

@@ -177,6 +177,7 @@ _PARTS: Iterable[tuple[str, tuple[str, ...]]] = (
         "products",
         ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution", "mkldnn", "mkl::", "mkl_", "gemm"),
     ),
+    ("products", ("nvjet", "cutlass", "cublas", "splitk", "triton_tem")),  # kernels of CUDA, and those of autotuning
     ("norms and the like", ("fused", "norm", "relu", "gelu", "max_pool", "triton")),
 )
 

@@ -18,6 +18,9 @@ from benchmarks.layers import kind_of, layers, resnet18
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
         ("aten::_fused_adamw_", "optimizer"),
         ("Optimizer.step#AdamW.step", "optimizer"),
+        ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "products"),
+        ("triton_tem_fused_mm_3", "products"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
         ("aten::empty", "other"),
     ],
 )
