@@ -251,7 +251,9 @@ class Plan:
             lines.append(f"step        {dense:.4g} -> {low:.4g} ms in the {which}, forward and backward ({self.timed})")
         if self.seconds is not None:
             dense, low = (1e3 * each for each in self.seconds)
-            lines.append(f"whole step  {dense:.4g} -> {low:.4g} ms of the model ({low / dense:.1%} of dense), in turn")
+            slower = "; nothing is gained: train dense" if low >= dense else ""
+            share = f"{low / dense:.1%} of dense"
+            lines.append(f"whole step  {dense:.4g} -> {low:.4g} ms of the model ({share}), in turn{slower}")
         if self.sites and (found := [row for row in self.sites if row.asked is not None]):
             many = _amount(len(found), "site has", "sites have")
             lines.append(f"ranks       {many} another than was asked for, with which a step is faster (*)")

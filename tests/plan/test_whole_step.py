@@ -66,6 +66,11 @@ def test_the_shares_are_in_the_plan_its_file_and_its_table_and_follow_a_rank_by_
     assert planned(Said()).low_time is None
 
 
+def test_a_model_whose_step_is_slower_in_low_is_said_to_be_so() -> None:
+    said = "whole step  1 -> 1.2 ms of the model (120.0% of dense), in turn; nothing is gained: train dense"
+    assert said in str(planned(Said(whole=Pair(1e-3, 1.2e-3, 1.2)))).splitlines()
+
+
 def test_what_is_timed_is_the_net_in_full_and_in_low() -> None:
     """The parameters of both, and gradients of all; neither the net nor a random number is another for it."""
     torch.manual_seed(0)
