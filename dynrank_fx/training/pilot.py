@@ -25,8 +25,8 @@ from ..phases import enter_
 from ..randomness import seed_all
 from ..rewrite import a_twin, inline_, plan_of
 from ..schedules import Always, Schedule, auto
+from .costs import cost_of
 from .factor_decay import Decay, decays_in_a_known_way
-from .facts import cost_of
 from .loop import fit
 from .run import Run
 from .settings import Settings
