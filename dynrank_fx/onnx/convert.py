@@ -34,6 +34,7 @@ from ..tracing import (
     tensors,
 )
 from .dynamic import free_axes, movable_axes, name_free_
+from .stack import stack_rights_
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,9 +54,12 @@ def converted(
     opset: int | None,
     *,
     only_batch: bool = False,
+    stacked: bool = True,
 ) -> tuple[ModelProto, bool]:
     """(ONNX model, whether its batch is free). Without ``dynamic_shapes`` every dimension is free, or the batch alone,
     where the model allows it, and has a name (see ``name_free_``); what it does not allow has the example's size.
+
+    stacked: whether right factors that read one value become one weight, see ``stack_rights_``.
     """
     doubled = double_batch_of_one(*inputs)
     # Each says what is free of these inputs; the batch has to be, but in the last ones, of which the last one counts.
@@ -67,21 +71,23 @@ def converted(
             first, last = [free_axes(doubled, axes), *first], [free_axes(inputs, axes), None]
     for shapes in first:
         with contextlib.suppress(ExportError):  # then another attempt works, or says what is wrong
-            model = _convert(module, doubled, shapes, opset)
+            model = _convert(module, doubled, shapes, opset, stacked)
             if _batch_is_free(model, doubled):
                 name_free_(model, doubled)
                 return model, True
     for shapes in last[:-1]:
         with contextlib.suppress(ExportError):
-            model = _convert(module, inputs, shapes, opset)
+            model = _convert(module, inputs, shapes, opset, stacked)
             name_free_(model, inputs)
             return model, _batch_is_free(model, inputs)
-    model = _convert(module, inputs, last[-1], opset)
+    model = _convert(module, inputs, last[-1], opset, stacked)
     name_free_(model, inputs)
     return model, _batch_is_free(model, inputs)
 
 
-def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | None, opset: int | None) -> ModelProto:
+def _convert(
+    module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | None, opset: int | None, stacked: bool
+) -> ModelProto:
     kind = type(module).__name__
     with quiet(), torch.no_grad(), slow_attention(), named_keywords(module, inputs):
         try:
@@ -114,6 +120,8 @@ def _convert(module: nn.Module, inputs: Inputs, dynamic_shapes: DynamicShapes | 
             if dim.dim_param.isdigit():
                 dim.dim_value = int(dim.dim_param)
     refuse_inflated(model, (*program.state_dict.values(), *program.constants.values()))
+    if stacked:
+        stack_rights_(model)
     return model
 
 

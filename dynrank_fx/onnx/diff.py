@@ -17,6 +17,7 @@ from ..errors import ExportError, reason
 from ..layouts import LAYOUTS
 from .random_inputs import loaded, random_inputs, table_rows
 from .session import Feeds, Provider, Session, session, session_of
+from .stack import is_stack
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -157,7 +158,7 @@ def _site_values(model: ModelProto) -> dict[str, str]:
                 name not in weights and name in made and made[name].op_type in ("DequantizeLinear", "Transpose", "Cast")
             ):
                 name = made[name].input[0]
-            if name in weights:
+            if name in weights and not is_stack(name):  # of first factors, whose values only their last ones explain
                 seen[name] = seen.get(name, 0) + 1
                 use = _BEHIND_SITE.sub("", name, count=1) + (f" (use {seen[name]})" if seen[name] > 1 else "")
                 values.pop(use, None)  # the last of its factors stays, where it stands

@@ -42,6 +42,7 @@ class Draft:
     precision: Precision
     external_data: bool | None
     metadata: Mapping[str, str]
+    stacked: bool
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Written:
 
 def write_draft(path: Path, plain: nn.Module, inputs: Inputs, draft: Draft, *, only_batch: bool) -> Written:
     """Convert the module and write it. only_batch: no other dimension is to be free."""
-    model, free = converted(cast(plain, draft.precision), inputs, draft.shapes, draft.opset, only_batch=only_batch)
+    module = cast(plain, draft.precision)
+    model, free = converted(module, inputs, draft.shapes, draft.opset, only_batch=only_batch, stacked=draft.stacked)
     renamed(model, lambda name: name.removeprefix("module.") if draft.precision is not Precision.FLOAT32 else name)
     if draft.dynamic:
         name_dimensions_(model, draft.dynamic, names_of_tensors(plain, inputs))

@@ -50,7 +50,7 @@ from .dynamic import (
 )
 from .file import check_file, check_place, replacing_file
 from .precision import Precision
-from .session import Provider, check_provider, session
+from .session import Provider, check_provider, elsewhere, session
 
 _CPU = "CPUExecutionProvider"
 
@@ -68,6 +68,8 @@ class ExportReport:
         dynamic_batch: Whether the batch is free.
         agreements: How far every output is from PyTorch's, on every batch that was compared.
         shapes: The sizes of every input of the file, the free ones by name.
+        elsewhere: How many nodes another provider ran than ``provider``, by their operation; those that compute with
+            shapes run on the CPU beside any.
     """
 
     path: Path
@@ -78,6 +80,7 @@ class ExportReport:
     dynamic_batch: bool
     agreements: tuple[Agreement, ...]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
         """The report as JSON values.
@@ -97,10 +100,12 @@ class ExportReport:
         batch = ", ".join(filter(None, (fixed, free))) + (f" ({inputs})" if inputs else "")
         worst_abs = max((agreement.max_abs for agreement in self.agreements), default=0.0)
         worst_rel = max((agreement.max_rel for agreement in self.agreements), default=0.0)
+        others = ", ".join(f"{count} {kind}" for kind, count in self.elsewhere.items())
         return (
             f"{self.path}: {size}, opset {self.opset}, {batch}; agrees with PyTorch on "
             f"batch{'es' if len(batches) > 1 else ''} {', '.join(map(str, batches))} "
             f"(largest error {worst_abs:.2g} absolute, {worst_rel:.2g} relative), run by {self.provider}"
+            + (f", but for {others}" if others else "")
         )
 
 
@@ -121,6 +126,7 @@ def export_onnx(
     providers: Sequence[Provider] | None = None,
     tolerance: float | None = None,
     metadata: Mapping[str, str] | None = None,
+    stacked: bool = True,
 ) -> ExportReport:
     """Write a module, in evaluation mode, to an ONNX file that onnxruntime agrees with.
 
@@ -149,6 +155,9 @@ def export_onnx(
             the CPU is compared too.
         tolerance: The largest error that is allowed; see ``verify_onnx``.
         metadata: More entries for the file's ``metadata_props``.
+        stacked: Whether the right factors of linear layers that read one value, such as query, key and value, become
+            one weight and one product, of which each left factor takes its part. Every number stays as it is; the
+            weight is called after all of them, ``{query,key,value}.right.weight``.
 
     Returns:
         What was written and compared.
@@ -170,6 +179,7 @@ def export_onnx(
             raise ExportError(f"{names!r} are no names of inputs or outputs: give a list of texts")
     if not is_list(more_inputs):
         raise ExportError(f"more_inputs are a list of inputs, not {more_inputs!r}")
+    check_flags(ExportError, stacked=stacked)
     if external_data is not None:
         check_flags(ExportError, external_data=external_data)
     if metadata is not None and not isinstance(metadata, Mapping):
@@ -202,7 +212,7 @@ def export_onnx(
     elif dynamic_shapes is not None:
         shapes = shapes_by_argument(plain, inputs, dynamic_shapes)
         free, bounds = names_of_dims(plain, inputs, shapes), bounds_in(shapes)
-    draft = Draft(opset, shapes, free, input_names, output_names, precision, external_data, metadata or {})
+    draft = Draft(opset, shapes, free, input_names, output_names, precision, external_data, metadata or {}, stacked)
     allowed = precision.tolerance if tolerance is None else tolerance
 
     def made(draft: Draft, *, only_batch: bool, required: bool) -> ExportReport:
@@ -217,7 +227,7 @@ def export_onnx(
                 cases += [_as_large(as_dicts(split_inputs(each)), written, inputs) for each in more_inputs]
                 opened = session(beside, providers)
                 agreements = compare(opened, plain, cases, allowed, written.feeds)
-                provider = opened.get_providers()[0]
+                provider, others = opened.get_providers()[0], elsewhere(opened)
                 if provider != _CPU:
                     _compare_on_cpu(beside, plain, cases, allowed, written.feeds)
             except ExportError as error:
@@ -234,6 +244,7 @@ def export_onnx(
             written.free,
             agreements,
             dict(zip(written.names, written.shapes, strict=True)),
+            others,
         )
 
     if shapes is None:

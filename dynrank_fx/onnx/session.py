@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -91,6 +92,7 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads()
     options.log_severity_level = _SILENT  # what goes wrong comes back as an exception, or as another provider
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for ``elsewhere``
     try:
         opened = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
     except Exception as error:  # onnxruntime has kinds of its own, without a common base
@@ -103,6 +105,16 @@ def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None
     if providers and not isinstance(asked[0], str):
         check_options(opened, *asked[0])
     return opened
+
+
+def elsewhere(opened: Session) -> dict[str, int]:
+    """How many nodes run on another provider than the first, by their operation: it may lack one without a word, such
+    as Attention. Empty where this onnxruntime does not say.
+    """
+    # Any: onnxruntime's, which has no types
+    said: Sequence[Any] = getattr(opened, "get_provider_graph_assignment_info", tuple)()
+    first = opened.get_providers()[0]
+    return dict(Counter(str(node.op_type) for part in said if part.ep_name != first for node in part.get_nodes()))
 
 
 def check_options(opened: Session, provider: str, options: Mapping[str, object]) -> None:

@@ -223,6 +223,7 @@ def test_the_report_is_one_line(exported):
         f"{path}: {size / 1e3:.1f} kB, opset 20, batch free (input is batch x 40); agrees with PyTorch on batches 1, 3 "
         f"(largest error {worst[0]:.2g} absolute, {worst[1]:.2g} relative), run by {CPU}"
     )
+    assert str(replace(report, elsewhere={"Attention": 2})).endswith(f"run by {CPU}, but for 2 Attention")
     large = replace(report, path=Path("m.onnx"), file_size=1_234_567, agreements=(Agreement(4, "y", 2.1e-7, 3e-7),))
     assert str(large).startswith(
         "m.onnx: 1.2 MB, opset 20, batch free (input is batch x 40); agrees with PyTorch on batch 4 (largest error"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace as Fake
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from exporting import CPU
 
 import dynrank_fx as dr
 from dynrank_fx.onnx import Precision, bound, session, session_of, threads, verify_onnx
-from dynrank_fx.onnx.session import check_options
+from dynrank_fx.onnx.session import check_options, elsewhere
 
 
 def test_a_provider_that_was_asked_for_must_be_the_one_that_runs(
@@ -37,6 +38,18 @@ def test_a_provider_that_was_asked_for_must_be_the_one_that_runs(
 
 def on_cpu(real: Any) -> Any:
     return lambda path, options, providers, enable_fallback: real(path, options, providers=[CPU])
+
+
+def test_nodes_that_another_provider_runs_are_counted_by_what_they_do(exported: Any) -> None:
+    assert elsewhere(session(exported[2], [CPU])) == {}
+    placed = [("CUDA", ["MatMul"]), (CPU, ["Attention"]), (CPU, ["Shape"]), ("CUDA", ["Add"]), (CPU, ["Shape"])]
+    parts = [
+        Fake(ep_name=name, get_nodes=lambda kinds=kinds: [Fake(op_type=kind) for kind in kinds])
+        for name, kinds in placed
+    ]
+    opened = Fake(get_providers=lambda: ["CUDA", CPU], get_provider_graph_assignment_info=lambda: parts)
+    assert elsewhere(opened) == {"Attention": 1, "Shape": 2}
+    assert elsewhere(Fake(get_providers=lambda: [CPU])) == {}, "an older onnxruntime does not say"
 
 
 def test_files_that_are_none(tmp_path: Path, exported: Any) -> None:
