@@ -38,7 +38,7 @@ torture: $(INSTALLED)       ## kills and flipped bits, an hour of them: tests/to
 bench: $(INSTALLED)         ## the figures of the documents, measured here: all that take minutes, or NAME="steps switch"
 	$(BIN)/python benchmarks/run.py $(NAME)
 
-bench-gpu: $(INSTALLED)     ## what only a GPU can say, in under ten minutes; then also make bench NAME="large onnx"
+bench-gpu: $(INSTALLED)     ## what only a GPU can say, in under ten minutes; then also make bench NAME="large onnx stacked stack-steps"
 	$(BIN)/python benchmarks/gpu.py --out gpu.jsonl
 
 lint: $(INSTALLED)

@@ -28,6 +28,7 @@ from benchmarks.scale import scale
 from benchmarks.several import several
 from benchmarks.shared import shared
 from benchmarks.sites import sites
+from benchmarks.stacked import stacked, stacked_steps
 from benchmarks.startup import startup
 from benchmarks.steps import steps
 from benchmarks.study.cells import study
@@ -68,6 +69,12 @@ BENCHMARKS = (
     Benchmark("shared", "Query, key and value with one right factor against three, at equal parameters.", shared),
     Benchmark("sites", "Each site dense and factored in onnxruntime: in the whole model, and by itself.", sites),
     Benchmark("onnx", "ONNX files, dense against truncated to rank 1/4, beside FLOPs and bytes moved.", onnx),
+    Benchmark(
+        "stacked", "ONNX files whose right factors of one input are one product, over the same without.", stacked
+    ),
+    Benchmark(
+        "stack-steps", "The same in a training step, by a prototype: one product over separate ones.", stacked_steps
+    ),
     Benchmark("large", "A training step of a GPT with torch.compile and bfloat16, and its peak of memory.", large),
     Benchmark("phases", "A training step of the study's networks in each phase, over one in FULL.", phases),
     Benchmark(

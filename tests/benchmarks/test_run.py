@@ -27,6 +27,8 @@ NAMES = [
     "shared",
     "sites",
     "onnx",
+    "stacked",
+    "stack-steps",
     "large",
     "phases",
     "study",
@@ -35,8 +37,8 @@ NAMES = [
     "rivals",
     "neighbours",
 ]
-LONG = ("peak", "several", "sites")  # for make fuzz
-CHEAP = ("held", "peak", "several", "truncation", "startup", "scale", "sites", "phases")
+LONG = ("peak", "several", "sites", "stacked", "stack-steps")  # for make fuzz
+CHEAP = ("held", "peak", "several", "truncation", "startup", "scale", "sites", "stacked", "stack-steps", "phases")
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 
