@@ -103,7 +103,8 @@ def stacked(quick: bool) -> Table:
             for batch, tokens in ((1, 1),) if quick else ((1, 1), (1, 128), (32, 1), (32, 128)):
                 x = np.random.default_rng(0).standard_normal((batch, tokens, width)).astype(np.float32)
                 dense, low, stack = (bound(each, {each.get_inputs()[0].name: x}) for each in opened)
-                settings = {"repeats": 5 if quick else 20 if batch * tokens > 1000 else 60, "inner": 1 if quick else 3}
+                large = batch * tokens > 1000
+                settings = {"repeats": 5 if quick else 15 if large else 60, "inner": 1 if quick or large else 3}
                 less, more = interleaved(dense, low, **settings), interleaved(low, stack, **settings)
                 times = 1e3 * less.first, less.ratio, more.ratio
                 rows.append((width, f"{batch} × {tokens}", *times, nodes, products))

@@ -156,7 +156,7 @@ def export_onnx(
         tolerance: The largest error that is allowed; see ``verify_onnx``.
         metadata: More entries for the file's ``metadata_props``.
         stacked: Whether the right factors of linear layers that read one value, such as query, key and value, become
-            one weight and one product, of which each left factor takes its part. Every number stays as it is; the
+            one weight and one product, of which each left factor takes its part. Outputs stay up to rounding; the
             weight is called after all of them, ``{query,key,value}.right.weight``.
 
     Returns:
