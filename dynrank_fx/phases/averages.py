@@ -85,9 +85,10 @@ def warn_of_left_out(net: nn.Module) -> None:
     """
     if _not_searched(net):
         gc.collect(0)  # takes no time, and most copies are of a net that nobody has any more
-    copies = _not_searched(net)
-    if not copies:
+    if not (copies := _not_searched(net)):
         return
+    _SEARCHED.update(copies)
+    del copies  # or they would outlive what follows
     left = _left_out(net)
     if left:
         gc.collect()  # a copy that nobody has any more is no average
@@ -101,7 +102,6 @@ def warn_of_left_out(net: nn.Module) -> None:
                 DynrankWarning,
                 stacklevel=3,
             )
-    _SEARCHED.update(copies)
 
 
 def _left_out(net: nn.Module) -> list[tuple[ref[object], str]]:
@@ -150,7 +150,8 @@ def _averages(average: object, net: nn.Module) -> bool:
 
 
 def _alike(one: Switched, other: Switched) -> bool:
-    return (one.phase, one.rank, one.shape) == (other.phase, other.rank, other.shape)
+    mine, its = ((each.phase, each.rank, each.shape, each.layout) for each in (one, other))
+    return mine == its
 
 
 @torch.no_grad()
