@@ -28,6 +28,13 @@ def trained(write: Run, run: Run, once: Callable[..., None]) -> str:
     return "r"
 
 
+@pytest.fixture
+def trained_here(write: Run, run: Run) -> str:
+    """Whose model file is in the folder, and not where the copied run was made."""
+    run("train", write(), "--no-compile", "--epochs", "1", "--out", "r")
+    return "r"
+
+
 def answers(path: str, x: torch.Tensor) -> torch.Tensor:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (value,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -125,10 +132,10 @@ def test_a_run_in_a_folder_of_transform_is_what_is_exported(write: Run, run: Run
     assert any(array.shape == (8,) and np.array_equal(array, bias.numpy()) for array in stored)
 
 
-def test_a_model_file_that_has_moved(trained: str, run: Run, refused: Callable[..., str], folder: Path) -> None:
+def test_a_model_file_that_has_moved(trained_here: str, run: Run, refused: Callable[..., str], folder: Path) -> None:
     Path("model.py").rename("elsewhere.py")
-    assert refused("export", trained, "-o", "model.onnx").startswith(f"{folder / 'model.py'} does not exist: ")
-    run("export", trained, "-o", "model.onnx", "--model", "elsewhere.py")
+    assert refused("export", trained_here, "-o", "model.onnx").startswith(f"{folder / 'model.py'} does not exist: ")
+    run("export", trained_here, "-o", "model.onnx", "--model", "elsewhere.py")
     assert Path("model.onnx").exists()
 
 
@@ -160,9 +167,9 @@ def test_what_cannot_be_exported_is_told(
     assert sorted(path.name for path in folder.iterdir()) == ["model.py", "r"]
 
 
-def test_a_model_file_of_another_model(trained: str, write: Run, refused: Callable[..., str]) -> None:
+def test_a_model_file_of_another_model(trained_here: str, write: Run, refused: Callable[..., str]) -> None:
     write("def model(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 8))")
-    assert "the plan is of another model" in refused("export", trained, "-o", "x.onnx")
+    assert "the plan is of another model" in refused("export", trained_here, "-o", "x.onnx")
     assert not Path("x.onnx").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import gc
 import pstats
 import tempfile
 from collections.abc import Callable, Iterable
@@ -44,6 +45,7 @@ def counted(block: Callable[[], Iterable[nn.Module]], options: dict[str, Any], b
     counts: dict[str, Counts] = {}
 
     def count(name: str, step: Callable[[], Any]) -> Any:
+        gc.collect()  # what was before must not be freed within the step
         profile = cProfile.Profile()
         result = profile.runcall(step)
         stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]

@@ -152,7 +152,7 @@ def test_it_can_be_asked_for_and_says_what_it_needs():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 4)), torch.randn(3, 8)
     net = dr.transform(model, (x,), how=dr.Capture.MODULES, rank=dr.Fixed(2), allow_unprofitable=True)
-    assert dr.plan_of(net).capture == "module by module (1 parts and 1 single layers): as asked"
+    assert dr.plan_of(net).capture == "module by module (1 part and 1 single layer): as asked"
     assert torch.equal(net(x), model(x))
     assert gradients(net, x).keys() == gradients(model, x).keys()
     with pytest.raises(dr.CaptureError, match="the parts of Sequential need example inputs to be traced"):
