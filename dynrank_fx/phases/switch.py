@@ -66,10 +66,13 @@ class Transition:
     Attributes:
         changes: What happened to each site that changed, in order.
         carry: What was done with the optimizer's state: RESET where that of any of several was; None without one.
+        model: What was given, a wrapper such as ``DistributedDataParallel`` included: it is what to go on with, since
+            none has to be made anew.
     """
 
     changes: tuple[SiteChange, ...]
     carry: Carry | None = None
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.changes)

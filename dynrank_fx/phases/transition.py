@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
@@ -70,7 +71,7 @@ def enter_(
         DynrankWarning: Where the optimizer's state was reset since it could not be moved, and of an average that is
             about and could be the net's, and was not given.
     """
-    return _entered(net, setting, optimizer, averages, carry, split)
+    return replace(_entered(net, setting, optimizer, averages, carry, split), model=net)
 
 
 def tried(net: nn.Module, phase: Phase, do: Callable[[], T]) -> T:
@@ -225,7 +226,7 @@ def replan_(
             if is_captured(part) and "dynrank" in meta_of(part):
                 set_plan(part, plan)
         specialize_(copy)
-    return transition
+    return replace(transition, model=net)
 
 
 def phases_of(net: nn.Module) -> dict[str, Phase]:

@@ -13,7 +13,7 @@ from dynrank_fx.rewrite import switched_modules
 
 def test_phases_per_site_by_name_and_pattern():
     net = chain()
-    dr.enter_(net, {"0.*": dr.Phase.LOW, "2.weight": dr.Phase.LOW})
+    assert dr.enter_(net, {"0.*": dr.Phase.LOW, "2.weight": dr.Phase.LOW}).model is net
     assert [phase.name for phase in dr.phases_of(net).values()] == ["LOW", "FULL", "LOW"]
     with pytest.raises(dr.TransitionError, match=r"'head' matches no site"):
         dr.enter_(net, {"head": dr.Phase.LOW})

@@ -75,7 +75,7 @@ def _everything(rank: int) -> dict[str, Any]:
 
     builtin = DistributedDataParallel(chain())
     builtin._register_builtin_comm_hook(torch.distributed.BuiltinCommHookType.ALLREDUCE)
-    dr.enter_(builtin, dr.Phase.LOW)
+    assert dr.enter_(builtin, dr.Phase.LOW).model is builtin
     done["builtin"] = builtin._get_ddp_logging_data()["comm_hook"]
 
     frozen = DistributedDataParallel(_ignoring(chain(), "0.weight"))
