@@ -70,6 +70,9 @@ def _tight(**options: float) -> Callable[[int, Costs], Preset]:
     return lambda epochs, costs: Preset(dr.schedules.auto((COST + costs[LOW]) / 2, **options), landing=True)
 
 
+NARROWER = "narrower dense"
+"""Another model: the dense one that takes as many FLOPs as LOW does."""
+
 METHODS: dict[str, Callable[[int, Costs], Preset]] = {
     "dense": lambda epochs, costs: Preset(dr.schedules.always(FULL)),
     "low, random init": lambda epochs, costs: Preset(dr.schedules.always(LOW), decay=dr.Decay.EACH, random_init=True),
@@ -98,6 +101,7 @@ METHODS: dict[str, Callable[[int, Costs], Preset]] = {
         _interleaved(epochs, costs).schedule, carry=Carry.RESET, rewarm=30
     ),
     "state moved, re-warmed": lambda epochs, costs: Preset(_interleaved(epochs, costs).schedule, rewarm=30),
+    NARROWER: lambda epochs, costs: Preset(dr.schedules.always(FULL)),
     # With guard.SpectralGuard beside it.
     "spectral norm held": _interleaved,
     # What it is worth to hold a part of the budget back and to inflate sites again, where the budget does not last to

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
+
+from benchmarks.measuring import digits as sample
 
 SIZE = 32
 MOST = 4
@@ -24,6 +26,28 @@ LARGEST = 22
 """Pixels of the side of the largest digit; the smallest has 13. Their outer pixels are empty."""
 JITTER = 3
 HELD_OUT = 2048
+
+
+class Reader(nn.Module):
+    """ResNet-20 (arXiv 1512.03385) at width 16. Scenes [batch, 1, SIZE, SIZE] to scores of each digit [batch, 10]."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        shapes = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)]
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    sample.Block(inputs, outputs, stride), *(sample.Block(outputs, outputs, 1) for _ in range(2))
+                )
+                for inputs, outputs, stride in shapes
+            )
+        )
+        self.head = nn.Linear(4 * width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.stages(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        return self.head(features.mean((2, 3)))
 
 
 class Scenes:

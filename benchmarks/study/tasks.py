@@ -1,11 +1,12 @@
-"""What the study trains: two networks on scikit-learn's digits, a character transformer of two sizes on Python code.
+"""What the study trains: two networks on scikit-learn's digits, a character transformer of two sizes on Python code,
+and ResNet-20 on scenes of several digits, in the setting of arXiv 2508.08625.
 
 The learning rate of each task is the best of a row of doublings for dense training on seed 0, and serves every method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,32 +18,50 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 import dynrank_fx as dr
 from benchmarks.measuring import chars, digits, gpt, task_of
+from benchmarks.study import scenes
 from dynrank_fx.plan import RankPolicy
 from dynrank_fx.training import Task
 
 
 @dataclass(frozen=True)
 class StudyTask:
-    """epochs: of dense training. leave, exclude: what stays dense. device: where to train, on a GPU in bfloat16."""
+    """epochs: of dense training. leave, exclude: what stays dense. device: where to train. amp: whether in bfloat16, as
+    on a GPU. width: of the model; ``model`` makes it of any other too, where there is one.
+    """
 
     name: str
     epochs: int
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     data: Callable[[], Task]
     optimizer: Callable[[Any], Optimizer]
     lr_scheduler: Callable[[Optimizer, int], Any]
     leave: Sequence[dr.Role] = tuple(dr.Role)
     exclude: Sequence[str] = ()
     device: str = "cpu"
+    in_bfloat16: bool = False
+    width: int | None = None
 
-    def transformed(self, rank: RankPolicy) -> nn.Module:
+    def transformed(self, rank: RankPolicy, width: int | None = None) -> nn.Module:
+        """width: in place of the task's own."""
         example = next(iter(self.data().train_data))[0][:2].cpu()  # its checks run on the CPU
-        net = dr.transform(self.model(), (example,), rank=rank, leave=self.leave, exclude=self.exclude)
-        return net.to(self.device)
+        model = self.model() if width is None else self.model(width)
+        return dr.transform(model, (example,), rank=rank, leave=self.leave, exclude=self.exclude).to(self.device)
+
+    def narrower(self, rank: RankPolicy, flops: float) -> tuple[nn.Module, float]:
+        """The dense model, as a net, whose FLOPs are nearest to this share of those of the task's own; its share."""
+        assert self.width is not None, f"{self.name} has one width"
+        whole = dr.plan_of(self.transformed(rank)).total_flops or 1
+
+        def share(width: int) -> float:
+            return (dr.plan_of(self.transformed(rank, width)).total_flops or 1) / whole
+
+        widths: Iterable[int] = range(2, self.width + 1)
+        best = min(widths, key=lambda width: abs(share(width) - flops))
+        return self.transformed(rank, best), share(best)
 
     @property
     def amp(self) -> bool:
-        return self.device == "cuda"
+        return self.in_bfloat16 or self.device == "cuda"
 
 
 class DigitTransformer(nn.Module):
@@ -75,6 +94,11 @@ def _steps(optimizer: Optimizer, epochs: int) -> MultiStepLR:
     return MultiStepLR(optimizer, [round(epochs * 2 / 3), round(epochs * 5 / 6)], 0.1)
 
 
+def _as_in_the_paper(optimizer: Optimizer, epochs: int) -> MultiStepLR:
+    """A tenth of the rate at 100 and at 130 of 150 epochs."""
+    return MultiStepLR(optimizer, [round(epochs * 100 / 150), round(epochs * 130 / 150)], 0.1)
+
+
 def _adamw(lr: float, parameters: Any) -> AdamW:
     return AdamW(parameters, lr=lr, weight_decay=0.05)
 
@@ -101,6 +125,17 @@ TASKS = {
         ),
         _chars(64, 8e-3),
         _chars(128, 4e-3),
+        StudyTask(
+            "scenes-resnet20",
+            20,
+            scenes.Reader,
+            partial(task_of, scenes),
+            partial(SGD, lr=0.1, momentum=0.9, weight_decay=1e-4),
+            _as_in_the_paper,
+            leave=(dr.Role.SHORTCUT, dr.Role.HEAD),
+            in_bfloat16=True,
+            width=16,
+        ),
         # Its rate is not tuned: one in common use at this size.
         StudyTask("gpt", 12, gpt.GPT, partial(task_of, gpt), partial(_fused, 6e-4), CosineAnnealingLR, device="cuda"),
     )
