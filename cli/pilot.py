@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dynrank_fx.errors import DynrankError, ModelFileError
 from dynrank_fx.text import json_text, text_table
 
 from .options import (
@@ -16,6 +18,7 @@ from .options import (
     Options,
     amp_of,
     amp_option,
+    given_options,
     given_path,
     json_option,
     plan_options,
@@ -26,7 +29,14 @@ from .streams import echo
 from .train import check_device
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from dynrank_fx.plan import Plan
     from dynrank_fx.training import Pilot, Trial
+
+    from .modelfile import ModelFile
+
+_TRIES, _NEAR = 5, 0.05  # of the narrower width; how near the logarithm of its FLOPs shall come
 
 
 @click.command()
@@ -57,6 +67,7 @@ def pilot(model_file: Path, steps: int, as_json: bool, **options: Option) -> Non
     Example:
       dynrank-fx pilot samples/chars.py --steps 300
     """
+    from dynrank_fx.randomness import seed_all
     from dynrank_fx.rewrite import plan_of
     from dynrank_fx.training import Settings, Task
     from dynrank_fx.training import pilot as run_pilot
@@ -66,10 +77,11 @@ def pilot(model_file: Path, steps: int, as_json: bool, **options: Option) -> Non
     check_device(options["device"])
     file = load_model_file(model_file, options["weights"])
     file.require("train_data", "loss", command="pilot")
+    seed_all(options["seed"])
     net = transformed(file, options)
     share = plan_of(net).narrower
-    narrow = None if share is None else file.narrower(share)
-    narrower = None if narrow is None else transformed(file, options, model=narrow)
+    # Beside a model that begins with trained weights it would begin with random ones.
+    narrower = None if options["weights"] is not None else _narrower(file, options, plan_of(net), options["seed"])
     task = Task(file.train_data(), file.loss, file.inputs, file.eval_data(), file.metric, file.guard)
     settings = Settings(
         steps=steps, device=options["device"], amp=amp_of(options["amp"]), compile=not options["no_compile"]
@@ -89,6 +101,34 @@ def pilot(model_file: Path, steps: int, as_json: bool, **options: Option) -> Non
     echo(_table(found, file.metric_name, held_out=task.eval_data is not None))
     echo(_verdict(found, share, narrower is not None))
     echo(_next(found, model_file, options))
+
+
+def _narrower(file: ModelFile, options: Options, plan: Plan, seed: int) -> nn.Module | None:
+    """The narrower model as a net, so that it is trained and counted as the others are. Its share of the width is
+    sought until its FLOPs are those of LOW, as near as its widths allow.
+    """
+    from dynrank_fx.randomness import seed_all
+    from dynrank_fx.rewrite import plan_of
+
+    share, wanted = plan.narrower, plan.low_flops
+    if share is None or not wanted:
+        return None
+    tried: dict[float, nn.Module] = {}
+    for _ in range(_TRIES):
+        seed_all(seed)
+        model = file.narrower(share)
+        if model is None:
+            return None
+        try:  # a plan is of the wider one
+            net = transformed(file, options | {"plan_file": None}, model=model)
+        except DynrankError as error:
+            raise ModelFileError(f"{file.path.name}: narrower({share:.3g}) is of another kind: {error}") from error
+        over = (plan_of(net).total_flops or 1) / wanted
+        tried[abs(math.log(over))] = net
+        if min(tried) < _NEAR:
+            break
+        share = min(1.0, share / math.sqrt(over))
+    return tried[min(tried)]
 
 
 def _table(found: Pilot, metric: str, *, held_out: bool) -> str:
@@ -115,8 +155,8 @@ def _row(trial: Trial, with_metric: bool) -> tuple[str, ...]:
 
 def _verdict(found: Pilot, share: float | None, with_narrower: bool) -> str:
     best, dense = found.best, found.trials[0]
-    gap = best.loss / dense.loss - 1
-    said = f"\nbest of the small models: {best.way}, {abs(gap):.1%} {'above' if gap > 0 else 'below'} the loss of dense"
+    gap = best.loss - dense.loss
+    said = f"\nbest of the small models: {best.way}, {abs(gap):.4f} {'above' if gap > 0 else 'below'} the loss of dense"
     if not best.options:
         said += "; for this model and this length of training, a narrower dense model is the better choice"
     elif not with_narrower and share is not None:
@@ -130,7 +170,16 @@ def _verdict(found: Pilot, share: float | None, with_narrower: bool) -> str:
 def _next(found: Pilot, model_file: Path, options: Options) -> str:
     if not found.best.options:
         return "next: train narrower(...) as you train any model, or try a larger --rank"
-    rank = ["--rank", options["rank"]] if options["rank"] else []
-    command = shlex.join(["dynrank-fx", "train", str(model_file), *rank, *found.best.options])
+    command = shlex.join(["dynrank-fx", "train", str(model_file), *_given(options), *found.best.options])
     longer = found.best.steps / found.trials[0].steps
     return f"next: {command}  ({longer:.1f} times as many steps as dense training take as much compute)"
+
+
+def _given(options: Options) -> list[str]:
+    """What the command line gave that ``train`` takes as well."""
+    words = []
+    for parameter in given_options(options):
+        value = options[parameter.name or ""]
+        for each in value if parameter.multiple else [value]:
+            words += [parameter.opts[0]] if each is True else [parameter.opts[0], str(each)]
+    return words

@@ -116,7 +116,11 @@ class Auto:
         if cut := [name for name in others if name not in kept]:
             what = "the others" if kept or fitting else "every site"
             spare = free - sum(_price(sites[name]) for name in kept)
-            if spare < min(_price(sites[name]) for name in cut) - _ROUNDING:
+            if low > self.cost + _ROUNDING:
+                reasons.append(
+                    f"cut {what}: LOW alone costs {low:.2f} of dense training, above the budget of {self.cost:g}"
+                )
+            elif spare < min(_price(sites[name]) for name in cut) - _ROUNDING:
                 reasons.append(f"cut {what}: the budget of {self.cost:g} of dense training is used up")
             else:
                 reasons.append(f"cut {what}: {spare:.2f} dense {state.unit}s are held back for sites that may collapse")

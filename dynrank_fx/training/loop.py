@@ -260,8 +260,8 @@ def _refuse_diverged(run: Run) -> None:
     what = _diverged(run) if math.isfinite(run.totals_of_all()[0]) else "the loss"
     if what is not None:
         raise DynrankError(
-            f"the training diverged in epoch {run.epoch + 1}, where {what} is not finite: lower the learning rate; the "
-            "last checkpoint is from before that"
+            f"the training diverged in epoch {run.epoch + 1}, where {what} is not finite: lower the learning rate; "
+            "what was saved is from before that"
         )
 
 

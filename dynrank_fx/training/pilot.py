@@ -35,6 +35,7 @@ from .task import Task, evaluate
 FULL_SHARES = (0.12, 0.4)
 """The shares of the steps that are FULL in the two ways of ``auto``."""
 _WARM_UP = 0.05  # of the steps
+_ALIKE = 1.5  # by how much the FLOPs of the narrower model may differ, whose width has to fit its heads and the like
 _LEVEL = 0.005  # of the loss: what is no difference between two short runs
 
 
@@ -82,7 +83,8 @@ class Pilot:
     def best(self) -> Trial:
         """Of the small ones, the one of the least loss; the factored one where a narrower dense model is level."""
         first, *others = self.small
-        level = [each for each in others if each.options and each.loss <= first.loss * (1 + _LEVEL)]
+        most = first.loss + _LEVEL * abs(first.loss)
+        level = [each for each in others if each.options and each.loss <= most]
         return first if first.options or not level else level[0]
 
 
@@ -111,16 +113,30 @@ def pilot(
         What the runs came to.
 
     Raises:
-        DynrankError: Without steps, and what ``fit`` raises.
+        DynrankError: Without steps, for a narrower model of other FLOPs than LOW, and what ``fit`` raises.
     """
     if not is_whole(settings.steps, 20):
         raise DynrankError(f"a pilot of {settings.steps!r} steps says nothing: give 20 or more, and a hundred at least")
+    if narrower is not None:
+        _check_narrower(_flops(narrower) / _flops(net), _cost_in_low(net))
     trials = []
     for way, options, schedule, model, compute in _ways(net, narrower):
         steps = max(20, round((settings.steps or 0) / compute))
         begun(way, steps)
-        trials.append(_tried(way, options, schedule, model, task, optimizer, replace(settings, steps=steps), seed, net))
+        try:
+            trial = _tried(way, options, schedule, model, task, optimizer, replace(settings, steps=steps), seed, net)
+        except DynrankError as error:
+            raise type(error)(f"{way}: {error}") from error
+        trials.append(trial)
     return Pilot(tuple(trials))
+
+
+def _check_narrower(share: float, low: float) -> None:
+    if not low / _ALIKE <= share <= low * _ALIKE:
+        raise DynrankError(
+            f"the narrower model takes {share:.2f} of the dense model's FLOPs, and LOW {low:.2f}: make it of about as "
+            "many, or they cannot be compared"
+        )
 
 
 def _ways(

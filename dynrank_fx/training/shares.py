@@ -20,6 +20,7 @@ from ..aliases import Batch, StateDict
 from ..errors import DynrankError
 from ..processes import ALONE, Processes
 from ..randomness import drawing, random_state
+from ..text import counted
 
 
 class Share:
@@ -42,7 +43,7 @@ class Share:
 
     size = 1
     """Entries of a batch."""
-    unit = "batches"
+    one, unit = "batch", "batches"
     """What the entries are."""
 
     def __init__(self, data: Iterable[Batch], processes: Processes = ALONE, *, even: bool = True) -> None:
@@ -73,11 +74,12 @@ class Share:
         if before == now:
             return None
         of, has = ("fewer", "more") if now < before else ("more", "fewer")
+        then, here = ("process" if each == 1 else "processes" for each in (count, self.processes.count))
         return (
-            f"so far {before} {self.unit} were taken at a time ({count} x {size}), and from here on {now} are "
-            f"({self.processes.count} x {self.size}): a step of the optimizer is of {of}, an epoch has {has} steps, "
-            "and the learning rate was chosen for the others; to train as before, start "
-            f"{count} processes, or give batches {before / now:.3g} times as large"
+            f"so far a step was of {counted(before, self.one, self.unit)} ({count} {then} x {size}), and from here on "
+            f"it is of {now} ({self.processes.count} {here} x {self.size}): of {of}, so that a pass over the data has "
+            f"{has} steps, and the learning rate was chosen for the others; to train as before, start {count} {then}"
+            + (f", or give batches {before / now:.3g} times as large" if before > now else "")
         )
 
     def passed(self, batches: int) -> int:
@@ -134,7 +136,7 @@ class SampleShare(Share):
     """
 
     data: DataLoader[Any]  # Any: the user's samples
-    unit = "samples"
+    one, unit = "sample", "samples"
 
     # Any: the user's samples
     def __init__(self, data: DataLoader[Any], processes: Processes = ALONE, *, even: bool = True) -> None:

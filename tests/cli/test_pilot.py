@@ -8,7 +8,7 @@ from collections.abc import Callable
 NARROWER = """
 def narrower(share):
     from torch import nn
-    width = max(2, round(share * 16))
+    width = max(1, round(share * 16))
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Flatten(),
         nn.Linear(16 * width, 2 * width), nn.Linear(2 * width, 8),
@@ -19,14 +19,25 @@ SHORT = ("pilot", "model.py", "--steps", "20", "--no-compile", "--rank", "1")
 
 def test_the_table_has_each_way_and_the_next_command(write: Callable[..., str], run: Callable[..., object]) -> None:
     write()
-    lines = run(*SHORT).stdout.splitlines()
+    lines = run(*SHORT, "--exclude", "0.weight").stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[2:6]] == [
         "dense, as it is", "LOW alone", "auto, 12% FULL", "auto, 40% FULL",
     ]  # fmt: skip
     assert all("20 dense steps" in line or "21 dense steps" in line or "19 dense steps" in line for line in lines[2:6])
     assert lines[7].startswith("best of the small models: ")
     assert "add narrower(share) to the model file" in lines[7]
-    assert lines[8].startswith("next: dynrank-fx train model.py --rank 1 --schedule ")
+    assert lines[8].startswith("next: dynrank-fx train model.py --rank 1 --exclude 0.weight --no-compile --schedule ")
+
+
+def test_the_same_seed_gives_the_same(write: Callable[..., str], run: Callable[..., object]) -> None:
+    write(more=NARROWER)
+    first, again = (json.loads(run(*SHORT, "--json").stdout) for _ in range(2))
+    assert [each["loss"] for each in first["trials"]] == [each["loss"] for each in again["trials"]]
+
+
+def test_a_loss_below_zero_or_of_nothing_has_its_verdict(write: Callable[..., str], run: Callable[..., object]) -> None:
+    write(more="def loss(output, batch): return F.cross_entropy(output, batch[1]) * 0 - 1")
+    assert "0.0000 below the loss of dense" in run(*SHORT).stdout
 
 
 def test_a_narrower_model_is_beside_them(write: Callable[..., str], run: Callable[..., object]) -> None:
@@ -34,7 +45,7 @@ def test_a_narrower_model_is_beside_them(write: Callable[..., str], run: Callabl
     found = json.loads(run(*SHORT, "--json").stdout)
     ways = {each["way"]: each for each in found["trials"]}
     assert list(ways)[-1] == "narrower dense"
-    assert 0 < ways["narrower dense"]["size"] < 1
+    assert 0.7 < ways["narrower dense"]["size"] / ways["LOW alone"]["size"] < 1.4
     assert ways["narrower dense"]["options"] == []
     assert found["best"] in ways
 
@@ -42,5 +53,9 @@ def test_a_narrower_model_is_beside_them(write: Callable[..., str], run: Callabl
 def test_what_a_pilot_cannot_do_is_refused(write: Callable[..., str], refused: Callable[..., str]) -> None:
     write(more="def narrower(share): return share\n")
     assert refused(*SHORT, noisy=True).startswith("model.py: narrower(share) returned float, not a torch.nn.Module")
+    write(more=NARROWER.replace("share * 16", "16 if share else 0"))
+    assert "of the dense model's FLOPs, and LOW" in refused(*SHORT, noisy=True)
+    write(more=NARROWER.replace("Conv2d(3", "Conv2d(5"))
+    assert refused(*SHORT, noisy=True).startswith("model.py: narrower(0.")
     assert "20" in refused("pilot", "model.py", "--steps", "5")
     assert "device" in refused("pilot", "model.py", "--device", "junk")

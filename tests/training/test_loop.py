@@ -385,8 +385,8 @@ def test_a_loss_that_is_not_finite_is_told_and_never_saved(at: int) -> None:
         lambda: fit(run, replace(TASK, loss=diverging(at)), replace(EAGER, checkpoint_steps=1), save=save)
     )
     assert message == (
-        f"the training diverged in epoch {at // 2 + 1}, where the loss is not finite: lower the learning rate; the "
-        "last checkpoint is from before that"
+        f"the training diverged in epoch {at // 2 + 1}, where the loss is not finite: lower the learning rate; "
+        "what was saved is from before that"
     )
     assert saved == [(0, 1), (0, 2), (1, 0), (1, 1)][: at + at // 2]
 

@@ -68,6 +68,9 @@ def test_the_best_is_the_factored_one_where_a_narrower_one_is_level() -> None:
 
     dense, low = trial("dense", 0.5, 1.0), trial("LOW", 1.002, 0.4, "--schedule", "low")
     assert Pilot((dense, low, trial("narrower", 1.0, 0.4))).best is low
+    below = trial("LOW", -1.002, 0.4, "--schedule", "low")
+    assert Pilot((dense, below, trial("narrower", -1.0, 0.4))).best is below
+    assert Pilot((dense, trial("LOW", -0.9, 0.4, "-"), trial("narrower", -1.0, 0.4))).best.way == "narrower"
     narrow = trial("narrower", 0.9, 0.4)
     assert Pilot((dense, low, narrow)).best is narrow
 

@@ -218,7 +218,12 @@ def test_other_steps_than_before_are_said() -> None:
     assert share.other_than(None) is share.other_than("1 x 8 samples") is share.other_than("4 x 2 samples") is None
     said = share.other_than("2 x 8 samples")
     assert said is not None
-    assert said.startswith("so far 16 samples were taken at a time (2 x 8), and from here on 8 are (1 x 8): a step of")
+    before, now = (
+        "so far a step was of 16 samples (2 processes x 8)",
+        "from here on it is of 8 (1 process x 8): of fewer",
+    )
+    assert said.startswith(f"{before}, and {now}, so that a pass over the data has more steps")
     assert said.endswith("start 2 processes, or give batches 2 times as large")
-    two = shares([1, 2, 3], 2)
-    assert "is of more, an epoch has fewer steps" in str(two[0].other_than("1 x 1 batches"))
+    two = str(shares([1, 2, 3], 2)[0].other_than("1 x 1 batches"))
+    assert two.startswith("so far a step was of 1 batch (1 process x 1), and from here on it is of 2 (2 processes x 1)")
+    assert two.endswith("to train as before, start 1 process")
