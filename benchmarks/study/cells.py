@@ -24,6 +24,7 @@ import dynrank_fx as dr
 from benchmarks.result import Table
 from benchmarks.study.guard import SpectralGuard
 from benchmarks.study.methods import COST, METHODS, NARROWER, Costs, epochs_within
+from benchmarks.study.rows import rows_in
 from benchmarks.study.tables import summary, write_results
 from benchmarks.study.tasks import TASKS
 from dynrank_fx.randomness import seed_all
@@ -170,10 +171,7 @@ def _work(cell: Cell) -> dict[str, Any]:
 
 
 def kept() -> dict[Cell, dict[str, Any]]:
-    if not ROWS.exists():
-        return {}
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    return {Cell(*(row[name] for name in Cell.__dataclass_fields__)): row for row in rows}
+    return rows_in(ROWS, Cell)
 
 
 def study(quick: bool) -> Table:

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynrank_fx as dr
 from benchmarks.measuring import chars, gpt
 from benchmarks.result import Column, Table
+from benchmarks.study.rows import rows_in
 from dynrank_fx.randomness import seed_all
 from dynrank_fx.timing import machine
 
@@ -224,6 +225,7 @@ class Run:
             phases.begin(0)
             self._train(self.net, optimizers, full, steps, self.full)
             phases.begin(1)
+            phases.remove()
         else:
             dr.enter_(self.net, dr.Phase.LOW)
         optimizers = self._optimizers(self.net) if self.cell.optimizer == "Muon" or not full else optimizers
@@ -266,10 +268,7 @@ def _rate(step: int, begin: int, total: int) -> float:
 
 
 def kept() -> dict[Cell, dict[str, Any]]:
-    if not ROWS.exists():
-        return {}
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    return {Cell(*(row[name] for name in Cell.__dataclass_fields__)): row for row in rows}
+    return rows_in(ROWS, Cell)
 
 
 def _work(cell: Cell) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,12 @@ def write_results(rows: list[Row], phases: dict[str, dict[str, dict[str, float]]
     parts = [_head(rows), _phases(phases)]
     for task in dict.fromkeys(row["task"] for row in rows):
         parts.append(f"## {task}")
-        for compute in COMPUTES:
-            some = [r for r in rows if (r["task"], r["compute"], r["rank"]) == (task, compute, 0.25)]
+        ranks = sorted({row["rank"] for row in rows if row["task"] == task}, key=lambda rank: (rank != 0.25, rank))
+        for rank, compute in product(ranks, COMPUTES):
+            some = [r for r in rows if (r["task"], r["compute"], r["rank"]) == (task, compute, rank)]
             if some:
-                parts += [f"Rank 1/4, {compute}:", _methods(some, phases.get(task, {}))]
-        for rank in sorted({r["rank"] for r in rows if r["task"] == task} - {0.25}):
-            some = [r for r in rows if r["task"] == task and r["rank"] == rank]
-            parts += [f"Rank {rank:g}, {some[0]['compute']}:", _methods(some, phases.get(task, {}))]
+                said = "1/4" if rank == 0.25 else f"{rank:g}"
+                parts += [f"Rank {said}, {compute}:", _methods(some, phases.get(task, {}))]
         if _draw(rows, task, folder / f"{task}.png"):
             parts.append(f"![{task}]({task}.png)")
     (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n")

@@ -25,7 +25,7 @@ from ..phases import enter_
 from ..randomness import seed_all
 from ..rewrite import a_twin, inline_, plan_of
 from ..schedules import Always, Schedule, auto
-from .costs import cost_of
+from .costs import CostBy, cost_of, costs_in
 from .factor_decay import Decay, decays_in_a_known_way
 from .loop import fit
 from .run import Run
@@ -76,8 +76,8 @@ class Pilot:
 
     @property
     def small(self) -> tuple[Trial, ...]:
-        """Those that leave a model smaller than the dense one, the best first."""
-        return tuple(sorted((each for each in self.trials if each.size < 1), key=lambda each: each.loss))
+        """All but the dense one, which comes first: they leave a smaller model. The best first."""
+        return tuple(sorted(self.trials[1:], key=lambda each: each.loss))
 
     @property
     def best(self) -> Trial:
@@ -204,9 +204,9 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _cost_in_low(net: nn.Module) -> float:
-    low = copy.deepcopy(net)
-    enter_(low, Phase.LOW)
-    return cost_of(low)
+    plan = plan_of(net)
+    costs = [costs_in(plan, row, CostBy.FLOPS) for row in plan.sites]
+    return 1 + sum(low - dense for dense, low in costs)
 
 
 def _flops(net: nn.Module) -> int:

@@ -271,7 +271,8 @@ def test_the_narrower_dense_model_has_as_many_flops(rank):
     narrow = flops(model(width), torch.randn(2, width))
     assert narrow == pytest.approx(plan.low_flops, rel=0.01)
     assert f"a dense model {plan.narrower:.2f} times as wide has as many" in str(plan)
-    assert ("level at 64" in str(plan)) == (rank == 32)
+    known = "; on text it was better at ranks 16 and 32, and level or better at 64"
+    assert (known in str(plan)) == (rank == 32)
 
 
 def test_nothing_factored_or_no_example_has_no_narrower_model():

@@ -75,6 +75,12 @@ def test_the_best_is_the_factored_one_where_a_narrower_one_is_level() -> None:
     assert Pilot((dense, low, narrow)).best is narrow
 
 
+def test_what_saves_parameters_alone_is_among_the_small_ones() -> None:
+    """Factors of an embedding leave its FLOPs as they are, which are none."""
+    dense, low = (Trial(way, (), 60, 60.0, 1.0, loss, None, 1.0) for way, loss in (("dense", 0.5), ("LOW", 0.6)))
+    assert Pilot((dense, low)).best is low
+
+
 def test_too_few_steps_are_refused() -> None:
     net = _net(_model(), rank=dr.Ratio(0.25), leave=())
     with pytest.raises(dr.DynrankError, match="a pilot of 5 steps says nothing"):
