@@ -73,6 +73,11 @@ def cost_of(net: nn.Module, by: CostBy = CostBy.FLOPS) -> float:
     return 1 + more
 
 
+def cost_in_low(plan: Plan, by: CostBy = CostBy.FLOPS) -> float:
+    """What a training step costs with every site in LOW, in dense steps: the least that any schedule can keep to."""
+    return 1 + sum(low - dense for dense, low in (costs_in(plan, row, by) for row in plan.sites))
+
+
 def costs_in(plan: Plan, row: PlannedSite, by: CostBy) -> tuple[float, float]:
     """What a site costs dense and factored, in shares of a step of the model. One without FLOPs runs in training only:
     as in the plan's own total, it counts nothing.

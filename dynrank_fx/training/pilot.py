@@ -25,7 +25,7 @@ from ..phases import enter_
 from ..randomness import seed_all
 from ..rewrite import a_twin, inline_, plan_of
 from ..schedules import Always, Schedule, auto
-from .costs import CostBy, cost_of, costs_in
+from .costs import cost_in_low, cost_of
 from .factor_decay import Decay, decays_in_a_known_way
 from .loop import fit
 from .run import Run
@@ -118,7 +118,7 @@ def pilot(
     if not is_whole(settings.steps, 20):
         raise DynrankError(f"a pilot of {settings.steps!r} steps says nothing: give 20 or more, and a hundred at least")
     if narrower is not None:
-        _check_narrower(_flops(narrower) / _flops(net), _cost_in_low(net))
+        _check_narrower(_flops(narrower) / _flops(net), cost_in_low(plan_of(net)))
     trials = []
     for way, options, schedule, model, compute in _ways(net, narrower):
         steps = max(20, round((settings.steps or 0) / compute))
@@ -143,7 +143,7 @@ def _ways(
     net: nn.Module, narrower: nn.Module | None
 ) -> Iterator[tuple[str, tuple[str, ...], Schedule, nn.Module, float]]:
     """Each way: its name and options, its schedule, what it begins with, and what its mean step costs in dense ones."""
-    low = _cost_in_low(net)
+    low = cost_in_low(plan_of(net))
     yield "dense, as it is", (), Always(Phase.FULL), net, 1.0
     yield "LOW alone", ("--schedule", "low"), Always(Phase.LOW), net, low
     for share in FULL_SHARES:
@@ -201,12 +201,6 @@ def _rate(step: int, steps: int) -> float:
     """A rise over the first steps, then half a cosine to nothing."""
     rise = (step + 1) / max(1, round(_WARM_UP * steps))
     return min(1.0, rise) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-
-
-def _cost_in_low(net: nn.Module) -> float:
-    plan = plan_of(net)
-    costs = [costs_in(plan, row, CostBy.FLOPS) for row in plan.sites]
-    return 1 + sum(low - dense for dense, low in costs)
 
 
 def _flops(net: nn.Module) -> int:
