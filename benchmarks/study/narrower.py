@@ -1,14 +1,15 @@
 """Against what a user would do instead: a factored model beside a narrower dense one, trained and run at equal FLOPs.
 
-A cell is one training run. All runs of a width and rank have one budget: the FLOPs that LOW alone takes for the steps
-of the task, counted by torch. The narrower dense model is the one whose step takes nearly as many FLOPs as a step of
-LOW, and so does its inference. Every way has the same data, one learning rate for each optimizer and half a cosine of
-it, with a warm-up. Rows are appended to narrower.jsonl as they end, and are not run again.
+A cell is one training run. All runs of a width, rank and length have one budget: the FLOPs that LOW alone takes for so
+many steps, counted by torch. The narrower dense model is the one whose step takes nearly as many FLOPs as a step of
+LOW, and so does its inference. Every way has the same data, the same learning rates to choose from, and half a cosine
+of it, with a warm-up. Rows are appended to narrower.jsonl as they end, and are not run again.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -54,7 +55,7 @@ Forward = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Text:
     """A language model on source text. model: of a width and a number of heads; the narrower one has as many heads as
-    the factored one. steps: of LOW alone. lr: of AdamW; Muon has twice as much.
+    the factored one. lr: of AdamW; Muon has twice as much.
     """
 
     name: str
@@ -63,7 +64,6 @@ class Text:
     text: Callable[[], tuple[Tensor, Tensor]]
     context: int
     windows: int
-    steps: int
     lr: float
     device: str = "cpu"
     exclude: Sequence[str] = ("embed", "head")
@@ -116,8 +116,8 @@ def library() -> tuple[Tensor, Tensor]:
 TASKS = {
     task.name: task
     for task in (
-        Text("characters", partial(chars.CharTransformer, layers=2), lambda _: 4, library, 64, 32, 3000, 2e-3),
-        Text("GPT", partial(gpt.GPT, layers=4), lambda w: w // 64, gpt.text, gpt.CONTEXT, 64, 2000, 1e-3, "cuda"),
+        Text("characters", partial(chars.CharTransformer, layers=2), lambda _: 4, library, 64, 32, 2e-3),
+        Text("GPT", partial(gpt.GPT, layers=4), lambda w: w // 64, gpt.text, gpt.CONTEXT, 64, 1e-3, "cuda"),
     )
 }
 
@@ -125,7 +125,8 @@ TASKS = {
 @dataclass(frozen=True)
 class Cell:
     """One run. width: of the factored model. rank: over the lesser side of each weight. optimizer: of the matrices;
-    all else has AdamW, and so has FULL.
+    all else has AdamW, and so has FULL. length: the steps of LOW alone, whose FLOPs are the budget. rate: over the
+    learning rate of the task.
     """
 
     task: str
@@ -134,25 +135,36 @@ class Cell:
     way: str
     optimizer: str
     seed: int
+    length: int
+    rate: float = 1.0
 
 
 def cells() -> Iterator[Cell]:
     """The most telling first."""
-    both = ("AdamW", "Muon")
-    for width, rank in ((256, 0.25), (128, 0.25), (512, 0.25), (256, 0.125), (256, 0.5), (128, 0.125), (64, 0.25)):
-        for seed in (0, 1, 2) if (width, rank) == (256, 0.25) else (0,):
-            for optimizer in both:
-                yield from (Cell("characters", width, rank, way, optimizer, seed) for way in (DENSE, LOW, EARLY))
-            yield Cell("characters", width, rank, AUTO, "AdamW", seed)
+
+    def text(width: int, rank: float, way: str, optimizer: str, length: int, rate: float = 1.0, seed: int = 0) -> Cell:
+        return Cell("characters", width, rank, way, optimizer, seed, length, rate)
+
+    both, all_three = ("Muon", "AdamW"), (DENSE, LOW, EARLY)
+    for width, optimizer in ((256, "Muon"), (128, "Muon"), (128, "AdamW"), (256, "AdamW"), (64, "Muon")):
+        yield from (text(width, 0.25, way, optimizer, 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 0.5, 2.0))
+    for rank, width in itertools.product((0.5, 0.125), (128, 256)):
+        yield from (text(width, rank, way, "Muon", 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 0.5))
+    for length, width, rank in ((3000, 256, 0.25), (1500, 512, 0.25), (3000, 128, 0.25)):
+        for seed, optimizer in itertools.product((0, 1, 2), both):
+            yield from (
+                text(width, rank, way, optimizer, length, rate, seed) for rate in (1.0, 0.5) for way in all_three
+            )
+            if optimizer == "AdamW":
+                yield text(width, rank, AUTO, optimizer, length, seed=seed)
     for width, rank in ((1024, 0.25), (2048, 0.25), (512, 0.25), (1024, 0.125), (2048, 0.125)):
-        for optimizer in both:
-            yield from (Cell("GPT", width, rank, way, optimizer, 0) for way in (DENSE, LOW, EARLY))
+        yield from (Cell("GPT", width, rank, way, optimizer, 0, 2000) for optimizer in both for way in all_three)
 
 
-def train(cell: Cell, steps: int | None = None) -> dict[str, Any]:
-    """The row of one cell. steps: of LOW alone, in place of the task's, to see that it runs."""
+def train(cell: Cell) -> dict[str, Any]:
+    """The row of one cell."""
     started, task = time.perf_counter(), TASKS[cell.task]
-    run = Run.of(cell, task, steps or task.steps)
+    run = Run.of(cell, task)
     model, done = run.narrower() if cell.way == DENSE else run.factored()
     loss = task.held_out_loss(model)
     return {
@@ -160,7 +172,7 @@ def train(cell: Cell, steps: int | None = None) -> dict[str, Any]:
         "steps": done,
         "trained_width": run.narrower_width if cell.way == DENSE else cell.width,
         "step_flops": task.flops(model) / run.full,
-        "training_flops": run.spent / run.full / run.steps,
+        "training_flops": run.spent / run.full / cell.length,
         "loss": round(loss, 4),
         "seconds": round(time.perf_counter() - started),
         "machine": machine(),
@@ -169,13 +181,10 @@ def train(cell: Cell, steps: int | None = None) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """A cell at work. net: the factored model. full, low: FLOPs of its steps. steps: of LOW alone, whose FLOPs are the
-    budget. spent: FLOPs of the training.
-    """
+    """A cell at work. net: the factored model. full, low: FLOPs of its steps. spent: FLOPs of the training."""
 
     cell: Cell
     task: Text
-    steps: int
     net: nn.Module
     full: int
     low: int
@@ -183,7 +192,7 @@ class Run:
     spent: int = 0
 
     @classmethod
-    def of(cls, cell: Cell, task: Text, steps: int) -> Run:
+    def of(cls, cell: Cell, task: Text) -> Run:
         seed_all(cell.seed)
         dense = task.model(cell.width, task.heads(cell.width))
         example = torch.zeros(2, task.context, dtype=torch.long)
@@ -191,7 +200,7 @@ class Run:
         low = copy.deepcopy(net)
         dr.enter_(low, dr.Phase.LOW)
         generator = torch.Generator().manual_seed(1000 + cell.seed)
-        return cls(cell, task, steps, net.to(task.device), task.flops(dense), task.flops(low), generator)
+        return cls(cell, task, net.to(task.device), task.flops(dense), task.flops(low), generator)
 
     @property
     def narrower_width(self) -> int:
@@ -205,13 +214,13 @@ class Run:
         seed_all(self.cell.seed)
         model = self.task.model(self.narrower_width, self.task.heads(self.cell.width)).to(self.task.device)
         cost = self.task.flops(model)
-        steps = round(self.steps * self.low / cost)
+        steps = round(self.cell.length * self.low / cost)
         self._train(model, self._optimizers(model), steps, steps, cost)
         return model, steps
 
     def factored(self) -> tuple[nn.Module, int]:
         """The trained factored model, cut, and its steps. FULL comes first, and a landing is at its end."""
-        budget, price = self.steps * self.low, self.full - self.low
+        budget, price = self.cell.length * self.low, self.full - self.low
         if self.cell.way == AUTO:
             steps = round(budget / (self.low + FULL_IN_AUTO * price))
             full = round(FULL_IN_AUTO * steps)
@@ -238,7 +247,7 @@ class Run:
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
         known = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in known]
-        lr = self.task.lr
+        lr = self.cell.rate * self.task.lr
         if (matrices_by or self.cell.optimizer) == "AdamW":
             return [AdamW([*matrices, *others], lr=lr, weight_decay=0.01)]
         muon = Muon(matrices, lr=2 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -284,8 +293,7 @@ def narrower(quick: bool) -> Table:
     """
     there = "cuda" if torch.cuda.is_available() else "cpu"
     if quick:
-        smallest = [Cell("characters", 32, 0.25, way, "Muon", 0) for way in (DENSE, LOW, EARLY)]
-        return table([train(cell, steps=20) for cell in smallest])
+        return table([train(Cell("characters", 32, 0.25, way, "Muon", 0, 20)) for way in (DENSE, LOW, EARLY)])
     done = kept()
     wanted = [cell for cell in cells() if cell not in done and TASKS[cell.task].device == there]
     print(f"{len(wanted)} runs to do, {len(done)} are done", file=sys.stderr)
@@ -293,7 +301,7 @@ def narrower(quick: bool) -> Table:
         for row in pool.imap_unordered(_work, wanted):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            print(*(row[name] for name in ("width", "rank", "way", "optimizer", "seed", "loss")), file=sys.stderr)
+            print(*(row[name] for name in (*Cell.__dataclass_fields__, "loss")), file=sys.stderr)
     return table(list(kept().values()))
 
 
@@ -301,8 +309,10 @@ COLUMNS = (
     Column("task"),
     Column("width"),
     Column("rank", spec="g"),
+    Column("steps of LOW"),
     Column("optimizer"),
     Column("way"),
+    Column("learning rate", spec="g"),
     Column("seeds"),
     Column("width trained"),
     Column("steps"),
@@ -314,18 +324,26 @@ COLUMNS = (
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each way, over its seeds; the narrower dense model of the same optimizer is what it is beside."""
+    """A line for each way and learning rate, over its seeds, beside the narrower dense model of the same seed and
+    optimizer at the learning rate that is best for it.
+    """
+    beside: dict[tuple[Any, ...], float] = {}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("task", "width", "rank", "optimizer", "way")), []).append(row)
+        same = tuple(row[name] for name in ("task", "width", "rank", "length", "optimizer"))
+        groups.setdefault((*same, row["way"], row["rate"]), []).append(row)
+        if row["way"] == DENSE:
+            beside[(*same, row["seed"])] = min(row["loss"], beside.get((*same, row["seed"]), math.inf))
     lines = []
-    for key, some in groups.items():
+    for (*setting, way, rate), some in groups.items():
         losses = [row["loss"] for row in some]
-        beside = {row["seed"]: row["loss"] for row in groups.get((*key[:-1], DENSE), [])}
-        gaps = [row["loss"] - beside[row["seed"]] for row in some if row["seed"] in beside and key[-1] != DENSE]
+        dense = [beside.get((*setting, row["seed"])) for row in some]
+        gaps = [row["loss"] - best for row, best in zip(some, dense, strict=True) if best is not None]
         lines.append(
             (
-                *key,
+                *setting,
+                way,
+                rate,
                 len(some),
                 *(some[0][name] for name in ("trained_width", "steps", "step_flops")),
                 statistics.mean(losses),
@@ -334,7 +352,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
             )
         )
     ways = (DENSE, LOW, EARLY, AUTO)
-    lines.sort(key=lambda line: (line[0], line[1], line[2], line[3], ways.index(line[4])))
+    lines.sort(key=lambda line: (*line[:5], ways.index(line[5]), line[6]))
     return Table(
-        COLUMNS, tuple(lines), "FLOPs are over those of the dense model of the same width; lower losses are better."
+        COLUMNS,
+        tuple(lines),
+        "FLOPs are over those of the dense model of the same width; the learning rate is in parts of the task's; lower "
+        "losses are better.",
     )
