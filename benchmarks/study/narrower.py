@@ -149,11 +149,11 @@ def cells() -> Iterator[Cell]:
     for width, optimizer in ((256, "Muon"), (128, "Muon"), (128, "AdamW"), (256, "AdamW"), (64, "Muon")):
         yield from (text(width, 0.25, way, optimizer, 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 0.5, 2.0))
     for rank, width in itertools.product((0.5, 0.125), (128, 256)):
-        yield from (text(width, rank, way, "Muon", 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 0.5))
+        yield from (text(width, rank, way, "Muon", 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 2.0))
     for length, width, rank in ((3000, 256, 0.25), (1500, 512, 0.25), (3000, 128, 0.25)):
         for seed, optimizer in itertools.product((0, 1, 2), both):
             yield from (
-                text(width, rank, way, optimizer, length, rate, seed) for rate in (1.0, 0.5) for way in all_three
+                text(width, rank, way, optimizer, length, rate, seed) for rate in (1.0, 2.0) for way in all_three
             )
             if optimizer == "AdamW":
                 yield text(width, rank, AUTO, optimizer, length, seed=seed)

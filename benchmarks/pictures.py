@@ -1,0 +1,111 @@
+"""The three pictures of the page of findings, from the files of results: `python benchmarks/pictures.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own folder; the benchmarks are a package
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.result import load
+from benchmarks.study.narrower import DENSE, LOW, kept
+
+HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs/images"
+SIZE, DPI = (8, 4.2), 110
+
+
+def main(folder: Path = IMAGES) -> None:
+    """Draw all of them into a folder."""
+    for name, draw in {"narrower": _narrower, "cut": _cut, "step-times": _step_times}.items():
+        figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+        draw(figure.subplots())
+        figure.savefig(folder / f"{name}.png")
+
+
+def _narrower(axes: Axes) -> None:
+    """The held-out loss of LOW alone above that of the narrower dense model, each at its best learning rate."""
+    rows = list(kept().values())
+    settings = sorted(
+        {_setting(row) for row in rows if row["way"] == LOW} & {_setting(row) for row in rows if row["way"] == DENSE}
+    )
+    for at, setting in enumerate(settings):
+        mine = [row for row in rows if _setting(row) == setting]
+        gaps = [_best(mine, LOW, seed) - _best(mine, DENSE, seed) for seed in _seeds(mine)]
+        axes.plot(gaps, [at] * len(gaps), "o", color="C0" if setting[-1] == "Muon" else "C1")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(settings)), [_said(*setting) for setting in settings], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    axes.set_xlabel("held-out loss of LOW alone, above that of the narrower dense model of equal FLOPs")
+    axes.set_title("A narrower dense model is what to beat (left of the line: LOW wins)", fontsize=10)
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, int, float, int, str]:
+    return row["task"], row["width"], row["rank"], row["length"], row["optimizer"]
+
+
+def _said(task: str, width: int, rank: float, length: int, optimizer: str) -> str:
+    return f"{task}, width {width}, rank {round(rank * width)},\n{length:,} steps, {optimizer}"
+
+
+def _seeds(rows: Iterable[dict[str, Any]]) -> Sequence[int]:
+    """Those that both ways were run with."""
+    low, dense = ({row["seed"] for row in rows if row["way"] == way} for way in (LOW, DENSE))
+    return sorted(low & dense)
+
+
+def _best(rows: Iterable[dict[str, Any]], way: str, seed: int) -> float:
+    return min(float(row["loss"]) for row in rows if (row["way"], row["seed"]) == (way, seed))
+
+
+def _cut(axes: Axes) -> None:
+    """What a dense-trained network keeps of its accuracy when `compress` cuts it."""
+    table = load(HERE / "results/cutting.json").table
+    rows = [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
+    names = {
+        "digits-conv": "digits, convolutions",
+        "digits-vit": "digits, transformer",
+        "chars-64": "characters, transformer",
+    }
+    for index, (network, name) in enumerate(names.items()):
+        mine = [row for row in rows if (row["network"], row["training"]) == (network, "dense")]
+        for way, style in (("budget", "--o"), ("+ 100 steps", "-o")):
+            axes.plot(
+                [1.0, *(float(row["share of parameters"]) for row in reversed(mine))],
+                [0.0, *(float(row[way]) - float(row["not cut"]) for row in reversed(mine))],
+                style,
+                color=f"C{index}",
+                markersize=4,
+                label=f"{name}{', + 100 steps' if way != 'budget' else ''}",
+            )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("parameters after the cut, of the dense model")
+    axes.set_ylabel("accuracy lost, points")
+    axes.set_ylim(-45, 3)
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title("What a cut costs a trained model depends on whether its weights use their rank", fontsize=10)
+
+
+def _step_times(axes: Axes) -> None:
+    """Time of a LOW step over a FULL one beside the same ratio of FLOPs."""
+    table = load(HERE / "results/layers.json").table
+    for index, model in enumerate(dict.fromkeys(row[0] for row in table.rows)):
+        mine = [row for row in table.rows if row[0] == model]
+        axes.plot(
+            [row[5] for row in mine], [row[4] for row in mine], "-o", color=f"C{index}", markersize=4, label=model
+        )
+    axes.plot([0.1, 1], [0.1, 1], color="black", linewidth=0.8)
+    axes.set_xlabel("FLOPs of a LOW step, over FULL (ranks 1/8, 1/4, 1/2)")
+    axes.set_ylabel("its time, over FULL")
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title("Time follows FLOPs (the line) the better, the wider the layers", fontsize=10)
+
+
+if __name__ == "__main__":
+    main()
