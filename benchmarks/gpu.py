@@ -8,6 +8,7 @@ would not be done in time by its estimate is left out, and said. What fails beco
     block       two transformer layers: LOW over dense in time and peak memory, both compiled by the same recipe
     step        where the time of such a step goes, by the kernels that ran
     switch      the switch of all sites of a large model with the state of AdamW
+    together    cuts of sites of one shape, all at once over one by one: anew, and from where the last cut ended
     captures    how many graphs torch.compile makes, and how many more when all settings come again
     tests       pytest -m gpu
 """
@@ -37,6 +38,8 @@ import dynrank_fx as dr
 from benchmarks.large import peak
 from benchmarks.layers import kind_of
 from benchmarks.measuring import DEVICE, chars, gpt, timed
+from benchmarks.truncation import falling
+from dynrank_fx.layouts import svd
 from dynrank_fx.timing import interleaved, machine
 
 Row: TypeAlias = dict[str, Any]  # Any: what JSON holds
@@ -49,7 +52,8 @@ ROLES = ("h, dh", "y, dx", "dL, dR", "dense")
 @dataclass(frozen=True)
 class Sizes:
     """widths: of the layers, by what their rows tell. tokens: of a batch. parts: of the full rank. window: of the
-    attention. big: width and layers of what is switched. repeats: of a measurement. tests: arguments of pytest.
+    attention. big: width and layers of what is switched. together: widths of weights that are cut, and how many.
+    repeats: of a measurement. tests: arguments of pytest.
     """
 
     widths: tuple[int, ...] = (2048, 4096, 768, 1024)
@@ -57,11 +61,12 @@ class Sizes:
     parts: tuple[int, ...] = (4, 8)
     window: int = 512
     big: tuple[int, int] = (2048, 20)
+    together: tuple[tuple[int, ...], int] = ((256, 768, 2048), 24)
     repeats: int = 10
     tests: tuple[str, ...] = ("-m", "gpu and not fuzz", "tests")
 
 
-TINY = Sizes((16,), (32,), (4,), 16, (16, 1), 1, ("--collect-only", "tests/benchmarks/test_result.py"))
+TINY = Sizes((16,), (32,), (4,), 16, (16, 1), ((144,), 2), 1, ("--collect-only", "tests/benchmarks/test_result.py"))
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def items(sizes: Sizes) -> list[Item]:
         *map(block, others[:middle]),
         *map(step, sizes.widths[2:3]),
         Item("switch", 60, partial(switch, sizes)),
+        Item("together", 15, partial(together, sizes)),
         block((min(sizes.widths), sizes.tokens[0]), AUTOTUNE),
         Item("captures", 30, partial(captures, sizes)),
         *map(block, others[middle:]),
@@ -295,6 +301,24 @@ def switch(sizes: Sizes) -> Iterator[Row]:
             {} if before is None else {"GB before": before / 1e9, "GB peak": torch.cuda.max_memory_allocated() / 1e9}
         )
         yield {"parameters": dr.plan_of(net).total_params, "to": phase.name, "s": took, **memory}
+
+
+def together(sizes: Sizes) -> Iterator[Row]:
+    """Cuts of a batch of weights, as of a stack of matrices, over one cut for each."""
+    widths, count = sizes.together
+    for width in widths:
+        rank = width // 4
+        weights = torch.stack([falling(width, width) for _ in range(count)])
+        B, A = svd.truncate(weights, rank)
+        moved = B @ A + 0.1 * weights.flip(0)
+        for name, begun in (("anew", None), ("from the last", A.mT.bfloat16())):
+
+            def single(begun: Tensor | None = begun, weights: Tensor = moved, rank: int = rank) -> None:
+                for i in range(count):
+                    svd.truncate(weights[i : i + 1], rank, None if begun is None else begun[i : i + 1])
+
+            pair = interleaved(single, partial(svd.truncate, moved, rank, begun), repeats=sizes.repeats, warmup=1)
+            yield {"d": width, "weights": count, "cut": name, "one by one ms": 1e3 * pair.first, "at once": pair.ratio}
 
 
 def _restarted_peak() -> int | None:

@@ -24,7 +24,7 @@ def test_the_most_telling_rows_come_first_and_all_are_there() -> None:
     assert names[:3] == ["products", "block", "step"]
     assert names[-1] == "tests"
     assert names.count("block") == 4 * 2 + 1, "each width at each number of tokens, and one by another recipe"
-    assert sum(item.seconds for item in items(Sizes())[:8]) < 570
+    assert sum(item.seconds for item in items(Sizes())[:9]) < 570
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
@@ -97,6 +97,12 @@ def test_the_switch_there_and_back_is_measured() -> None:
     rows = list(benchmarks.gpu.switch(TINY))
     assert [row["to"] for row in rows] == ["LOW", "FULL", "LOW", "FULL"]
     assert all(row["s"] > 0 for row in rows)
+
+
+def test_cuts_at_once_are_measured_beside_cuts_one_by_one() -> None:
+    rows = list(benchmarks.gpu.together(TINY))
+    assert [row["cut"] for row in rows] == ["anew", "from the last"]
+    assert all(row["at once"] > 0 for row in rows)
 
 
 @pytest.mark.fuzz

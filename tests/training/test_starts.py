@@ -14,6 +14,7 @@ from dynrank_fx import store
 from dynrank_fx.errors import StoreError
 from dynrank_fx.layouts import svd
 from dynrank_fx.rewrite import site_groups, switched_modules
+from dynrank_fx.training.landing import Landing
 from dynrank_fx.training.starts import Starts
 from dynrank_fx.training.state_tree import flatten, unflatten
 
@@ -83,6 +84,26 @@ def test_cuts_after_the_first_are_followed_and_within_the_bound(landing, share, 
         trained(net, optimizer, x, 4)
     assert cuts == len(proven) > 3
     assert all(proven)
+
+
+@pytest.mark.parametrize("done", [5, 15, 20])
+@pytest.mark.parametrize("share", [False, True])
+def test_a_cut_begins_with_the_basis_of_a_landing_however_far_that_is(share, done, proven, monkeypatch):
+    """A landing of 20 steps, of which some are done: what is left beyond the rank is cut as well as by torch.linalg."""
+    net, optimizer, x = made(share)
+    landing = Landing(net, optimizer)
+    landing.begin({group.name: 20 for group in site_groups(net)})
+    trained(net, optimizer, x, done)
+    before = {name: modules[0].weight.detach().double() for name, modules in switched_modules(net).items()}
+    monkeypatch.setattr(svd, "right_basis", None)  # no cut finds its directions anew
+    dr.enter_(net, LOW, optimizer, split=Starts(landing).split)
+    assert len(proven) == len(site_groups(net)) > 1
+    assert all(proven)
+    for group in site_groups(net):
+        W = torch.cat([before[name] for name in group.names])
+        least = float(torch.linalg.svdvals(W)[16:].norm())
+        assert (least > 0.1 * float(W.norm())) == (done < 20), "a landing that is done has left nothing to cut away"
+        assert float((group.weight.double() - W).norm()) <= 1.001 * least + 1e-5 * float(W.norm())
 
 
 def test_a_run_that_was_stopped_in_full_cuts_to_the_same_bits(proven):
