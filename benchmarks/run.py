@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own folder; the benchmarks are a package
 
 from benchmarks.beside import beside
+from benchmarks.captures import captures
 from benchmarks.held import held
 from benchmarks.large import large
 from benchmarks.layers import layers, shares
@@ -64,6 +65,7 @@ BENCHMARKS = (
     Benchmark("several", "Two processes: a step, a switch, DDP made anew, and what each process holds.", several),
     Benchmark("peak", "Peak memory of a switch beside the memory before and after it.", peak),
     Benchmark("truncation", "Truncated SVD to a quarter of the rank, against torch.linalg.svd.", truncation),
+    Benchmark("captures", "Graphs of torch.compile by setting, and how many more over a hundred switches.", captures),
     Benchmark("startup", "The time in which the command answers `--help`.", startup),
     Benchmark("scale", "The time of capture and of transform over the number of nodes of the graph.", scale),
     Benchmark("shared", "Query, key and value with one right factor against three, at equal parameters.", shared),

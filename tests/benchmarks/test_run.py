@@ -22,6 +22,7 @@ NAMES = [
     "several",
     "peak",
     "truncation",
+    "captures",
     "startup",
     "scale",
     "shared",
