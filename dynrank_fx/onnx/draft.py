@@ -22,6 +22,7 @@ from .file import write_file
 from .precision import Precision, cast, int8_weights_
 from .random_inputs import SIZES, table_rows
 from .session import runtime
+from .stack import stacks_in
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -50,7 +51,8 @@ class Written:
     """What is known of a file when its model, which holds all weights, is gone.
 
     free: whether its batch is. feeds: the names of its inputs after the module's arguments, and names, what they are
-    called in the file. shapes: of each of them. rows: of the tables that inputs index, by input.
+    called in the file. shapes: of each of them. rows: of the tables that inputs index, by input. stacks: how many right
+    factors each stack holds.
     """
 
     opset: int
@@ -60,6 +62,7 @@ class Written:
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     rows: Mapping[str, int]
+    stacks: Mapping[str, int]
 
     @property
     def more_than_batch(self) -> bool:
@@ -89,12 +92,16 @@ def write_draft(path: Path, plain: nn.Module, inputs: Inputs, draft: Draft, *, o
     told = {**_versions(), "precision": draft.precision.value, SIZES: json.dumps(sizes_in(named.values(), inputs))}
     for key, value in {**told, **draft.metadata}.items():
         model.metadata_props.add(key=key, value=value)
-    params, outside = parameter_count(model), bytes_of(plain) > MAX_BYTES or bool(draft.external_data)
+    params, stacks, outside = (
+        parameter_count(model),
+        stacks_in(model),
+        bytes_of(plain) > MAX_BYTES or bool(draft.external_data),
+    )
     for key, value in zip(("sha256", "sha256_data"), blank_seals(outside), strict=False):
         model.metadata_props.add(key=key, value=value)
     write_file(model, path, outside)
     seal(path, path.with_name(f"{path.name}.data"))
-    return Written(made, params, free, feeds, tuple(named), tuple(named.values()), rows)
+    return Written(made, params, free, feeds, tuple(named), tuple(named.values()), rows, stacks)
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -70,6 +70,7 @@ class ExportReport:
         shapes: The sizes of every input of the file, the free ones by name.
         elsewhere: How many nodes another provider ran than ``provider``, by their operation; those that compute with
             shapes run on the CPU beside any.
+        stacks: How many right factors were merged into one weight and one product, by the name of that weight.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class ExportReport:
     agreements: tuple[Agreement, ...]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     elsewhere: Mapping[str, int] = field(default_factory=dict)
+    stacks: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
         """The report as JSON values.
@@ -101,11 +103,13 @@ class ExportReport:
         worst_abs = max((agreement.max_abs for agreement in self.agreements), default=0.0)
         worst_rel = max((agreement.max_rel for agreement in self.agreements), default=0.0)
         others = ", ".join(f"{count} {kind}" for kind, count in self.elsewhere.items())
+        products = "1 product" if len(self.stacks) == 1 else f"{len(self.stacks)} products"
         return (
             f"{self.path}: {size}, opset {self.opset}, {batch}; agrees with PyTorch on "
             f"batch{'es' if len(batches) > 1 else ''} {', '.join(map(str, batches))} "
             f"(largest error {worst_abs:.2g} absolute, {worst_rel:.2g} relative), run by {self.provider}"
             + (f", but for {others}" if others else "")
+            + (f"; {sum(self.stacks.values())} right factors merged into {products}" if self.stacks else "")
         )
 
 
@@ -245,6 +249,7 @@ def export_onnx(
             agreements,
             dict(zip(written.names, written.shapes, strict=True)),
             others,
+            written.stacks,
         )
 
     if shapes is None:

@@ -18,12 +18,21 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 _PRODUCTS = ("MatMul", "Gemm")
+_RANKS = "_ranks"  # of a stack, behind its name: the weight that Split takes
 _SPLIT_BY_INPUT = 13  # the opset since which Split takes the sizes as an input
 
 
 def is_stack(weight: str) -> bool:
     """Whether a weight, by its name, is a stack of several: ``attention.{query,key,value}.right.weight``."""
     return "{" in weight
+
+
+def stacks_in(model: ModelProto) -> dict[str, int]:
+    """How many right factors each stack of a model holds, by the name of the stack."""
+    sizes = {
+        each.name.removesuffix(_RANKS): each.dims for each in model.graph.initializer if each.name.endswith(_RANKS)
+    }
+    return {name: dims[0] for name, dims in sizes.items() if is_stack(name)}
 
 
 def stack_rights_(model: ModelProto) -> None:
@@ -138,7 +147,7 @@ def _stacked(
     for i in reversed(range(len(graph.initializer))):  # not `remove`, which compares whole weights
         if graph.initializer[i].name in names:
             del graph.initializer[i]
-    graph.initializer.extend([numpy_helper.from_array(values, name), numpy_helper.from_array(sizes, f"{name}_ranks")])
+    graph.initializer.extend([numpy_helper.from_array(values, name), numpy_helper.from_array(sizes, f"{name}{_RANKS}")])
     new: dict[str, list[NodeProto]] = {}
     for number, together in enumerate(zip(*products, strict=True)):
         (x, _), kind = together[0].node.input, together[0].node.op_type
@@ -149,7 +158,7 @@ def _stacked(
             made.append(helper.make_node("Transpose", [name], [weight], name=weight, perm=[1, 0]))
         made.append(helper.make_node(kind, [x, weight], [result], name=result))
         made[-1].attribute.extend(together[0].node.attribute)
-        made.append(helper.make_node("Split", [result, f"{name}_ranks"], results, name=f"{result}_split", axis=-1))
+        made.append(helper.make_node("Split", [result, f"{name}{_RANKS}"], results, name=f"{result}_split", axis=-1))
         for node in (node for each in together for node in (each.turned, each.node) if node is not None):
             new[node.output[0]] = []
         new[results[0]] = made

@@ -170,6 +170,10 @@ def test_a_file_with_stacks_is_compared_and_quantised(tmp_path: Path) -> None:
     one, other, quantised = (tmp_path / f"{name}.onnx" for name in ("stacked", "plain", "int8"))
     reports = [dr.export_onnx(small, (x,), path, batch_sizes=(2,), stacked=path is one) for path in (one, other)]
     assert reports[0].params == reports[1].params
+    stacks = {"{query,key,value}.right.weight": 3, "{gate,up}.right.weight": 2}
+    assert [report.to_json()["stacks"] for report in reports] == [stacks, {}]
+    assert str(reports[0]).endswith("; 5 right factors merged into 2 products")
+    assert "merged" not in str(reports[1])
     assert kinds(onnx.load(other))["MatMul"] - kinds(onnx.load(one))["MatMul"] == 3
     verdict = compare_onnx(one, other)
     assert verdict.same
