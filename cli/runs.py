@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from .streams import echo
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dynrank_fx.compression import SiteTimes
     from dynrank_fx.schedules import EpochRecord
     from dynrank_fx.tracing import ExampleInputs
 
@@ -38,24 +40,34 @@ class Opened:
 
 @dataclass(frozen=True)
 class FinalForm:
-    """A module to export. real: calibration batches to compare it on. metadata: for its file."""
+    """A module to export. real: calibration batches to compare it on. metadata: for its file. dense: makes the same
+    model with dense weights; None of a module that is no run's.
+    """
 
     module: nn.Module
     file: ModelFile
     real: list[ExampleInputs]
     metadata: dict[str, str]
+    dense: Callable[[], nn.Module] | None = None
 
 
-def final_form(source: Path, model_file: Path | None, weights: Path | None, calibrate: int) -> FinalForm:
+def final_form(
+    source: Path, model_file: Path | None, weights: Path | None, calibrate: int, times: SiteTimes | None = None
+) -> FinalForm:
     """What is deployed of a run or a folder of ``transform`` (its truncation), of a model file (the model), or of a
-    .pt file of ``compress``. Raises StoreError and ModelFileError.
+    .pt file of ``compress``. times: tells which sites of the first are to be dense. Raises StoreError and
+    ModelFileError.
     """
     if source.suffix in (".py", ".pt") or source.is_file():
+        if times is not None:
+            raise StoreError(
+                f"--never-slower is of a run or a folder of `transform`, which {source} is not: leave it out"
+            )
         module, file = _module_of(source, model_file, weights)
         return FinalForm(module.eval(), file, calibration_inputs(file, calibrate), {})
     if weights is not None:
         raise StoreError(f"{source} has its own weights: leave out --weights")
-    from dynrank_fx.compression import deployed
+    from dynrank_fx.compression import dense_form, deployed
 
     opened = open_run(source, model_file)
     batches = calibration_inputs(opened.file, calibrate)
@@ -65,8 +77,8 @@ def final_form(source: Path, model_file: Path | None, weights: Path | None, cali
         return None if score is None else score(module)
 
     measured = opened.history[-1].truncated.get("eval_metric") if opened.history else None
-    result = deployed(opened.net, batches, metric=metric, measured=measured)
-    return FinalForm(result.module, opened.file, batches, result.metadata)
+    result = deployed(opened.net, batches, metric=metric, measured=measured, times=times)
+    return FinalForm(result.module, opened.file, batches, result.metadata, partial(dense_form, opened.net))
 
 
 def _module_of(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:

@@ -4,7 +4,7 @@ from .batchnorms import recalibrate_
 from .calibration import calibrate
 from .candidates import Candidates
 from .covariance import Calibration
-from .deploy import Deployed, deployed
+from .deploy import Deployed, dense_form, deployed
 from .rank_parallel import rank_parallel_plan
 from .recover import recover_
 from .result import Compressed
@@ -22,6 +22,7 @@ __all__ = [
     "calibrate",
     "compress",
     "cut_",
+    "dense_form",
     "deployed",
     "rank_parallel_plan",
     "recalibrate_",

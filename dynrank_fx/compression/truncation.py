@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,6 +87,20 @@ def truncate(
     Warns:
         DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
+    return truncated(net, calibration, rank=rank, sequential=sequential, group=group, stacklevel=3)
+
+
+def truncated(
+    net: nn.Module,
+    calibration: Calibration | Iterable[ExampleInputs] | None,
+    *,
+    rank: RankPolicy | None = None,
+    sequential: bool = False,
+    group: ProcessGroup | None = None,
+    dense: Collection[str] = (),
+    stacklevel: int = 2,
+) -> nn.Module:
+    """As ``truncate``. dense: the sites that are to be dense; those in LOW are then the products of their factors."""
     processes = in_group(group, CalibrationError)
     with processes.all_or_none(CalibrationError, "truncate"):
         check_flags(CalibrationError, sequential=sequential)
@@ -100,9 +114,9 @@ def truncate(
     check_same(processes, given, CalibrationError)
     as_first_(processes, twin.buffers())  # after training each process has statistics of its own
     with same_values(unwrap(net)):
-        cuts = cut_(twin, calibration, rank=rank, sequential=sequential, processes=processes)
+        cuts = cut_(twin, calibration, rank=rank, sequential=sequential, dense=dense, processes=processes)
     for sentence in cut_plainly(cuts) if processes.first else ():
-        warnings.warn(sentence, DynrankWarning, stacklevel=2)
+        warnings.warn(sentence, DynrankWarning, stacklevel=stacklevel)
     return own_(inline_(twin, layers=True), net)
 
 
@@ -130,9 +144,10 @@ def cut_(
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
+    dense: Collection[str] = (),
     processes: Processes = ALONE,
 ) -> list[Cut]:
-    """Bring every site into its last form, in the net itself; the arguments are those of ``truncate``."""
+    """Bring every site into its last form, in the net itself; the arguments are those of ``truncated``."""
     if not switched_modules(net):
         return []
     if sequential and (calibration is None or isinstance(calibration, Calibration)):
@@ -143,7 +158,7 @@ def cut_(
         known = calibrated(net, data, processes=processes)
     assert known is None or isinstance(known, Calibration)
     ranks = processes.from_one(0, lambda: ranks_of(net, rank, known), CalibrationError, "choosing the ranks")
-    return apply_ranks_(net, ranks, known, data if sequential else None, processes)
+    return apply_ranks_(net, ranks | dict.fromkeys(dense), known, data if sequential else None, processes)
 
 
 def apply_ranks_(

@@ -61,6 +61,12 @@ def check_provider(provider: object) -> None:
         raise ExportError(f"this onnxruntime has no {name}: ask for one of {', '.join(available)}")
 
 
+def best_provider() -> str:
+    """CUDA where it works, else the CPU."""
+    cuda = "CUDAExecutionProvider" in runtime().get_available_providers() and torch.cuda.is_available()
+    return "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
+
+
 def session(path: str | os.PathLike[str], providers: Sequence[Provider] | None = None) -> Session:
     """An InferenceSession whose first provider, ``get_providers()[0]``, is the one asked for and really works.
 
@@ -84,7 +90,7 @@ def session_of(model: bytes, provider: Provider) -> Session:
 def _opened(source: str | bytes, name: str, providers: Sequence[Provider] | None) -> Session:
     ort = runtime()
     available = ort.get_available_providers()
-    cuda = "CUDAExecutionProvider" in available and torch.cuda.is_available()
+    cuda = best_provider() == "CUDAExecutionProvider"
     asked = list(providers or (*(("CUDAExecutionProvider",) if cuda else ()), "CPUExecutionProvider"))
     names = [provider if isinstance(provider, str) else provider[0] for provider in asked]
     for each in asked:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,11 +14,16 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import Result
+from torch import nn
 
 import dynrank_fx as dr
 import dynrank_fx.onnx as exporting
 from dynrank_fx import store
 from dynrank_fx.cli.modelfile import load_model_file
+from dynrank_fx.compression import SiteTimes
+from dynrank_fx.onnx import Beside, Precision
+from dynrank_fx.plan import PlannedSite
+from dynrank_fx.timing import Pair
 
 Run = Callable[..., Result]
 
@@ -42,8 +49,9 @@ def answers(path: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_run_becomes_a_file_that_computes_what_its_truncation_does(trained: str, run: Run, folder: Path) -> None:
-    result = run("export", trained, "-o", "model.onnx", "--calibrate", "0")
+    result = run("export", trained, "-o", "model.onnx", "--calibrate", "0", "--no-timing")
     assert result.stdout.startswith("model.onnx: ")
+    assert len(result.stdout.splitlines()) == 1
     assert "agrees with PyTorch on batches 1, 2, 5" in result.stdout
     assert "CPUExecutionProvider" in result.stdout
 
@@ -62,7 +70,7 @@ def test_a_run_becomes_a_file_that_computes_what_its_truncation_does(trained: st
 
 
 def test_a_run_that_ends_full_is_cut_the_same_way_again_and_scored_as_it_was_written(trained: str, run: Run) -> None:
-    run("export", trained, "-o", "model.onnx")
+    run("export", trained, "-o", "model.onnx", "--no-timing")
     assert run("verify", "model.onnx", trained).stdout.splitlines()[-1] == "the same within 0.0001"
     (x, labels), *_ = load_model_file(Path("model.py")).eval_data()
     accuracy = float((answers("model.onnx", x).argmax(1) == labels).float().mean())
@@ -72,7 +80,7 @@ def test_a_run_that_ends_full_is_cut_the_same_way_again_and_scored_as_it_was_wri
 
 def test_options_reach_the_export(trained: str, run: Run) -> None:
     result = run(
-        *("export", trained, "-o", "model.onnx", "--opset", "18", "--batch", "3", "--batch", "9"),
+        *("export", trained, "-o", "model.onnx", "--opset", "18", "--batch", "3", "--batch", "9", "--no-timing"),
         *("--provider", "CPUExecutionProvider"),
     )
     assert "batches 3, 9" in result.stdout
@@ -117,7 +125,7 @@ def test_a_folder_of_transform_is_exported_with_its_model_file(
     assert refused("export", "planned", "-o", "model.onnx") == (
         "planned is a folder of `transform`, which does not note its model file: add --model MODEL.PY"
     )
-    run("export", "planned", "-o", "model.onnx", "--model", "model.py")
+    run("export", "planned", "-o", "model.onnx", "--model", "model.py", "--no-timing")
     shapes = {tuple(tensor.dims) for tensor in onnx.load("model.onnx").graph.initializer}
     assert {(3, 3, 3, 3), (16, 3, 1, 1)} <= shapes
 
@@ -126,7 +134,7 @@ def test_a_run_in_a_folder_of_transform_is_what_is_exported(write: Run, run: Run
     """Not the untrained weights that lie there too."""
     run("transform", write(), "--out", "both")
     run("train", "model.py", "--from", "both", "--no-compile", "--epochs", "1", "--schedule", "full", "--out", "both")
-    run("export", "both", "-o", "model.onnx", "--calibrate", "0")
+    run("export", "both", "-o", "model.onnx", "--calibrate", "0", "--no-timing")
     bias = store.read(Path("both/checkpoint.safetensors"))[0]["net.6.bias"]
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load("model.onnx").graph.initializer]
     assert any(array.shape == (8,) and np.array_equal(array, bias.numpy()) for array in stored)
@@ -135,7 +143,7 @@ def test_a_run_in_a_folder_of_transform_is_what_is_exported(write: Run, run: Run
 def test_a_model_file_that_has_moved(trained_here: str, run: Run, refused: Callable[..., str], folder: Path) -> None:
     Path("model.py").rename("elsewhere.py")
     assert refused("export", trained_here, "-o", "model.onnx").startswith(f"{folder / 'model.py'} does not exist: ")
-    run("export", trained_here, "-o", "model.onnx", "--model", "elsewhere.py")
+    run("export", trained_here, "-o", "model.onnx", "--model", "elsewhere.py", "--no-timing")
     assert Path("model.onnx").exists()
 
 
@@ -225,14 +233,14 @@ def test_a_run_that_ends_low_is_compared_on_real_inputs_too(
 
     export_onnx = exporting.export_onnx
     monkeypatch.setattr(exporting, "export_onnx", watched)
-    run("export", "r", "-o", "model.onnx")
+    run("export", "r", "-o", "model.onnx", "--no-timing")
     assert [len(more) for more in seen] == [1]
 
 
 def test_types_names_and_free_dimensions(trained: str, run: Run, refused: Run, folder: Path) -> None:
     run(
         *("export", trained, "-o", "m.onnx", "--precision", "int8", "--dynamic", "input:0=images"),
-        *("--input-name", "pixels", "--output-name", "scores", "--external-data"),
+        *("--input-name", "pixels", "--output-name", "scores", "--external-data", "--no-timing"),
     )
     assert {"m.onnx", "m.onnx.data"} <= {path.name for path in folder.iterdir()}
     graph = onnx.load("m.onnx").graph
@@ -242,3 +250,65 @@ def test_types_names_and_free_dimensions(trained: str, run: Run, refused: Run, f
     assert "'input=0' is not ARG:AXIS=NAME" in refused("export", trained, "-o", "n.onnx", "--dynamic", "input=0")
     assert "takes no tensor 'x'" in refused("export", trained, "-o", "n.onnx", "--dynamic", "x:0=batch")
     assert not Path("n.onnx").exists()
+
+
+# Time
+
+
+def test_the_file_is_timed_beside_dense_weights(trained: str, run: Run) -> None:
+    said = json.loads(run("export", trained, "-o", "m.onnx", "--json").stdout)["beside_dense"]
+    assert (said["file"], said["batch"], said["provider"]) == ("m.onnx", 2, "CPUExecutionProvider")
+    low, high = said["spread"]
+    assert 0 < low <= said["ratio"] <= high
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The file is slower by a fifth, it is said of what was timed; how it was, and whether all weights were dense."""
+    seen: list[dict[str, Any]] = []
+
+    def beside(path: Path, dense: nn.Module, inputs: Any, **how: Any) -> Beside:
+        seen.append({**how, "params": sum(parameter.numel() for parameter in dense.parameters())})
+        return Beside(path, "CPUExecutionProvider", 2, 1.2e-3, 1e-3, 1.2, (1.1, 1.3))
+
+    monkeypatch.setattr(exporting, "time_beside", beside)
+    return seen
+
+
+@pytest.mark.filterwarnings("default::dynrank_fx.DynrankWarning")
+def test_a_slower_file_is_a_warning_that_says_what_to_do(trained: str, run: Run, timed: list[dict[str, Any]]) -> None:
+    result = run("export", trained, "-o", "m.onnx", "--precision", "int8", "--opset", "21")
+    assert "Warning: m.onnx is slower than with dense weights: --never-slower leaves dense each" in result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last == "m.onnx takes 1.20 of the time of the same model with dense weights (batch 2, CPUExecutionProvider)"
+    whole = sum(parameter.numel() for parameter in load_model_file(Path("model.py")).model().parameters())
+    assert timed == [{"opset": 21, "precision": Precision.INT8_WEIGHTS, "provider": None, "params": whole}]
+
+
+@pytest.mark.filterwarnings("default::dynrank_fx.DynrankWarning")
+def test_layers_that_are_slower_in_factors_stay_dense(
+    trained: str, run: Run, refused: Run, timed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pair(times: SiteTimes, rows: Sequence[PlannedSite], rank: int) -> Pair:
+        return Pair(1.0, 1.0, 1.5 if rows[0].site.shape == (32, 256) else 0.5)
+
+    monkeypatch.setattr(SiteTimes, "pair", pair)
+    monkeypatch.setattr(SiteTimes, "save", lambda times: None)
+    options = ("-o", "m.onnx", "--never-slower", "--calibrate", "0")
+    result = run("export", trained, *options)
+    assert "weights: `dynrank-fx compress r --budget latency=0.9` times whole models" in result.stderr
+    stored = {tuple(sorted(each.dims)) for each in onnx.load("m.onnx").graph.initializer}
+    assert (32, 256) in stored
+    assert "--never-slower is of a run or a folder" in refused("export", "model.py", *options)
+
+
+def test_what_cannot_be_timed_is_said_and_the_file_stays(
+    trained: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beside(*args: object, **how: object) -> Beside:
+        raise dr.ExportError("with dense weights it has 9.0 GB, and is not run from memory")
+
+    monkeypatch.setattr(exporting, "time_beside", beside)
+    result = run("export", trained, "-o", "m.onnx")
+    assert "not timed beside the same model with dense weights: with dense weights it has 9.0 GB" in result.stderr
+    assert Path("m.onnx").exists()

@@ -96,7 +96,7 @@ def test_a_folder_of_transform_with_what_it_leaves_dense(write: Run, run: Run, r
 
 
 def test_an_onnx_file(trained: str, run: Run) -> None:
-    run("export", trained, "-o", "model.onnx")
+    run("export", trained, "-o", "model.onnx", "--no-timing")
     found = rows(run("inspect", "model.onnx", "--json"))
     tensors, _ = store.read(Path("r/checkpoint.safetensors"))
     assert set(found) == {f"{i}.{factor}.weight" for i in (0, 4, 6) for factor in ("left", "right")}
@@ -110,7 +110,7 @@ def test_an_onnx_file(trained: str, run: Run) -> None:
 
 @pytest.mark.parametrize("target", ["model.py", "r", "model.onnx"])
 def test_a_picture(target: str, trained: str, run: Run) -> None:
-    run("export", trained, "-o", "model.onnx")
+    run("export", trained, "-o", "model.onnx", "--no-timing")
     result = run("inspect", target, "--plot", "picture.png")
     data = Path("picture.png").read_bytes()
     assert data.startswith(PNG)

@@ -125,6 +125,8 @@ OPTIONS = {
         "--input-name",
         "--json",
         "--model",
+        "--never-slower",
+        "--no-timing",
         "--opset",
         "--out",
         "--output-name",

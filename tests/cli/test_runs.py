@@ -34,7 +34,7 @@ def runs(write: Callable[..., str], run: Callable[..., Result], once: Callable[.
         for name, seed in (("first", "1"), ("second", "2")):
             options = ("--schedule", "interleave", "--no-compile", "--rank", "0.25", "--epochs", "2", "--seed", seed)
             run("train", "model.py", *options, "--out", name)
-        run("export", "first", "-o", "a.onnx")
+        run("export", "first", "-o", "a.onnx", "--no-timing")
 
     once("two runs", make)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import dynrank_fx as dr
-from dynrank_fx.compression import deployed
+from dynrank_fx.compression import SiteTimes, dense_form, deployed
+from dynrank_fx.plan import PlannedSite
+from dynrank_fx.timing import Pair
 
 
 class Net(nn.Module):
@@ -92,6 +95,48 @@ def test_the_net_is_not_cut_itself() -> None:
     deployed(net, batches())
     assert set(dr.phases_of(net).values()) == {dr.Phase.FULL}
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+class SlowInFactors(SiteTimes):
+    """Says that some sites take longer in factors, and that others cannot be run by themselves."""
+
+    def __init__(self, slow: Sequence[str], unknown: Sequence[str] = ()) -> None:
+        super().__init__(cache=None)
+        self.slow, self.unknown = slow, unknown
+
+    def pair(self, rows: Sequence[PlannedSite], rank: int) -> Pair | None:
+        name = rows[0].site.name
+        return None if name in self.unknown else Pair(1.0, 1.0, 1.2 if name in self.slow else 0.8)
+
+
+def test_a_site_that_is_slower_in_factors_is_the_product_of_those_that_trained() -> None:
+    net = trained()
+    dr.enter_(net, dr.Phase.LOW)
+    found = deployed(net, batches(), metric=refused, measured=0.5, times=SlowInFactors(["first.weight"]))
+    torch.testing.assert_close(found.module(*batches()[0]), net.eval()(*batches()[0]), rtol=1e-5, atol=1e-6)
+    shapes = {name: tuple(p.shape) for name, p in found.module.named_parameters() if p.ndim == 2}
+    assert sorted(shapes.values()) == [(3, 32), (24, 3), (32, 24)]
+    assert found.metadata["dynrank_metric"] == "0.5"
+
+
+@pytest.mark.parametrize("unknown", [(), ("last.weight",)])
+def test_a_dense_site_that_would_be_slower_in_factors_is_not_cut(unknown: tuple[str, ...]) -> None:
+    net = trained()
+    found = deployed(net, batches(), times=SlowInFactors(["first.weight"], unknown))
+    weights = [p for p in found.module.parameters() if p.shape == (32, 24)]
+    assert len(weights) == 1
+    assert torch.equal(weights[0], net.get_submodule("first").weight)
+    assert any(p.shape == (3, 32) for p in found.module.parameters())
+
+
+@pytest.mark.parametrize("phase", list(dr.Phase))
+def test_the_dense_form_computes_the_same_and_the_net_stays(phase: dr.Phase) -> None:
+    net = trained()
+    dr.enter_(net, phase)
+    dense = dense_form(net)
+    assert set(dr.phases_of(net).values()) == {phase}
+    torch.testing.assert_close(dense(*batches()[0]), net.eval()(*batches()[0]), rtol=1e-5, atol=1e-6)
+    assert sorted(tuple(p.shape) for p in dense.parameters() if p.ndim == 2) == [(24, 32), (32, 24)]
 
 
 def test_a_module_that_was_not_transformed_is_told() -> None:
