@@ -10,7 +10,7 @@ from ..phase import Phase
 from ..schedules import EpochRecord
 from ..training import Run, Watcher
 
-_SCALARS = ("loss", "metric", "eval_loss", "eval_metric", "lr", "spent", "step_seconds")
+_SCALARS = ("loss", "metric", "eval_loss", "eval_metric", "lr", "spent", "spent_time", "step_seconds")
 _BY_SITE = ("effective_rank", "stable_rank", "switch_error", "ranks")
 
 

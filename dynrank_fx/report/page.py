@@ -83,7 +83,7 @@ def write_page(
     if spectra is not None:
         parts.append(_picture("Spectra before and after the last cut", spectra))
     parts += [
-        _picture(f"Loss and metric, by {history[0].unit}s and by compute", losses(shown, about.metric)),
+        _picture(f"Loss and metric, by {_axes(history)}", losses(shown, about.metric)),
         _decisions(history),
         _sites(history, plan, limits),
         _facts(about),
@@ -196,6 +196,11 @@ def time_share(history: Sequence[EpochRecord]) -> float | None:
     if not known or len(took) < len(history):
         return None
     return sum(each * steps for each, steps in took) / (statistics.median(known) * sum(steps for _, steps in took))
+
+
+def _axes(history: Sequence[EpochRecord]) -> str:
+    unit = history[0].unit
+    return f"{unit}s and by compute" if history[-1].spent_time is None else f"{unit}s, compute and measured time"
 
 
 def _summary(history: Sequence[EpochRecord], plan: Plan, metric: str) -> str:

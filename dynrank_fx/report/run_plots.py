@@ -88,12 +88,15 @@ def switch_spectra(history: History) -> Figure | None:
 
 
 def losses(history: History, metric: str) -> Figure:
-    """Loss and metric against epochs, and against compute in dense epochs."""
-    figure = blank_figure(9, 5)
-    (top_left, top_right), (low_left, low_right) = figure.subplots(2, 2, sharey="row")
-    epochs, spent = [record.epoch + 1 for record in history], [record.spent for record in history]
+    """Loss and metric against epochs, against compute in dense epochs, and against time where that was measured."""
+    timed = history[-1].spent_time is not None
+    figure = blank_figure(12 if timed else 9, 5)
+    top, low = figure.subplots(2, 3 if timed else 2, sharey="row")
+    ats = [[float(record.epoch + 1) for record in history], [record.spent for record in history]]
+    if timed:
+        ats.append(known(record.spent_time for record in history))
     loss, eval_loss = known(record.loss for record in history), known(record.eval_loss for record in history)
-    for axes, at in ((top_left, epochs), (top_right, spent)):
+    for axes, at in zip(top, ats, strict=True):
         axes.plot(at, loss, color="#333333", marker="o", markersize=2.5, label="training")
         if history[-1].eval_loss is not None:
             axes.plot(at, eval_loss, color="#c0392b", marker="s", markersize=2.5, linestyle="--", label="held out")
@@ -104,15 +107,16 @@ def losses(history: History, metric: str) -> Figure:
     if metrics[-1] is not None:
         shares = all(value is None or 0 <= value <= 1 for value in metrics)
         percent = [(100 if shares else 1) * value for value in known(metrics)]
-        low_left.set_ylabel(f"{metric}, %" if shares else metric)
-        for axes, at in ((low_left, epochs), (low_right, spent)):
+        low[0].set_ylabel(f"{metric}, %" if shares else metric)
+        for axes, at in zip(low, ats, strict=True):
             axes.plot(at, percent, color="#c0392b", marker="s", markersize=2.5)
-    shade_phases(top_left, history)
-    shade_phases(low_left, history)
-    explain_shades(figure, history)
-    top_left.set_ylabel("loss")
-    low_left.set_xlabel(history[0].unit)
-    for axes in (top_left, low_left):
+    for axes in (top[0], low[0]):
+        shade_phases(axes, history)
         whole_epochs(axes)
-    low_right.set_xlabel(f"compute, in {history[0].unit}s of dense training")
+    explain_shades(figure, history)
+    top[0].set_ylabel("loss")
+    unit = history[0].unit
+    low[0].set_xlabel(unit)
+    for axes, what in zip(low[1:], ("compute", "time"), strict=False):
+        axes.set_xlabel(f"{what}, in {unit}s of dense training")
     return figure

@@ -27,6 +27,7 @@ RECORD = EpochRecord(
     reasons=("inflate a: because", "cut b: because"),
     switch_error={"b": 0.125},
     spent=2.5,
+    spent_time=3.25,
     loss=1.5,
     memory={"state": 64, "peak": 128},
 )
@@ -46,6 +47,7 @@ def test_every_figure_that_is_known_is_a_scalar_of_its_epoch_counted_from_one(tm
         "loss": [(4, 1.5)],
         "lr": [(4, 0.25)],
         "spent": [(4, 2.5)],
+        "spent_time": [(4, 3.25)],
         "ranks/a": [(4, 4)],
         "ranks/b": [(4, 2)],
         "switch_error/b": [(4, 0.125)],

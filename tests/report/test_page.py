@@ -111,7 +111,9 @@ def test_time_stands_beside_the_flops_where_it_was_measured(tmp_path):
     assert (
         said == f"2 epochs cost {share} of the FLOPs of dense training in as many, and 55.0% of its time, as measured."
     )
-    assert "55.0%" in page(run, tmp_path / "r.html").cells
+    shown = page(run, tmp_path / "r.html")
+    assert "55.0%" in shown.cells
+    assert "Loss and metric, by epochs, compute and measured time" in (tmp_path / "r.html").read_text()
 
 
 def test_spectra_before_and_after_a_cut_are_those_of_the_weight():

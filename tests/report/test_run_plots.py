@@ -90,6 +90,19 @@ def test_losses_are_drawn_over_epochs_and_over_compute() -> None:
     assert figure.axes[2].get_ylabel() == "accuracy, %"
 
 
+def test_where_time_was_measured_they_are_drawn_over_it_too() -> None:
+    history = [record(e, "F", (1.0,), metric=0.25, spent_time=None if e == 0 else 0.7 * (e + 1)) for e in range(3)]
+    figure = losses(history, "accuracy")
+    assert [axes.get_xlabel() for axes in figure.axes[3:]] == [
+        "epoch",
+        "compute, in epochs of dense training",
+        "time, in epochs of dense training",
+    ]
+    for axes in (2, 5):
+        ((at, _),) = lines(figure, axes).values()
+        assert at == pytest.approx([np.nan, 1.4, 2.1], nan_ok=True), "an epoch before the measurement is a gap"
+
+
 def test_without_held_out_data_the_training_metric_is_drawn_and_without_any_none() -> None:
     only_training = losses([record(e, "F", (1.0,), metric=0.25) for e in range(2)], "accuracy")
     assert lines(only_training).keys() == {"training"}
