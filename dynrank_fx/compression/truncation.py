@@ -17,7 +17,7 @@ from ..phase import Phase
 from ..phases import RankUnit, enter_, rank_units, replan_
 from ..plan import Budget, RankPolicy, checked_policy, ranks_by_policy
 from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
-from ..rewrite import Switched, a_twin, inline_, plan_of, switched_modules
+from ..rewrite import Switched, a_twin, inline_, plan_of, stack_firsts_, switched_modules
 from ..tracing import ExampleInputs, own_, same_values, unwrap
 from .batches import checked_batches
 from .calibration import calibrated
@@ -55,6 +55,7 @@ def truncate(
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
+    stacked: bool = False,
     group: ProcessGroup | None = None,
 ) -> nn.Module:
     """The evaluation graph of the net with every site factored for good, as an ordinary torch module.
@@ -71,6 +72,9 @@ def truncate(
             then cost no less than its dense weight becomes dense.
         sequential: Whether sites are calibrated one after the other, each on what the sites before it give after their
             cut; it takes as many passes over the batches as there are sites.
+        stacked: Whether the first factors of linear layers that read one value become one layer and one product:
+            ``query.right``, ``key.right`` and ``value.right`` become ``query_key_value.right``. Outputs stay up to
+            rounding. An ONNX file is stacked in any case.
         group: The processes that cut together, such as ``torch.distributed.group.WORLD``: each has the same net and
             gives its own batches, of which some may have none (an empty list). The cut is as of one process with all
             batches; ranks and factors are the first one's, bit by bit. By default this process alone.
@@ -79,7 +83,7 @@ def truncate(
         The truncated module, in evaluation mode; the same in all processes.
 
     Raises:
-        PlanError: For a module that ``transform`` did not make.
+        PlanError: For a module that ``transform`` did not make, and for ``stacked`` where there is no graph.
         TransitionError: For non-finite weights.
         CalibrationError: For data that are empty, not finite or do not fit the model, and for nets or arguments that
             are not the same in all processes. What fails in one process fails in all.
@@ -87,7 +91,7 @@ def truncate(
     Warns:
         DynrankWarning: Where a site lost something to a cut by plain SVD; it says which and why.
     """
-    return truncated(net, calibration, rank=rank, sequential=sequential, group=group, stacklevel=3)
+    return truncated(net, calibration, rank=rank, sequential=sequential, stacked=stacked, group=group, stacklevel=3)
 
 
 def truncated(
@@ -96,6 +100,7 @@ def truncated(
     *,
     rank: RankPolicy | None = None,
     sequential: bool = False,
+    stacked: bool = False,
     group: ProcessGroup | None = None,
     dense: Collection[str] = (),
     stacklevel: int = 2,
@@ -103,12 +108,13 @@ def truncated(
     """As ``truncate``. dense: the sites that are to be dense; those in LOW are then the products of their factors."""
     processes = in_group(group, CalibrationError)
     with processes.all_or_none(CalibrationError, "truncate"):
-        check_flags(CalibrationError, sequential=sequential)
+        check_flags(CalibrationError, sequential=sequential, stacked=stacked)
         with same_values(unwrap(net)):
             twin = a_twin(net)
         given: dict[str, object] = {
             "the kind of calibration": _kind(calibration),
             "the argument sequential": sequential,
+            "the argument stacked": stacked,
         }
         given |= {"the argument rank": rank is not None} | whole_weights(processes, unwrap(net), CalibrationError)
     check_same(processes, given, CalibrationError)
@@ -117,7 +123,10 @@ def truncated(
         cuts = cut_(twin, calibration, rank=rank, sequential=sequential, dense=dense, processes=processes)
     for sentence in cut_plainly(cuts) if processes.first else ():
         warnings.warn(sentence, DynrankWarning, stacklevel=stacklevel)
-    return own_(inline_(twin, layers=True), net)
+    module = inline_(twin, layers=True)
+    if stacked:
+        stack_firsts_(module)
+    return own_(module, net)
 
 
 def _kind(calibration: Calibration | Iterable[ExampleInputs] | None) -> str:

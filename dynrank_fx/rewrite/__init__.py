@@ -7,6 +7,7 @@ from .loading import LOADED
 from .memory_format import in_format_of
 from .meta import GIVEN, a_twin, plan_of, set_plan, specialize_
 from .pretrained import expect_factors_
+from .stack import stack_firsts_
 from .switched import STEM, Switched, copies_of, is_written, switched_modules
 from .transform import transform
 
@@ -30,6 +31,7 @@ __all__ = [
     "set_plan",
     "site_groups",
     "specialize_",
+    "stack_firsts_",
     "switched_modules",
     "transform",
 ]
