@@ -116,9 +116,7 @@ def train(
 
     from dynrank_fx.phases import phases_of
     from dynrank_fx.randomness import seed_all
-    from dynrank_fx.rewrite import plan_of
-    from dynrank_fx.schedules import Auto
-    from dynrank_fx.training import Bar, Watcher, clock_of_run, cost_in_low, fit, save_run, shard_
+    from dynrank_fx.training import Bar, Watcher, clock_of_run, fit, save_run, shard_
 
     from .modelfile import load_model_file
 
@@ -152,12 +150,6 @@ def train(
         length = f"{whole} in {length}"
     trained_by = f"; {processes.count} processes, {device.partition(':')[0]}" if processes.count > 1 else ""
     say(f"{counted(len(phases_of(run.net)), 'site')}; schedule {run.schedule}; {length}{trained_by}")
-    least = cost_in_low(plan_of(run.net), settings.cost_by)
-    if isinstance(run.schedule, Auto) and run.schedule.cost < least:
-        say(
-            f"Warning: LOW alone costs {least:.2f} of dense training, and --cost asks for {run.schedule.cost:g}: it is "
-            "not kept to; give smaller ranks by --rank, or a larger budget"
-        )
     if (changed := task.train_share.other_than(run.dealt)) is not None:
         say(changed)
     bar = Bar(clock.ticks, clock.every and clock.every * settings.accumulate, file.metric_name, unit=clock.unit)

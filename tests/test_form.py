@@ -132,6 +132,12 @@ def test_a_graph_that_is_asked_for_a_method_names_the_form_that_has_it() -> None
                 getattr(each, name)
         with pytest.raises(AttributeError, match="has no attribute 'other'"):
             _ = each.other
+        for counts_off in (lambda: each[0], lambda: list(each)):  # noqa: B023
+            with pytest.raises(
+                TypeError, match=r"^a graph of Plain has no layers to be counted off: transform\(\.\.\., f"
+            ):
+                counts_off()
+        assert each
 
 
 @pytest.mark.filterwarnings("ignore:.*cut by plain SVD")

@@ -4,6 +4,7 @@ from .agreement import agree_before, agree_on_origin
 from .averages import averages_in, averages_of, copy_factors_
 from .carry import Carry, checked_carry
 from .checkpoint import check_place, how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
+from .finite import infinite_buffers, not_finite, warn_of
 from .gradients import forget_steps, note_steps
 from .groups import Optimizers, optimizers_in
 from .init import randomize_
@@ -29,8 +30,10 @@ __all__ = [
     "enter_",
     "forget_steps",
     "how_in",
+    "infinite_buffers",
     "info_of",
     "load",
+    "not_finite",
     "note_steps",
     "optimizers_in",
     "phases_in",
@@ -46,4 +49,5 @@ __all__ = [
     "save",
     "state_of",
     "tried",
+    "warn_of",
 ]

@@ -20,6 +20,7 @@ from ..plan import Plan, fit_plan
 from ..processes import Processes, is_sharded, processes_training, whole
 from ..rewrite import factorize_, in_format_of, inline_, plan_of, specialize_, switched_modules
 from ..tracing import Capture, ExampleInputs, capture, is_captured, load_as_its_class_, meta_of, shell, unwrap
+from .finite import not_finite, warn_of
 from .groups import in_slots, optimizers_in
 from .replace import parameters_of, replace_parameters
 
@@ -42,8 +43,12 @@ def save(net: nn.Module, folder: str | Path) -> None:
     Raises:
         PlanError: For a module without a plan.
         StoreError: Where the disk refuses, or the folder holds other files.
+
+    Warns:
+        DynrankWarning: Where weights, or the statistics of batch norms, are not finite.
     """
     root, folder = _root(net), checked_path(folder)
+    warn_of(not_finite(root, ()))
     if not any(is_sharded(module) for module in root.modules()):
         _write(root, folder, state_of(root))
         return

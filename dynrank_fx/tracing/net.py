@@ -134,6 +134,9 @@ class Net(fx.GraphModule):
     def __getattr__(self, name: str) -> Any:  # Any: as nn.Module's own
         return _attribute(self, name, vars(self).get("meta", {}).get("own", ()))
 
+    def __getitem__(self, key: object) -> Never:
+        raise _no_container(self, vars(self).get("meta", {}).get("own", ()))
+
     def load_state_dict(
         self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
@@ -209,7 +212,12 @@ def names_the_form_(plain: fx.GraphModule, net: Net) -> None:
     def missing(self: fx.GraphModule, name: str) -> Any:  # Any: as nn.Module's own
         return _attribute(self, name, own)
 
+    def no_item(self: fx.GraphModule, key: object) -> Never:
+        raise _no_container(self, own)
+
     type(plain).__getattr__ = missing  # type: ignore[method-assign, assignment]
+    if "__getitem__" in own:
+        type(plain).__getitem__ = no_item  # type: ignore[index]  # no __len__: the truth of a module asks for it
 
 
 def _attribute(graph: fx.GraphModule, name: str, own: Container[str]) -> Any:  # Any: as nn.Module's own
@@ -219,10 +227,21 @@ def _attribute(graph: fx.GraphModule, name: str, own: Container[str]) -> Any:  #
     except AttributeError:
         if name not in own:
             raise
-        raise AttributeError(
-            f"a graph of {type(graph).__name__} has no {name!r}: transform(..., form=dr.Form.LAYERS) makes a net "
-            "that keeps the model's own methods and attributes, and so does what is cut from it"
-        ) from None
+        raise AttributeError(_has_not(graph, repr(name))) from None
+
+
+def _no_container(graph: fx.GraphModule, own: Container[str]) -> TypeError:
+    """What ``graph[0]`` and a loop over it raise."""
+    if "__getitem__" in own:  # loops ask for it too
+        return TypeError(_has_not(graph, "layers to be counted off"))
+    return TypeError(f"{type(graph).__name__!r} object is not subscriptable")
+
+
+def _has_not(graph: fx.GraphModule, what: str) -> str:
+    return (
+        f"a graph of {type(graph).__name__} has no {what}: transform(..., form=dr.Form.LAYERS) makes a net that keeps "
+        "the model's own methods and attributes, and so does what is cut from it"
+    )
 
 
 _TREE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
@@ -248,7 +267,7 @@ def finished(
         graph._tracer_cls = fx.Tracer  # it is called when a saved module is loaded: not by our class, or export's own
     net = Net(root, train, other, fixed_mode=fixed_mode)
     type(net).__name__ = type(model).__name__
-    net.meta["own"] = (frozenset(dir(type(model))) | vars(model).keys()) - frozenset(dir(Net))
+    net.meta["own"] = (frozenset(dir(type(model))) | vars(model).keys()) - frozenset(dir(fx.GraphModule))
     if not fixed_mode:
         modes = {name: module.training for name, module in model.named_modules()}  # a part shares its submodules
         net.train(model.training)

@@ -2,7 +2,7 @@
 
 from .checkpoints import load_checkpoint_, save_checkpoint
 from .clock import Clock, clock_of
-from .costs import CostBy, check_costs, cost_in_low, cost_of, is_timed
+from .costs import CostBy, check_costs, cost_of, is_timed
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
 from .facts import train_state
 from .loop import clock_for, clock_of_run, fit
@@ -39,7 +39,6 @@ __all__ = [
     "clock_for",
     "clock_of",
     "clock_of_run",
-    "cost_in_low",
     "cost_of",
     "decays_in_a_known_way",
     "evaluate",

@@ -26,7 +26,7 @@ from ..checks import checked_path
 from ..errors import StoreError
 from ..layouts import Factors, Layout
 from ..phase import Phase
-from ..phases import Carry, Optimizers, enter_, info_of, replan_
+from ..phases import Carry, Optimizers, enter_, info_of, not_finite, replan_, warn_of
 from ..processes import Processes, ignored_by, is_part, own, processes_training, started, whole, wrappers_of
 from ..randomness import random_state, set_random_state
 from ..rewrite import plan_of, switched_modules
@@ -91,7 +91,8 @@ def save_checkpoint(
         TransitionError: For what is no optimizer.
 
     Warns:
-        DynrankWarning: Of ``phases``, where weights, buffers or the optimizer's state are not finite.
+        DynrankWarning: Where weights, buffers, the optimizer's state or the learning rate are not finite; without
+            ``phases``, buffers are those of batch norms alone, since others may be meant so.
     """
     if not isinstance(extra, Mapping | None):
         raise StoreError(f"extra is {extra!r}: give a dict of plain values and tensors, or leave it out")
@@ -103,6 +104,8 @@ def save_checkpoint(
         if not processes.first:
             tensors, moments = of_all(tensors, moments, {parts.names[each] for each in ignored_by(wrappers_of(net))})
         info = {"shapes": shapes, "aliases": aliases, **info_of(parts.root)}
+    if phases is None:  # which warn themselves
+        warn_of(not_finite(parts.root, parts.optimizers))
     state = {
         "phases": phases.state_dict() if phases is not None else None,
         "optimizers": told if optimizer is not None or phases is not None else None,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import enum
+import warnings
 
 from torch import nn
 
 from ..checks import names_of
-from ..errors import ScheduleError
+from ..errors import DynrankWarning, ScheduleError
 from ..phase import Phase
 from ..phases import phases_of
 from ..plan import Plan, PlannedSite
 from ..rewrite import plan_of
+from ..schedules import Auto, Schedule
 
 
 class CostBy(enum.Enum):
@@ -76,6 +78,17 @@ def cost_of(net: nn.Module, by: CostBy = CostBy.FLOPS) -> float:
 def cost_in_low(plan: Plan, by: CostBy = CostBy.FLOPS) -> float:
     """What a training step costs with every site in LOW, in dense steps: the least that any schedule can keep to."""
     return 1 + sum(low - dense for dense, low in (costs_in(plan, row, by) for row in plan.sites))
+
+
+def warn_of_budget(schedule: Schedule, plan: Plan, by: CostBy) -> None:
+    """Warn where no phases keep to the budget of ``auto``."""
+    if isinstance(schedule, Auto) and schedule.cost < (least := round(cost_in_low(plan, by), 2)):
+        warnings.warn(
+            f"LOW alone costs {least} of dense training, and the schedule's budget is {schedule.cost:g}: it is not "
+            "kept to; give smaller ranks, or a larger cost",
+            DynrankWarning,
+            stacklevel=3,
+        )
 
 
 def costs_in(plan: Plan, row: PlannedSite, by: CostBy) -> tuple[float, float]:

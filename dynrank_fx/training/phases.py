@@ -26,12 +26,15 @@ from ..phases import (
     copy_factors_,
     enter_,
     forget_steps,
+    infinite_buffers,
+    not_finite,
     note_steps,
     optimizers_in,
     phases_in,
     phases_of,
     randomize_,
     refuse_wrapped,
+    warn_of,
 )
 from ..processes import Shards, agree, check_wrapper, ignored_by, processes_training, wrappers_of
 from ..rewrite import LOADED, plan_of, switched_modules
@@ -39,11 +42,10 @@ from ..schedules import Decision, EpochRecord, Schedule, Setting, TrainState
 from ..text import counted, rounded
 from ..tracing import meta_of, unwrap
 from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_unwrapped
-from .costs import CostBy, check_costs, cost_of, is_timed
+from .costs import CostBy, check_costs, cost_of, is_timed, warn_of_budget
 from .deciding import asked_of, decided
 from .factor_decay import factor_decay_
 from .facts import check_epoch, check_scheduler, rates_after, state_at, warn_of_rates
-from .finite import infinite_buffers, not_finite
 from .history import add_
 from .landing import Landing, epochs_to_cut
 from .records import NO_STATE, history_in, last_of, rates_so_far, thinned
@@ -101,6 +103,10 @@ class Phases:
         ScheduleError: For what is no schedule, for numbers of epochs or steps that cannot be, where neither is given,
             and where costs are to be counted in time and the plan has none.
         StoreError: For a state to resume from that is of something else.
+
+    Warns:
+        DynrankWarning: Where the schedule's budget is below what LOW alone costs, or the scheduler's number of steps is
+            not the run's.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class Phases:
         check_costs(net, self.settings.cost_by)
         warn_of_rates(lr_scheduler, clock, self.lr_every_step)
         self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
+        warn_of_budget(schedule, plan_of(net), self.settings.cost_by)
         self.landing = Landing(net, self.optimizers) if self.settings.landing else None
         self._starts = Starts(self.landing)
         # All hooks are there from the start, since torch is walking through them when a tick begins, which comes last.
@@ -430,7 +437,8 @@ class Phases:
         Of a net in parts (FSDP2) each process looks at its own, so that one may see what others do not.
 
         Returns:
-            The name of the first weight, buffer or state of the optimizer that is not finite; None where all are.
+            The name of the first weight, buffer or state of the optimizer, or the learning rate, that is not finite;
+            None where all are.
         """
         return not_finite(self.net, self.optimizers, but=self._unbounded)
 
@@ -488,16 +496,10 @@ class Phases:
             Plain values and tensors, for ``load_state_dict``.
 
         Warns:
-            DynrankWarning: Where weights, buffers or the optimizer's state are not finite, and the checkpoint is
-                none to go on from.
+            DynrankWarning: Where weights, buffers, the optimizer's state or the learning rate are not finite, and the
+                checkpoint is none to go on from.
         """
-        what = self.diverged()
-        if what is not None:
-            warnings.warn(
-                f"{what} is not finite, as in a training that has diverged: a checkpoint of now is none to go on from",
-                DynrankWarning,
-                stacklevel=2,
-            )
+        warn_of(self.diverged())
         history = last_of(self.history)
         rates = rates_so_far(self._earlier, self.history, self.begun)[: history[0]["epoch"]] if history else []
         return {"history": history, "rates": rates, **self.hooks_state()}

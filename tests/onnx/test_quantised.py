@@ -29,16 +29,17 @@ class Rows(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no t
         return next(self.rows, None)
 
 
-@pytest.fixture(scope="module", params=["dense", "low", "truncated"])
+@pytest.fixture(scope="module", params=["dense", "low", "truncated", "layers"])
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A file with convolutions and linear layers, and what its module gives."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten()]
     model: nn.Module = nn.Sequential(*layers, nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 48)).eval()
     if request.param != "dense":
-        model = dr.transform(model, (X,), rank=dr.Ratio(0.25)).eval()
+        form = dr.Form.LAYERS if request.param == "layers" else dr.Form.GRAPH
+        model = dr.transform(model, (X,), rank=dr.Ratio(0.25), form=form).eval()
         dr.enter_(model, dr.Phase.LOW)
-    if request.param == "truncated":
+    if request.param in ("truncated", "layers"):
         model = dr.truncate(model)
     path = tmp_path_factory.mktemp(request.param) / "m.onnx"
     dr.export_onnx(model, (X,), path)

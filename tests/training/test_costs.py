@@ -108,6 +108,19 @@ def test_the_budget_of_auto_is_kept_in_what_is_counted_and_records_have_both(by:
     assert budget * 20 - price < counted <= budget * 20 + 1e-9, "as much as it pays for, and no more"
 
 
+@pytest.mark.parametrize(("by", "least"), [(dr.CostBy.FLOPS, "0.32"), (dr.CostBy.TIME, "0.5")])
+def test_a_budget_below_what_low_alone_costs_is_told_when_phases_begin(by: dr.CostBy, least: str) -> None:
+    def begin(cost: float) -> None:
+        net = timed()
+        dr.Phases(net, SGD(net.parameters(), lr=0.1), dr.schedules.auto(cost), 4, cost_by=by, steps=1)
+
+    begin(float(least))
+    sentence = f"^LOW alone costs {least} of dense training, and the schedule's budget is 0.3: it is not kept to; give"
+    with pytest.warns(dr.DynrankWarning, match=sentence) as told:
+        begin(0.3)
+    assert len(told) == 1
+
+
 def test_costs_in_time_need_times_from_the_first_epoch_on() -> None:
     net = made()
     optimizer = SGD(net.parameters(), lr=0.1)
