@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,17 @@ def _composite_ops_are_looked_up_when_there_are_new_ones() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "_materialize_cpp_cia_ops", lambda: once(registered()))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_seed_for_devices_that_are_not_there_notes_no_stack() -> Iterator[None]:
+    """For each kind of device torch.manual_seed keeps the stack, for an error to come: of tests, a deep one."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            patch.setattr(kind, "traceback", SimpleNamespace(format_stack=list))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -29,10 +30,15 @@ class Several(nn.Module):
 X = (torch.zeros(2, 8, 9, 8),)
 
 
-def several(**options: Any) -> dr.Plan:
+@functools.cache
+def _captured() -> nn.Module:
     torch.manual_seed(0)
+    return dr.capture(Several(), X)
+
+
+def several(**options: Any) -> dr.Plan:
     options = {"rank": dr.Ratio(0.25)} | options
-    return dr.make_plan(dr.capture(Several(), X), example_inputs=X, **options)
+    return dr.make_plan(_captured(), example_inputs=X, **options)
 
 
 def names(plan: dr.Plan) -> list[str]:

@@ -26,7 +26,8 @@ import torch
 
 SECONDS = 120  # for all of a test's work
 _STARTING = multiprocessing.get_context("forkserver")
-_STARTING.set_forkserver_preload(["dynrank_fx", "dynrank_fx.rewrite", "dynrank_fx.training", "torch._dynamo"])
+_PRELOADED = ["dynrank_fx", "dynrank_fx.compression", "dynrank_fx.rewrite", "dynrank_fx.training"]
+_STARTING.set_forkserver_preload([*_PRELOADED, "pytest", "torch._dynamo", "torch.distributed.checkpoint"])
 
 
 def in_processes(

@@ -29,20 +29,17 @@ def test_the_table_has_each_way_and_the_next_command(write: Callable[..., str], 
     assert lines[8].startswith("next: dynrank-fx train model.py --rank 1 --exclude 0.weight --no-compile --schedule ")
 
 
-def test_the_same_seed_gives_the_same(write: Callable[..., str], run: Callable[..., object]) -> None:
-    write(more=NARROWER)
-    first, again = (json.loads(run(*SHORT, "--json").stdout) for _ in range(2))
-    assert [each["loss"] for each in first["trials"]] == [each["loss"] for each in again["trials"]]
-
-
 def test_a_loss_below_zero_or_of_nothing_has_its_verdict(write: Callable[..., str], run: Callable[..., object]) -> None:
     write(more="def loss(output, batch): return F.cross_entropy(output, batch[1]) * 0 - 1")
     assert "0.0000 below the loss of dense" in run(*SHORT).stdout
 
 
-def test_a_narrower_model_is_beside_them(write: Callable[..., str], run: Callable[..., object]) -> None:
+def test_a_narrower_model_is_beside_them_and_the_same_seed_gives_the_same(
+    write: Callable[..., str], run: Callable[..., object]
+) -> None:
     write(more=NARROWER)
-    found = json.loads(run(*SHORT, "--json").stdout)
+    found, again = (json.loads(run(*SHORT, "--json").stdout) for _ in range(2))
+    assert [each["loss"] for each in found["trials"]] == [each["loss"] for each in again["trials"]]
     ways = {each["way"]: each for each in found["trials"]}
     assert list(ways)[-1] == "narrower dense"
     assert 0.7 < ways["narrower dense"]["size"] / ways["LOW alone"]["size"] < 1.4

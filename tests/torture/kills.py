@@ -29,7 +29,7 @@ class Job:
     """Something to be killed.
 
     prepare: makes what is there before. work: the command. again: what a user does after a kill. result: what counts
-    in the end. All are given a folder.
+    in the end. All are given a folder. exports: to ONNX.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Job:
     work: Callable[[Path], object]
     again: Callable[[Path], object]
     result: Callable[[Path], object]
+    exports: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ def _compressed(folder: Path) -> object:
 JOBS = (
     Job("train", _nothing, _train, _go_on, _trained),
     Job("transform", _transform(2), _transform(4), _transform(4), _transformed),
-    Job("export", _nothing, _export, _export, _exported),
-    Job("export over a file", _export, _export, _export, _exported),
-    Job("compress to .onnx", _nothing, _compress("m.onnx"), _compress("m.onnx"), _initializers),
+    Job("export", _nothing, _export, _export, _exported, exports=True),
+    Job("export over a file", _export, _export, _export, _exported, exports=True),
+    Job("compress to .onnx", _nothing, _compress("m.onnx"), _compress("m.onnx"), _initializers, exports=True),
     Job("compress to .pt", _nothing, _compress("m.pt"), _compress("m.pt"), _compressed),
 )
 
@@ -207,16 +208,19 @@ Once = Callable[[str, type[Kill], Callable[[], Kill]], Kill]
 """Does a piece of work under its name, or knows what came of it."""
 
 
-def campaign(count: int, seed: int, once: Once) -> list[Kill]:
-    """So many kills: a fifth at random moments, the others at sides of calls, each once as far as they go."""
-    chance, should = random.Random(seed), {job.name: undisturbed(job) for job in JOBS}
-    every = [(job, side) for job in JOBS for side in range(should[job.name].sides)]
+def campaign(count: int, seed: int, once: Once, light: bool = False) -> list[Kill]:
+    """So many kills: a fifth at random moments, the others at sides of calls, each once as far as they go. light:
+    without the jobs that export to ONNX.
+    """
+    jobs = [job for job in JOBS if not (light and job.exports)]
+    chance, should = random.Random(seed), {job.name: undisturbed(job) for job in jobs}
+    every = [(job, side) for job in jobs for side in range(should[job.name].sides)]
     kills = []
     for job, side in chance.sample(every, min(len(every), count - count // 5)):
         name, result = f"{job.name}, side {side}", should[job.name].result
         kills.append(once(name, Kill, lambda: kill(job, result, side=side)))  # noqa: B023
     while len(kills) < count:
-        job, share = chance.choice(JOBS), chance.random()
+        job, share = chance.choice(jobs), chance.random()
         name, usual = f"{job.name}, at {share} of it", should[job.name]
         kills.append(once(name, Kill, lambda: kill(job, usual.result, after=share * usual.seconds)))  # noqa: B023
     return kills

@@ -65,12 +65,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--light", action="store_true", help="without what exports to ONNX, which takes seconds each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the table goes")
     chosen = parser.parse_args()
-    warm_up()
+    warm_up(chosen.light)
     done = Done(chosen.out.with_suffix(".jsonl"), chosen.seed)
-    killed = kills.campaign(chosen.kills, chosen.seed, done.once)
-    flipped = flips.campaign(chosen.flips, chosen.seed, done.once)
+    killed = kills.campaign(chosen.kills, chosen.seed, done.once, chosen.light)
+    flipped = flips.campaign(chosen.flips, chosen.seed, done.once, chosen.light)
     minutes = done.seconds / 60
     wrong = [f"{each.job}, killed at {each.moment}: {each.wrong}" for each in killed if each.wrong]
     wrong += [

@@ -90,9 +90,9 @@ def _awaited(child: int, seconds: float, kill_after: float | None, file: Path) -
     return outcome
 
 
-def warm_up() -> None:
+def warm_up(light: bool = False) -> None:
     """Import and read what every child would do again: it makes children ten times as fast. No gradients are computed
-    here, since a process that has is not to be forked.
+    here, since a process that has is not to be forked. light: nothing will be exported to ONNX.
     """
     import importlib
     import pkgutil
@@ -112,6 +112,8 @@ def warm_up() -> None:
             with suppress(ImportError):  # of trainers that are not installed
                 importlib.import_module(module.name)
     assert "torch" in sys.modules
+    if light:
+        return
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None), torch.no_grad():
         program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
         torch.onnx.export(program, dynamo=True, verbose=False).save(Path(folder, "m.onnx"))

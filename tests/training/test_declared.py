@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
+from several import in_processes
 
 import dynrank_fx as dr
 from dynrank_fx.training.declared import said
@@ -64,11 +63,11 @@ def test_what_only_looks_like_an_address_is_told_apart() -> None:
     assert said(AText("starts at 0x10")) != said(AText("starts at 0x20"))
 
 
+def _all_said(rank: int) -> list[str]:
+    return [said(value) for value in VALUES.values()]
+
+
 def test_it_is_the_same_in_another_process() -> None:
-    code = "import tests_declared as t; print('\\n'.join(t.said(v) for v in t.VALUES.values()))"
-    run = "import sys, importlib.util as u; s = u.spec_from_file_location('tests_declared', sys.argv[1]); "
-    run += "m = u.module_from_spec(s); sys.modules['tests_declared'] = m; s.loader.exec_module(m); "
-    found = subprocess.run([sys.executable, "-c", run + code, __file__], capture_output=True, text=True, check=True)
-    again = subprocess.run([sys.executable, "-c", run + code, __file__], capture_output=True, text=True, check=True)
-    assert found.stdout == again.stdout
-    assert "0x" not in found.stdout
+    (found,) = in_processes(_all_said, count=1)
+    assert found == _all_said(0)
+    assert "0x" not in "".join(found)
