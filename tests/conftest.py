@@ -1,10 +1,15 @@
 """What all tests share."""
 
+import __future__
+
 import functools
 import gc
+import inspect
 import os
+import textwrap
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,24 +36,38 @@ def _translations_of_torch_onnx_are_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _composite_ops_are_looked_up_when_there_are_new_ones() -> Iterator[None]:
-    """At every decomposition torch looks up all of its composite ops, once for each of thirty namespaces, a seventh of
-    the time of an export.
+def _what_is_looked_up_for_an_export_is_looked_up_when_there_are_new_ops() -> Iterator[None]:
+    """At every decomposition torch looks up all of its composite ops, once for each of thirty namespaces, and makes its
+    table of decompositions anew.
     """
     import torch
     from torch._export import utils
+    from torch.export import decomp_utils, exported_program
+    from torch.onnx._internal.exporter import _decomp
 
-    look_up = utils._materialize_cpp_cia_ops
-
-    @functools.cache
-    def once(_count: int) -> None:
-        look_up()
+    collect, make = utils._collect_all_valid_cia_ops, _decomp.create_onnx_friendly_decomposition_table
+    collected = functools.cache(lambda _count: collect())
+    made = functools.cache(lambda ops, _count: make(set(ops)))
 
     def registered() -> int:
         return len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "_materialize_cpp_cia_ops", lambda: once(registered()))
+        for module in (utils, decomp_utils, exported_program):
+            patch.setattr(module, collect.__name__, lambda: collected(registered()))
+        patch.setattr(_decomp, make.__name__, lambda ops: made(frozenset(ops), registered()))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_only_annotations_say_is_not_made_for_every_op() -> Iterator[None]:
+    """At every export torch calls this ten thousand times, and each makes two generic types for its annotations."""
+    from torch import _ops
+
+    source, made = textwrap.dedent(inspect.getsource(_ops.OperatorBase.py_impl)), dict[str, Any]()
+    exec(compile(source, _ops.__file__, "exec", __future__.annotations.compiler_flag), vars(_ops), made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ops.OperatorBase, "py_impl", made["py_impl"])
         yield
 
 

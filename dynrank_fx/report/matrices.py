@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..rewrite import switched_modules
 from ..seals import check_seal
 from ..text import json_text, text_table
 from ..tracing import ExampleInputs, is_captured, measure, meta_of
+
+if TYPE_CHECKING:
+    from onnx import TensorProto
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,12 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     none, DynrankError for weights that are not finite.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     if not path.is_file():
         raise ExportError(f"there is no file {path}: give an ONNX file, a model file, a run or a folder of `transform`")
     try:
         model = onnx.load(os.path.realpath(path))  # weights lie beside the file, not beside a link
-    except (OSError, ValueError, DecodeError, onnx.checker.ValidationError) as error:
+    except Exception as error:  # of protobuf, onnx or the disk, by what is damaged
         raise ExportError(f"{path} could not be read as an ONNX file ({first_line(error)})") from error
     if not model.HasField("graph"):  # to protobuf an empty file is a model without anything
         raise ExportError(f"{path} holds no model: it is empty or damaged; export it again, or use an earlier copy")
@@ -108,16 +110,29 @@ def inspect_onnx(path: Path) -> tuple[MatrixRow, ...]:
     rows = []
     for tensor in model.graph.initializer:
         if tensor.name in used and len(tensor.dims) >= 2:
-            weight = torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32"))
-            _refuse_non_finite(tensor.name, weight)
             kind, groups = used[tensor.name]
-            m, *_ = shape = tuple(tensor.dims)
-            n = weight.numel() // m
+            try:
+                blocks = _blocks(tensor, groups)
+            except Exception as error:  # of onnx, numpy or torch, by what is damaged
+                raise ExportError(
+                    f"{path} holds a damaged {tensor.name} ({first_line(error)}): export it again, or use an earlier "
+                    "copy"
+                ) from error
+            _refuse_non_finite(tensor.name, blocks)
+            m, n = tensor.dims[0], blocks.shape[-1]
             # Two factors of rank r hold r·(m + groups·n) numbers.
             pays = (m * n - 1) // (m + groups * n)
-            spectrum = singular_values(weight.reshape(groups, -1, n))
-            rows.append(_row(tensor.name, shape, kind, spectrum, break_even=(pays, None)))
+            spectrum = singular_values(blocks)
+            rows.append(_row(tensor.name, tuple(tensor.dims), kind, spectrum, break_even=(pays, None)))
     return tuple(rows)
+
+
+def _blocks(tensor: TensorProto, groups: int) -> Tensor:
+    """A weight as the matrices [groups, m / groups, n] that multiply."""
+    import onnx
+
+    weight = torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32"))
+    return weight.reshape(groups, -1, weight.numel() // tensor.dims[0])
 
 
 _LEGEND = """

@@ -6,8 +6,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -96,6 +99,46 @@ def test_what_has_no_spectrum_or_is_no_file_is_told(tmp_path: Path) -> None:
         inspect_onnx(tmp_path / "text.onnx")
     with pytest.raises(dr.ExportError, match=r"there is no file .*gone\.onnx: give an ONNX file, a model file, a run"):
         inspect_onnx(tmp_path / "gone.onnx")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dims", 17),
+        ("dims", 0),
+        ("dims", -1),
+        ("data_type", 77),
+        ("data_type", 8),
+        ("length", 8),
+        ("group", 5),
+        ("group", 0),
+    ],
+)
+def test_a_weight_that_does_not_fit_its_description_is_told(field: str, value: int, tmp_path: Path) -> None:
+    weights = numpy_helper.from_array(np.ones((12, 4, 3, 3), np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=1)
+    if field == "group":
+        node.attribute[0].i = value
+    elif field == "length":
+        weights.raw_data = weights.raw_data[value:]
+    elif field == "dims":
+        weights.dims[0] = value
+    else:
+        weights.data_type = value
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [], [], [weights])), tmp_path / "m.onnx")
+    with pytest.raises(
+        dr.ExportError, match=r"m\.onnx holds a damaged w \(.+\): export it again, or use an earlier copy$"
+    ):
+        inspect_onnx(tmp_path / "m.onnx")
+
+
+def test_weights_of_which_nobody_says_where_they_are_are_told(tmp_path: Path) -> None:
+    weights = onnx.TensorProto(name="w", dims=[4, 4], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    model = helper.make_model(helper.make_graph([node], "g", [], [], [weights]))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(dr.ExportError, match="could not be read as an ONNX file"):
+        inspect_onnx(tmp_path / "m.onnx")
 
 
 def test_the_table_and_the_json_say_the_same() -> None:
