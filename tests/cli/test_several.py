@@ -179,8 +179,9 @@ def test_a_killed_process_comes_back_and_a_stopped_job_says_how_to_go_on(
     torch.testing.assert_close(figures("two"), figures("one"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.fuzz
 def test_unlike_models_are_refused_before_there_is_a_run(model_file: Path) -> None:
-    """Of parts nobody could tell that they are of other wholes."""
+    """Of parts nobody could tell that they are of other wholes. Every day test_sharding.py, of phases, sees to that."""
     text = model_file.read_text()
     model_file.write_text(text.replace("def model():\n", "def model():\n    torch.manual_seed(rank)\n"))
     ended = torchrun(out="two", last=["--fsdp"])

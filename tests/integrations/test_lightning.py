@@ -514,7 +514,7 @@ def test_a_checkpoint_of_a_training_that_has_diverged_is_told(tmp_path):
 
 def test_the_sample_runs(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SAMPLES))
-    monkeypatch.setattr(sys, "argv", ["with_lightning.py", "2"])
+    monkeypatch.setattr(sys, "argv", ["with_lightning.py", "1"])
     runpy.run_path(str(SAMPLES / "with_lightning.py"), run_name="__main__")
     assert "held-out accuracy of the truncated model" in capsys.readouterr().out
 

@@ -656,7 +656,7 @@ def test_a_trainer_is_told_what_is_missing(tmp_path):
 
 def test_the_sample_runs(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SAMPLES))
-    monkeypatch.setattr(sys, "argv", ["with_transformers.py", "2", "128"])
+    monkeypatch.setattr(sys, "argv", ["with_transformers.py", "1", "128"])
     runpy.run_path(str(SAMPLES / "with_transformers.py"), run_name="__main__")
     assert "parameters after truncation" in capsys.readouterr().out
 
