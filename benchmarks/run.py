@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own fol
 
 from benchmarks.beside import beside
 from benchmarks.captures import captures
+from benchmarks.finetune import finetune
 from benchmarks.held import held
 from benchmarks.large import large
 from benchmarks.layers import layers, shares
@@ -87,6 +88,11 @@ BENCHMARKS = (
     ),
     Benchmark(
         "narrower", "A factored model beside a narrower dense one, at equal FLOPs of training and inference.", narrower
+    ),
+    Benchmark(
+        "finetune",
+        "A dense-trained net fine-tuned in LOW, beside full fine-tuning and LoRA, which is peft's.",
+        finetune,
     ),
     Benchmark("rivals", "The same trained network given to other compression tools, which must be installed.", rivals),
     Benchmark("neighbours", "Training, the change of shapes and the result beside LoRA and pruning.", neighbours),

@@ -35,6 +35,7 @@ NAMES = [
     "study",
     "cutting",
     "narrower",
+    "finetune",
     "rivals",
     "neighbours",
 ]
