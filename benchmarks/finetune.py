@@ -120,7 +120,8 @@ def wanted(done: dict[Run, dict[str, Any]]) -> Iterator[Run]:
     for equal, seed in (("FLOPs", 1), ("steps", 0), ("FLOPs", 2)):
         for way, rank in WAYS:
             once = way == SCRATCH or (way == NARROW and seed > 0)  # long trainings, and far from the others
-            if (lr := chosen(done, way, rank)) and not once:
+            same = way == FULL and equal == "steps"  # as at equal FLOPs
+            if (lr := chosen(done, way, rank)) and not (once or same):
                 yield Run(way, rank, equal, lr, seed)
 
 
@@ -386,7 +387,7 @@ def times(ways: Sequence[tuple[str, float]], repeats: int, before: int) -> dict[
             else:
                 model = dr.truncate(transformed(dense, rank)) if rank else dense
             steps = _steps(model, dense if like == DISTILLED else None)
-            found[like, rank] = interleaved(reference, steps, repeats=repeats).ratio
+            found[like, rank] = interleaved(reference, steps, repeats=repeats, warmup=1).ratio
         found[way, rank] = found[like, rank]
     return found
 
@@ -439,6 +440,7 @@ def table(done: dict[Run, dict[str, Any]], repeats: int = 15, before: int = BEFO
             [row for run, row in done.items() if (run.way, run.rank, run.equal, run.lr) == (way, rank, by, best.lr)]
             for by in ("FLOPs", "steps")
         )
+        equal = rows if way == FULL else equal
         row = rows[0]
         names = ("trained_bytes", "held_bytes", "parameters", "inference_flops")
         lines.append(
