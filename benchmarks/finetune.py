@@ -461,7 +461,7 @@ def table(done: dict[Run, dict[str, Any]], repeats: int = 15, before: int = BEFO
                 *(row[name] / full[name] for name in names),
             )
         )
-    fulls = [row for run, row in done.items() if run.way == FULL and "before" in row]
+    fulls = [row for run, row in done.items() if (run.way, run.lr) == (FULL, lines[0][2])]
     return Table(COLUMNS, tuple(lines), _note(fulls))
 
 
