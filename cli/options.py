@@ -71,7 +71,7 @@ class Number(click.FloatRange):
 
 
 # The layouts of convolutions by name, so that `--help` need not import them: as in dynrank_fx.layouts.
-CONV_LAYOUTS = ("channel", "spatial", "tucker", "cp")
+CONV_LAYOUTS = ("channel", "input", "spatial", "tucker", "cp")
 
 capture_option = click.option(
     "--capture",

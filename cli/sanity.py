@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .modelfile import ModelFile
 
 _BATCHES = 4  # of each data, which is enough to tell another scale
+_EXAMPLES = 64  # are enough to tell a metric from chance
 _FAR = 10.0  # so many deviations, or so many times the deviation
 
 
@@ -33,8 +34,22 @@ def _chance(file: ModelFile, model: nn.Module) -> str:
 
     if not file.has("eval_data") or file.metric is None:
         return ""
-    batches = file.first_batches("eval_data", 4 * _BATCHES)
+    batches = _of_enough(file, file.first_batches("eval_data", 4 * _BATCHES))
     return score_onnx((), model, batches, file.inputs, file.metric).chance
+
+
+def _of_enough(file: ModelFile, batches: Sequence[Batch]) -> list[Batch]:
+    """The first batches that have enough examples to tell a metric from chance, or all."""
+    from dynrank_fx.tracing import batch_size
+
+    kept: list[Batch] = []
+    seen = 0
+    for batch in batches:
+        if seen >= _EXAMPLES and len(kept) >= _BATCHES:
+            break
+        kept.append(batch)
+        seen += batch_size(file.inputs(batch)) or 1
+    return kept
 
 
 def _other_scale(file: ModelFile, batches: Sequence[Batch]) -> str:

@@ -23,6 +23,7 @@ from .errors import StoreError as StoreError
 from .errors import TransitionError as TransitionError
 from .layouts import ChannelLayout as ChannelLayout
 from .layouts import CPLayout as CPLayout
+from .layouts import InputLayout as InputLayout
 from .layouts import SpatialLayout as SpatialLayout
 from .layouts import TuckerLayout as TuckerLayout
 from .layouts import effective_rank as effective_rank

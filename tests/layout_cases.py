@@ -9,7 +9,16 @@ import pytest
 from op_cases import CONVS, EMBEDDINGS, PRODUCTS, TRANSPOSED, OpCase
 from torch import Tensor
 
-from dynrank_fx.layouts import ChannelLayout, CPLayout, Factors, Layout, SpatialLayout, TuckerLayout, layout_for
+from dynrank_fx.layouts import (
+    ChannelLayout,
+    CPLayout,
+    Factors,
+    InputLayout,
+    Layout,
+    SpatialLayout,
+    TuckerLayout,
+    layout_for,
+)
 
 _RARE = ("3d", "unbatched", "gathered", "one of a stack", "broadcast", "circular")  # for make fuzz
 
@@ -22,7 +31,7 @@ def _param(layout: Layout, name: str, case: OpCase) -> Any:
 TWO_FACTORS = [_param(layout_for(case.op), name, case) for name, case in (PRODUCTS | EMBEDDINGS).items()] + [
     _param(layout.for_op(case.op), name, case)
     for name, case in (CONVS | TRANSPOSED).items()
-    for layout in (ChannelLayout, SpatialLayout)
+    for layout in (ChannelLayout, InputLayout, SpatialLayout)
 ]
 TENSORS = [
     _param(layout, name, case)

@@ -126,6 +126,7 @@ CALLS: dict[str, Call] = {
     ),
     "Plan.from_json": (dr.Plan.from_json, {}, {"text": "none"}),
     "ChannelLayout": (dr.ChannelLayout, {}, {"groups": "count"}),
+    "InputLayout": (dr.InputLayout, {}, {"groups": "count"}),
     "SpatialLayout": (dr.SpatialLayout, {}, {"groups": "count"}),
     "effective_rank": (dr.effective_rank, {}, {"s": "none"}),
     "stable_rank": (dr.stable_rank, {}, {"s": "none"}),

@@ -33,6 +33,7 @@ PUBLIC = [
     "ExportReport",
     "Fixed",
     "Form",
+    "InputLayout",
     "MaxDrop",
     "ModelFileError",
     "Override",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layouts import Layout
-from ..ops import ConvOp, EinsumOp, LinearOp, MatmulOp, Op, ProductOp, Shape, View
+from ..ops import ConvolutionOp, EinsumOp, LinearOp, MatmulOp, Op, ProductOp, Shape, View
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,18 @@ class ActivationRows:
 
 def outputs_along_rows(op: Op, layout: Layout) -> bool | None:
     """Whether what the op gives goes along the rows of the layout's matrix view (the left factor is applied last), or
-    along its columns; None where it goes along neither, so that no product of two factors cuts the outputs alone.
+    along its columns; None where the product of two factors cuts neither the outputs nor the inputs alone. Where it
+    cuts the inputs, the outputs are those of every position of the kernel by itself.
     """
-    if not layout.last_holds_outputs(op):
+    if not layout.last_holds_outputs(op) and not layout.first_holds_inputs(op):
         return None
     _, factor = layout.stages(op, 1)[-1]  # the same at any rank
     return factor == 0
+
+
+def cuts_inputs(op: Op, layout: Layout) -> bool:
+    """Whether the layout cuts what the op reads in one place, and not what it gives: a kernel comes after it."""
+    return layout.first_holds_inputs(op) and not layout.last_holds_outputs(op)
 
 
 def has_input_rows(op: Op) -> bool:
@@ -46,11 +52,13 @@ def has_output_rows(op: Op, shape: Shape) -> bool:
     """Whether every call gives all outputs of the matrix, so that they can be told apart by their place."""
     if isinstance(op, ProductOp):
         return op.view == View(transposed=op.view.transposed, dtype=op.view.dtype) and len(shape) == 2
-    return isinstance(op, ConvOp)
+    return isinstance(op, ConvolutionOp)
 
 
 def input_rows(op: Op, x: Tensor, shape: Shape, at: Tensor | None = None) -> ActivationRows:
     """The op's input as rows [g, N, n]. shape: of the weight."""
+    if isinstance(op, ConvolutionOp):
+        return ActivationRows(_channel_rows(op, x, op.groups))
     if isinstance(op, EinsumOp):
         return ActivationRows(_einsum_rows(op, x))
     assert isinstance(op, LinearOp | MatmulOp)
@@ -71,13 +79,18 @@ def input_rows(op: Op, x: Tensor, shape: Shape, at: Tensor | None = None) -> Act
 
 def output_rows(op: Op, y: Tensor, groups: int) -> ActivationRows:
     """What the op gave, without the bias, as rows [g, N, m]."""
-    if isinstance(op, ConvOp):
-        batched = y if y.ndim == len(op.stride) + 2 else y[None]
-        by_group = batched.unflatten(1, (groups, -1)).movedim((1, 2), (0, -1))  # [g, batch, *out, m]
-        return ActivationRows(by_group.reshape(groups, -1, by_group.shape[-1]))
+    if isinstance(op, ConvolutionOp):
+        return ActivationRows(_channel_rows(op, y, groups))
     if isinstance(op, MatmulOp) and op.weight_first and y.ndim > 1:
         y = y.mT
     return ActivationRows(y.reshape(1, -1, y.shape[-1]))
+
+
+def _channel_rows(op: ConvolutionOp, x: Tensor, groups: int) -> Tensor:
+    """[g, N, channels of a group] of what a convolution reads or gives."""
+    batched = x if x.ndim == len(op.stride) + 2 else x[None]
+    by_group: Tensor = batched.unflatten(1, (groups, -1)).movedim((1, 2), (0, -1))  # [g, batch, *positions, channels]
+    return by_group.reshape(groups, -1, by_group.shape[-1])
 
 
 def _stacked(x: Tensor, stack: Shape) -> Tensor:

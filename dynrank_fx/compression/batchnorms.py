@@ -155,7 +155,7 @@ def recalibrated_(
     most = max(processes.gathered(max(rows, default=0)))
     used = [(number, batch) for number, batch in enumerate(data) if rows[number] > 1 or most == 1]
     norms = norms_of(unwrap(module))
-    if like is not None:
+    if like is not None and norms:
         before = like
         having = processes.gathered(bool(used)).index(True)
         moved = processes.from_one(having, lambda: _moved(module, norms, before, used[0]), CalibrationError, "a look")

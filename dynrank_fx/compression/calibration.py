@@ -21,16 +21,16 @@ from ..aliases import Args, Kwargs
 from ..checks import is_list, is_number
 from ..errors import CalibrationError
 from ..layouts import TwoFactors
-from ..ops import ConvOp, LinearOp, MatmulOp, Op
+from ..ops import ConvolutionOp, LinearOp, MatmulOp, Op
 from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..rewrite import STEM, SiteGroup, Switched, site_groups, switched_modules
 from ..tracing import ExampleInputs, evaluating, is_captured, regions, same_buffers, untraced, unwrap
-from .activation_rows import has_input_rows, has_output_rows, input_rows, output_rows, outputs_along_rows
+from .activation_rows import cuts_inputs, has_input_rows, has_output_rows, input_rows, output_rows, outputs_along_rows
 from .batches import call, checked_batches
 from .covariance import Calibration, Covariance
 
 _BYTES = 2**28, 2**32
-"""Sums of one pass may take a quarter of the weights' memory: no less than the first, no more than the second."""
+"""What is kept at a time may take a quarter of the weights' memory: no less than the first, no more than the second."""
 
 
 @dataclass
@@ -163,9 +163,11 @@ def _why_plain(modules: Sequence[Switched]) -> str | None:
         return f"the {layout.name} layout has more than two factors"
     sides = {outputs_along_rows(op, layout) for op in ops}
     if None in sides:
-        return f"no factor of the {layout.name} layout of a {ops[0].kind} holds whole outputs"
+        return f"no factor of the {layout.name} layout of a {ops[0].kind} holds whole outputs, or whole inputs"
     if len(sides) > 1:
         return "it is used both as it is and transposed"
+    if cuts_inputs(ops[0], layout):
+        return None
     if not all(map(has_input_rows, ops)) and not all(has_output_rows(op, shape) for op in ops):
         return "its uses take parts of it in different ways"
     return None
@@ -179,19 +181,24 @@ def _unseen(group: SiteGroup) -> _Sums:
     g, (m, n) = layout.to_matrix(group.owner.outline).shape[0], layout.matrix_shape(group.shape)
     m, n = (m, n) if along_rows else (n, m)
     by_outputs = not group.shared and all(has_output_rows(op, group.shape) for op in ops)
-    of_inputs = all(map(has_input_rows, ops)) and (n <= m or not by_outputs)
+    of_inputs = cuts_inputs(ops[0], layout) or (all(map(has_input_rows, ops)) and (n <= m or not by_outputs))
     k = n if of_inputs else m
     return _Sums(group, along_rows, of_inputs, torch.Size((g, k, k)))
 
 
+def room_beside(root: nn.Module) -> int:
+    """How many bytes may be kept beside the weights."""
+    least, most = _BYTES
+    return min(max(least, sum(parameter.nbytes for parameter in root.parameters()) // 4), most)
+
+
 def _passes(root: nn.Module, deciding: Sequence[_Sums]) -> Iterable[list[_Sums]]:
     """The groups in turns whose sums take at most so much memory together, or one group in a turn."""
-    least, most = _BYTES
-    weights = sum(parameter.nbytes for parameter in root.parameters())
+    room = room_beside(root)
     turn: list[_Sums] = []
     held = 0
     for each in deciding:
-        if turn and held + each.nbytes > min(max(least, weights // 4), most):
+        if turn and held + each.nbytes > room:
             yield turn
             turn, held = [], 0
         turn.append(each)
@@ -237,7 +244,7 @@ def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[_Sums
         seen.begin()
         for module in seen.group.sites[0] if seen.group.shared else seen.group.modules:
             hook = _Watch(seen, order, free, paths[id(module)])
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
         for number, batch in enumerate(data):
             with same_buffers(root):  # each batch finds the model as it is
@@ -262,14 +269,14 @@ def _run(root: nn.Module, data: Sequence[ExampleInputs], watched: Sequence[_Sums
 
 @dataclass(frozen=True)
 class _Watch:
-    """A forward pre-hook that adds what a call reads, or gives, to the covariance."""
+    """A forward hook that adds what a call reads, or gives, to the covariance."""
 
     seen: _Sums
     order: dict[str, None]
     free: Mapping[int, tuple[str, str]]
     path: str
 
-    def __call__(self, module: Switched, args: Args, kwargs: Kwargs) -> None:
+    def __call__(self, module: Switched, args: Args, kwargs: Kwargs, given: Tensor) -> None:
         use, seen = int(kwargs.get("use", 0)), self.seen
         if module.after_stem and use != STEM:
             return  # what the sites that share a factor take is the shared input, or what the shared factor made of it
@@ -277,7 +284,9 @@ class _Watch:
         if seen.of_inputs:
             active = input_rows(op, x, module.shape, at)
         else:
-            active = output_rows(op, op(x, module.weight, None, at), seen.size[0])
+            bias = args[1] if args[1:] else module._parameters["bias"]
+            y = None if use == STEM else _unbiased(op, given, bias)
+            active = output_rows(op, op(x, module.weight, None, at) if y is None else y, seen.size[0])
         self.order[seen.group.name] = None
         X = active.rows.double()
         part = slice(active.start, active.start + X.shape[-1])
@@ -298,6 +307,8 @@ class _Watch:
         """The name of what takes up a mean of this call: the module by its own bias, or a bias that is given."""
         own = not given
         bias = module._parameters["bias"] if own else given[0]
+        if cuts_inputs(op, module.layout):
+            return None  # at its borders the kernel sees fewer inputs, and their mean is another
         if self.seen.group.shared or not _adds_constants(op, bias is not None):
             return None
         if own:
@@ -306,13 +317,22 @@ class _Watch:
         return name if site == module.site else None
 
 
+def _unbiased(op: Op, y: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What a call gave before the bias; None where that is not plain to see."""
+    if bias is None:
+        return y
+    if isinstance(op, ConvolutionOp):
+        return y - bias.reshape(-1, *(1 for _ in op.stride))
+    return y - bias if isinstance(op, LinearOp) else None
+
+
 def _adds_constants(op: Op, biased: bool) -> bool:
     """Whether a constant added to the bias, or given as one, is added to what the op gives."""
     if isinstance(op, LinearOp | MatmulOp) and (op.view.rows or op.view.columns or op.view.gathered):
         return False
     if isinstance(op, MatmulOp):  # addmm takes a bias where matmul takes more axes: only where there is one already
         return biased and not op.weight_first and not op.batched and (op.alpha, op.beta) == (1, 1)
-    return isinstance(op, LinearOp | ConvOp)
+    return isinstance(op, LinearOp | ConvolutionOp)
 
 
 def _free_biases(root: nn.Module) -> dict[int, tuple[str, str]]:

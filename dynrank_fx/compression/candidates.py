@@ -22,17 +22,19 @@ from ..phases import LatencyOf, RankUnit, rank_units
 from ..plan import Budget, RankPolicy
 from ..processes import ALONE, Processes
 from ..rewrite import a_twin, inline_, plan_of
-from ..tracing import ExampleInputs, same_buffers
+from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs
 from .batches import call, dealt
 from .batchnorms import recalibrated_
 from .covariance import Calibration
 from .recover import distance
+from .targets import Targets, by_batch
 from .truncation import Cut, added_biases, apply_ranks_, ranks_of
 
 Ranks: TypeAlias = dict[str, int | None]
 """By site; None where it is dense."""
 
-_PROBES = 4  # batches that tell what errors do to the outputs
+_PROBES = 4  # batches that the cuts are compared on
+_EXAMPLES = 16  # of these, so many tell what an error in one site does
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Candidates:
     processes: Processes = ALONE
     _measured: dict[tuple[str, int], float] = field(default_factory=dict)
     _spectra: dict[str, Tensor | None] = field(default_factory=dict)
+    _won: tuple[bool, Mapping[str, float]] | None = None
 
     def best(self, policy: RankPolicy, margin: float | None = None) -> Candidate:
         """The cut by a policy. margin: see ``rank_units``; None where a site need not be faster than dense."""
@@ -86,6 +89,7 @@ class Candidates:
             far = self._distance(candidate)
             if nearest is None or far < least:
                 least, nearest = far, candidate
+                self._won = budget.even, weights
             share = _params(candidate.module) / max(_params(self.dense), 1)
             off = f"outputs {far:.3g} off (best so far {least:.3g})"
             self.tell(f"candidate {len(tried)}: {share:.1%} of the parameters, {off}")
@@ -96,6 +100,13 @@ class Candidates:
         assert nearest is not None
         attempt(policy, self.sensitivities({cut.site: cut.rank for cut in nearest.cuts}))
         return nearest
+
+    def like_best(self, budget: Budget, margin: float | None = None) -> Candidate:
+        """The cut to another budget in the way that was best of those tried last, without another comparison."""
+        if self._won is None:
+            return self.best(budget, margin)
+        even, weights = self._won
+        return self.cut(self.ranks(replace(budget, even=even), margin, weights))
 
     def ranks(self, policy: RankPolicy, margin: float | None, weights: Mapping[str, float]) -> Ranks:
         """What the policy says. weights: see ``sensitivities``."""
@@ -171,7 +182,8 @@ class Candidates:
         key = (unit.names[0], rank)
         if key not in self._measured:
             ranks = {row.site.name: rank if row.site.name in unit.names else None for row in plan_of(self.net).sites}
-            self._measured[key] = self._distance(self._cut(ranks, self._probes, sequential=False))
+            module = self._cut(ranks, None, sequential=False).module
+            self._measured[key] = self._apart(module, self._few)
         return self._measured[key]
 
     @cached_property
@@ -180,14 +192,40 @@ class Candidates:
         assert self.data is not None
         return dealt(self.data, _PROBES, self.processes)
 
-    @torch.no_grad()
+    @cached_property
+    def _targets(self) -> Targets:
+        return Targets(self.dense, self._probes)
+
+    @cached_property
+    def _few(self) -> Targets:
+        """Of the fewest probes that have enough examples. Both sides go by the statistics of the batch itself, as batch
+        norms that are recalibrated do in the mean: so one run says it.
+        """
+        rows = [batch_size(split_inputs(batch)) or 1 for batch in self._probes]
+        most, seen = max(self.processes.gathered(max(rows, default=0))), 0
+        few: list[ExampleInputs] = []
+        for batch, count in zip(self._probes, rows, strict=True):
+            if (count > 1 or most == 1) and seen < _EXAMPLES:
+                few.append(batch)
+                seen += count
+        return Targets(self.dense, few, by_batch=True)
+
     def _distance(self, candidate: Candidate) -> float:
         """Of its outputs to the dense model's, on the first calibration batches."""
-        total, probes = 0.0, self._probes
+        return self._apart(candidate.module, self._targets)
+
+    @torch.no_grad()
+    def _apart(self, module: nn.Module, targets: Targets) -> float:
+        """How far the outputs of a module are from these, in the mean over the batches."""
+        total = 0.0
         with self.processes.all_or_none(CalibrationError, "comparing outputs"):
-            for number, batch in enumerate(probes):
-                with same_buffers(candidate.module), same_buffers(self.dense):  # both begin where the model is
-                    total += float(distance(call(candidate.module, batch, number), call(self.dense, batch, number)))
-        sums = torch.tensor([total, len(probes)], dtype=torch.float64)
+            for number, batch in enumerate(targets.data):
+                if targets.by_batch:
+                    output = by_batch(module, batch, number)
+                else:
+                    with same_buffers(module):  # which begins where the model is
+                        output = call(module, batch, number)
+                total += float(distance(output, targets.of(number)))
+        sums = torch.tensor([total, len(targets.data)], dtype=torch.float64)
         self.processes.sum_([sums])
         return float(sums[0] / sums[1])

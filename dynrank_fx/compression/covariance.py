@@ -5,6 +5,9 @@ C has the least E‖y − y'‖² of all rank-r weights, when (I − V Vᵀ) E[y
 up, C = E[y yᵀ] is about zero, not about the mean. Where n < m the covariance of the inputs stands in its place,
 C = W E[x xᵀ] Wᵀ.
 
+Where a kernel slides over what was cut (the input layout of a convolution), W [outputs · positions of the kernel, n]
+counts every position of the kernel as outputs of its own, x is about zero, and no bias takes anything up.
+
 Sources: it is the principal components of the outputs (Zhang et al., arXiv 1505.06798), and the same as an SVD of the
 weight whitened by its inputs (SVD-LLM, arXiv 2403.07378), without an inverse.
 """
@@ -12,7 +15,7 @@ weight whitened by its inputs (SVD-LLM, arXiv 2403.07378), without an inverse.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -127,6 +130,26 @@ class Covariance:
         return output_basis(self.oriented(weight), self.matrix, shrink, of_inputs=self.of_inputs)
 
 
+@dataclass
+class Bases:
+    """Bases of weights that were asked for before, up to so many bytes; what does not fit is found anew each time."""
+
+    room: int
+    _kept: dict[tuple[str, float | None], tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def of(self, seen: Covariance, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
+        """As ``seen.basis``."""
+        key = seen.sites[0], shrink
+        if key in self._kept and torch.equal(self._kept[key][0], weight):
+            return self._kept[key][1]
+        found = seen.basis(weight, shrink)
+        needed = sum(each.nbytes for each in (weight, *found))
+        if key not in self._kept and needed <= self.room:
+            self.room -= needed
+            self._kept[key] = weight, found
+        return found
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What the outputs of the sites hold, as ``calibrate`` found it on data.
@@ -136,12 +159,14 @@ class Calibration:
         plain: By site, why it is cut by plain SVD all the same.
         order: Sites by their first call, those that share a factor by its owner.
         shrink: How much of the weight's own spectrum is mixed in, see ``calibrate``.
+        bases: Remembers what was found of the weights; None to find it anew each time.
     """
 
     covariances: Mapping[str, Covariance]
     plain: Mapping[str, str]
     order: tuple[str, ...]
     shrink: float | None = None
+    bases: Bases | None = field(default=None, repr=False, compare=False)
 
     def split(self, sites: Sequence[str], layout: Layout, weight: Tensor, rank: int) -> Factors | None:
         """Factors that keep the outputs of a site best; ``enter_`` takes this method as its ``split``.
@@ -158,7 +183,7 @@ class Calibration:
         seen = self.covariances.get(sites[0])
         if seen is None:
             return None
-        V = seen.basis(weight, self.shrink)[0][..., :rank]
+        V = self._basis(seen, weight, self.shrink)[0][..., :rank]
         left, right = projected(seen.oriented(weight), V)
         matrices = (left, right) if seen.rows else (right.mT, left.mT)
         return seen.layout.from_matrices(matrices, tuple(weight.shape))
@@ -184,4 +209,8 @@ class Calibration:
         seen = self.covariances.get(site)
         if seen is None:
             return None
-        return seen.basis(weight, 0.0)[1][..., : min(seen.layout.matrix_shape(tuple(weight.shape)))].cpu()
+        values = self._basis(seen, weight, 0.0)[1]
+        return values[..., : min(seen.layout.matrix_shape(tuple(weight.shape)))].cpu()
+
+    def _basis(self, seen: Covariance, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
+        return seen.basis(weight, shrink) if self.bases is None else self.bases.of(seen, weight, shrink)

@@ -17,6 +17,7 @@ from ..errors import CalibrationError
 from ..processes import ALONE, Processes, as_first_, check_same, in_group, whole_weights
 from ..tracing import ExampleInputs, refuse_inference, same_buffers, tensors, unwrap
 from .batches import call, checked_batches
+from .targets import Targets
 
 Loss: TypeAlias = Callable[[Output, int], Tensor]
 """(output, number of the calibration batch it is of) to the loss."""
@@ -105,6 +106,7 @@ def recovered_(
     losses: list[float] = []
     groups = [{"params": [p], "lr": _SHARE * max(float(p.detach().square().mean().sqrt()), 1e-4)} for p in chosen]
     givers = sum(processes.gathered(bool(data)))
+    targets = Targets(dense, data)
     with _training(module, chosen):
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -114,7 +116,7 @@ def recovered_(
             for step in range(steps):
                 optimizer.zero_grad()
                 with processes.all_or_none(CalibrationError, "the recovery"):
-                    lost = _backward(module, dense, data, step, loss)
+                    lost = _backward(module, targets, step, loss)
                 losses.append(_mean_(chosen, lost, givers, processes))
                 if not math.isfinite(losses[-1]):
                     raise CalibrationError(
@@ -137,14 +139,12 @@ def recovered_(
     return losses
 
 
-def _backward(
-    module: nn.Module, dense: nn.Module, data: Sequence[ExampleInputs], step: int, loss: Loss | None
-) -> float:
+def _backward(module: nn.Module, targets: Targets, step: int, loss: Loss | None) -> float:
     """The loss of one step, and its gradients; 0 and none where there are no data here."""
-    if not data:
+    if not targets.data:
         return 0.0
-    with same_buffers(module), same_buffers(dense):  # to the end of backward, which may need them
-        lost = _lost(module, dense, data, step % len(data), loss)
+    with same_buffers(module):  # to the end of backward, which may need them
+        lost = _lost(module, targets, step % len(targets.data), loss)
         value = float(lost.detach())
         if math.isfinite(value):
             lost.backward()
@@ -167,13 +167,11 @@ def _mean_(chosen: Sequence[nn.Parameter], lost: float, givers: int, processes: 
     return float(total) / givers
 
 
-def _lost(module: nn.Module, dense: nn.Module, data: Sequence[ExampleInputs], number: int, loss: Loss | None) -> Tensor:
+def _lost(module: nn.Module, targets: Targets, number: int, loss: Loss | None) -> Tensor:
     """The loss on one batch."""
-    output = call(module, data[number], number)
+    output = call(module, targets.data[number], number)
     if loss is None:
-        with torch.no_grad():
-            target = call(dense, data[number], number)
-        return distance(output, target)
+        return distance(output, targets.of(number))
     value = loss(output, number)
     if not (isinstance(value, Tensor) and value.requires_grad):
         raise CalibrationError(

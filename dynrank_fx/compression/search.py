@@ -24,7 +24,7 @@ from .result import NOISE, Compressed, compressed
 _MARGINS = (0.0, 0.15, 0.35, 1.0)
 """How much faster than dense a site has to be, tried in turn until the whole model is no slower; at 1 all are dense."""
 _TIGHTENINGS = 3
-_BISECTIONS = 8
+_BISECTIONS = 6
 
 Score: TypeAlias = Callable[[nn.Module], float | tuple[float, float]]
 """The score of a module, larger is better; or (score, how many examples it is of)."""
@@ -84,7 +84,11 @@ class Search:
 
     def cut(self, policy: RankPolicy, margin: float | None) -> Candidate:
         """The best cut by a policy, recovered if that is asked for and anything was lost."""
-        cut, data = self.candidates.best(policy, margin), self.candidates.data
+        return self._recovered(self.candidates.best(policy, margin))
+
+    def _recovered(self, cut: Candidate) -> Candidate:
+        """The cut itself, fine-tuned."""
+        data = self.candidates.data
         own_(cut.module, self.candidates.net)
         if data is not None and self.recover_steps and any(site.loses for site in cut.cuts):
             self.candidates.tell(f"fine-tuning the result for {counted(self.recover_steps, 'step')}")
@@ -123,12 +127,15 @@ class Search:
         return replace(best, notes=(*best.notes, missed))
 
     def _least_within(self, drop: float, margin: float | None) -> Candidate:
-        """The cut of fewest parameters whose metric has fallen by at most so much, by bisection of the budget."""
-        low, high, best = 0.0, 1.0, self.cut(Budget(params=1.0), margin)
+        """The cut of fewest parameters whose metric has fallen by at most so much, by bisection of the budget. Which
+        way to divide a budget is best is found out in the middle, where there is something to lose.
+        """
+        low, high = 0.0, 1.0
+        best = self._recovered(self.candidates.cut(self.candidates.ranks(Budget(params=1.0), margin, {})))
         for _ in range(_BISECTIONS):
             share = (low + high) / 2
             try:
-                tried = self.cut(Budget(params=share), margin)
+                tried = self._recovered(self.candidates.like_best(Budget(params=share), margin))
             except PlanError:  # rank 1 everywhere is still larger
                 low = share
                 continue

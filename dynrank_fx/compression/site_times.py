@@ -24,6 +24,7 @@ from .site_model import site_model
 _STEPS = 8
 """Ranks that are timed, evenly up to the last that saves parameters; between them times are taken as straight lines."""
 _SECONDS = 5e-4  # so long at least is one measurement
+_MOST_SECONDS, _FEWEST = 0.5, 5  # what runs for long is measured less often: the median of these is steady
 
 
 @dataclass
@@ -34,7 +35,7 @@ class SiteTimes:
         provider: The provider of onnxruntime that runs them.
         element: NumPy's name of the type of the numbers.
         cache: The file; its entries are keyed by machine, versions, provider, type and shapes. None for no file.
-        repeats: How many measurements of each, of which the median counts.
+        repeats: How many measurements of each, of which the median counts; fewer of sites that run for long.
 
     Raises:
         CalibrationError: For a type or a number that cannot be.
@@ -114,8 +115,9 @@ class SiteTimes:
             runs.append(bound(session_of(model.SerializeToString(), self.provider), feeds))
         first, second = runs
         once = interleaved(first, second, repeats=3)
-        inner = max(1, round(_SECONDS / max(once.first, 1e-7)))
-        return interleaved(first, second, repeats=self.repeats, inner=min(inner, 200))
+        inner = min(max(1, round(_SECONDS / max(once.first, 1e-7))), 200)
+        affordable = round(_MOST_SECONDS / max(inner * (once.first + once.second), 1e-7))
+        return interleaved(first, second, repeats=min(self.repeats, max(affordable, _FEWEST)), inner=inner)
 
 
 def paying_limit(rows: Sequence[PlannedSite]) -> int:

@@ -19,8 +19,10 @@ from ..rewrite import a_twin, holds_captured, inline_, plan_of, transform
 from ..text import counted
 from ..tracing import Capture, ExampleInputs, Form, infinite_statistic, shell, unwrap
 from .batches import checked_batches
-from .calibration import calibrated
+from .calibration import calibrated, room_beside
 from .candidates import Candidates
+from .conv_layouts import choose_conv_layouts_
+from .covariance import Bases
 from .model_times import ModelTimes
 from .recover import Loss
 from .result import Compressed
@@ -134,6 +136,9 @@ def compress(
     if data is not None:
         tell(f"calibrating on {counted(sum(processes.gathered(len(data))), 'batch', 'batches')}")
     known = None if data is None else calibrated(net, data, processes=processes)
+    known = known if known is None else replace(known, bases=Bases(room_beside(net)))
+    if not holds_captured(unwrap(model)):
+        known = choose_conv_layouts_(net, settled, data, known, processes)
     if times is not None:
         tell(f"timing the dense model by {times.provider}")
     whole = None if times is None else _timed(dense, example_inputs, times, processes)

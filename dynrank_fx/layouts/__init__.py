@@ -2,7 +2,7 @@
 
 from .base import Factors, Layout
 from .choose import CONV_LAYOUTS, LAYOUTS, ConvLayout, layout_for, layout_named
-from .conv import ChannelLayout, SpatialLayout
+from .conv import ChannelLayout, InputLayout, SpatialLayout
 from .matrix import EinsumLayout, LinearLayout
 from .spectra import effective_rank, energy_rank, product_singular_values, singular_values, stable_rank
 from .svd import SMALL, at_least_float32, full_precision, gram_basis, told_apart
@@ -18,6 +18,7 @@ __all__ = [
     "ConvLayout",
     "EinsumLayout",
     "Factors",
+    "InputLayout",
     "Layout",
     "LinearLayout",
     "SpatialLayout",

@@ -127,6 +127,20 @@ class Layout(abc.ABC):
         """
         return False
 
+    def first_holds_inputs(self, op: Op) -> bool:
+        """Whether the factor applied first has a row or a column for each number that the op reads in one place, and
+        nothing besides.
+
+        Where the last does not hold the outputs, a cut can then keep what comes of the inputs that there are.
+
+        Args:
+            op: What applies the weight.
+
+        Returns:
+            True where a cut can be calibrated on the inputs alone.
+        """
+        return False
+
     @abc.abstractmethod
     def split(self, weight: Tensor, rank: int, last: Factors = ()) -> Factors:
         """The best factors that are known to be found: ‖W − join(factors)‖_F is small.

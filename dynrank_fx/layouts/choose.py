@@ -12,6 +12,7 @@ layout      weight                 left                      right
 linear      [..., m, n]            [..., m, r]               [..., r, n]
 einsum      any order of axes      [shared, rows, r]         [shared, r, columns]
 channel     [m, n/g, *k]           [m, r, 1, ...]            [g·r, n/g, *k]
+input       [m, n/g, *k]           [m, r, *k]                [g·r, n/g, 1, ...]
 spatial     [m, n/g, k1, *k2]      [m, r, 1, *k2]            [g·r, n/g, k1, 1, ...]
 tucker      [m, n, *k]             [m, r, 1, ...]            [s, n, 1, ...], core [r, s, *k]
 cp          [m, n, k1, k2]         [m, r, 1, 1]              [r, n, 1, 1], along [r, 1, k1, 1], across [r, 1, 1, k2]
@@ -28,14 +29,14 @@ from typing import TypeAlias
 from ..errors import PlanError
 from ..ops import ConvolutionOp, EinsumOp, Op
 from .base import Layout
-from .conv import ChannelLayout, SpatialLayout
+from .conv import ChannelLayout, InputLayout, SpatialLayout
 from .matrix import EinsumLayout, LinearLayout
 from .tensor import CPLayout, TuckerLayout
 
 ConvLayout: TypeAlias = type[Layout]
 """One of ``CONV_LAYOUTS``."""
 
-CONV_LAYOUTS: tuple[ConvLayout, ...] = (ChannelLayout, SpatialLayout, TuckerLayout, CPLayout)
+CONV_LAYOUTS: tuple[ConvLayout, ...] = (ChannelLayout, InputLayout, SpatialLayout, TuckerLayout, CPLayout)
 LAYOUTS: tuple[type[Layout], ...] = (LinearLayout, EinsumLayout, *CONV_LAYOUTS)
 
 

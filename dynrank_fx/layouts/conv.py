@@ -1,4 +1,4 @@
-"""Layouts of convolutions by two smaller ones: in channels, or along one axis of the kernel and then the others.
+"""Layouts of convolutions by two smaller ones: in output or input channels, or along one axis of the kernel.
 
 Both serve convolutions in groups or not, transposed or not. The shapes are those of the table in ``choose``. Sources:
 the channel layout is that of arXiv 2508.08625, the spatial one that of arXiv 1405.3866.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import is_whole
 from ..errors import PlanError
-from ..ops import ConvolutionOp, ConvOp, Op, Shape
+from ..ops import ConvolutionOp, ConvOp, ConvTransposeOp, Op, Shape
 from .base import Factors
 from .two_factors import TwoFactors
 
@@ -57,8 +57,11 @@ class ChannelLayout(GroupedFactors):
 
     name: ClassVar[str] = "channel"
 
+    def first_holds_inputs(self, op: Op) -> bool:
+        return isinstance(op, ConvTransposeOp)  # the first stage of a convolution is k×k
+
     def last_holds_outputs(self, op: Op) -> bool:
-        return isinstance(op, ConvOp)  # the last stage of a transposed convolution is k×k
+        return isinstance(op, ConvOp)  # and the last one of a transposed convolution
 
     def matrix_shape(self, weight: Shape) -> tuple[int, int]:
         return weight[0] // self.groups, math.prod(weight[1:])
@@ -90,7 +93,55 @@ class ChannelLayout(GroupedFactors):
 
 
 @dataclass(frozen=True)
-class SpatialLayout(GroupedFactors):
+class _KernelSplit(GroupedFactors):
+    """The first ``ahead`` axes of the kernel are in the right factor, with the inputs, the others in the left one."""
+
+    ahead: ClassVar[int]
+
+    def matrix_shape(self, weight: Shape) -> tuple[int, int]:
+        m, n, *kernel = weight
+        return m // self.groups * math.prod(kernel[self.ahead :]), n * math.prod(kernel[: self.ahead])
+
+    def factor_shapes(self, weight: Shape, rank: int) -> tuple[Shape, Shape]:
+        m, n, *kernel = weight
+        left = (m, rank, *(1 for _ in kernel[: self.ahead]), *kernel[self.ahead :])
+        return left, (self.groups * rank, n, *kernel[: self.ahead], *(1 for _ in kernel[self.ahead :]))
+
+    def weight_shape(self, left: Shape, right: Shape) -> Shape:
+        return left[0], *right[1 : 2 + self.ahead], *left[2 + self.ahead :]
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        # [g, m/g, n/g, k1, k2] -> rows (m/g, k2), columns (n/g, k1)
+        rows, columns = self.matrix_shape(tuple(weight.shape))
+        return self._parts(weight).permute(0, 1, 4, 2, 3).reshape(self.groups, rows, columns)
+
+    def from_matrix(self, matrix: Tensor, weight: Shape) -> Tensor:
+        m, n, *kernel = weight
+        k1, k2 = math.prod(kernel[: self.ahead]), math.prod(kernel[self.ahead :])
+        view = matrix.reshape(self.groups, m // self.groups, k2, n, k1)
+        return view.permute(0, 1, 3, 4, 2).reshape(weight)
+
+    def to_matrices(self, factors: Factors) -> Factors:
+        left, right = factors
+        rank = left.shape[1]
+        view = self._parts(left)[:, :, :, 0].transpose(2, 3)
+        return view.reshape(self.groups, -1, rank), right.reshape(self.groups, rank, -1)
+
+    def from_matrices(self, matrices: Factors, weight: Shape) -> Factors:
+        rank, m = matrices[0].shape[-1], weight[0]
+        left, right = self.factor_shapes(weight, rank)
+        view = matrices[0].reshape(self.groups, m // self.groups, -1, rank).transpose(2, 3)
+        return view.reshape(left), matrices[1].reshape(right)
+
+    def _parts(self, weight: Tensor) -> Tensor:
+        """[g, m/g, n/g, k1, k2]."""
+        m, n, *kernel = weight.shape
+        k1, k2 = math.prod(kernel[: self.ahead]), math.prod(kernel[self.ahead :])
+        return weight.reshape(self.groups, m // self.groups, n, k1, k2)
+
+
+@dataclass(frozen=True)
+class SpatialLayout(_KernelSplit):
     """A k1×1 convolution to r channels, then 1×k2 (arXiv 1405.3866).
 
     The first spatial axis is in the first stage, the others are in the second.
@@ -100,43 +151,36 @@ class SpatialLayout(GroupedFactors):
     """
 
     name: ClassVar[str] = "spatial"
-
-    def matrix_shape(self, weight: Shape) -> tuple[int, int]:
-        return weight[0] // self.groups * math.prod(weight[3:]), weight[1] * weight[2]
-
-    def factor_shapes(self, weight: Shape, rank: int) -> tuple[Shape, Shape]:
-        m, n, k1, *k2 = weight
-        return (m, rank, 1, *k2), (self.groups * rank, n, k1, *(1 for _ in k2))
-
-    def weight_shape(self, left: Shape, right: Shape) -> Shape:
-        return left[0], right[1], right[2], *left[3:]
-
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        # [g, m/g, n/g, k1, k2] -> rows (m/g, k2), columns (n/g, k1)
-        m, n, k1, *k2 = weight.shape
-        view = weight.reshape(self.groups, m // self.groups, n, k1, math.prod(k2))
-        return view.permute(0, 1, 4, 2, 3).reshape(self.groups, m // self.groups * math.prod(k2), n * k1)
-
-    def from_matrix(self, matrix: Tensor, weight: Shape) -> Tensor:
-        m, n, k1, *k2 = weight
-        view = matrix.reshape(self.groups, m // self.groups, math.prod(k2), n, k1)
-        return view.permute(0, 1, 3, 4, 2).reshape(weight)
-
-    def to_matrices(self, factors: Factors) -> Factors:
-        left, right = factors
-        m, rank, _, *k2 = left.shape
-        view = left.reshape(self.groups, m // self.groups, rank, math.prod(k2)).permute(0, 1, 3, 2)
-        return view.reshape(self.groups, -1, rank), right.reshape(self.groups, rank, -1)
-
-    def from_matrices(self, matrices: Factors, weight: Shape) -> Factors:
-        rank, (m, _, _, *k2) = matrices[0].shape[-1], weight
-        left, right = self.factor_shapes(weight, rank)
-        view = matrices[0].reshape(self.groups, m // self.groups, math.prod(k2), rank).permute(0, 1, 3, 2)
-        return view.reshape(left), matrices[1].reshape(right)
+    ahead: ClassVar[int] = 1
 
     def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
         assert isinstance(op, ConvolutionOp)
         return _in_order(op, (op.on_axes([0]), 1), (op.on_axes(range(1, len(op.stride))), 0))
+
+
+@dataclass(frozen=True)
+class InputLayout(_KernelSplit):
+    """A 1×1 convolution to r channels, then k×k to all: the channel layout with its stages changed about.
+
+    Of a transposed convolution k×k to r channels, then 1×1. It serves layers with many more inputs than outputs, and
+    those whose inputs hold less than their outputs do.
+
+    Attributes:
+        groups: Groups of the convolution, each with r channels in between.
+    """
+
+    name: ClassVar[str] = "input"
+    ahead: ClassVar[int] = 0
+
+    def first_holds_inputs(self, op: Op) -> bool:
+        return isinstance(op, ConvOp)
+
+    def last_holds_outputs(self, op: Op) -> bool:
+        return isinstance(op, ConvTransposeOp)
+
+    def stages(self, op: Op, rank: int) -> tuple[tuple[Op, int], ...]:
+        assert isinstance(op, ConvolutionOp)
+        return _in_order(op, (op.pointwise, 1), (op, 0))
 
 
 def _in_order(op: ConvolutionOp, right: tuple[Op, int], left: tuple[Op, int]) -> tuple[tuple[Op, int], ...]:

@@ -7,7 +7,7 @@ from .fit import fit_plan
 from .locate import Located, NodeUse, Reader, locate, may_share
 from .make import make_plan, plan_by
 from .options import PlanChoices, PlanOptions, chosen
-from .overrides import Override
+from .overrides import Override, override_of
 from .plan import Plan, PlannedSite, checked_plan
 from .ranks import Cost, Curve, Energy, Fixed, Metric, RankPolicy, Ratio, StableRank, checked_policy, ranks_by_policy
 from .roles import Role
@@ -47,6 +47,7 @@ __all__ = [
     "locate",
     "make_plan",
     "may_share",
+    "override_of",
     "plan_by",
     "ranks_by_policy",
     "spectrum_of",

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 
@@ -169,6 +169,26 @@ class Plan:
         if unknown:
             raise PlanError(f"the plan has no site {sorted(unknown)[0]!r} to give a rank to")
         rows = [_at(row, ranks.get(row.site.name, row.rank)) for row in self.sites]
+        return replace(self, sites=checked_rows(rows))
+
+    def with_layouts(self, layouts: Mapping[str, Layout]) -> Plan:
+        """The same plan with other layouts for some sites, which keep their rank as far as the layout has it.
+
+        Args:
+            layouts: The new layouts by site name.
+
+        Returns:
+            The new plan; this one stays as it is.
+
+        Raises:
+            PlanError: For a layout that does not serve its site.
+        """
+        rows = [
+            replace(_at(row, min(row.rank, layout.max_rank(row.site.shape))), layout=layout)
+            if (layout := layouts.get(row.site.name, row.layout)) != row.layout
+            else row
+            for row in self.sites
+        ]
         return replace(self, sites=checked_rows(rows))
 
     def to_json(self) -> str:

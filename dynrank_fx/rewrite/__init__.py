@@ -5,7 +5,7 @@ from .groups import SiteGroup, site_groups
 from .inline import holds_captured, inline, inline_
 from .loading import LOADED
 from .memory_format import in_format_of
-from .meta import GIVEN, a_twin, plan_of, set_plan, specialize_
+from .meta import GIVEN, a_twin, plan_of, set_layouts_, set_plan, specialize_
 from .pretrained import expect_factors_
 from .stack import stack_firsts_
 from .switched import STEM, Switched, copies_of, is_written, switched_modules
@@ -28,6 +28,7 @@ __all__ = [
     "inline_",
     "is_written",
     "plan_of",
+    "set_layouts_",
     "set_plan",
     "site_groups",
     "specialize_",

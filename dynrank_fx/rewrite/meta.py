@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ..errors import PlanError
+from ..layouts import Layout
 from ..phase import Phase
 from ..plan import Plan
 from ..processes import entries_of, started
@@ -47,6 +49,20 @@ def note_given(net: nn.Module) -> None:
 def set_plan(net: nn.Module, plan: Plan) -> None:
     """Note the plan in the net's ``meta``, which survives ``deepcopy``."""
     note(net, dynrank=plan)
+
+
+def set_layouts_(net: nn.Module, layouts: Mapping[str, Layout]) -> None:
+    """Give sites in FULL other layouts of as many factors."""
+    plan = plan_of(net).with_layouts(layouts)
+    rows = {row.site.name: row for row in plan.sites}
+    for name, modules in switched_modules(net).items():
+        for module in modules if name in layouts else ():
+            assert module.phase == int(Phase.FULL)
+            assert module.layout.factor_names == layouts[name].factor_names
+            module.layout = layouts[name]
+            module.rank = rows[name].rank  # with which go the stages
+    set_plan(net, plan)
+    specialize_(net)
 
 
 def specialize_(root: nn.Module) -> None:

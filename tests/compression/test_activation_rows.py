@@ -15,7 +15,15 @@ from dynrank_fx.compression.activation_rows import (
     output_rows,
     outputs_along_rows,
 )
-from dynrank_fx.layouts import CONV_LAYOUTS, ChannelLayout, CPLayout, EinsumLayout, LinearLayout, TuckerLayout
+from dynrank_fx.layouts import (
+    CONV_LAYOUTS,
+    ChannelLayout,
+    CPLayout,
+    EinsumLayout,
+    InputLayout,
+    LinearLayout,
+    TuckerLayout,
+)
 from dynrank_fx.ops import ConvOp, ConvTransposeOp, EinsumOp, EmbeddingOp, LinearOp, MatmulOp, Op, View
 
 CONV = ConvOp((1, 1), (1, 1), (1, 1))
@@ -114,4 +122,8 @@ def test_only_where_the_last_factor_holds_whole_outputs_does_it_cut_them(layout:
         if layout in (TuckerLayout, CPLayout):
             assert not made.last_holds_outputs(op)  # their other factors are more than one
         else:
-            assert made.last_holds_outputs(op) == pointwise == (layout is ChannelLayout and op is CONV)
+            assert (
+                made.last_holds_outputs(op)
+                == pointwise
+                == ((layout, op) in ((ChannelLayout, CONV), (InputLayout, TRANSPOSED)))
+            )

@@ -138,6 +138,13 @@ def each_centred(ys: tuple[Tensor, Tensor]) -> list[tuple[Tensor, bool]]:
     return [(torch.cat([(y - y.mean((0, 1))).reshape(-1, y.shape[-1]) for y in ys]), False)]
 
 
+def tiles(y: Tensor) -> list[tuple[Tensor, bool]]:
+    """Of a transposed convolution whose stride is its kernel of 2x2: what comes of every place of the input."""
+    n, m, height, width = y.shape
+    rows = y.reshape(n, m, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return [(rows.reshape(-1, 4 * m), False)]
+
+
 def channels(groups: int) -> Callable[[Tensor], list[tuple[Tensor, bool]]]:
     return lambda y: [(part.movedim(1, -1).reshape(-1, part.shape[1]), True) for part in y.chunk(groups, 1)]
 
@@ -149,6 +156,10 @@ CASES = {
     "convolution": Case(lambda: nn.Conv2d(4, 10, 3, stride=2, padding=1), images, channels(1)),
     "convolution without a bias": Case(lambda: nn.Conv2d(4, 10, 3, bias=False), images, channels(1)),
     "groups": Case(lambda: nn.Conv2d(4, 16, 3, groups=2), images, channels(2)),
+    "transposed, outputs": Case(
+        lambda: nn.ConvTranspose2d(4, 10, 3), images, channels(1), (("conv_layout", dr.InputLayout),)
+    ),
+    "transposed, inputs": Case(lambda: nn.ConvTranspose2d(4, 10, 2, stride=2, bias=False), images, tiles),
     "used twice": Case(Twice, vectors, pooled),
     "two biases": Case(TwoBiases, vectors, each_centred),
     "product, few outputs": Case(lambda: Product(8), vectors, raw),
@@ -197,6 +208,29 @@ def test_the_cut_is_the_best_of_its_rank(name: str) -> None:
     assert least > 1e-3 * float(sum(y.square().sum() for y, _ in case.outputs(wanted)))
     assert error == pytest.approx(least, rel=1e-6)
     assert error < other
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_inputs_of_a_convolution_are_cut_for_every_place_of_the_kernel(groups: int) -> None:
+    """Σ ‖(M − M') x‖², over all x and the matrices M of the places of the kernel, is the tail of what they give."""
+    torch.manual_seed(0)
+    model, (x,) = nn.Conv2d(8, 6, 3, padding=1, groups=groups).double(), (torch.randn(20, 8, 5, 5).double(),)
+    x = torch.einsum("nchw,cd->ndhw", x, torch.randn(8, 8).double()) + 1
+    net = dr.transform(model, (x,), rank=Fixed(2), conv_layout=dr.InputLayout, allow_unprofitable=True)
+    small = dr.truncate(net, dr.calibrate(net, [(x[:7],), (x[7:],)], shrink=0.0))
+    first, last = (part for part in small.modules() if isinstance(part, nn.Conv2d))
+    assert [layer.kernel_size for layer in (first, last)] == [(1, 1), (3, 3)]
+    torch.testing.assert_close(last.bias, model.bias)
+    found = torch.stack(
+        [
+            torch.einsum("mrhw,rn->mnhw", left, right[..., 0, 0])
+            for left, right in zip(last.weight.chunk(groups), first.weight.chunk(groups), strict=True)
+        ]
+    ).flatten(0, 1)
+    for W, other, part in zip(model.weight.chunk(groups), found.chunk(groups), x.chunk(groups, 1), strict=True):
+        rows = part.movedim(1, -1).flatten(0, -2)
+        given, changed = (torch.einsum("an,mnhw->amhw", rows, each).flatten(1).detach() for each in (W, W - other))
+        assert float(changed.square().sum()) == pytest.approx(float(torch.linalg.svdvals(given)[2:].square().sum()))
 
 
 def test_experts_are_told_apart() -> None:

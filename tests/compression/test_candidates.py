@@ -51,7 +51,7 @@ def test_a_sensitivity_is_what_the_outputs_lose_with_that_site_alone_cut() -> No
         with cut.get_submodule("3").register_forward_pre_hook(lambda module, args: inside.append(args[0])):
             moved = far(cut, perceptron())
     lost = float((torch.cat(inside) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
-    assert found["2.weight"] == pytest.approx(moved / lost, rel=0.02)
+    assert found["2.weight"] == pytest.approx(moved / lost, rel=0.05)  # which it measures on fewer examples
 
 
 def test_of_the_cuts_that_are_tried_the_nearest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +87,15 @@ def test_sites_that_are_not_faster_by_the_margin_stay_dense() -> None:
     for margin, dense in ((0.0, {"2.weight"}), (0.3, {"2.weight", "4.weight"}), (1.0, set(SITES))):
         ranks = tried.ranks(dr.Fixed(4), margin, {})
         assert {name for name, rank in ranks.items() if rank is None} == dense, margin
+
+
+def test_another_budget_is_cut_in_the_way_that_was_best() -> None:
+    tried = candidates()
+    tried.best(dr.Budget(params=0.4))
+    asked: list[Any] = []
+    ranks = Candidates.ranks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Candidates, "ranks", lambda self, *given: asked.append(given) or ranks(self, *given))
+        found = tried.like_best(dr.Budget(params=0.3))
+    assert len(asked) == 1, "nothing else is tried"
+    assert sum(p.numel() for p in found.module.parameters()) <= 0.3 * sum(p.numel() for p in perceptron().parameters())

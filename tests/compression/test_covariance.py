@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import dynrank_fx as dr
 from dynrank_fx.compression import covariance
-from dynrank_fx.compression.covariance import output_basis, projected
+from dynrank_fx.compression.covariance import Bases, Covariance, output_basis, projected
 
 
 def data(m: int, n: int, count: int = 300, groups: int = 2) -> tuple[Tensor, Tensor]:
@@ -104,3 +106,24 @@ def test_what_was_seen_too_rarely_is_named() -> None:
     net = dr.transform(nn.Linear(12, 8), (torch.randn(2, 12),), rank=dr.Fixed(2))
     assert dr.calibrate(net, [(torch.randn(7, 12),)]).scarce == ["weight"]
     assert dr.calibrate(net, [(torch.randn(8, 12),)]).scarce == []
+
+
+def test_bases_are_found_once_for_a_weight_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew for another weight, or another share of its own spectrum."""
+    model, x = nn.Linear(12, 8), torch.randn(40, 12)
+    net = dr.transform(model, (x,), rank=dr.Fixed(3))
+    known = dr.calibrate(net, [(x,)])
+    W, found = model.weight.detach(), []
+    basis = Covariance.basis
+
+    def counted(*given: Any) -> tuple[Tensor, Tensor]:
+        found.append(given)
+        return basis(*given)
+
+    monkeypatch.setattr(Covariance, "basis", counted)
+    for room, once in ((2**20, True), (0, False)):
+        found.clear()
+        kept = replace(known, bases=Bases(room))
+        for weight in (W, W, 2 * W):
+            torch.testing.assert_close(kept.spectrum("weight", weight), known.spectrum("weight", weight))
+        assert len(found) == (5 if once else 6)

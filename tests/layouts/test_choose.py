@@ -12,7 +12,7 @@ from dynrank_fx.ops import EinsumOp, LinearOp
 
 # What Tucker and CP do not serve: groups, transposed convolutions, and for CP other numbers of axes than two.
 PLAIN = {"conv1d", "conv1d unbatched", "conv2d", "conv2d 1x1", "conv2d same", "conv2d reflected", "conv3d"}
-CHOSEN = {"channel": set(CONVS | TRANSPOSED), "spatial": set(CONVS | TRANSPOSED), "tucker": PLAIN}
+CHOSEN = {name: set(CONVS | TRANSPOSED) for name in ("channel", "input", "spatial")} | {"tucker": PLAIN}
 CHOSEN["cp"] = {name for name in PLAIN if name.startswith("conv2d")}
 
 
@@ -48,7 +48,8 @@ def test_every_layout_has_a_name_of_its_own() -> None:
 
 def test_an_unknown_layout_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        dr.PlanError, match="no layout 'tensor train'; choose one of linear, einsum, channel, spatial, tucker, cp"
+        dr.PlanError,
+        match="no layout 'tensor train'; choose one of linear, einsum, channel, input, spatial, tucker, cp",
     ):
         layout_named("tensor train", LinearOp())
 

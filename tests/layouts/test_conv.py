@@ -1,25 +1,29 @@
-"""The channel and the spatial layout: which stages they make of a convolution, and of which matrix they are the cut."""
+"""The channel, the input and the spatial layout: their stages, and of which matrix they are the cut."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import CONVS, TRANSPOSED, OpCase, float64
 
-from dynrank_fx.layouts import ChannelLayout, SpatialLayout
+from dynrank_fx.layouts import ChannelLayout, InputLayout, SpatialLayout
 from dynrank_fx.ops import LinearOp
 
+Kind: TypeAlias = type[ChannelLayout | InputLayout | SpatialLayout]
 BOTH = CONVS | TRANSPOSED
 by_case = pytest.mark.parametrize("case", BOTH.values(), ids=BOTH)
-by_layout = pytest.mark.parametrize("layout", [ChannelLayout, SpatialLayout], ids=lambda layout: layout.name)
+by_layout = pytest.mark.parametrize(
+    "layout", [ChannelLayout, InputLayout, SpatialLayout], ids=lambda layout: layout.name
+)
 
 
 @by_layout
 @by_case
-def test_with_groups_every_stage_is_grouped(case: OpCase, layout: type[ChannelLayout | SpatialLayout]) -> None:
+def test_with_groups_every_stage_is_grouped(case: OpCase, layout: Kind) -> None:
     """A dense second stage would mix the groups."""
     stages = layout.for_op(case.op).stages(case.op, 2)
     assert {stage.groups for stage, _ in stages} == {case.op.groups}  # type: ignore[attr-defined]
@@ -27,9 +31,7 @@ def test_with_groups_every_stage_is_grouped(case: OpCase, layout: type[ChannelLa
 
 @by_layout
 @by_case
-def test_only_convolutions_in_as_many_groups_are_served(
-    case: OpCase, layout: type[ChannelLayout | SpatialLayout]
-) -> None:
+def test_only_convolutions_in_as_many_groups_are_served(case: OpCase, layout: Kind) -> None:
     for other in BOTH.values():
         assert layout.for_op(case.op).serves(other.op) == (other.op.groups == case.op.groups)
     assert not layout.for_op(case.op).serves(LinearOp())
@@ -43,6 +45,17 @@ def test_of_the_channel_layout_one_stage_is_the_op_and_the_other_pointwise(case:
     assert stages == (expected[::-1] if case.op.spreads else expected)
     assert ChannelLayout.for_op(case.op).last_holds_outputs(case.op) is not case.op.spreads
     assert not SpatialLayout.for_op(case.op).last_holds_outputs(case.op)
+
+
+@by_case
+def test_the_input_layout_is_the_channel_one_with_its_stages_changed_about(case: OpCase) -> None:
+    stages = InputLayout.for_op(case.op).stages(case.op, 2)
+    expected = ((case.op.pointwise, 1), (case.op, 0))
+    assert stages == (expected[::-1] if case.op.spreads else expected)
+    for one, other in ((ChannelLayout, InputLayout), (InputLayout, ChannelLayout)):
+        holds_outputs = one.for_op(case.op).last_holds_outputs(case.op)
+        assert holds_outputs is not one.for_op(case.op).first_holds_inputs(case.op)
+        assert holds_outputs is other.for_op(case.op).first_holds_inputs(case.op)
 
 
 def strides(stages: tuple[tuple[object, int], ...]) -> list[tuple[int, ...]]:
@@ -64,6 +77,14 @@ def test_the_spectrum_of_the_channel_layout_is_that_of_outputs_by_all_else_in_ea
 
 
 @by_case
+def test_the_spectrum_of_the_input_layout_is_that_of_inputs_by_all_else_in_each_group(case: OpCase) -> None:
+    W, g = float64(case.weight), case.op.groups
+    s = torch.linalg.svdvals(InputLayout(g).to_matrix(W))
+    for mine, group in zip(s, W.chunk(g), strict=True):
+        torch.testing.assert_close(mine, torch.linalg.svdvals(group.transpose(0, 1).flatten(1)))
+
+
+@by_case
 def test_the_spectrum_of_the_spatial_layout_is_that_of_its_first_axis_by_the_others_in_each_group(
     case: OpCase,
 ) -> None:
@@ -78,6 +99,8 @@ def test_the_spectrum_of_the_spatial_layout_is_that_of_its_first_axis_by_the_oth
 
 def test_the_shapes_of_the_table() -> None:
     assert ChannelLayout(2).matrix_shape((12, 4, 3, 5)) == (6, 60)
+    assert InputLayout(2).matrix_shape((12, 4, 3, 5)) == (90, 4)
+    assert InputLayout().factor_shapes((12, 4, 3, 5), 7) == ((12, 7, 3, 5), (7, 4, 1, 1))
     assert SpatialLayout(2).matrix_shape((12, 4, 3, 5)) == (30, 12)
     assert SpatialLayout().matrix_shape((6, 4, 3, 2, 5)) == (60, 12)
     assert ChannelLayout().factor_shapes((12, 4, 3, 5), 7) == ((12, 7, 1, 1), (7, 4, 3, 5))

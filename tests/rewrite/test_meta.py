@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.rewrite import a_twin, set_plan, specialize_
+from dynrank_fx.rewrite import a_twin, set_layouts_, set_plan, specialize_
 
 
 def test_what_was_not_factored_has_no_plan_and_no_inside():
@@ -65,3 +65,16 @@ def test_a_twin_shares_the_values_and_changes_phase_by_itself():
     assert torch.equal(net.eval()(torch.ones(3, 8)), expected)
     with pytest.raises(dr.PlanError, match=r"^Linear cannot be truncated: it was not made by transform or factorize$"):
         a_twin(nn.Linear(2, 2))
+
+
+def test_sites_in_full_take_another_layout_and_compute_what_they_did() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), torch.randn(2, 8, 7, 7)
+    net = dr.transform(model, (x,), rank=dr.Fixed(8), allow_unprofitable=True)
+    set_layouts_(net, {"1.weight": dr.InputLayout()})
+    assert [row.layout.name for row in dr.plan_of(net).sites] == ["channel", "input"]
+    assert torch.equal(net(x), model(x))
+    dr.enter_(net, dr.Phase.LOW)
+    assert tuple(net.get_submodule("1").right.shape) == (8, 8, 1, 1)
+    torch.testing.assert_close(net(x), model(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(dr.truncate(net)(x), net(x))
