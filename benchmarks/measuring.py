@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "samples"))
 import chars
 import digits
 import gpt  # noqa: F401  (others take it from here)
+import pitch  # noqa: F401  (the same)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

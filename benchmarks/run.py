@@ -25,6 +25,7 @@ from benchmarks.memory import memory
 from benchmarks.neighbours import neighbours
 from benchmarks.onnx_files import onnx
 from benchmarks.peak import peak
+from benchmarks.pitch import pitch
 from benchmarks.result import Result, Table, load_all, measured_here, save
 from benchmarks.scale import scale
 from benchmarks.several import several
@@ -95,6 +96,7 @@ BENCHMARKS = (
         finetune,
     ),
     Benchmark("rivals", "The same trained network given to other compression tools, which must be installed.", rivals),
+    Benchmark("pitch", "A published pitch tracker cut by the command, beside its authors' narrower one.", pitch),
     Benchmark("neighbours", "Training, the change of shapes and the result beside LoRA and pruning.", neighbours),
 )
 

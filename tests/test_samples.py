@@ -103,3 +103,20 @@ def test_the_digits_are_split_once() -> None:
     assert (len(train), len(test)) == (1437, 360)
     rows = torch.cat([train, test]).flatten(1)
     assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_a_tone_repeats_after_one_period_of_its_pitch() -> None:
+    """And its pitch is right within 50 cents, and no further."""
+    pitch = load_model_file(SAMPLES / "pitch.py").module
+    frames, cents = pitch.tones(64, seed=3)
+    assert frames.shape == (64, 1024)
+    periods = 16_000 / (10 * 2 ** (cents / 1200))
+    alike = []
+    for frame, period in zip(frames, periods.tolist(), strict=True):
+        whole = [round(turns * period) for turns in (1, 2)]
+        alike.append(max(float(torch.corrcoef(torch.stack([frame[n:], frame[:-n]]))[0, 1]) for n in whole))
+    assert float(torch.tensor(alike).median()) > 0.6
+    for off, score in ((0, 1.0), (40, 1.0), (60, 0.0), (-60, 0.0)):
+        places = (cents + off - 1997.3794084376191) / 20
+        output = torch.exp(-((torch.arange(360) - places[:, None]) ** 2) / 2)
+        assert float(pitch.metric(output, (frames, cents))) == score

@@ -46,6 +46,26 @@ def output_basis(W: Tensor, covariance: Tensor, shrink: float, *, of_inputs: boo
     return _left_basis(W @ Q.mul_(values.clamp_min(0).sqrt()[..., None, :]))
 
 
+@torch.no_grad()
+def output_energies(W: Tensor, covariance: Tensor, *, of_inputs: bool) -> Tensor:
+    """√λ [g, k] of ``output_basis`` without a share of W Wᵀ; without V, which costs most of the time.
+
+    Of inputs, with m > n: the λ of C = W E[x xᵀ] Wᵀ are those of E^½ Wᵀ W E^½ [g, n, n].
+    """
+    m, n = W.shape[-2:]
+    if of_inputs and min(m, n) <= _DIRECT:
+        return output_basis(W, covariance, 0.0, of_inputs=True)[1]
+    W, C = W.double(), covariance.double()
+    if of_inputs and m <= n:
+        C = W @ C @ W.mT
+    elif of_inputs:
+        values, Q = torch.linalg.eigh(C)
+        half = Q * values.clamp_min(0).sqrt()[..., None, :]
+        C = half.mT @ (W.mT @ W) @ half
+    found: Tensor = torch.linalg.eigvalsh(C).flip(-1).clamp_min(0).sqrt()
+    return found
+
+
 def _per_energy(W: Tensor, shrink: float, energy: Tensor) -> Tensor:
     """s [g, 1], with which s W Wᵀ has ``shrink`` times this trace [g]."""
     scale = shrink * energy.clamp_min(0) / W.square().sum((-2, -1)).clamp_min(torch.finfo(W.dtype).tiny)
@@ -183,7 +203,8 @@ class Calibration:
         seen = self.covariances.get(sites[0])
         if seen is None:
             return None
-        V = self._basis(seen, weight, self.shrink)[0][..., :rank]
+        found = seen.basis(weight, self.shrink) if self.bases is None else self.bases.of(seen, weight, self.shrink)
+        V = found[0][..., :rank]
         left, right = projected(seen.oriented(weight), V)
         matrices = (left, right) if seen.rows else (right.mT, left.mT)
         return seen.layout.from_matrices(matrices, tuple(weight.shape))
@@ -209,8 +230,5 @@ class Calibration:
         seen = self.covariances.get(site)
         if seen is None:
             return None
-        values = self._basis(seen, weight, 0.0)[1]
+        values = output_energies(seen.oriented(weight), seen.matrix, of_inputs=seen.of_inputs)
         return values[..., : min(seen.layout.matrix_shape(tuple(weight.shape)))].cpu()
-
-    def _basis(self, seen: Covariance, weight: Tensor, shrink: float | None) -> tuple[Tensor, Tensor]:
-        return seen.basis(weight, shrink) if self.bases is None else self.bases.of(seen, weight, shrink)

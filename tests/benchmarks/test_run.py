@@ -37,6 +37,7 @@ NAMES = [
     "narrower",
     "finetune",
     "rivals",
+    "pitch",
     "neighbours",
 ]
 LONG = ("peak", "several", "sites", "stacked", "stack-steps")  # for make fuzz
