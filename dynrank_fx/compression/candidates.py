@@ -70,7 +70,6 @@ class Candidates:
     processes: Processes = ALONE
     _measured: dict[tuple[str, int], float] = field(default_factory=dict)
     _spectra: dict[str, Tensor | None] = field(default_factory=dict)
-    _won: tuple[bool, Mapping[str, float]] | None = None
 
     def best(self, policy: RankPolicy, margin: float | None = None) -> Candidate:
         """The cut by a policy. margin: see ``rank_units``; None where a site need not be faster than dense."""
@@ -89,7 +88,6 @@ class Candidates:
             far = self._distance(candidate)
             if nearest is None or far < least:
                 least, nearest = far, candidate
-                self._won = budget.even, weights
             share = _params(candidate.module) / max(_params(self.dense), 1)
             off = f"outputs {far:.3g} off (best so far {least:.3g})"
             self.tell(f"candidate {len(tried)}: {share:.1%} of the parameters, {off}")
@@ -100,13 +98,6 @@ class Candidates:
         assert nearest is not None
         attempt(policy, self.sensitivities({cut.site: cut.rank for cut in nearest.cuts}))
         return nearest
-
-    def like_best(self, budget: Budget, margin: float | None = None) -> Candidate:
-        """The cut to another budget in the way that was best of those tried last, without another comparison."""
-        if self._won is None:
-            return self.best(budget, margin)
-        even, weights = self._won
-        return self.cut(self.ranks(replace(budget, even=even), margin, weights))
 
     def ranks(self, policy: RankPolicy, margin: float | None, weights: Mapping[str, float]) -> Ranks:
         """What the policy says. weights: see ``sensitivities``."""

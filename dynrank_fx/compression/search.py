@@ -127,15 +127,13 @@ class Search:
         return replace(best, notes=(*best.notes, missed))
 
     def _least_within(self, drop: float, margin: float | None) -> Candidate:
-        """The cut of fewest parameters whose metric has fallen by at most so much, by bisection of the budget. Which
-        way to divide a budget is best is found out in the middle, where there is something to lose.
-        """
+        """The cut of fewest parameters whose metric has fallen by at most so much, by bisection of the budget."""
         low, high = 0.0, 1.0
         best = self._recovered(self.candidates.cut(self.candidates.ranks(Budget(params=1.0), margin, {})))
         for _ in range(_BISECTIONS):
             share = (low + high) / 2
             try:
-                tried = self._recovered(self.candidates.like_best(Budget(params=share), margin))
+                tried = self.cut(Budget(params=share), margin)
             except PlanError:  # rank 1 everywhere is still larger
                 low = share
                 continue

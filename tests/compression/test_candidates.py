@@ -87,15 +87,3 @@ def test_sites_that_are_not_faster_by_the_margin_stay_dense() -> None:
     for margin, dense in ((0.0, {"2.weight"}), (0.3, {"2.weight", "4.weight"}), (1.0, set(SITES))):
         ranks = tried.ranks(dr.Fixed(4), margin, {})
         assert {name for name, rank in ranks.items() if rank is None} == dense, margin
-
-
-def test_another_budget_is_cut_in_the_way_that_was_best() -> None:
-    tried = candidates()
-    tried.best(dr.Budget(params=0.4))
-    asked: list[Any] = []
-    ranks = Candidates.ranks
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Candidates, "ranks", lambda self, *given: asked.append(given) or ranks(self, *given))
-        found = tried.like_best(dr.Budget(params=0.3))
-    assert len(asked) == 1, "nothing else is tried"
-    assert sum(p.numel() for p in found.module.parameters()) <= 0.3 * sum(p.numel() for p in perceptron().parameters())
