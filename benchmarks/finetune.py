@@ -74,8 +74,8 @@ def english() -> tuple[Tensor, Tensor]:
 
 
 _model = partial(chars.CharTransformer, layers=2)
-OLD = Text("Python", _model, lambda _: HEADS, python, CONTEXT, WINDOWS, BEFORE, 4e-3)
-NEW = Text("English", _model, lambda _: HEADS, english, CONTEXT, WINDOWS, STEPS, 2e-3)
+OLD = Text("Python", _model, lambda _: HEADS, python, CONTEXT, WINDOWS, 4e-3)
+NEW = Text("English", _model, lambda _: HEADS, english, CONTEXT, WINDOWS, 2e-3)
 
 FULL, LORA = "full fine-tuning", "LoRA, merged"
 NARROW, SCRATCH = "narrower dense, on both texts", "narrower dense, on English alone"

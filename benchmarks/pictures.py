@@ -67,7 +67,9 @@ def _best(rows: Iterable[dict[str, Any]], way: str, seed: int) -> float:
 def _cut(axes: Axes) -> None:
     """What a dense-trained network keeps of its accuracy when `compress` cuts it."""
     table = load(HERE / "results/cutting.json").table
-    rows = [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
+    rows: list[dict[str, Any]] = [
+        dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows
+    ]
     names = {
         "digits-conv": "digits, convolutions",
         "digits-vit": "digits, transformer",
@@ -95,8 +97,9 @@ def _cut(axes: Axes) -> None:
 def _step_times(axes: Axes) -> None:
     """Time of a LOW step over a FULL one beside the same ratio of FLOPs."""
     table = load(HERE / "results/layers.json").table
-    for index, model in enumerate(dict.fromkeys(row[0] for row in table.rows)):
-        mine = [row for row in table.rows if row[0] == model]
+    rows: list[Sequence[Any]] = list(table.rows)
+    for index, model in enumerate(dict.fromkeys(row[0] for row in rows)):
+        mine = [row for row in rows if row[0] == model]
         axes.plot(
             [row[5] for row in mine], [row[4] for row in mine], "-o", color=f"C{index}", markersize=4, label=model
         )

@@ -25,7 +25,7 @@ from benchmarks.memory import memory
 from benchmarks.neighbours import neighbours
 from benchmarks.onnx_files import onnx
 from benchmarks.peak import peak
-from benchmarks.pitch import pitch
+from benchmarks.pitch_tracker import pitch
 from benchmarks.result import Result, Table, load_all, measured_here, save
 from benchmarks.scale import scale
 from benchmarks.several import several

@@ -18,6 +18,10 @@ from ..processes import Processes, as_first_, check_same, in_group, whole_weight
 from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs, unwrap
 from .batches import call, checked_batches
 
+Statistics: TypeAlias = tuple[Tensor, Tensor]
+"""Mean and variance of what reaches a batch norm, [channels] each."""
+
+_SILENT = 1e-3
 _MEAN, _VARIANCE, _TRAINING, _MOMENTUM = 3, 4, 5, 6  # the places of these arguments in aten.batch_norm
 
 
@@ -28,7 +32,7 @@ class ModuleNorm:
     module: _BatchNorm
 
     @property
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> Statistics:
         """Running mean and variance, [channels] each."""
         mean, variance = self.module.running_mean, self.module.running_var
         assert mean is not None
@@ -49,7 +53,7 @@ class NodeNorm:
     node: fx.Node
 
     @property
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> Statistics:
         """As of ``ModuleNorm``."""
         mean, variance = (attrgetter(str(self.node.args[i].target))(self.owner) for i in (_MEAN, _VARIANCE))  # type: ignore[union-attr]
         return mean, variance
@@ -115,11 +119,13 @@ def recalibrate_(
     like: nn.Module | None = None,
     group: ProcessGroup | None = None,
 ) -> int:
-    """Give the batch norms of a truncated module the means and variances that its inputs now have over the batches.
+    """Give the batch norms of a truncated module the means and variances that its inputs now have.
 
-    Their statistics were those of the dense model's outputs, of which a cut takes some variance away. A batch counts
-    by its rows; one of a single row, which has no variance, is passed over where there are others. Everything else
-    stays in evaluation mode.
+    Their statistics were those of the dense model's outputs, of which a cut takes some variance away. With ``like``
+    they move by what the cut changes over the batches: the mean by the difference, the variance by the ratio. What
+    they have from training stays in them, where the batches are few or of another kind. Without it they become those of
+    the batches. A batch counts by its rows; one of a single row, which has no variance, is passed over where there are
+    others. Everything else stays in evaluation mode.
 
     Args:
         module: The truncated module.
@@ -143,36 +149,57 @@ def recalibrate_(
     check_same(processes, given, CalibrationError)
     as_first_(processes, root.buffers())
     called = module if processes.count == 1 else root  # not by way of DDP, which would wait for the others
-    return recalibrated_(called, checked_batches(batches, processes=processes), like, processes)
+    data = checked_batches(batches, processes=processes)
+    return recalibrated_(called, data, None if like is None else observed(like, data, processes), processes)
 
 
 @torch.no_grad()
 def recalibrated_(
-    module: nn.Module, data: Sequence[ExampleInputs], like: nn.Module | None, processes: Processes
+    module: nn.Module, data: Sequence[ExampleInputs], dense: Sequence[Statistics] | None, processes: Processes
 ) -> int:
-    """As ``recalibrate_``, of arguments that were checked."""
+    """As ``recalibrate_``, of arguments that were checked. dense: what was ``observed`` of the module before the cut;
+    it counts where that has as many batch norms.
+    """
+    norms = norms_of(unwrap(module))
+    now = observed(module, data, processes) if norms else []
+    before = now if dense is None or len(dense) != len(norms) else dense
+    given = 0
+    for norm, (mean, variance), (old_mean, old_variance) in zip(norms, now, before, strict=True):
+        own_mean, own_variance = norm.statistics
+        if before is now:
+            own_mean.copy_(mean)
+            own_variance.copy_(variance)
+        elif _alike(mean, old_mean) and _alike(variance, old_variance):
+            continue
+        else:
+            own_mean.add_(mean - old_mean)
+            silent = _SILENT * own_variance  # what hardly varies over the batches says little of by how much
+            own_variance.mul_((variance + silent) / (old_variance + silent).clamp_min(torch.finfo(silent.dtype).tiny))
+        given += 1
+    return given
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5)
+
+
+@torch.no_grad()
+def observed(module: nn.Module, data: Sequence[ExampleInputs], processes: Processes) -> list[Statistics]:
+    """Mean and variance over the batches, of all processes, of what reaches each batch norm; the module stays."""
     rows = [batch_size(split_inputs(batch)) or 1 for batch in data]
     most = max(processes.gathered(max(rows, default=0)))
     used = [(number, batch) for number, batch in enumerate(data) if rows[number] > 1 or most == 1]
     norms = norms_of(unwrap(module))
-    if like is not None and norms:
-        before = like
-        having = processes.gathered(bool(used)).index(True)
-        moved = processes.from_one(having, lambda: _moved(module, norms, before, used[0]), CalibrationError, "a look")
-        norms = [norm for norm, has in zip(norms, moved, strict=True) if has]
-    if not norms:
-        return 0
     statistics = [each for norm in norms for each in norm.statistics]
     kept = [each.clone() for each in statistics]
     try:
         with processes.all_or_none(CalibrationError, "recalibrate_"):
             seen = _observe_all(module, used, norms, [rows[number] for number, _ in used])
         _average_(statistics, seen, processes)
-    except BaseException:
+        return [(mean.clone(), variance.clone()) for mean, variance in (norm.statistics for norm in norms)]
+    finally:
         for each, value in zip(statistics, kept, strict=True):
             each.copy_(value)
-        raise
-    return len(norms)
 
 
 def _observe_all(
@@ -201,21 +228,6 @@ def _average_(statistics: Sequence[Tensor], rows: int, processes: Processes) -> 
     processes.sum_([total, *sums])
     for each, summed in zip(statistics, sums, strict=True):
         each.copy_(summed / float(total))
-
-
-def _moved(module: nn.Module, norms: list[Norm], like: nn.Module, first: tuple[int, ExampleInputs]) -> list[bool]:
-    """Whether the input of each batch norm is another one than in the module before the cut, on one batch."""
-    before = norms_of(like)
-    if len(before) != len(norms):
-        return [True] * len(norms)
-    number, batch = first
-    seen = []
-    for part, some in ((module, norms), (like, before)):
-        with same_buffers(part), batch_statistics(some) as weigh:
-            weigh(1.0)
-            _observed(part, batch, number)
-            seen.append([torch.cat([value.double() for value in norm.statistics]) for norm in some])
-    return [not torch.allclose(now, then, rtol=1e-5) for now, then in zip(*seen, strict=True)]
 
 
 def _observed(module: nn.Module, batch: ExampleInputs, number: int) -> None:

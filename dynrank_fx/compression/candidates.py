@@ -24,7 +24,7 @@ from ..processes import ALONE, Processes
 from ..rewrite import a_twin, inline_, plan_of
 from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs
 from .batches import call, dealt
-from .batchnorms import recalibrated_
+from .batchnorms import Statistics, observed, recalibrated_
 from .covariance import Calibration
 from .recover import distance
 from .targets import Targets, by_batch
@@ -70,6 +70,7 @@ class Candidates:
     processes: Processes = ALONE
     _measured: dict[tuple[str, int], float] = field(default_factory=dict)
     _spectra: dict[str, Tensor | None] = field(default_factory=dict)
+    _observed: list[Statistics] | None = None
 
     def best(self, policy: RankPolicy, margin: float | None = None) -> Candidate:
         """The cut by a policy. margin: see ``rank_units``; None where a site need not be faster than dense."""
@@ -164,8 +165,14 @@ class Candidates:
         with self.processes.all_or_none(CalibrationError, "a cut"):
             module = inline_(twin, layers=True)
         if data is not None and any(cut.loses for cut in cuts):
-            recalibrated_(module, data, self.dense, self.processes)
+            recalibrated_(module, data, self._dense_statistics(data), self.processes)
         return Candidate(module, tuple(cuts))
+
+    def _dense_statistics(self, data: Sequence[ExampleInputs]) -> list[Statistics]:
+        """What reaches the dense model's batch norms, which every cut is compared with."""
+        if self._observed is None:
+            self._observed = observed(self.dense, data, self.processes)
+        return self._observed
 
     def _moved(self, unit: RankUnit, rank: int) -> float:
         """How far the outputs move when these sites alone are cut to a rank."""

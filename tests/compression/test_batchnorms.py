@@ -71,6 +71,32 @@ def test_batch_norms_that_no_cut_feeds_keep_their_statistics(how: dr.Capture) ->
     assert not torch.equal(before["second.running_mean"], after["second.running_mean"])
 
 
+def test_statistics_move_by_what_the_cut_changes_and_keep_what_they_have_from_training() -> None:
+    """One batch, so that what reaches the second norm is what the layers compute of the first one's outputs."""
+    dense, small = cut_between(dr.Capture.SYMBOLIC)
+    x = 3 + 2 * torch.randn(64, 12)
+    mean, variance = (small.get_buffer(f"second.running_{what}").clone() for what in ("mean", "var"))
+    recalibrate_(small, [(x,)], like=dense)
+    with torch.no_grad():
+        dense.get_submodule("first").train()
+        inputs = dense.get_submodule("first")(x)
+        then = nn.functional.linear(inputs, dense.get_parameter("layer.weight"), dense.get_parameter("layer.bias"))
+        now = small.get_submodule("layer.left")(small.get_submodule("layer.right")(inputs))
+    torch.testing.assert_close(small.get_buffer("second.running_mean"), mean + now.mean(0) - then.mean(0))
+    ratio = (now.var(0) + 1e-3 * variance) / (then.var(0) + 1e-3 * variance)
+    torch.testing.assert_close(small.get_buffer("second.running_var"), variance * ratio)
+
+
+def test_a_channel_that_is_silent_over_the_batches_keeps_its_variance() -> None:
+    dense, small = cut_between(dr.Capture.SYMBOLIC)
+    before = small.get_buffer("second.running_var").clone()
+    with torch.no_grad():
+        for model in (dense, small):
+            model.get_parameter("first.weight").zero_()  # so that no input changes anything
+    recalibrate_(small, [(torch.randn(64, 12),)], like=dense)
+    torch.testing.assert_close(small.get_buffer("second.running_var"), before)
+
+
 def test_batches_count_by_their_rows_and_a_single_row_not_at_all() -> None:
     _, small = cut_between(dr.Capture.SYMBOLIC)
     data = [(torch.randn(30, 12),), (5 + torch.randn(10, 12),), (torch.full((1, 12), 1e3),)]
