@@ -86,6 +86,18 @@ def _cut(axes: Axes) -> None:
                 markersize=4,
                 label=f"{name}{', + 100 steps' if way != 'budget' else ''}",
             )
+    table = load(HERE / "results/pitch.json").table
+    points: list[Sequence[Any]] = [
+        row for row in table.rows if "narrower" not in str(row[0]) and "recovery" not in str(row[0])
+    ]
+    axes.plot(
+        [row[3] for row in points],
+        [row[1] - points[0][1] for row in points],
+        "--o",
+        color="C3",
+        markersize=4,
+        label="published pitch tracker, convolutions",
+    )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("parameters after the cut, of the dense model")
     axes.set_ylabel("accuracy lost, points")
