@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dynrank_fx.errors import DynrankError, DynrankWarning
-from dynrank_fx.text import json_text
+from dynrank_fx.text import counted, json_text
 
 from .options import (
     Option,
@@ -89,16 +89,22 @@ def export(
     )
     if not as_json:
         echo(str(report))
+        if final.left_dense:
+            layers = counted(len(final.left_dense), "layer")
+            echo(f"{layers} left dense, slower in factors: {', '.join(final.left_dense)}")
     beside = None if no_timing else _beside_dense(report, final, arguments["precision"], options["provider"])
     if as_json:
-        echo(json_text({**report.to_json(), "beside_dense": None if beside is None else beside.to_json()}))
+        dense = {"beside_dense": None if beside is None else beside.to_json(), "left_dense": final.left_dense}
+        echo(json_text({**report.to_json(), **dense}))
     elif beside is not None:
         echo(str(beside))
     if beside is not None and beside.slower:
+        named = "" if model_file is None else f"--model {model_file} "
         warnings.warn(
             f"{out} is slower than with dense weights: "
             + ("" if never_slower else "--never-slower leaves dense each layer that is, and ")
-            + f"`dynrank-fx compress {source} --budget latency=0.9` times whole models",
+            + f"`dynrank-fx compress {source} {named}--budget latency=0.9 -o {out}` looks for a cut "
+            "that is faster as a whole",
             DynrankWarning,
             stacklevel=1,
         )

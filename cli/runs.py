@@ -41,7 +41,7 @@ class Opened:
 @dataclass(frozen=True)
 class FinalForm:
     """A module to export. real: calibration batches to compare it on. metadata: for its file. dense: makes the same
-    model with dense weights; None of a module that is no run's.
+    model with dense weights; None of a module that is no run's. left_dense: the sites that stayed dense for their time.
     """
 
     module: nn.Module
@@ -49,6 +49,7 @@ class FinalForm:
     real: list[ExampleInputs]
     metadata: dict[str, str]
     dense: Callable[[], nn.Module] | None = None
+    left_dense: tuple[str, ...] = ()
 
 
 def final_form(
@@ -78,7 +79,8 @@ def final_form(
 
     measured = opened.history[-1].truncated.get("eval_metric") if opened.history else None
     result = deployed(opened.net, batches, metric=metric, measured=measured, times=times)
-    return FinalForm(result.module, opened.file, batches, result.metadata, partial(dense_form, opened.net))
+    dense = partial(dense_form, opened.net)
+    return FinalForm(result.module, opened.file, batches, result.metadata, dense, result.left_dense)
 
 
 def _module_of(source: Path, model_file: Path | None, weights: Path | None) -> tuple[nn.Module, ModelFile]:

@@ -237,5 +237,6 @@ def _observed(module: nn.Module, batch: ExampleInputs, number: int) -> None:
         if "more than 1 value per channel" not in str(error):
             raise
         raise CalibrationError(
-            f"a batch norm has no statistics of calibration batch {number}, which has one row: give batches of more"
+            f"a batch norm has no statistics of calibration batch {number}, which has one row: give batches of two or "
+            "more"
         ) from error

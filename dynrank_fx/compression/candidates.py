@@ -124,7 +124,7 @@ class Candidates:
             energies = [unit.curve.spectrum().square().sum(0) for unit in units]
         effects, where = {}, "at the ranks of the best so far" if at else "at a quarter of the rank"
         for number, (unit, rank, energy) in enumerate(zip(units, ranks, energies, strict=True)):
-            if number % max(1, len(units) // 5) == 0:
+            if number % max(1, -(-len(units) // 3)) == 0:
                 self.tell(
                     f"measuring what an error in a weight does to the outputs, {where}: {number + 1} of {len(units)}"
                 )

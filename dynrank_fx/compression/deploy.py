@@ -40,10 +40,13 @@ def dense_form(net: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Deployed:
-    """module: plain torch, in evaluation mode. metadata: the plan, and the metric where it is known."""
+    """module: plain torch, in evaluation mode. metadata: the plan, and the metric where it is known. left_dense: the
+    sites that are slower in factors, and so stayed dense.
+    """
 
     module: nn.Module
     metadata: dict[str, str]
+    left_dense: tuple[str, ...] = ()
 
 
 def deployed(
@@ -91,7 +94,7 @@ def deployed(
     metadata = {"dynrank_plan": plan_of(net).to_json()}
     if score is not None:
         metadata["dynrank_metric"] = f"{score:.6g}"
-    return Deployed(module, metadata)
+    return Deployed(module, metadata, tuple(slower))
 
 
 def _slower(net: nn.Module, times: SiteTimes) -> list[str]:

@@ -57,8 +57,12 @@ class Compressed:
         Returns:
             A dict: pairs are of the dense and of the compressed model; the rank of a site is None where it is dense.
         """
+        layouts = {row.site.name: row.layout.name for row in self.plan.sites}
         return {
-            "sites": [{"site": cut.site, "rank": cut.rank, "error": cut.error} for cut in self.cuts],
+            "sites": [
+                {"site": cut.site, "rank": cut.rank, "layout": layouts[cut.site], "error": cut.error}
+                for cut in self.cuts
+            ],
             "params": self.params,
             "flops": self.flops,
             "times": None if self.times is None else asdict(self.times),
@@ -73,9 +77,11 @@ class Compressed:
             row = by_name[cut.site]
             shape = "x".join(map(str, row.site.shape))
             params = row.site.params if cut.rank is None else replace(row, rank=cut.rank).params
-            rank, error = ("dense", "") if cut.rank is None else (str(cut.rank), f"{cut.error:.3f}")
-            rows.append((cut.site, shape, rank, f"{row.site.params:,} -> {params:,}", error))
-        lines = [text_table(("weight", "shape", "rank", "parameters", "change of the weight"), rows, right=(2,)), ""]
+            low = ("dense", "", "") if cut.rank is None else (str(cut.rank), row.layout.name, f"{cut.error:.3f}")
+            rank, layout, error = low
+            rows.append((cut.site, shape, rank, layout, f"{row.site.params:,} -> {params:,}", error))
+        head = ("weight", "shape", "rank", "layout", "parameters", "change of the weight")
+        lines = [text_table(head, rows, right=(2,)), ""]
         lines.append(f"parameters  {change(*self.params)}")
         if self.flops is not None:
             lines.append(f"FLOPs       {change(*self.flops)} on the example inputs")
@@ -119,8 +125,8 @@ def _notes(cuts: Sequence[Cut], known: Calibration | None, times: Pair | None, u
     if scarce:
         fewest = min(known.covariances[name].count for name in scarce) if known else 0
         notes.append(
-            f"The calibration data are few for {len(scarce)} of {weights} ({scarce[0]} was seen to give "
-            f"{counted(fewest, 'output')}): give more batches."
+            f"The calibration data are few for {len(scarce)} of {weights} ({scarce[0]} was seen on "
+            f"{counted(fewest, 'input')}): give more batches."
         )
     dense = [cut for cut in cuts if cut.rank is None]
     kept = [cut for cut in cuts if cut.rank is not None and not cut.loses]

@@ -41,7 +41,8 @@ def checked_conv_layout(layout: ConvLayout) -> ConvLayout:
     """The layout itself. Raises PlanError for what is none of convolutions."""
     if layout not in CONV_LAYOUTS:
         names = ", ".join(each.__name__ for each in CONV_LAYOUTS)
-        raise PlanError(f"{layout!r} is no layout of convolutions: give one of {names}")
+        hint = "the class itself, without (): " if isinstance(layout, CONV_LAYOUTS) else ""
+        raise PlanError(f"{layout!r} is no layout of convolutions: give {hint}one of {names}")
     return layout
 
 

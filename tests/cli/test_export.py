@@ -255,6 +255,7 @@ def test_types_names_and_free_dimensions(trained: str, run: Run, refused: Run, f
 # Time
 
 
+@pytest.mark.filterwarnings("default::dynrank_fx.DynrankWarning")  # which it is, is a matter of the machine
 def test_the_file_is_timed_beside_dense_weights(trained: str, run: Run) -> None:
     said = json.loads(run("export", trained, "-o", "m.onnx", "--json").stdout)["beside_dense"]
     assert (said["file"], said["batch"], said["provider"]) == ("m.onnx", 2, "CPUExecutionProvider")
@@ -296,7 +297,8 @@ def test_layers_that_are_slower_in_factors_stay_dense(
     monkeypatch.setattr(SiteTimes, "save", lambda times: None)
     options = ("-o", "m.onnx", "--never-slower", "--calibrate", "0")
     result = run("export", trained, *options)
-    assert "weights: `dynrank-fx compress r --budget latency=0.9` times whole models" in result.stderr
+    assert "weights: `dynrank-fx compress r --budget latency=0.9 -o m.onnx` looks for a cut" in result.stderr
+    assert "1 layer left dense, slower in factors: " in result.stdout
     stored = {tuple(sorted(each.dims)) for each in onnx.load("m.onnx").graph.initializer}
     assert (32, 256) in stored
     assert "--never-slower is of a run or a folder" in refused("export", "model.py", *options)

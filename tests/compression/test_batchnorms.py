@@ -103,7 +103,7 @@ def test_batches_count_by_their_rows_and_a_single_row_not_at_all() -> None:
     recalibrate_(small, data)
     mean = torch.cat([batch for (batch,) in data[:2]]).mean(0)
     torch.testing.assert_close(small.get_buffer("first.running_mean"), mean, rtol=1e-5, atol=1e-5)
-    with pytest.raises(CalibrationError, match="has one row: give batches of more"):
+    with pytest.raises(CalibrationError, match="has one row: give batches of two or more"):
         recalibrate_(small, [(torch.randn(1, 12),)])
 
 

@@ -31,7 +31,7 @@ def test_what_is_printed() -> None:
 
 def test_few_calibration_data_are_told_of() -> None:
     found = compress(perceptron(), batches()[0], dr.Budget(params=0.5), [(torch.randn(1, 32),)])
-    assert any(re.search(r"data are few for \d of 3 weights \(.* was seen to give 1 output\)", n) for n in found.notes)
+    assert any(re.search(r"data are few for \d of 3 weights \(.* was seen on 1 input\)", n) for n in found.notes)
     enough = compress(perceptron(), batches()[0], dr.Budget(params=0.5), batches())
     assert not any("few" in note for note in enough.notes)
 

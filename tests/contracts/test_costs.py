@@ -63,10 +63,13 @@ def test_flops_and_parameters_of_a_row_are_what_its_site_alone_saves(cell: Cell)
 def test_a_budget_of_flops_is_kept_as_torch_counts_them(cell: Cell) -> None:
     """Once for each layout: how the model became a graph no longer matters where its costs are known."""
     model, x = cell.model().eval(), cell.inputs()
-    budget = dr.Budget(flops=0.4)
-    net = dr.transform(cell.captured(), (x,), rank=budget, conv_layout=cell.layout, allow_unprofitable=True)
+    few = cell.layout is dr.InputLayout and "grouped" in cell.case.name  # so few channels that rank 1 costs 0.63
+    share = 0.7 if few else 0.4
+    net = dr.transform(
+        cell.captured(), (x,), rank=dr.Budget(flops=share), conv_layout=cell.layout, allow_unprofitable=True
+    )
     small = dr.truncate(net)
-    assert 0 < counted(small, x) <= 0.4 * counted(model, x)
+    assert 0 < counted(small, x) <= share * counted(model, x)
 
 
 class Repeating(nn.Module):

@@ -44,6 +44,8 @@ def matrices(cell: Cell, name: str, W: Tensor) -> Tensor:
     blocks = W.chunk(1 if module is None else module.groups)
     if cell.layout is dr.ChannelLayout:
         return torch.stack([block.flatten(1) for block in blocks])
+    if cell.layout is dr.InputLayout:  # rows hold the outputs and the whole kernel
+        return torch.stack([block.movedim(1, -1).flatten(0, -2) for block in blocks])
     # Rows hold the outputs and the axes of the kernel after the first; columns the inputs and the first axis.
     return torch.stack([block.movedim((1, 2), (-2, -1)).flatten(-2).flatten(0, -2) for block in blocks])
 
