@@ -148,6 +148,7 @@ def cells() -> Iterator[Cell]:
     both, all_three = ("Muon", "AdamW"), (DENSE, LOW, EARLY)
     for width, optimizer in ((256, "Muon"), (128, "Muon"), (128, "AdamW"), (256, "AdamW"), (64, "Muon")):
         yield from (text(width, 0.25, way, optimizer, 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 0.5, 2.0))
+    yield text(256, 0.25, EARLY, "Muon", 1500)
     for rank, width in itertools.product((0.5, 0.125), (128, 256)):
         yield from (text(width, rank, way, "Muon", 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 2.0))
     for length, width, rank in ((3000, 256, 0.25), (1500, 512, 0.25), (3000, 128, 0.25)):

@@ -128,10 +128,10 @@ class Layout(abc.ABC):
         return False
 
     def first_holds_inputs(self, op: Op) -> bool:
-        """Whether the factor applied first has a row or a column for each number that the op reads in one place, and
-        nothing besides.
+        """Whether the factor applied first has a row or a column for each number that the op reads in one place.
 
-        Where the last does not hold the outputs, a cut can then keep what comes of the inputs that there are.
+        It has nothing besides. Where the last does not hold the outputs, a cut can then keep what comes of the inputs
+        that there are.
 
         Args:
             op: What applies the weight.

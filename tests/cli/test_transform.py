@@ -228,7 +228,7 @@ def test_a_plan_goes_around_and_may_be_edited(write: Run, run: Run, folder: Path
         (["--out", "."], ". holds model.py, which is not ours to replace; choose an empty or a new folder"),
         (
             ["--layout", "train"],
-            "Invalid value for '--layout': 'train' is not one of 'channel', 'spatial', 'tucker', 'cp'.",
+            "Invalid value for '--layout': 'train' is not one of 'channel', 'input', 'spatial', 'tucker', 'cp'.",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

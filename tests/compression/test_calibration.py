@@ -277,7 +277,7 @@ def test_what_too_few_data_leave_open_is_settled_by_the_weight() -> None:
 def test_modes_buffers_and_weights_are_as_before() -> None:
     model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Dropout())
     net = dr.transform(model, (torch.randn(4, 12),), rank=Fixed(2))
-    net[1].eval() if hasattr(net, "__getitem__") else net.get_submodule("1").eval()
+    net.get_submodule("1").eval()
     before = {name: t.clone() for name, t in net.state_dict().items()}
     modes = {name: module.training for name, module in net.named_modules()}
     dr.calibrate(net, [(torch.randn(9, 12),)])

@@ -101,9 +101,10 @@ def test_one_pattern_needs_no_list():
     [
         ({"rank": 0.25}, r"0\.25 is no rank policy: give Ratio\(0\.25\), Fixed\(16\), Energy\(0\.95\)"),
         ({"rank": None}, "None is no rank policy"),
+        ({"conv_layout": dr.InputLayout()}, r"give the class itself, without \(\): one of ChannelLayout"),
         (
             {"conv_layout": "spatial"},
-            "'spatial' is no layout of convolutions: give one of ChannelLayout, SpatialLayout",
+            "'spatial' is no layout of convolutions: give one of ChannelLayout, InputLayout, SpatialLayout",
         ),
     ],
 )
