@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,15 +100,11 @@ def export(
     elif beside is not None:
         echo(str(beside))
     if beside is not None and beside.slower:
-        named = "" if model_file is None else f"--model {model_file} "
-        warnings.warn(
-            f"{out} is slower than with dense weights: "
-            + ("" if never_slower else "--never-slower leaves dense each layer that is, and ")
-            + f"`dynrank-fx compress {source} {named}--budget latency=0.9 -o {out}` looks for a cut "
-            "that is faster as a whole",
-            DynrankWarning,
-            stacklevel=1,
-        )
+        given = [str(source), *(() if model_file is None else ("--model", str(model_file)))]
+        command = shlex.join(["dynrank-fx", "compress", *given, "--budget", "latency=0.9", "-o", str(out)])
+        option = "" if never_slower else "--never-slower leaves dense each layer that is, and "
+        said = f"{out} is slower than with dense weights: {option}`{command}` looks for a cut that is faster as a whole"
+        warnings.warn(said, DynrankWarning, stacklevel=1)
 
 
 def _times(options: dict[str, Option]) -> SiteTimes:

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CalibrationError
+from ..layouts import at_least_float32
 from ..processes import Processes, as_first_, check_same, in_group, whole_weights
 from ..tracing import ExampleInputs, batch_size, same_buffers, split_inputs, unwrap
 from .batches import call, checked_batches
@@ -21,7 +22,9 @@ from .batches import call, checked_batches
 Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of what reaches a batch norm, [channels] each."""
 
-_SILENT = 1e-3
+_SILENT, _LEAST = 1e-3, 1e-12
+"""A variance below this share of the one from training, or below the second, is none to take a ratio of."""
+
 _MEAN, _VARIANCE, _TRAINING, _MOMENTUM = 3, 4, 5, 6  # the places of these arguments in aten.batch_norm
 
 
@@ -173,8 +176,9 @@ def recalibrated_(
             continue
         else:
             own_mean.add_(mean - old_mean)
-            silent = _SILENT * own_variance  # what hardly varies over the batches says little of by how much
-            own_variance.mul_((variance + silent) / (old_variance + silent).clamp_min(torch.finfo(silent.dtype).tiny))
+            trained = at_least_float32(own_variance)
+            silent = (_SILENT * trained).clamp_min(_LEAST)
+            own_variance.copy_(trained * (variance + silent) / (old_variance + silent))
         given += 1
     return given
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import CalibrationError
-from ..layouts import ChannelLayout, InputLayout, Layout
+from ..layouts import ChannelLayout, InputLayout
 from ..phases import rank_units
 from ..plan import Curve, Metric, PlanOptions, override_of
 from ..processes import ALONE, Processes
@@ -43,7 +43,7 @@ def choose_conv_layouts_(
     """
     if options.conv_layout is not ChannelLayout:
         return known
-    channel: dict[str, Layout] = {
+    channel: dict[str, ChannelLayout] = {
         row.site.name: row.layout
         for row in plan_of(net).sites
         if isinstance(row.layout, ChannelLayout) and math.prod(row.site.shape[2:]) > 1
@@ -52,7 +52,7 @@ def choose_conv_layouts_(
     if not channel:
         return known
     by_outputs = _lost(net, channel, known, processes)
-    set_layouts_(net, {name: InputLayout(layout.groups) for name, layout in channel.items()})  # type: ignore[attr-defined]
+    set_layouts_(net, {name: InputLayout(layout.groups) for name, layout in channel.items()})
     other = None if data is None else calibrated(net, data, list(channel), processes=processes)
     by_inputs = _lost(net, channel, other, processes)
     back = {name: layout for name, layout in channel.items() if not by_inputs[name] < by_outputs[name]}
