@@ -61,6 +61,11 @@ _OPTIONS = (
     click.option(
         "--decay", type=click.Choice(["product", "halved", "each"]), help="What weight decay does to factors."
     ),
+    click.option(
+        "--factor-steps",
+        type=click.Choice(["each", "product"]),
+        help="By how much factors move; product: by less, the larger the other one is.",
+    ),
     click.option("--landing/--abrupt", default=None, help="Whether what a cut takes away decays before it."),
     click.option(
         "--rewarm", type=click.IntRange(min=0), metavar="STEPS", help="Re-warm the learning rate after a switch."
@@ -84,7 +89,7 @@ def how_to_train(options: Options) -> Preset:
     """The preset that goes with the schedule, but for what is asked for otherwise."""
     from dynrank_fx import training
     from dynrank_fx.phases import Carry
-    from dynrank_fx.training import CostBy, Decay
+    from dynrank_fx.training import CostBy, Decay, Steps
 
     named = _named(options)
     if options["cost"] is not None and "cost" not in named.takes:
@@ -100,6 +105,7 @@ def how_to_train(options: Options) -> Preset:
     asked = {
         "carry": options["carry"] and Carry[options["carry"].upper()],
         "decay": options["decay"] and Decay[options["decay"].upper()],
+        "factor_steps": options["factor_steps"] and Steps[options["factor_steps"].upper()],
         "rewarm": options["rewarm"],
         "random_init": options["init"] and options["init"] == "random",
         "landing": options["landing"],

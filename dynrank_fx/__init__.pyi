@@ -63,7 +63,9 @@ from .tracing import capture as capture
 from .training import CostBy as CostBy
 from .training import Decay as Decay
 from .training import Phases as Phases
+from .training import Steps as Steps
 from .training import factor_decay_ as factor_decay_
+from .training import factor_steps_ as factor_steps_
 from .training import load_checkpoint_ as load_checkpoint_
 from .training import resume_phases_ as resume_phases_
 from .training import rewarm_ as rewarm_

@@ -4,6 +4,7 @@ from .checkpoints import load_checkpoint_, save_checkpoint
 from .clock import Clock, clock_of
 from .costs import CostBy, check_costs, cost_of, is_timed
 from .factor_decay import Decay, decays_in_a_known_way, factor_decay_
+from .factor_steps import Steps, factor_steps_
 from .facts import train_state
 from .loop import clock_for, clock_of_run, fit
 from .phases import Phases
@@ -30,6 +31,7 @@ __all__ = [
     "Preset",
     "Run",
     "Settings",
+    "Steps",
     "Task",
     "Trial",
     "Watcher",
@@ -43,6 +45,7 @@ __all__ = [
     "decays_in_a_known_way",
     "evaluate",
     "factor_decay_",
+    "factor_steps_",
     "fit",
     "flatten",
     "history_in",

@@ -80,9 +80,9 @@ class FactorDecay:
     def _before(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._pending = []
         corrections = self._corrections(optimizer)
-        coupled = [row for row in corrections if not _decouples(optimizer, row[1], self.decoupled)]
+        coupled = [row for row in corrections if not decays_beside_its_step(optimizer, row[1], self.decoupled)]
         for parameter, group, difference in corrections:
-            if _decouples(optimizer, group, self.decoupled):
+            if decays_beside_its_step(optimizer, group, self.decoupled):
                 self._pending.append((parameter, group, group["lr"], difference))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None or not coupled:
@@ -145,7 +145,7 @@ def _add_to_gradients(optimizer: Optimizer, rows: list[tuple[Parameter, Group, T
             parameter.grad.add_(more if scale is None else more * scale)
 
 
-def _decouples(optimizer: Optimizer, group: Group, said: bool | None) -> bool:
+def decays_beside_its_step(optimizer: Optimizer, group: Group, said: bool | None = None) -> bool:
     """Whether weights decay beside the step (as in AdamW) and not through the gradient."""
     if said is not None:
         return said

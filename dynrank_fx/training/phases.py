@@ -45,6 +45,7 @@ from .clock import Clock, SkipHook, StepHook, clock_of, refuse_second, refuse_un
 from .costs import CostBy, check_costs, cost_of, is_timed, warn_of_budget
 from .deciding import asked_of, decided
 from .factor_decay import factor_decay_
+from .factor_steps import factor_steps_
 from .facts import check_epoch, check_scheduler, rates_after, state_at, warn_of_rates
 from .history import add_
 from .landing import Landing, epochs_to_cut
@@ -88,7 +89,7 @@ class Phases:
         resume: What ``state_dict`` gave, to go on from; the net was brought into its phases by ``resume_phases_``.
         settings: How phases are entered and left, see ``PhaseSettings``; by default its defaults.
         **choices: Fields of ``PhaseSettings`` that are chosen otherwise: ``carry``, ``rewarm``, ``decay``,
-            ``random_init``, ``landing``, ``spectra``, ``cost_by``.
+            ``factor_steps``, ``random_init``, ``landing``, ``spectra``, ``cost_by``.
 
     Attributes:
         clock: The ticks of the run.
@@ -159,6 +160,8 @@ class Phases:
         self.settings = replace(settings or PhaseSettings(), **choices)
         check_costs(net, self.settings.cost_by)
         warn_of_rates(lr_scheduler, clock, self.lr_every_step)
+        # Before the decay, which is not to be shortened.
+        self.factor_steps = factor_steps_(net, self.optimizers, self.settings.factor_steps)
         self.decay = factor_decay_(net, self.optimizers, self.settings.decay)
         warn_of_budget(schedule, plan_of(net), self.settings.cost_by)
         self.landing = Landing(net, self.optimizers) if self.settings.landing else None
@@ -533,6 +536,7 @@ class Phases:
 
     def remove(self) -> None:
         """Take all hooks off the optimizer."""
+        self.factor_steps.remove()
         self.decay.remove()
         self._hook.remove()
         if self._skips is not None:

@@ -12,6 +12,7 @@ from ..errors import DynrankError, TransitionError
 from ..phases import Carry, checked_carry
 from .costs import CostBy, checked_cost_by
 from .factor_decay import Decay, checked_decay
+from .factor_steps import Steps, checked_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class PhaseSettings:
         carry: What becomes of the optimizer's state at a switch.
         rewarm: Over how many steps the learning rate rises again after a switch; 0 for not at all.
         decay: What decays where factors train.
+        factor_steps: By how much factors move in a step of the optimizer.
         random_init: Whether factors with which the run begins are random, and not those of the model's weights.
         landing: Whether, before a cut, what it will take away decays to nothing (see ``landing``).
         spectra: Whether spectra are recorded: around the last cut of each site, and effective and stable ranks at the
@@ -36,6 +38,7 @@ class PhaseSettings:
     carry: Carry = Carry.MOVE
     rewarm: int = 0
     decay: Decay = Decay.EACH
+    factor_steps: Steps = Steps.EACH
     random_init: bool = False
     landing: bool = False
     spectra: bool = True
@@ -44,6 +47,7 @@ class PhaseSettings:
     def __post_init__(self) -> None:
         checked_carry(self.carry)
         checked_decay(self.decay)
+        checked_steps(self.factor_steps)
         checked_cost_by(self.cost_by)
         if not is_whole(self.rewarm):
             raise TransitionError(f"a learning rate cannot re-warm over {self.rewarm!r} steps; give 0 or more")

@@ -17,6 +17,7 @@ OTHER = {
     "carry": dr.Carry.RESET,
     "rewarm": 7,
     "decay": dr.Decay.HALVED,
+    "factor_steps": dr.Steps.PRODUCT,
     "random_init": True,
     "landing": True,
     "spectra": False,

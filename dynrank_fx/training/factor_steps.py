@@ -1,0 +1,142 @@
+"""Steps of factors, in the measure of the weight that they make up.
+
+A step of B moves W = BA by as much as A is large, and the other way round. An optimizer whose steps have one size
+whatever the gradient's (Muon, Adam and their kin) knows nothing of that: as both factors grow, W moves by ever larger
+steps, until it bears no more of the learning rate that a dense weight likes. Here each step of a factor is divided by
+the root mean square of the other one's singular values, ‖A‖_F / √r. A step of orthonormal columns, which is Muon's,
+then moves W by its own Frobenius norm.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import ASGD, SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..aliases import Args, Group, Kwargs
+from ..checks import names_of
+from ..errors import TransitionError
+from ..layouts import TwoFactors
+from ..phase import Phase
+from ..phases import Optimizers, optimizers_in
+from ..processes import whole
+from ..rewrite import holds_captured, switched_modules
+from ..tracing import unwrap
+from .factor_decay import decays_beside_its_step
+
+_BY_GRADIENT = (SGD, ASGD)
+
+
+class Steps(enum.Enum):
+    """By how much a factor moves in a step of the optimizer. The rate is that of its parameter group.
+
+    Attributes:
+        EACH: As the optimizer does: the product W then moves the more, the larger the other factor is.
+        PRODUCT: By that step over the root mean square of the other factor's singular values, where this is above 1; by
+            that over its square, where the step follows the size of the gradient (SGD), which grows with the other
+            factor too. So W moves by no more than a dense weight would. Factors of Tucker and CP move as in ``EACH``.
+    """
+
+    EACH = "each factor, as the optimizer does"
+    PRODUCT = "in the measure of the product of the factors"
+
+
+class FactorSteps:
+    """The hooks of ``factor_steps_``; ``remove()``, or the end of a ``with`` block, takes them off.
+
+    Args:
+        net: What ``transform`` made.
+        optimizers: The optimizers over its parameters.
+        steps: By how much factors move.
+    """
+
+    def __init__(self, net: nn.Module, optimizers: Sequence[Optimizer], steps: Steps) -> None:
+        self.steps = steps
+        self._sites = [modules[0] for modules in switched_modules(net).values()]
+        self._pending: list[tuple[Parameter, Tensor, Tensor, float, Group]] = []
+        self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers if steps is Steps.PRODUCT else ():
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def __enter__(self) -> FactorSteps:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the steps to the optimizer again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
+        power = 1 if isinstance(optimizer, _BY_GRADIENT) else 0.5  # of the square
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        squares: dict[Parameter, Tensor] = {}
+        for site in self._sites:
+            layout, factors = site.layout, site.factors if site.phase == int(Phase.LOW) else ()
+            if isinstance(layout, TwoFactors) and any(id(factor) in groups for factor in factors):
+                for factor, square in zip(factors, _of_the_other(layout, factors), strict=True):
+                    # What several sites share moves all of their products.
+                    squares[factor] = squares[factor] + square if factor in squares else square
+        self._pending = [
+            (factor, factor.detach().clone(), square.clamp(min=1) ** power, group["lr"], group)
+            for factor, square in squares.items()
+            if (group := groups.get(id(factor))) is not None
+        ]
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler, which made no step
+        for factor, before, size, rate, group in self._pending:
+            # What decays beside the step is of W as it is. A re-warm-up may have lowered the rate meanwhile.
+            decay = min(rate, group["lr"]) * group.get("weight_decay", 0)
+            kept = before * (1 - decay) if decay and decays_beside_its_step(optimizer, group) else before
+            moved = kept + (factor - kept) / size
+            factor.copy_(moved if overflow is None else torch.where(overflow.bool(), factor, moved))
+        self._pending = []
+
+
+def _of_the_other(layout: TwoFactors, factors: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
+    """For each of two factors, the mean square of the other one's singular values."""
+    B, A = layout.to_matrices(tuple(whole(factor.detach()) for factor in factors))
+    rows = math.prod(B.shape[:-2]) * B.shape[-1]  # r in every group
+    return A.square().sum() / rows, B.square().sum() / rows
+
+
+def checked_steps(steps: Steps) -> Steps:
+    """The value itself. Raises TransitionError for what is none."""
+    if not isinstance(steps, Steps):
+        raise TransitionError(f"{steps!r} does not say how far factors move: give one of {names_of(Steps)}")
+    return steps
+
+
+def factor_steps_(net: nn.Module, optimizer: Optimizers, steps: Steps = Steps.PRODUCT) -> FactorSteps:
+    """Let factors move in LOW in the measure of their product, and not each as the optimizer moves it.
+
+    Hooks on ``optimizer.step()`` shorten what it did, so that groups, schedules and switches of phase go on as they
+    are. With it factors bear higher learning rates: look for the best one anew, from twice the old one on.
+
+    Args:
+        net: What ``transform`` made.
+        optimizer: The optimizer over its parameters, or all of them.
+        steps: By how much factors move; see ``Steps``.
+
+    Returns:
+        The hooks: ``remove()`` takes them off. Together with ``factor_decay_``, call this one first.
+
+    Raises:
+        TransitionError: For a module that ``transform`` did not make, and for a value that is none of these.
+    """
+    checked_steps(steps)
+    if not holds_captured(unwrap(net)):
+        raise TransitionError(f"{type(net).__name__} has no factors that move: give what transform made of it")
+    return FactorSteps(net, optimizers_in(optimizer), steps)

@@ -1,0 +1,173 @@
+"""Steps in the measure of the product, against the update written out and against what the weight moves by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dynrank_fx as dr
+from dynrank_fx.errors import TransitionError
+from dynrank_fx.rewrite import Switched, switched_modules
+
+RATE, DECAY = 0.05, 0.3
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=RATE, momentum=0.9, weight_decay=DECAY),
+    "adam": lambda ps: torch.optim.Adam(ps, lr=RATE, weight_decay=DECAY),
+    "fused adam": lambda ps: torch.optim.Adam(ps, lr=RATE, fused=True),
+    "adamw": lambda ps: torch.optim.AdamW(ps, lr=RATE, weight_decay=DECAY),
+    "tensor rate": lambda ps: torch.optim.AdamW(ps, lr=torch.tensor(RATE), foreach=False, weight_decay=DECAY),
+    "groups": lambda ps: torch.optim.AdamW([{"params": [p], "lr": RATE / (i + 1)} for i, p in enumerate(ps)]),
+}
+BESIDE = ("adamw", "tensor rate", "groups")  # what decays beside its step
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.conv = nn.Linear(12, 12), nn.Linear(12, 12), nn.Conv1d(12, 12, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv((self.a(x) * torch.tanh(self.b(x))).mT)
+
+
+def low(share: bool = False, larger: float = 3.0) -> tuple[nn.Module, Tensor]:
+    """A net in LOW whose weights are so many times as large as they begin."""
+    torch.manual_seed(0)
+    model, x = Pair().double(), torch.randn(5, 7, 12, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(larger)
+    net = dr.transform(model, (x,), rank=dr.Ratio(0.5), allow_unprofitable=True, share_inputs=share)
+    dr.enter_(net, dr.Phase.LOW)
+    return net, x
+
+
+def firsts(net: nn.Module) -> dict[str, Switched]:
+    return {name: modules[0] for name, modules in switched_modules(net).items()}
+
+
+def matrices(site: Switched) -> tuple[list[Tensor], list[Tensor]]:
+    """B and A of each group, written out for a linear and a grouped convolution."""
+    left, right = (factor.detach() for factor in site.factors)
+    groups = 2 if left.ndim > 2 else 1
+    A = right.unflatten(0, (groups, -1)).flatten(2)
+    return list(left.flatten(1).unflatten(0, (groups, -1))), list(A)
+
+
+def size(of: list[Tensor]) -> Tensor:
+    values = torch.cat([torch.linalg.svdvals(each) for each in of])
+    return values.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["", "one right factor"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_is_the_optimizers_over_the_size_of_the_other_factor(kind, share):
+    net, x = low(share)
+    plain = copy.deepcopy(net)
+    optimizer, of_plain = OPTIMIZERS[kind](list(net.parameters())), OPTIMIZERS[kind](list(plain.parameters()))
+    dr.factor_steps_(net, optimizer)
+    for _ in range(3):
+        with torch.no_grad():
+            for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+                theirs.copy_(mine)
+        others: dict[str, Tensor] = {}
+        names = {id(p): name for name, p in net.named_parameters()}
+        for site in firsts(net).values():
+            (B, A), (left, right) = matrices(site), site.factors
+            for factor, square in ((left, size(A) ** 2), (right, size(B) ** 2)):
+                others[names[id(factor)]] = others.get(names[id(factor)], 0) + square
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        for one, steps in ((net, optimizer), (plain, of_plain)):
+            one(x).square().mean().backward()
+            steps.step()
+            steps.zero_grad()
+        rates = {id(p): group for group in of_plain.param_groups for p in group["params"]}
+        for (name, mine), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
+            wanted = theirs.detach()
+            if name in others:
+                over = others[name].clamp(min=1) if kind == "sgd" else others[name].sqrt().clamp(min=1)
+                group = rates[id(theirs)]
+                kept = before[name] * (1 - group["lr"] * group["weight_decay"]) if kind in BESIDE else before[name]
+                wanted = kept + (wanted - kept) / over
+            torch.testing.assert_close(mine.detach(), wanted, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("larger", [3.0, 30.0])
+def test_a_step_of_muon_moves_a_weight_as_far_however_large_its_factors_are(larger):
+    net, x = low(larger=larger)
+    site = firsts(net)["a.weight"]
+    left, _ = site.factors
+    optimizer = torch.optim.Muon([left], lr=RATE, weight_decay=0.0)
+    dr.factor_steps_(net, optimizer)
+    old = site.weight.detach().clone()
+    net(x).square().mean().backward()
+    optimizer.step()
+    # Muon's r orthogonal columns are √(m / r) long. Its five iterations leave singular values of 0.7 to 1.2.
+    assert 0.7 < (site.weight - old).norm() / (RATE * left.shape[0] ** 0.5) < 1.2
+
+
+def test_what_is_small_or_full_or_no_factor_moves_as_ever():
+    for larger, phase in ((0.1, dr.Phase.LOW), (3.0, dr.Phase.FULL)):
+        net, x = low(larger=larger)
+        dr.enter_(net, phase)
+        plain = copy.deepcopy(net)
+        optimizer, of_plain = OPTIMIZERS["adamw"](net.parameters()), OPTIMIZERS["adamw"](plain.parameters())
+        dr.factor_steps_(net, optimizer)
+        for one, steps in ((net, optimizer), (plain, of_plain)):
+            one(x).square().mean().backward()
+            steps.step()
+        for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_a_step_that_a_scaler_skips_moves_nothing():
+    net, x = low()
+    net, x = net.float(), x.float()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    dr.factor_steps_(net, optimizer)
+    before = [p.detach().clone() for p in net.parameters()]
+    scaler.scale(net(x).square().mean() * torch.inf).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+def test_removed_or_not_asked_for_the_optimizer_is_alone():
+    net, _ = low()
+    optimizer = OPTIMIZERS["adamw"](net.parameters())
+    dr.factor_steps_(net, optimizer, dr.Steps.EACH)
+    with dr.factor_steps_(net, optimizer):
+        assert optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_phases_shorten_steps_and_leave_the_decay_of_the_product_as_it_is():
+    net, x = low()
+    twin = copy.deepcopy(net)
+    optimizer, by_hand = OPTIMIZERS["adamw"](net.parameters()), OPTIMIZERS["adamw"](twin.parameters())
+    choices = {"decay": dr.Decay.PRODUCT, "factor_steps": dr.Steps.PRODUCT}
+    phases = dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.LOW), 2, steps=3, **choices)
+    dr.factor_steps_(twin, by_hand)
+    dr.factor_decay_(twin, by_hand)
+    for one, steps in ((net, optimizer), (twin, by_hand)):
+        for _ in range(3):
+            one(x).square().mean().backward()
+            steps.step()
+            steps.zero_grad()
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    phases.remove()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_what_cannot_be_is_refused():
+    net, _ = low()
+    optimizer = OPTIMIZERS["adamw"](net.parameters())
+    with pytest.raises(TransitionError, match=r"does not say how far factors move: give one of Steps\.EACH"):
+        dr.factor_steps_(net, optimizer, "product")
+    with pytest.raises(TransitionError, match="Linear has no factors that move"):
+        dr.factor_steps_(nn.Linear(3, 3), optimizer)
