@@ -44,6 +44,7 @@ JOBS = 2
 WARM_UP = 100
 """Steps over which the learning rate rises; so many, too, for a new optimizer after the last cut."""
 DENSE, LOW = "narrower dense", "LOW alone"
+SCALED = "LOW alone, steps in the measure of the product"
 EARLY = "FULL for 0.12 of the FLOPs, landing, then LOW"
 AUTO = "FULL for 0.4 of the steps, landing, then LOW"
 SHARE, FULL_IN_AUTO = 0.12, 0.4
@@ -146,6 +147,12 @@ def cells() -> Iterator[Cell]:
         return Cell("characters", width, rank, way, optimizer, seed, length, rate)
 
     both, all_three = ("Muon", "AdamW"), (DENSE, LOW, EARLY)
+    for width in (128, 256):
+        yield from (text(width, 0.25, SCALED, "Muon", 1500, rate) for rate in (4.0, 8.0))
+        yield from (text(width, 0.25, DENSE, "Muon", 1500, rate) for rate in (4.0, 8.0))
+        yield text(width, 0.25, LOW, "Muon", 1500, 4.0)
+    for rate in (2.0, 4.0):
+        yield from (text(256, 0.25, way, "AdamW", 1500, rate) for way in (SCALED, DENSE))
     for width, optimizer in ((256, "Muon"), (128, "Muon"), (128, "AdamW"), (256, "AdamW"), (64, "Muon")):
         yield from (text(width, 0.25, way, optimizer, 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 0.5, 2.0))
     yield text(256, 0.25, EARLY, "Muon", 1500)
@@ -239,6 +246,8 @@ class Run:
         else:
             dr.enter_(self.net, dr.Phase.LOW)
         optimizers = self._optimizers(self.net) if self.cell.optimizer == "Muon" or not full else optimizers
+        if self.cell.way == SCALED:
+            dr.factor_steps_(self.net, optimizers)
         if self.cell.optimizer == "AdamW":
             dr.factor_decay_(self.net, optimizers[0], dr.Decay.PRODUCT)
         self._train(self.net, optimizers, steps - full, steps, self.low)
@@ -294,7 +303,7 @@ def narrower(quick: bool) -> Table:
     """
     there = "cuda" if torch.cuda.is_available() else "cpu"
     if quick:
-        return table([train(Cell("characters", 32, 0.25, way, "Muon", 0, 20)) for way in (DENSE, LOW, EARLY)])
+        return table([train(Cell("characters", 32, 0.25, way, "Muon", 0, 20)) for way in (DENSE, LOW, SCALED, EARLY)])
     done = kept()
     wanted = [cell for cell in cells() if cell not in done and TASKS[cell.task].device == there]
     print(f"{len(wanted)} runs to do, {len(done)} are done", file=sys.stderr)
@@ -352,7 +361,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
                 statistics.mean(gaps) if gaps else None,
             )
         )
-    ways = (DENSE, LOW, EARLY, AUTO)
+    ways = (DENSE, LOW, SCALED, EARLY, AUTO)
     lines.sort(key=lambda line: (*line[:5], ways.index(line[5]), line[6]))
     return Table(
         COLUMNS,
