@@ -70,6 +70,9 @@ def _tight(**options: float) -> Callable[[int, Costs], Preset]:
     return lambda epochs, costs: Preset(dr.schedules.auto((COST + costs[LOW]) / 2, **options), landing=True)
 
 
+SCALED = "low, spectral + Frobenius, scaled steps"
+"""LOW alone, in which factors move in the measure of their product."""
+
 NARROWER = "narrower dense"
 """Another model: the dense one that takes as many FLOPs as LOW does."""
 
@@ -102,6 +105,7 @@ METHODS: dict[str, Callable[[int, Costs], Preset]] = {
     ),
     "state moved, re-warmed": lambda epochs, costs: Preset(_interleaved(epochs, costs).schedule, rewarm=30),
     NARROWER: lambda epochs, costs: Preset(dr.schedules.always(FULL)),
+    SCALED: lambda epochs, costs: Preset(dr.schedules.always(LOW), factor_steps=dr.Steps.PRODUCT),
     # With guard.SpectralGuard beside it.
     "spectral norm held": _interleaved,
     # What it is worth to hold a part of the budget back and to inflate sites again, where the budget does not last to
