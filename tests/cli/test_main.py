@@ -104,6 +104,7 @@ OPTIONS = {
         "--no-compile",
         "--out",
         "--override",
+        "--pilot",
         "--plan",
         "--rank",
         "--resume",
