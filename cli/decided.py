@@ -84,7 +84,7 @@ def decide(
     budget = (COST if options["cost"] is None else options["cost"]) * length
     count = max(1, round(budget / best.cost))
     line = _line(found, best, counted(count, unit), count * best.cost, options["cost_by"])
-    for text in (table(found, task, file.metric_name), f"\n{verdict(found, net, file)}", line):
+    for text in (table(found, task, file.metric_name), f"\n{verdict(found, net, file)}", f"now training: {line}"):
         echo(text, err=as_json)
     _warn_of_narrower(found, best)
     return {
@@ -105,12 +105,12 @@ def _options(best: Trial, unit: str, count: int, given: Options) -> JsonObject:
 
 
 def _line(found: Pilot, best: Trial, length: str, spent: float, cost_by: str | None) -> str:
-    """What is trained now, and what may be expected of it."""
+    """What is trained, and what may be expected of it."""
     other = min((each for each in found.trials if each.factored and each is not best), key=lambda each: each.loss)
     cost = f"{'take as long' if cost_by == 'time' else 'cost as much'} as {rounded(spent, 3):g} dense ones"
     level = round(best.loss, 4) == round(other.loss, 4)
     beside = f"{'' if level else apart(best, other) + ' '}that of {other.way}"
-    return f"now training: {best.way} for {length}, which {cost}; in the pilot its loss was {beside}"
+    return f"{best.way} for {length}, which {cost}; in the pilot its loss was {beside}"
 
 
 def _warn_of_narrower(found: Pilot, best: Trial) -> None:
