@@ -219,6 +219,13 @@ class ModelFile:
             return epochs
         raise ModelFileError(f"{self.path.name} has epochs = {epochs!r}: make it a whole number of 1 or more")
 
+    def set_epochs_(self, epochs: int | None) -> None:
+        """Let the file's functions see the length that the run really has, where the file has one and the command
+        gives another: what is made from `epochs`, such as a learning rate, follows.
+        """
+        if epochs is not None and self.epochs is not None:
+            self.module.epochs = epochs  # type: ignore[attr-defined]
+
     @property
     def sharded(self) -> bool:
         """Whether its data give each of several processes a share of its own."""

@@ -61,6 +61,7 @@ def _about(run: Path, info: JsonObject, against: Path | None) -> About:
         noted = read_run_file(run)
     epochs, model_file = noted.get("epochs"), Path(noted["model_file"])
     facts = {"schedule": info["made_of"]["schedule"], "optimizer": info["made_of"]["optimizer"]}
+    facts |= {"decided by a pilot": str(pilot.get("said"))} if (pilot := noted.get("pilot")) else {}
     facts |= {"seed": str(noted["options"]["seed"])} if "seed" in noted["options"] else {}
     facts |= {"model file": model_file.name} | noted.get("versions", {})
     words = ["dynrank-fx", "export", str(run), "-o", f"{model_file.stem}.onnx"]

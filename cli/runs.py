@@ -193,11 +193,20 @@ _KINDS = {
     "run": str,
     "job": str | None,
     "epochs": int | None,
+    "epochs_set": bool,
+    "pilot": dict | None,
     "metric": str,
     "versions": dict,
 }
 """What is in the file of a run, by name."""
-_DEFAULTS: JsonObject = {"run": "", "metric": "", "versions": {}}  # earlier versions noted less
+_DEFAULTS: JsonObject = {"run": "", "epochs_set": False, "metric": "", "versions": {}}  # earlier versions noted less
+
+
+def set_epochs_of_run_(file: ModelFile, noted: JsonObject) -> None:
+    """Let the file's model() see the `epochs` that it saw when the run began. noted: what ``read_run_file`` read."""
+    if noted.get("epochs_set"):  # earlier versions left the file's own
+        epochs = noted["options"].get("epochs")
+        file.set_epochs_(epochs if isinstance(epochs, int) else None)
 
 
 def read_own_run(folder: Path) -> tuple[dict[str, Tensor], JsonObject]:
@@ -254,6 +263,8 @@ def open_run(folder: Path, model_file: Path | None = None) -> Opened:
         return Opened(load(folder, file.model(), file.example_inputs()), file, [])
     tensors, info = read_own_run(folder)
     file = load_model_file(model_file or _named_model_file(folder))
+    if (folder / RUN_FILE).exists():
+        set_epochs_of_run_(file, read_run_file(folder))
     net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
     restore_(net, weights_in(tensors), info)
     return Opened(net, file, history_in(info))

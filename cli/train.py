@@ -15,14 +15,13 @@ from dynrank_fx.errors import ModelFileError, StoreError, first_line
 from dynrank_fx.files import check_folder_place, only_one
 from dynrank_fx.text import counted, json_text
 
+from .decided import check_pilot_file, check_pilot_options, decide, decided_in, pilot_option
 from .options import (
     Number,
     Option,
     Options,
-    amp_of,
     amp_option,
     check_plan_options,
-    compile_of,
     compile_option,
     given_path,
     json_option,
@@ -32,11 +31,11 @@ from .options import (
     transformed,
     weights_option,
 )
-from .runs import RUN_FILE, read_own_run, read_run_file, write_run_file
+from .runs import RUN_FILE, read_own_run, read_run_file, set_epochs_of_run_, write_run_file
 from .several import Launched, OfAnotherError, device_of, launched, say, together, wish_to_stop
 from .stopping import stop_signals
 from .streams import echo
-from .training import how_to_train, known_decay, schedule_of, training_options
+from .training import how_to_train, named_schedule, schedule_of, settings_of, training_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     help="Optimizer steps in place of --epochs, as for a stream: the schedule decides 20 times.",
 )
 @training_options
+@pilot_option
 @click.option("--device", help="cpu, cuda, cuda:1, ...; by default cpu, or under torchrun a GPU for each, if they do.")
 @amp_option
 @click.option(
@@ -97,6 +97,8 @@ def train(
     stopped (on the CPU, with the same number of threads). Started by torchrun, several processes train together, each
     on its share of the data; after a restart of theirs they go on from the last checkpoint.
 
+    Where the model file has `epochs`, its functions see the number of --epochs there, or that which --pilot found.
+
     \b
     Example:
       dynrank-fx train samples/digits.py --rank 0.25 --schedule interleave --out digits-run
@@ -108,9 +110,11 @@ def train(
     if options["fsdp"] and launched() is None:
         raise click.UsageError("--fsdp shares the parameters among processes: start them by torchrun")
     folder, launch = out or Path(f"{model_file.stem}-run"), launched()
+    beginning = 1 if launch is None or resume else launch.count
+    check_pilot_options(options, named_schedule(options).name, beginning)
     processes = ctx.with_resource(together(launch))
     # Only the first looks at the folder, which the others may not even have.
-    resume, options = processes.from_one(
+    noted, options = processes.from_one(
         0, lambda: _opened(ctx, folder, resume, options, model_file, launch), OfAnotherError, "opening the run"
     )
 
@@ -129,13 +133,13 @@ def train(
     check_device(device)
     seed_all(options["seed"])
     # On a resume the run's own weights count.
-    file = load_model_file(model_file, None if resume else options["weights"])
+    file = load_model_file(model_file, options["weights"] if noted is None else None)
     file.require("train_data", "loss")
     _refuse_other_files(processes, model_file)
-    if resume:
-        run, task, settings = _resumed(processes, file, folder, options, device)
+    if noted is not None:
+        run, task, settings = _resumed(processes, file, folder, options, device, noted)
     else:
-        run, task, settings = _begun(ctx, processes, file, folder, options, device)
+        run, task, settings = _begun(ctx, processes, file, folder, options, device, as_json)
     if options["fsdp"]:
         shard_(run.net, run.optimizer, device)
     clock = clock_of_run(run, task, settings)
@@ -168,7 +172,7 @@ def train(
         _print_result(run, clock, folder, as_json)
     if finished:
         for last in run.history[-1:]:
-            say(_cost(last, run))
+            say(_cost(last, run, (settings.epochs, settings.steps) if options["pilot"] else None))
         then = shlex.join(["dynrank-fx", "export", str(folder), "-o", f"{model_file.stem}.onnx"])
         say(f"wrote {folder}/; next: {then}")
         return
@@ -181,26 +185,34 @@ def train(
     ctx.exit(128 + processes.most(wish_to_stop(stopped, launch)))
 
 
-def _cost(last: EpochRecord, run: Run) -> str:
-    """What the run cost, as a share of a dense one of as many epochs."""
+def _cost(last: EpochRecord, run: Run, decided: tuple[int | None, int | None] | None) -> str:
+    """What the run cost, as a share of a dense one of as many epochs. decided: epochs or steps that a pilot has given
+    it, which say how many dense ones that is.
+    """
     from dynrank_fx.rewrite import plan_of
 
     counted, ticks = "FLOPs" if plan_of(run.net).total_flops else "parameters", len(run.history)
     in_time = "" if last.spent_time is None else f", {last.spent_time / ticks:.2f} of its time"
-    return f"it cost {last.spent / ticks:.2f} of the {counted} of dense training{in_time}"
+    epochs, steps = decided or (None, None)
+    length = epochs or steps
+    as_dense = (
+        f", as many as {last.spent / ticks * length:.3g} dense {'epochs' if epochs else 'steps'}" if length else ""
+    )
+    return f"it cost {last.spent / ticks:.2f} of the {counted} of dense training{as_dense}{in_time}"
 
 
 def _opened(
     ctx: click.Context, folder: Path, resume: bool, options: Options, model_file: Path, launch: Launched | None
-) -> tuple[bool, Options]:
-    """Whether there is a run to go on with, and its options, once it is this process's alone."""
+) -> tuple[JsonObject | None, Options]:
+    """The run.json of the run to go on with, if there is one, and the options, once it is this process's alone."""
     check_folder_place(folder)
     resume = resume or _is_this_one(folder, options, model_file, launch)
     if not resume:
         _refuse_run(folder)
-        return False, options
+        return None, options
     ctx.with_resource(only_one(folder))
-    return True, _options_of(ctx, folder, options)
+    noted = read_run_file(folder)
+    return noted, _options_of(ctx, folder, noted, options)
 
 
 def _is_this_one(folder: Path, options: Options, model_file: Path, launch: Launched | None) -> bool:
@@ -213,14 +225,19 @@ def _is_this_one(folder: Path, options: Options, model_file: Path, launch: Launc
 
 
 def _resumed(
-    processes: Processes, file: ModelFile, folder: Path, options: Options, device: str
+    processes: Processes, file: ModelFile, folder: Path, options: Options, device: str, noted: JsonObject
 ) -> tuple[Run, Task, Settings]:
-    """The run in the folder, as planned then, whatever the plan's file or the model's first weights have become."""
+    """The run in the folder, as planned then, whatever the plan's file or the model's first weights have become. noted:
+    its run.json.
+    """
     from dynrank_fx.phases import how_in, rebuilt
     from dynrank_fx.training import plan_in, restore_run_
 
     tensors, info = processes.from_one(0, lambda: read_own_run(folder), OfAnotherError, "reading the run")
+    set_epochs_of_run_(file, noted)
     net = rebuilt(file.model(), plan_in(info), file.example_inputs(), how_in(info))
+    if noted.get("epochs_set"):
+        file.set_epochs_(options["epochs"])
     run, task, settings = _set_up(file, options, net, device)
     _seed_apart(processes, options, info["step"] + info["epoch"])
     restore_run_(run, tensors, info)
@@ -228,18 +245,31 @@ def _resumed(
 
 
 def _begun(
-    ctx: click.Context, processes: Processes, file: ModelFile, folder: Path, options: Options, device: str
+    ctx: click.Context,
+    processes: Processes,
+    file: ModelFile,
+    folder: Path,
+    options: Options,
+    device: str,
+    as_json: bool,
 ) -> tuple[Run, Task, Settings]:
     """A new run, with its folder, which is locked from now on."""
     from dynrank_fx.phases import agree_before
     from dynrank_fx.training import clock_of_run, save_run
 
-    launch = launched()
-    run, task, settings = _set_up(file, options, _net(file, options | {"device": device}), device)
+    launch, given = launched(), options | {"device": device}
+    check_pilot_file(file, options)
+    file.set_epochs_(options["epochs"])
+    net, found = _net(file, given), None
+    if options["pilot"] is not None:
+        found = _piloted(file, given, net, as_json)
+        given |= decided_in({"pilot": found})
+        file.set_epochs_(given["epochs"])
+    run, task, settings = _set_up(file, given, net, device)
     agree_before(processes, run.net, [run.optimizer])  # while each has all of it, and before there is a folder
     _seed_apart(processes, options, 0)
     facts = {"epochs": clock_of_run(run, task, settings).ticks, "metric": file.metric_name, "versions": _versions()}
-    facts |= {"run": run.name, "job": launch.job if launch else None}
+    facts |= {"run": run.name, "job": launch.job if launch else None, "epochs_set": True, "pilot": found}
     with processes.all_or_none(OfAnotherError, "beginning the run"):
         if processes.first:
             _make_folder(folder)
@@ -250,6 +280,17 @@ def _begun(
         if processes.first:
             write_run_file(folder, file.path, _plain(options), **facts)
     return run, task, settings
+
+
+def _piloted(file: ModelFile, options: Options, net: nn.Module, as_json: bool) -> JsonObject:
+    """What short runs find for this one, whose random numbers go on as if there had been none."""
+    from dynrank_fx.randomness import random_state, set_random_state
+
+    now = random_state()
+    settings = settings_of(options, _epochs(file, options), file.optimizer(net.parameters()), options["device"])
+    found = decide(net, file, _task(file, options), settings, options, as_json=as_json)
+    set_random_state(now)
+    return found
 
 
 def _started_by(launch: Launched | None) -> list[str]:
@@ -299,14 +340,17 @@ def _versions() -> dict[str, str]:
     return {"dynrank-fx": __version__, "torch": str(torch.__version__), "Python": platform.python_version()}
 
 
-def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
-    """The options that the run was started with. Raises StoreError where one is given again with another value."""
-    started: JsonObject = read_run_file(folder)["options"]
-    wrong = [each.name or "" for each in ctx.command.params if not _fits(ctx, each, started.get(each.name or ""))]
-    if wrong:
-        raise StoreError(
-            f"{folder / RUN_FILE} is damaged: its {wrong[0]} is {started[wrong[0]]!r}; put an earlier copy back"
-        )
+def _options_of(ctx: click.Context, folder: Path, noted: JsonObject, given: Options) -> JsonObject:
+    """The options of a run, as it was started with them, or as its pilot decided. Raises StoreError where one is given
+    again with another value.
+    """
+    started, decided = noted["options"], decided_in(noted)
+    for each in (started, decided):
+        wrong = [name for option in ctx.command.params if not _fits(ctx, option, each.get(name := option.name or ""))]
+        if wrong:
+            raise StoreError(
+                f"{folder / RUN_FILE} is damaged: its {wrong[0]} is {each[wrong[0]]!r}; put an earlier copy back"
+            )
     for name, value in _plain(given).items():
         said = name != "fsdp" and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if said and value != started.get(name):
@@ -315,7 +359,7 @@ def _options_of(ctx: click.Context, folder: Path, given: Options) -> JsonObject:
             then = f"without {flag}" if before in (None, []) or before is False else f"with {flag} {before}"
             raise StoreError(f"the run in {folder} was started {then}: leave {flag} out, or start another run")
     # An older run may not know every option, and how the processes hold the net is no matter of the run.
-    return {**_plain(given), **started, "fsdp": given["fsdp"]}
+    return {**_plain(given), **started, **decided, "fsdp": given["fsdp"]}
 
 
 def _fits(ctx: click.Context, option: click.Parameter, value: Json) -> bool:
@@ -349,28 +393,30 @@ def _make_folder(folder: Path) -> None:
 def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> tuple[Run, Task, Settings]:
     """The run as at its first step: the same on a resume, before the checkpoint is taken over."""
     from dynrank_fx.randomness import generators_of
-    from dynrank_fx.training import Run, Settings, Task, check_costs, clock_for
+    from dynrank_fx.training import Run, check_costs, clock_for
 
-    how = how_to_train(options)
     # What is to be in parts need not fit the device whole.
     net = net.to("cpu" if options["fsdp"] else device).train()
     optimizer = file.optimizer(net.parameters())
     lr_scheduler, every_step = file.lr_scheduler(optimizer)
-    steps = options.get("steps")
-    settings = Settings(
-        epochs=None if steps else options["epochs"] or file.epochs or 10,
-        steps=steps,
-        device=device,
-        amp=amp_of(options["amp"]),
-        compile=compile_of(options),
-        activation_memory=options["activation_memory"],
-        checkpoint_steps=options["checkpoint_steps"],
-        accumulate=options["accumulate"],
-        clip=options["clip"],
-        **how.choices | {"decay": known_decay(how.decay, options, optimizer)},
-    )
+    settings = settings_of(options, _epochs(file, options), optimizer, device)
     check_costs(net, settings.cost_by)
-    task = Task(
+    task = _task(file, options)
+    schedule = schedule_of(options, clock_for(task, settings), lr_scheduler, every_step)
+    generators = generators_of(task.train_data, task.eval_data)
+    run = Run(net, optimizer, schedule, lr_scheduler, lr_every_step=every_step, generators=generators)
+    return run, task, settings
+
+
+def _epochs(file: ModelFile, options: Options) -> int | None:
+    """Of the run; None where it is counted in steps."""
+    return None if options.get("steps") else options["epochs"] or file.epochs or 10
+
+
+def _task(file: ModelFile, options: Options) -> Task:
+    from dynrank_fx.training import Task
+
+    return Task(
         train_data=_train_data(file, options["workers"]),
         loss=file.loss,
         inputs=file.inputs,
@@ -379,10 +425,6 @@ def _set_up(file: ModelFile, options: Options, net: nn.Module, device: str) -> t
         guard=file.guard,
         sharded=file.sharded,
     )
-    schedule = schedule_of(options, clock_for(task, settings), lr_scheduler, every_step)
-    generators = generators_of(task.train_data, task.eval_data)
-    run = Run(net, optimizer, schedule, lr_scheduler, lr_every_step=every_step, generators=generators)
-    return run, task, settings
 
 
 def _train_data(file: ModelFile, workers: int | None) -> Iterable[Batch]:

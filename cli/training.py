@@ -13,16 +13,23 @@ from dynrank_fx.errors import DynrankWarning
 from dynrank_fx.phase import Phase
 from dynrank_fx.schedules import BY_NAME
 
-from .options import Number, given_options, of_option
+from .options import Number, amp_of, compile_of, given_options, of_option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
     from dynrank_fx.schedules import NamedSchedule, Schedule
-    from dynrank_fx.training import Clock, Decay, Preset
+    from dynrank_fx.training import Clock, Decay, Preset, Settings
 
     from .options import Options
+
+
+def cost_by_option(what: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """The option that says what costs are counted in. what: of which it is that."""
+    help_text = f"{what}: FLOPs, or time as --measure has found it; by default flops."
+    return click.option("--cost-by", type=click.Choice(["flops", "time"]), help=help_text)
+
 
 _OPTIONS = (
     click.option(
@@ -33,13 +40,9 @@ _OPTIONS = (
     click.option(
         "--cost",
         type=Number(0, 1),
-        help="For auto: compute it may spend, as a share of dense training; by default 0.75.",
+        help="For auto and --pilot: compute it may spend, as a share of dense training; by default 0.75.",
     ),
-    click.option(
-        "--cost-by",
-        type=click.Choice(["flops", "time"]),
-        help="What --cost counts; time as --measure has found it; by default flops.",
-    ),
+    cost_by_option("What --cost counts"),
     click.option(
         "--low", type=click.IntRange(min=0), default=2, show_default=True, help="LOW epochs in a row, for interleave."
     ),
@@ -80,7 +83,8 @@ def training_options(command: Callable[..., object]) -> Callable[..., object]:
     return command
 
 
-def _named(options: Options) -> NamedSchedule:
+def named_schedule(options: Options) -> NamedSchedule:
+    """The schedule that the options ask for by its name, or by what only one takes."""
     name = options["schedule"] or ("auto" if options["lr_milestones"] is None else "aligned")
     return next(named for named in BY_NAME if named.name == name)
 
@@ -91,7 +95,7 @@ def how_to_train(options: Options) -> Preset:
     from dynrank_fx.phases import Carry
     from dynrank_fx.training import CostBy, Decay, Steps
 
-    named = _named(options)
+    named = named_schedule(options)
     if options["cost"] is not None and "cost" not in named.takes:
         raise click.UsageError(f"--cost is the budget of auto, and says nothing to {named.name}")
     if options["cost_by"] is not None and "cost" not in named.takes:
@@ -114,6 +118,25 @@ def how_to_train(options: Options) -> Preset:
     return replace(preset, **{key: value for key, value in asked.items() if value is not None})
 
 
+def settings_of(options: Options, epochs: int | None, optimizer: Optimizer, device: str) -> Settings:
+    """How the run trains. epochs: of the run; None where it is counted in steps."""
+    from dynrank_fx.training import Settings
+
+    how = how_to_train(options)
+    return Settings(
+        epochs=epochs,
+        steps=options.get("steps"),
+        device=device,
+        amp=amp_of(options["amp"]),
+        compile=compile_of(options),
+        activation_memory=options["activation_memory"],
+        checkpoint_steps=options["checkpoint_steps"],
+        accumulate=options["accumulate"],
+        clip=options["clip"],
+        **how.choices | {"decay": known_decay(how.decay, options, optimizer)},
+    )
+
+
 def known_decay(decay: Decay, options: Options, optimizer: Optimizer) -> Decay:
     """The decay itself; where nobody asked for it and how the optimizer decays weights is not known, none of ours."""
     from dynrank_fx.training import Decay, decays_in_a_known_way
@@ -130,7 +153,7 @@ def known_decay(decay: Decay, options: Options, optimizer: Optimizer) -> Decay:
 
 def schedule_of(options: Options, clock: Clock, lr_scheduler: LRScheduler | None, every_step: bool) -> Schedule:
     """The schedule that the options ask for. Its epochs are the ticks of the clock."""
-    named = _named(options)
+    named = named_schedule(options)
     if named.name.startswith("paper") and not clock.by_epochs:
         raise click.UsageError(f"{named.name} names the epochs of its phases: give --epochs, more than one")
     last = {"svd": Phase.LOW, "adaptor": Phase.ADAPTOR, None: None}[options["deflate"]]

@@ -1,7 +1,7 @@
 """A model file: a small character-level transformer on source text of Python's standard library.
 
 The text is on every machine that runs Python, so nothing is downloaded; its words differ a little between versions
-of Python. The learning rate follows half a cosine over the 12 epochs.
+of Python. The learning rate follows half a cosine over all epochs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Short runs of equal compute beside one another: which way to train is worth a long run, for this model and its data.
 
 Whether FULL steps pay, and whether a factored model is worth training at all where a narrower dense one takes as many
-FLOPs, differs from task to task. So it is measured before much is spent: every way trains for the FLOPs of the same
-number of dense steps, from the same weights, with the same data and half a cosine of learning rate of its own.
+FLOPs, differs from task to task. So it is measured before much is spent: every way trains for the FLOPs, or for the
+measured time, of the same number of dense steps, from the same weights, with the same data and half a cosine of
+learning rate of its own.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..checks import is_whole
+from ..aliases import JsonObject
+from ..checks import is_number, is_whole
 from ..errors import DynrankError
 from ..phase import Phase
 from ..phases import enter_
 from ..randomness import seed_all
 from ..rewrite import a_twin, inline_, plan_of
 from ..schedules import Always, Schedule, auto
-from .costs import cost_in_low, cost_of
-from .factor_decay import Decay, decays_in_a_known_way
+from .costs import CostBy, check_costs, cost_in_low, cost_of
+from .declared import said
 from .loop import fit
 from .run import Run
 from .settings import Settings
@@ -47,11 +49,14 @@ class Trial:
         way: What it is called.
         options: Those of ``dynrank-fx train`` that train so; empty for the dense models.
         steps: Its optimizer steps.
-        compute: FLOPs of its training, in steps of the dense model.
+        compute: What its training cost, in steps of the dense model: FLOPs, or measured time.
         size: FLOPs of a step of what it leaves, over those of the dense model.
         loss: Held out, of what it leaves; of the last quarter of training where nothing is held out.
         metric: The same of the metric, where there is one.
         seconds: How long it took.
+        schedule: The schedule of its phases.
+        cost: What a mean step costs by that schedule, in steps of the dense model. A run of this way that is to cost as
+            much as ``n`` dense steps has ``n / cost`` of its own.
     """
 
     way: str
@@ -62,6 +67,22 @@ class Trial:
     loss: float
     metric: float | None
     seconds: float
+    schedule: Schedule
+    cost: float
+
+    @property
+    def factored(self) -> bool:
+        """Whether it leaves factors, and not a dense model."""
+        return self.schedule != Always(Phase.FULL)
+
+    def to_json(self) -> JsonObject:
+        """All of it, as JSON has it; the schedule in words.
+
+        Returns:
+            The values by name.
+        """
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return values | {"options": list(self.options), "schedule": said(self.schedule)}
 
 
 @dataclass(frozen=True)
@@ -80,12 +101,34 @@ class Pilot:
         return tuple(sorted(self.trials[1:], key=lambda each: each.loss))
 
     @property
+    def best_factored(self) -> Trial:
+        """Of the factored ones, the one of the least loss; where others are level with it, the one of the fewest FULL
+        steps.
+        """
+        factored = [each for each in self.small if each.factored]
+        return min((each for each in factored if _level(each, factored[0])), key=lambda each: each.cost)
+
+    @property
     def best(self) -> Trial:
-        """Of the small ones, the one of the least loss; the factored one where a narrower dense model is level."""
-        first, *others = self.small
-        most = first.loss + _LEVEL * abs(first.loss)
-        level = [each for each in others if each.options and each.loss <= most]
-        return first if first.options or not level else level[0]
+        """Of the small ones, the one of the least loss; the best factored one where a narrower dense model is level."""
+        first = self.small[0]
+        return self.best_factored if first.factored or _level(self.best_factored, first) else first
+
+
+def _level(trial: Trial, best: Trial) -> bool:
+    return trial.loss <= best.loss + _LEVEL * abs(best.loss)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to train before it is tried. net: what it begins with. size: FLOPs of that, over those of the dense one."""
+
+    name: str
+    options: tuple[str, ...]
+    schedule: Schedule
+    net: nn.Module
+    cost: float
+    size: float = 1.0
 
 
 def pilot(
@@ -95,17 +138,20 @@ def pilot(
     settings: Settings,
     *,
     narrower: nn.Module | None = None,
+    narrower_cost: float | None = None,
     seed: int = 0,
     begun: Callable[[str, int], None] = lambda way, steps: None,
 ) -> Pilot:
     """Train short runs of equal compute: dense, LOW alone, ``auto`` with few and with more FULL steps, narrower dense.
 
     Args:
-        net: What ``transform`` made, FULL; it stays as it is.
+        net: What ``transform`` made; it stays as it is.
         task: What is trained on. Evaluated is only the end of each run.
         optimizer: Makes the optimizer of each run; its learning rate is the highest of half a cosine with a warm-up.
-        settings: How to train; ``steps`` is what the dense model takes, and all others take as many FLOPs.
+        settings: How to train; ``steps`` is what the dense model takes, and all others cost as much by ``cost_by``.
         narrower: A narrower dense model of about as many FLOPs as LOW, made by ``transform`` too; it stays FULL.
+        narrower_cost: What a step of it costs, in steps of the dense model, where costs are counted in measured time:
+            ``StepTimes().whole(net, narrower, example_inputs).ratio``.
         seed: Of each run.
         begun: Told of every run that begins: what it is called, and its steps.
 
@@ -113,88 +159,92 @@ def pilot(
         What the runs came to.
 
     Raises:
-        DynrankError: Without steps, for a narrower model of other FLOPs than LOW, and what ``fit`` raises.
+        DynrankError: Without steps, for a narrower model of other FLOPs than LOW or without its cost in time, and what
+            ``fit`` raises.
+        ScheduleError: For costs in a time that was not measured.
     """
     if not is_whole(settings.steps, 20):
         raise DynrankError(f"a pilot of {settings.steps!r} steps says nothing: give 20 or more, and a hundred at least")
-    if narrower is not None:
-        _check_narrower(_flops(narrower) / _flops(net), cost_in_low(plan_of(net)))
+    check_costs(net, settings.cost_by)
     trials = []
-    for way, options, schedule, model, compute in _ways(net, narrower):
-        steps = max(20, round((settings.steps or 0) / compute))
-        begun(way, steps)
+    for way in _ways(net, narrower, narrower_cost, settings.cost_by):
+        steps = max(20, round((settings.steps or 0) / way.cost))
+        begun(way.name, steps)
         try:
-            trial = _tried(way, options, schedule, model, task, optimizer, replace(settings, steps=steps), seed, net)
+            trials.append(_tried(way, task, optimizer, replace(settings, steps=steps), seed))
         except DynrankError as error:
-            raise type(error)(f"{way}: {error}") from error
-        trials.append(trial)
+            raise type(error)(f"{way.name}: {error}") from error
     return Pilot(tuple(trials))
 
 
-def _check_narrower(share: float, low: float) -> None:
-    if not low / _ALIKE <= share <= low * _ALIKE:
+def _ways(net: nn.Module, narrower: nn.Module | None, narrower_cost: float | None, by: CostBy) -> tuple[_Way, ...]:
+    plan = plan_of(net)
+    low = cost_in_low(plan, by)
+    ways = [
+        _Way("dense, as it is", (), Always(Phase.FULL), net, 1.0),
+        _Way("LOW alone", ("--schedule", "low"), Always(Phase.LOW), net, low),
+    ]
+    for share in FULL_SHARES:
+        cost = round(low + share * (1 - low), 3)
+        ways.append(
+            _Way(f"auto, {share:.0%} FULL", ("--schedule", "auto", "--cost", f"{cost:g}"), auto(cost), net, cost)
+        )
+    if narrower is not None:
+        size = _flops(narrower) / _flops(net)
+        _check_narrower(size, cost_in_low(plan), narrower_cost, by)
+        cost = size if by is CostBy.FLOPS else narrower_cost or size
+        ways.append(_Way("narrower dense", (), Always(Phase.FULL), narrower, cost, size))
+    return tuple(ways)
+
+
+def _check_narrower(size: float, low: float, cost: float | None, by: CostBy) -> None:
+    if not low / _ALIKE <= size <= low * _ALIKE:
         raise DynrankError(
-            f"the narrower model takes {share:.2f} of the dense model's FLOPs, and LOW {low:.2f}: make it of about as "
+            f"the narrower model takes {size:.2f} of the dense model's FLOPs, and LOW {low:.2f}: make it of about as "
             "many, or they cannot be compared"
+        )
+    if by is CostBy.TIME and (not is_number(cost, 0) or cost == 0):
+        raise DynrankError(
+            f"a step of the narrower model cannot cost {cost!r} of the time of a dense one: give narrower_cost, as "
+            "StepTimes().whole(net, narrower, example_inputs).ratio measures it, or leave the model out"
         )
 
 
-def _ways(
-    net: nn.Module, narrower: nn.Module | None
-) -> Iterator[tuple[str, tuple[str, ...], Schedule, nn.Module, float]]:
-    """Each way: its name and options, its schedule, what it begins with, and what its mean step costs in dense ones."""
-    low = cost_in_low(plan_of(net))
-    yield "dense, as it is", (), Always(Phase.FULL), net, 1.0
-    yield "LOW alone", ("--schedule", "low"), Always(Phase.LOW), net, low
-    for share in FULL_SHARES:
-        cost = round(low + share * (1 - low), 3)
-        yield f"auto, {share:.0%} FULL", ("--schedule", "auto", "--cost", f"{cost:g}"), auto(cost), net, cost
-    if narrower is not None:
-        yield "narrower dense", (), Always(Phase.FULL), narrower, _flops(narrower) / _flops(net)
-
-
 def _tried(
-    way: str,
-    options: tuple[str, ...],
-    schedule: Schedule,
-    model: nn.Module,
-    task: Task,
-    make: Callable[[Iterable[nn.Parameter]], Optimizer],
-    settings: Settings,
-    seed: int,
-    dense: nn.Module,
+    way: _Way, task: Task, make: Callable[[Iterable[nn.Parameter]], Optimizer], settings: Settings, seed: int
 ) -> Trial:
     started, steps = time.perf_counter(), settings.steps or 0
     seed_all(seed)
-    model = copy.deepcopy(model).to(settings.device).train()
+    model = copy.deepcopy(way.net).to(settings.device).train()
     optimizer = make(model.parameters())
     rates = LambdaLR(optimizer, lambda step: _rate(step, steps))
-    decay = Decay.PRODUCT if decays_in_a_known_way(optimizer) else Decay.EACH
-    settings = replace(settings, landing=True, decay=decay, spectra=False)
-    run = Run(model, optimizer, schedule, rates, lr_every_step=True)
+    # A dense model costs the same in every step, and a narrower one was timed as a whole.
+    settings = replace(settings, spectra=False, cost_by=settings.cost_by if way.options else CostBy.FLOPS)
+    run = Run(model, optimizer, way.schedule, rates, lr_every_step=True)
     # Every tick would be evaluated, and only the end counts.
     fit(run, replace(task, eval_data=None), settings)
-    share = _flops(model) / _flops(dense)
-    spent = steps * run.history[-1].spent / len(run.history) * share
-    size, loss, metric = _result(run, task, settings, schedule, share)
-    return Trial(way, options, steps, round(spent, 2), size, loss, metric, round(time.perf_counter() - started, 1))
+    last = run.history[-1]
+    of_all = last.spent if settings.cost_by is CostBy.FLOPS else last.spent_time
+    assert of_all is not None, "check_costs came first"
+    spent = steps * of_all / len(run.history) * (1 if way.options else way.cost)
+    size, loss, metric = _result(run, task, settings, way)
+    seconds = round(time.perf_counter() - started, 1)
+    return Trial(way.name, way.options, steps, round(spent, 2), size, loss, metric, seconds, way.schedule, way.cost)
 
 
-def _result(
-    run: Run, task: Task, settings: Settings, schedule: Schedule, share: float
-) -> tuple[float, float, float | None]:
+def _result(run: Run, task: Task, settings: Settings, way: _Way) -> tuple[float, float, float | None]:
     """Size, loss and metric of what a run leaves: cut to its factors, but for a dense model."""
-    small = a_twin(run.net)
-    if schedule != Always(Phase.FULL):
+    small, size = a_twin(run.net), way.size
+    if way.options:
         enter_(small, Phase.LOW)
-        share = cost_of(small)
+        size = cost_of(small)
         small = inline_(small)
     if task.eval_data is None:
         last = run.history[-max(1, len(run.history) // 4) :]
         losses, metrics = [each.loss or 0.0 for each in last], [each.metric or 0.0 for each in last]
-        return share, fmean(losses), fmean(metrics) if task.metric else None
+        return size, fmean(losses), fmean(metrics) if task.metric else None
     found = evaluate(small, task, settings)
-    return share, found["eval_loss"] or 0.0, found["eval_metric"]
+    return size, found["eval_loss"] or 0.0, found["eval_metric"]
 
 
 def _rate(step: int, steps: int) -> float:

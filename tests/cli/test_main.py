@@ -47,6 +47,7 @@ OPTIONS = {
     "pilot": [
         "--amp",
         "--capture",
+        "--cost-by",
         "--device",
         "--energy",
         "--exclude",
@@ -56,6 +57,7 @@ OPTIONS = {
         "--json",
         "--layout",
         "--leave",
+        "--measure",
         "--multiple-of",
         "--no-compile",
         "--override",
@@ -102,6 +104,7 @@ OPTIONS = {
         "--no-compile",
         "--out",
         "--override",
+        "--pilot",
         "--plan",
         "--rank",
         "--resume",

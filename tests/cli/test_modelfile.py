@@ -200,6 +200,18 @@ def test_a_rewritten_file_is_read_anew(write: Write) -> None:
     assert load_model_file(write(MODEL + "epochs = 2")).epochs == 2
 
 
+def test_its_functions_see_the_epochs_that_the_command_gives(write: Write) -> None:
+    file = load_model_file(write(MODEL + "epochs = 2\ndef loss(output, batch): return output * epochs\n"))
+    file.set_epochs_(None)
+    assert (file.epochs, file.loss(torch.ones(1), None).item()) == (2, 2)
+    file.set_epochs_(7)
+    assert (file.epochs, file.loss(torch.ones(1), None).item()) == (7, 7)
+    for none in ("", "epochs = None"):
+        without = load_model_file(write(MODEL + none))
+        without.set_epochs_(7)
+        assert without.epochs is None
+
+
 def test_two_files_of_one_name_are_two_modules(write: Write, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     first = load_model_file(write(MODEL + "epochs = 1"))

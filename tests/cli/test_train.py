@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from run_folders import checkpoint
 
 import dynrank_fx as dr
 import dynrank_fx.training as training
@@ -23,26 +25,13 @@ from dynrank_fx import store
 from dynrank_fx.cli.main import cli
 from dynrank_fx.cli.modelfile import load_model_file
 from dynrank_fx.training import Run as TrainingRun
-from dynrank_fx.training import Settings, Task, read_run
+from dynrank_fx.training import Settings, Task
 
 Run = Callable[..., Result]
 EPOCHS, STEPS = 4, 3
 INSTALLED = str(Path(sys.executable).with_name("dynrank-fx"))
 
 HANDLERS = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-
-
-def checkpoint(folder: str) -> tuple[dict[str, bytes], Any]:
-    """Tensors as bytes, and the rest without what was timed."""
-
-    def untimed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: untimed(v) for k, v in value.items() if not k.endswith(("seconds", "memory"))}
-        return [untimed(v) for v in value] if isinstance(value, list) else value
-
-    tensors, info = read_run(Path(folder))
-    del info["run"], info["log"]  # other names, times and digests
-    return {name: t.flatten().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}, untimed(info)
 
 
 def history(folder: str) -> list[dict[str, Any]]:
@@ -337,6 +326,65 @@ def test_few_epochs_of_auto_are_divided_and_one_that_is_stopped_ends_as_if_never
     assert re.search(r"stopped in tick \d+ of 12 after \d steps?, and saved", first.stderr)
     run("train", "model.py", "--out", "r", "--resume")
     assert checkpoint("r") == checkpoint("whole")
+
+
+FOLLOWS = """
+    class WithLength(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.length = nn.Parameter(torch.zeros(epochs))
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Linear(32, 8))
+        def forward(self, x):
+            return self.layers(x) + self.length.sum()
+
+    def model():
+        return WithLength()
+
+    def train_data():
+        return DataLoader(Noisy(), 24 // epochs, shuffle=True, drop_last=True)
+
+    def lr_scheduler(optimizer):  # whose state has no number of epochs
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 * (1 + np.cos(np.pi * epoch / epochs)))
+"""
+
+
+def rates(folder: str) -> list[float]:
+    return [record["lr"] for record in history(folder)]
+
+
+def test_what_the_file_makes_of_its_epochs_follows_the_length_that_is_given(
+    write: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(FOLLOWS)
+    given = ("train", "model.py", "--no-compile", "--schedule", "low", "--leave", "none")
+    options = (*given, "--epochs", "8")
+    run(*options, "--out", "whole")
+    half_a_cosine = [0.025 * (1 + math.cos(math.pi * epoch / 8)) for epoch in range(8)]
+    assert rates("whole") == pytest.approx(half_a_cosine)
+    assert {record["steps"] for record in history("whole")} == {7}, "21 examples in batches of 3"
+    assert "layers.1.weight" in run("inspect", "whole").stdout
+    stopped(monkeypatch, 12, *options, "--out", "r")
+    run("train", "model.py", "--out", "r", "--resume")
+    assert checkpoint("r") == checkpoint("whole")
+    run(*given, "--steps", "6", "--out", "steps")
+    run(*given, "--out", "own")
+    assert rates("own") == pytest.approx([0.025 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
+
+
+def test_a_run_that_began_before_files_were_told_the_length_goes_on_as_it_began(
+    write: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("""
+    def lr_scheduler(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / epochs)
+    """)
+    options = ("train", "model.py", "--no-compile", "--schedule", "low", "--leave", "none", "--epochs", "3")
+    stopped(monkeypatch, 2, *options, "--out", "r")
+    data = json.loads(Path("r/run.json").read_text())
+    del data["epochs_set"], data["pilot"], data["sha256"]
+    Path("r/run.json").write_text(json.dumps(data))
+    run("train", "model.py", "--out", "r", "--resume")
+    assert rates("r") == pytest.approx([0.05 / 3, 0.05 / 4, 0.05 / 4]), "of the file, which says 4"
 
 
 def test_accumulated_batches_are_one_of_the_steps(write: Run, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

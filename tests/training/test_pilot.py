@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from torch import nn
 
 import dynrank_fx as dr
-from dynrank_fx.training import Pilot, Settings, Task, Trial, pilot
+from dynrank_fx.training import CostBy, Pilot, Settings, Task, Trial, pilot
+
+FULL, LOW = dr.schedules.always(dr.Phase.FULL), dr.schedules.always(dr.Phase.LOW)
 
 
 def _model(width: int = 32) -> nn.Module:
@@ -53,6 +57,12 @@ def test_every_way_takes_the_compute_of_the_dense_steps_and_says_what_it_leaves(
     sizes = [low.size, early.size, later.size]
     assert sizes == pytest.approx([plan.low_flops / plan.total_flops] * 3)
     assert narrower.size == pytest.approx((16 * 16 * 2 + 16 * 2) / (16 * 32 + 32 * 32 + 32 * 2))
+    assert [each.schedule for each in found.trials] == [
+        FULL, LOW, dr.schedules.auto(early.cost), dr.schedules.auto(later.cost), FULL,
+    ]  # fmt: skip
+    shares = [early.cost, later.cost]
+    assert shares == pytest.approx([low.size + share * (1 - low.size) for share in (0.12, 0.4)], abs=1e-3)
+    assert [dense.cost, low.cost, narrower.cost] == pytest.approx([1, low.size, narrower.size])
     assert all(0 < each.loss < 0.6 for each in found.trials), "it learns, where chance is 0.69"
     assert all(each.metric is not None and each.metric > 0.7 for each in found.trials)
 
@@ -62,23 +72,64 @@ def test_the_net_stays_as_it_was_and_the_same_seed_gives_the_same() -> None:
     assert [each.loss for each in first.trials] == [each.loss for each in again.trials]
 
 
-def test_the_best_is_the_factored_one_where_a_narrower_one_is_level() -> None:
-    def trial(way: str, loss: float, size: float, *options: str) -> Trial:
-        return Trial(way, options, 60, 60.0, size, loss, None, 1.0)
+def _trial(way: str, loss: float, schedule: dr.schedules.Schedule = FULL, cost: float = 0.4) -> Trial:
+    return Trial(way, (), 60, 60.0, cost, loss, None, 1.0, schedule, cost)
 
-    dense, low = trial("dense", 0.5, 1.0), trial("LOW", 1.002, 0.4, "--schedule", "low")
-    assert Pilot((dense, low, trial("narrower", 1.0, 0.4))).best is low
-    below = trial("LOW", -1.002, 0.4, "--schedule", "low")
-    assert Pilot((dense, below, trial("narrower", -1.0, 0.4))).best is below
-    assert Pilot((dense, trial("LOW", -0.9, 0.4, "-"), trial("narrower", -1.0, 0.4))).best.way == "narrower"
-    narrow = trial("narrower", 0.9, 0.4)
-    assert Pilot((dense, low, narrow)).best is narrow
+
+def test_the_best_is_the_factored_one_where_a_narrower_one_is_level() -> None:
+    dense, low = _trial("dense", 0.5), _trial("LOW", 1.002, LOW)
+    assert Pilot((dense, low, _trial("narrower", 1.0))).best is low
+    below = _trial("LOW", -1.002, LOW)
+    assert Pilot((dense, below, _trial("narrower", -1.0))).best is below
+    assert Pilot((dense, _trial("LOW", -0.9, LOW), _trial("narrower", -1.0))).best.way == "narrower"
+    narrow, found = _trial("narrower", 0.9), Pilot((dense, low, _trial("narrower", 0.9)))
+    assert found.best == narrow
+    assert found.best_factored is low
+
+
+def test_full_steps_are_taken_only_where_they_are_measured_to_pay() -> None:
+    dense, low = _trial("dense", 0.5), _trial("LOW", 1.0, LOW)
+    level, better = (_trial("auto", loss, dr.schedules.auto(0.5), 0.5) for loss in (0.996, 0.9))
+    assert Pilot((dense, low, level)).best_factored is Pilot((dense, low, level)).best is low
+    assert Pilot((dense, low, better)).best_factored is Pilot((dense, low, better)).best is better
+    assert [each.factored for each in (dense, low, better)] == [False, True, True]
+
+
+def test_a_trial_is_json_with_its_schedule_in_words() -> None:
+    made = json.loads(json.dumps(_trial("LOW", 1.0, LOW).to_json()))
+    assert made["schedule"] == repr(LOW)
+    assert made["options"] == []
+    assert (made["way"], made["loss"], made["cost"], made["metric"]) == ("LOW", 1.0, 0.4, None)
 
 
 def test_what_saves_parameters_alone_is_among_the_small_ones() -> None:
     """Factors of an embedding leave its FLOPs as they are, which are none."""
-    dense, low = (Trial(way, (), 60, 60.0, 1.0, loss, None, 1.0) for way, loss in (("dense", 0.5), ("LOW", 0.6)))
+    dense, low = _trial("dense", 0.5), _trial("LOW", 0.6, LOW, 1.0)
     assert Pilot((dense, low)).best is low
+
+
+def test_in_measured_time_every_way_takes_the_time_of_the_dense_steps() -> None:
+    """The three sites take 0.2, 0.5 and 0.1 of a dense step, and half of that factored."""
+    net, narrow = (_net(_model(width), rank=dr.Ratio(0.25), leave=()) for width in (32, 16))
+    plan = dr.plan_of(net)
+    steps = ((0.2, 0.1), (0.5, 0.25), (0.1, 0.05))
+    rows = tuple(replace(row, step=step) for row, step in zip(plan.sites, steps, strict=True))
+    net.meta["dynrank"] = replace(plan, sites=rows, seconds=(1e-3, 6e-4))
+    settings = Settings(steps=40, compile=False, cost_by=CostBy.TIME)
+    tried = partial(pilot, net, _task(), partial(torch.optim.AdamW, lr=1e-2), settings)
+    found = tried(narrower=narrow, narrower_cost=0.8)
+    assert [each.cost for each in found.trials] == pytest.approx([1, 0.6, 0.6 + 0.12 * 0.4, 0.6 + 0.4 * 0.4, 0.8])
+    assert [each.steps for each in found.trials] == [40, 67, 62, 53, 50]
+    assert all(each.compute == pytest.approx(40, rel=0.06) for each in found.trials)
+    assert found.trials[-1].size == pytest.approx((16 * 16 * 2 + 16 * 2) / (16 * 32 + 32 * 32 + 32 * 2)), "FLOPs"
+    with pytest.raises(dr.DynrankError, match="a step of the narrower model cannot cost None of the time of a dense"):
+        tried(narrower=narrow)
+
+
+def test_costs_in_a_time_that_was_not_measured_are_refused() -> None:
+    net = _net(_model(), rank=dr.Ratio(0.25), leave=())
+    with pytest.raises(dr.ScheduleError, match="the plan has no measured times to count costs by"):
+        pilot(net, _task(), torch.optim.AdamW, Settings(steps=20, cost_by=CostBy.TIME))
 
 
 def test_too_few_steps_are_refused() -> None:
