@@ -57,10 +57,11 @@ if TYPE_CHECKING:
 def pilot(model_file: Path, steps: int, as_json: bool, **options: Option) -> None:
     """Train short runs of equal compute, and say which way is worth a long one. Nothing is written.
 
-    All begin with the same weights, see the same data, and have half a cosine of learning rate with a warm-up in place
-    of lr_scheduler(). Where the model file has narrower(share), which gives the model so many times as wide, the dense
-    model of as many FLOPs as the factored one is among them. A long run may end otherwise: the longer the pilot, the
-    surer it is. `train --pilot` goes on with the long run by itself.
+    All begin with the same weights and see the same data. In place of lr_scheduler() their learning rate has a warm-up
+    and then half a cosine; without lr_scheduler() it stays as it is after the warm-up. Where the model file has
+    narrower(share), which gives the model so many times as wide, the dense model of as many FLOPs as the factored one
+    is among them. A long run may end otherwise: the longer the pilot, the surer it is. `train --pilot` goes on with the
+    long run by itself.
 
     \b
     Example:

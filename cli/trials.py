@@ -43,6 +43,7 @@ def tried(net: nn.Module, file: ModelFile, task: Task, settings: Settings, optio
         settings,
         narrower=narrower,
         narrower_cost=cost,
+        decays=file.has("lr_scheduler"),
         seed=options["seed"],
         begun=lambda way, count: echo(f"{way}: {count} steps", err=True),
     )

@@ -2,8 +2,8 @@
 
 Whether FULL steps pay, and whether a factored model is worth training at all where a narrower dense one takes as many
 FLOPs, differs from task to task. So it is measured before much is spent: every way trains for the FLOPs, or for the
-measured time, of the same number of dense steps, from the same weights, with the same data and half a cosine of
-learning rate of its own.
+measured time, of the same number of dense steps, from the same weights, with the same data and a course of the learning
+rate that fits its own length.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def pilot(
     *,
     narrower: nn.Module | None = None,
     narrower_cost: float | None = None,
+    decays: bool = True,
     seed: int = 0,
     begun: Callable[[str, int], None] = lambda way, steps: None,
 ) -> Pilot:
@@ -147,11 +148,12 @@ def pilot(
     Args:
         net: What ``transform`` made; it stays as it is.
         task: What is trained on. Evaluated is only the end of each run.
-        optimizer: Makes the optimizer of each run; its learning rate is the highest of half a cosine with a warm-up.
+        optimizer: Makes the optimizer of each run, at its highest learning rate.
         settings: How to train; ``steps`` is what the dense model takes, and all others cost as much by ``cost_by``.
         narrower: A narrower dense model of about as many FLOPs as LOW, made by ``transform`` too; it stays FULL.
         narrower_cost: What a step of it costs, in steps of the dense model, where costs are counted in measured time:
             ``StepTimes().whole(net, narrower, example_inputs).ratio``.
+        decays: Whether the learning rate falls by half a cosine after its warm-up; False for a training at one rate.
         seed: Of each run.
         begun: Told of every run that begins: what it is called, and its steps.
 
@@ -171,7 +173,7 @@ def pilot(
         steps = max(20, round((settings.steps or 0) / way.cost))
         begun(way.name, steps)
         try:
-            trials.append(_tried(way, task, optimizer, replace(settings, steps=steps), seed))
+            trials.append(_tried(way, task, optimizer, replace(settings, steps=steps), decays, seed))
         except DynrankError as error:
             raise type(error)(f"{way.name}: {error}") from error
     return Pilot(tuple(trials))
@@ -211,13 +213,18 @@ def _check_narrower(size: float, low: float, cost: float | None, by: CostBy) -> 
 
 
 def _tried(
-    way: _Way, task: Task, make: Callable[[Iterable[nn.Parameter]], Optimizer], settings: Settings, seed: int
+    way: _Way,
+    task: Task,
+    make: Callable[[Iterable[nn.Parameter]], Optimizer],
+    settings: Settings,
+    decays: bool,
+    seed: int,
 ) -> Trial:
     started, steps = time.perf_counter(), settings.steps or 0
     seed_all(seed)
     model = copy.deepcopy(way.net).to(settings.device).train()
     optimizer = make(model.parameters())
-    rates = LambdaLR(optimizer, lambda step: _rate(step, steps))
+    rates = LambdaLR(optimizer, lambda step: _rate(step, steps, decays))
     # A dense model costs the same in every step, and a narrower one was timed as a whole.
     settings = replace(settings, spectra=False, cost_by=settings.cost_by if way.options else CostBy.FLOPS)
     run = Run(model, optimizer, way.schedule, rates, lr_every_step=True)
@@ -247,10 +254,10 @@ def _result(run: Run, task: Task, settings: Settings, way: _Way) -> tuple[float,
     return size, found["eval_loss"] or 0.0, found["eval_metric"]
 
 
-def _rate(step: int, steps: int) -> float:
-    """A rise over the first steps, then half a cosine to nothing."""
-    rise = (step + 1) / max(1, round(_WARM_UP * steps))
-    return min(1.0, rise) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+def _rate(step: int, steps: int, decays: bool) -> float:
+    """A rise over the first steps, then half a cosine to nothing, or one rate to the end."""
+    rise = min(1.0, (step + 1) / max(1, round(_WARM_UP * steps)))
+    return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) if decays else rise
 
 
 def _flops(net: nn.Module) -> int:

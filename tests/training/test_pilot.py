@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -65,6 +66,23 @@ def test_every_way_takes_the_compute_of_the_dense_steps_and_says_what_it_leaves(
     assert [dense.cost, low.cost, narrower.cost] == pytest.approx([1, low.size, narrower.size])
     assert all(0 < each.loss < 0.6 for each in found.trials), "it learns, where chance is 0.69"
     assert all(each.metric is not None and each.metric > 0.7 for each in found.trials)
+
+
+@pytest.mark.parametrize("decays", [True, False])
+def test_the_learning_rate_falls_or_stays_as_the_long_run_will_have_it(decays: bool) -> None:
+    rates: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, *args: object, **kwargs: object) -> None:
+            rates.append(self.param_groups[0]["lr"])
+            super().step(*args, **kwargs)
+
+    net = _net(_model(), rank=dr.Ratio(0.25), leave=())
+    pilot(net, _task(), partial(Watched, lr=1e-2), Settings(steps=40, compile=False), decays=decays)
+    dense = rates[:40]
+    wanted = [0.5 * (1 + math.cos(math.pi * step / 40)) if decays else 1.0 for step in range(40)]
+    assert dense[2:] == pytest.approx([0.01 * each for each in wanted[2:]])
+    assert dense[0] == pytest.approx(0.005)
 
 
 def test_the_net_stays_as_it_was_and_the_same_seed_gives_the_same() -> None:
