@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import dynrank_fx as dr
 from dynrank_fx.processes import started, whole
 from dynrank_fx.randomness import seed_all
-from dynrank_fx.training import Decay, Run, Settings, Task, fit, read_run, restore_run_, save_run, shard_
+from dynrank_fx.training import Decay, Run, Settings, Steps, Task, fit, read_run, restore_run_, save_run, shard_
 
-SETTINGS = Settings(epochs=4, compile=False, accumulate=2, clip=1.0, decay=Decay.PRODUCT, landing=True)
+SETTINGS = Settings(
+    epochs=4, compile=False, accumulate=2, clip=1.0, decay=Decay.PRODUCT, factor_steps=Steps.PRODUCT, landing=True
+)
 STEPS = 6  # batches of an epoch, each of 16 samples in all
 _drawn = torch.Generator().manual_seed(5)
 X = torch.randn(16 * STEPS, 24, generator=_drawn)
@@ -33,6 +35,8 @@ class Normed(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Dropout(dropout), nn.Linear(32, 8))
         self.register_buffer("shift", torch.zeros(8))
+        with torch.no_grad():  # factors of which a step takes the size into account
+            self.layers[0].weight.mul_(3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x) + self.shift
