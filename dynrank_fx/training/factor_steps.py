@@ -3,14 +3,13 @@
 A step of B moves W = BA by as much as A is large, and the other way round. An optimizer whose steps have one size
 whatever the gradient's (Muon, Adam and their kin) knows nothing of that: as both factors grow, W moves by ever larger
 steps, until it bears no more of the learning rate that a dense weight likes. Here each step of a factor is divided by
-the root mean square of the other one's singular values, ‖A‖_F / √r. A step of orthonormal columns, which is Muon's,
-then moves W by its own Frobenius norm.
+the largest singular value of the other one, so that it moves W by no more than its own size: a step of orthonormal
+columns, which is Muon's, by a spectral norm of one, as it would move a dense weight.
 """
 
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +30,7 @@ from ..tracing import unwrap
 from .factor_decay import decays_beside_its_step
 
 _BY_GRADIENT = (SGD, ASGD)
+_SQUARINGS = 5
 
 
 class Steps(enum.Enum):
@@ -38,9 +38,9 @@ class Steps(enum.Enum):
 
     Attributes:
         EACH: As the optimizer does: the product W then moves the more, the larger the other factor is.
-        PRODUCT: By that step over the root mean square of the other factor's singular values, where this is above 1; by
-            that over its square, where the step follows the size of the gradient (SGD), which grows with the other
-            factor too. So W moves by no more than a dense weight would. Factors of Tucker and CP move as in ``EACH``.
+        PRODUCT: By that step over the largest singular value of the other factor, where this is above 1; over its
+            square, where the step follows the size of the gradient (SGD), which grows with the other factor too. So
+            W moves by no more than a dense weight would. Factors of Tucker and CP move as in ``EACH``.
     """
 
     EACH = "each factor, as the optimizer does"
@@ -80,16 +80,16 @@ class FactorSteps:
     def _before(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         power = 1 if isinstance(optimizer, _BY_GRADIENT) else 0.5  # of the square
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        squares: dict[Parameter, Tensor] = {}
+        grams: dict[Parameter, Tensor] = {}
         for site in self._sites:
             layout, factors = site.layout, site.factors if site.phase == int(Phase.LOW) else ()
             if isinstance(layout, TwoFactors) and any(id(factor) in groups for factor in factors):
-                for factor, square in zip(factors, _of_the_other(layout, factors), strict=True):
-                    # What several sites share moves all of their products.
-                    squares[factor] = squares[factor] + square if factor in squares else square
+                for factor, gram in zip(factors, _grams_of_the_other(layout, factors), strict=True):
+                    # What several sites share is multiplied with all of their others, one above the other.
+                    grams[factor] = grams[factor] + gram if factor in grams else gram
         self._pending = [
-            (factor, factor.detach().clone(), square.clamp(min=1) ** power, group["lr"], group)
-            for factor, square in squares.items()
+            (factor, factor.detach().clone(), _largest(gram).clamp(min=1) ** power, group["lr"], group)
+            for factor, gram in grams.items()
             if (group := groups.get(id(factor))) is not None
         ]
 
@@ -105,11 +105,24 @@ class FactorSteps:
         self._pending = []
 
 
-def _of_the_other(layout: TwoFactors, factors: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
-    """For each of two factors, the mean square of the other one's singular values."""
+def _grams_of_the_other(layout: TwoFactors, factors: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
+    """For each of two factors, A Aᵀ or Bᵀ B of the other, [g, r, r], whose eigenvalues are its singular values squared."""
     B, A = layout.to_matrices(tuple(whole(factor.detach()) for factor in factors))
-    rows = math.prod(B.shape[:-2]) * B.shape[-1]  # r in every group
-    return A.square().sum() / rows, B.square().sum() / rows
+    B, A = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (B, A))
+    return A @ A.mT, B.mT @ B
+
+
+def _largest(grams: Tensor) -> Tensor:
+    """The largest eigenvalue of matrices [g, r, r], as tr(K³²)^(1/32), which is at most r^(1/32) times as large: by
+    products alone, for which no device has to wait, and without a state that a resumed run would not have.
+    """
+    logarithm = torch.zeros((), dtype=grams.dtype, device=grams.device)
+    for squared in range(_SQUARINGS + 1):
+        trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(grams.dtype).tiny)
+        logarithm = logarithm + trace.log() / 2**squared
+        grams = grams / trace  # whose powers neither vanish nor overflow
+        grams = grams @ grams
+    return logarithm.exp().amax()
 
 
 def checked_steps(steps: Steps) -> Steps:

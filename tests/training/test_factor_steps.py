@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dynrank_fx as dr
 from dynrank_fx.errors import TransitionError
 from dynrank_fx.rewrite import Switched, switched_modules
+from dynrank_fx.training.factor_steps import _grams_of_the_other, _largest
 
 RATE, DECAY = 0.05, 0.3
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -59,8 +60,8 @@ def matrices(site: Switched) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def size(of: list[Tensor]) -> Tensor:
-    values = torch.cat([torch.linalg.svdvals(each) for each in of])
-    return values.square().mean().sqrt()
+    """The largest singular value of all groups, as the 64th root of the sum of the 64th powers."""
+    return torch.stack([torch.linalg.svdvals(each).pow(64).sum() ** (1 / 64) for each in of]).max()
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["", "one right factor"])
@@ -74,12 +75,14 @@ def test_a_step_is_the_optimizers_over_the_size_of_the_other_factor(kind, share)
         with torch.no_grad():
             for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
                 theirs.copy_(mine)
-        others: dict[str, Tensor] = {}
+        others: dict[str, list[Tensor]] = {}
         names = {id(p): name for name, p in net.named_parameters()}
         for site in firsts(net).values():
             (B, A), (left, right) = matrices(site), site.factors
-            for factor, square in ((left, size(A) ** 2), (right, size(B) ** 2)):
-                others[names[id(factor)]] = others.get(names[id(factor)], 0) + square
+            others[names[id(left)]] = A
+            above = others.get(names[id(right)], [each[:0] for each in B])
+            others[names[id(right)]] = [torch.cat(pair) for pair in zip(above, B, strict=True)]
+        sizes = {name: size(of) for name, of in others.items()}
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         for one, steps in ((net, optimizer), (plain, of_plain)):
             one(x).square().mean().backward()
@@ -88,8 +91,8 @@ def test_a_step_is_the_optimizers_over_the_size_of_the_other_factor(kind, share)
         rates = {id(p): group for group in of_plain.param_groups for p in group["params"]}
         for (name, mine), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
             wanted = theirs.detach()
-            if name in others:
-                over = others[name].clamp(min=1) if kind == "sgd" else others[name].sqrt().clamp(min=1)
+            if name in sizes:
+                over = sizes[name].clamp(min=1) ** (2 if kind == "sgd" else 1)
                 group = rates[id(theirs)]
                 kept = before[name] * (1 - group["lr"] * group["weight_decay"]) if kind in BESIDE else before[name]
                 wanted = kept + (wanted - kept) / over
@@ -100,14 +103,27 @@ def test_a_step_is_the_optimizers_over_the_size_of_the_other_factor(kind, share)
 def test_a_step_of_muon_moves_a_weight_as_far_however_large_its_factors_are(larger):
     net, x = low(larger=larger)
     site = firsts(net)["a.weight"]
-    left, _ = site.factors
+    left, right = site.factors
     optimizer = torch.optim.Muon([left], lr=RATE, weight_decay=0.0)
     dr.factor_steps_(net, optimizer)
     old = site.weight.detach().clone()
     net(x).square().mean().backward()
     optimizer.step()
     # Muon's r orthogonal columns are √(m / r) long. Its five iterations leave singular values of 0.7 to 1.2.
-    assert 0.7 < (site.weight - old).norm() / (RATE * left.shape[0] ** 0.5) < 1.2
+    longest = RATE * (left.shape[0] / right.shape[0]) ** 0.5
+    assert 0.5 < torch.linalg.matrix_norm(site.weight - old, 2) / longest < 1.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_largest_singular_value_is_met_within_a_few_percent(dtype, scale):
+    torch.manual_seed(0)
+    site = firsts(low()[0])["a.weight"]
+    factors = [nn.Parameter((torch.randn_like(each) * scale).to(dtype)) for each in site.factors]
+    for_left, for_right = (_largest(gram).sqrt() for gram in _grams_of_the_other(site.layout, factors))
+    left, right = (torch.linalg.matrix_norm(each.detach().double(), 2) for each in factors)
+    assert 1 - 1e-5 < for_left / right < 6 ** (1 / 64) + 1e-5
+    assert 1 - 1e-5 < for_right / left < 6 ** (1 / 64) + 1e-5
 
 
 def test_what_is_small_or_full_or_no_factor_moves_as_ever():
