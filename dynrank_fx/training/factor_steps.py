@@ -106,7 +106,7 @@ class FactorSteps:
 
 
 def _grams_of_the_other(layout: TwoFactors, factors: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
-    """For each of two factors, A Aᵀ or Bᵀ B of the other, [g, r, r]: its squared singular values are the eigenvalues."""
+    """For each of two factors, A Aᵀ or Bᵀ B of the other, [g, r, r]: its squared singular values are eigenvalues."""
     B, A = layout.to_matrices(tuple(whole(factor.detach()) for factor in factors))
     B, A = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (B, A))
     return A @ A.mT, B.mT @ B
