@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.result import load
-from benchmarks.study.narrower import DENSE, LOW, kept
+from benchmarks.study.narrower import DENSE, LOW, SCALED, kept
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs/images"
@@ -29,21 +29,30 @@ def main(folder: Path = IMAGES) -> None:
 
 
 def _narrower(axes: Axes) -> None:
-    """The held-out loss of LOW alone above that of the narrower dense model, each at its best learning rate."""
+    """The held-out loss of LOW alone above that of the narrower dense model, each at its best learning rate. Only where
+    more than one was tried for the dense one.
+    """
     rows = list(kept().values())
-    settings = sorted(
-        {_setting(row) for row in rows if row["way"] == LOW} & {_setting(row) for row in rows if row["way"] == DENSE}
-    )
-    for at, setting in enumerate(settings):
-        mine = [row for row in rows if _setting(row) == setting]
-        gaps = [_best(mine, LOW, seed) - _best(mine, DENSE, seed) for seed in _seeds(mine)]
-        axes.plot(gaps, [at] * len(gaps), "o", color="C0" if setting[-1] == "Muon" else "C1")
+    settings = sorted({_setting(row) for row in rows if len(_rates(rows, _setting(row), DENSE)) > 1})
+    for way, style, label in ((LOW, "o", "LOW alone"), (SCALED, "D", "with steps in the measure of the product")):
+        points = [
+            (_best(mine, way, seed) - _best(mine, DENSE, seed), at)
+            for at, setting in enumerate(settings)
+            for mine in [[row for row in rows if _setting(row) == setting]]
+            for seed in _seeds(mine, way)
+        ]
+        axes.plot(*zip(*points, strict=True), style, color="C0" if way == LOW else "C2", label=label)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(settings)), [_said(*setting) for setting in settings], fontsize=8)
     axes.invert_yaxis()
     axes.margins(y=0.2)
-    axes.set_xlabel("held-out loss of LOW alone, above that of the narrower dense model of equal FLOPs")
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_xlabel("held-out loss above that of the narrower dense model of equal FLOPs")
     axes.set_title("A narrower dense model is what to beat (left of the line: LOW wins)", fontsize=10)
+
+
+def _rates(rows: Iterable[dict[str, Any]], setting: tuple[str, int, float, int, str], way: str) -> set[float]:
+    return {row["rate"] for row in rows if _setting(row) == setting and row["way"] == way}
 
 
 def _setting(row: dict[str, Any]) -> tuple[str, int, float, int, str]:
@@ -54,10 +63,10 @@ def _said(task: str, width: int, rank: float, length: int, optimizer: str) -> st
     return f"{task}, width {width}, rank {round(rank * width)},\n{length:,} steps, {optimizer}"
 
 
-def _seeds(rows: Iterable[dict[str, Any]]) -> Sequence[int]:
-    """Those that both ways were run with."""
-    low, dense = ({row["seed"] for row in rows if row["way"] == way} for way in (LOW, DENSE))
-    return sorted(low & dense)
+def _seeds(rows: Iterable[dict[str, Any]], way: str) -> Sequence[int]:
+    """Those that this way and the dense one were run with."""
+    mine, dense = ({row["seed"] for row in rows if row["way"] == each} for each in (way, DENSE))
+    return sorted(mine & dense)
 
 
 def _best(rows: Iterable[dict[str, Any]], way: str, seed: int) -> float:

@@ -87,16 +87,18 @@ class FactorSteps:
                 for factor, gram in zip(factors, _grams_of_the_other(layout, factors), strict=True):
                     # What several sites share is multiplied with all of their others, one above the other.
                     grams[factor] = grams[factor] + gram if factor in grams else gram
-        self._pending = [
-            (factor, factor.detach().clone(), _largest(gram).clamp(min=1) ** power, group["lr"], group)
-            for factor, gram in grams.items()
-            if (group := groups.get(id(factor))) is not None
-        ]
+        mine = [factor for factor in grams if id(factor) in groups]
+        self._pending = []
+        for factor, largest in zip(mine, _largest([grams[factor] for factor in mine]), strict=True):
+            group = groups[id(factor)]
+            self._pending.append((factor, factor.detach().clone(), largest.clamp(min=1) ** power, group["lr"], group))
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler, which made no step
         for factor, before, size, rate, group in self._pending:
+            if factor.grad is None:  # which the optimizer left alone
+                continue
             # What decays beside the step is of W as it is. A re-warm-up may have lowered the rate meanwhile.
             decay = min(rate, group["lr"]) * group.get("weight_decay", 0)
             kept = before * (1 - decay) if decay and decays_beside_its_step(optimizer, group) else before
@@ -112,17 +114,25 @@ def _grams_of_the_other(layout: TwoFactors, factors: Sequence[Parameter]) -> tup
     return A @ A.mT, B.mT @ B
 
 
-def _largest(grams: Tensor) -> Tensor:
-    """The largest eigenvalue of matrices [g, r, r], as tr(K³²)^(1/32), which is at most r^(1/32) times as large: by
-    products alone, for which no device has to wait, and without a state that a resumed run would not have.
+def _largest(grams: Sequence[Tensor]) -> list[Tensor]:
+    """The largest eigenvalue of each of these [g, r, r], as tr(K³²)^(1/32), which is at most r^(1/32) times as large:
+    by products alone, for which no device has to wait, and without a state that a resumed run would not have.
     """
-    logarithm = torch.zeros((), dtype=grams.dtype, device=grams.device)
-    for squared in range(_SQUARINGS + 1):
-        trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(grams.dtype).tiny)
-        logarithm = logarithm + trace.log() / 2**squared
-        grams = grams / trace  # whose powers neither vanish nor overflow
-        grams = grams @ grams
-    return logarithm.exp().amax()
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, gram in enumerate(grams):
+        alike.setdefault((gram.shape, gram.dtype, gram.device), []).append(i)
+    found = dict[int, Tensor]()
+    for indices in alike.values():
+        powers = torch.stack([grams[i] for i in indices])
+        logarithm = powers.new_zeros(())
+        for squarings in range(_SQUARINGS + 1):
+            trace = powers.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+            trace = trace.clamp(min=torch.finfo(powers.dtype).tiny)
+            logarithm = logarithm + trace.log() / 2**squarings
+            powers = powers / trace  # which neither vanish nor overflow
+            powers = powers @ powers
+        found |= zip(indices, logarithm.exp().amax((1, 2, 3)), strict=True)
+    return [found[i] for i in range(len(grams))]
 
 
 def checked_steps(steps: Steps) -> Steps:

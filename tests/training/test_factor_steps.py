@@ -120,7 +120,7 @@ def test_the_largest_singular_value_is_met_within_a_few_percent(dtype, scale):
     torch.manual_seed(0)
     site = firsts(low()[0])["a.weight"]
     factors = [nn.Parameter((torch.randn_like(each) * scale).to(dtype)) for each in site.factors]
-    for_left, for_right = (_largest(gram).sqrt() for gram in _grams_of_the_other(site.layout, factors))
+    for_left, for_right = (each.sqrt() for each in _largest(_grams_of_the_other(site.layout, factors)))
     left, right = (torch.linalg.matrix_norm(each.detach().double(), 2) for each in factors)
     assert 1 - 1e-5 < for_left / right < 6 ** (1 / 64) + 1e-5
     assert 1 - 1e-5 < for_right / left < 6 ** (1 / 64) + 1e-5
@@ -138,6 +138,32 @@ def test_what_is_small_or_full_or_no_factor_moves_as_ever():
             steps.step()
         for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+def test_a_factor_without_a_gradient_stays_and_one_with_a_closure_moves():
+    net, x = low()
+    frozen = firsts(net)["a.weight"].factors
+    for factor in frozen:
+        factor.requires_grad_(False)
+    optimizer = OPTIMIZERS["adamw"](net.parameters())
+    dr.factor_steps_(net, optimizer)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    plain = copy.deepcopy(net)
+
+    def closure() -> Tensor:
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters() if name in ("a.left", "a.right"))
+    moved = OPTIMIZERS["adamw"](plain.parameters())
+    plain(x).square().mean().backward()
+    moved.step()
+    for name, factor in plain.named_parameters():
+        if name in ("b.left", "b.right"):
+            mine = dict(net.named_parameters())[name]
+            assert (mine - before[name]).norm() < 0.9 * (factor - before[name]).norm()
 
 
 def test_a_step_that_a_scaler_skips_moves_nothing():
