@@ -23,4 +23,4 @@ def test_each_way_counts_at_its_best_rate() -> None:
         {"way": way, "seed": 0, "loss": loss} for way, loss in ((LOW, 2.0), (LOW, 1.5), (DENSE, 1.25), (DENSE, 3.0))
     ]
     assert pictures._best(rows, LOW, 0) - pictures._best(rows, DENSE, 0) == pytest.approx(0.25)
-    assert pictures._seeds([*rows, {"way": LOW, "seed": 1, "loss": 1.0}]) == [0]
+    assert pictures._seeds([*rows, {"way": LOW, "seed": 1, "loss": 1.0}], LOW) == [0]
