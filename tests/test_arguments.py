@@ -313,7 +313,7 @@ CALLS: dict[str, Call] = {
     "factor_steps_": (
         dr.factor_steps_,
         {"net": NET, "optimizer": OPTIMIZER},
-        {"net": "none", "optimizer": "optimizers", "steps": "none"},
+        {"net": "none", "optimizer": "optimizers", "steps": "none", "decoupled": "optional flag"},
     ),
     "resume_phases_": (dr.resume_phases_, {"net": NET, "state": {"history": []}}, {"net": "none", "state": "none"}),
     "rewarm_": (dr.rewarm_, {"optimizer": OPTIMIZER, "steps": 1}, {"optimizer": "none", "steps": "count from zero"}),

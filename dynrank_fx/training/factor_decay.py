@@ -158,6 +158,23 @@ def decays_in_a_known_way(optimizer: Optimizer) -> bool:
     return not decays or isinstance(optimizer, _COUPLED + _DECOUPLED)
 
 
+def check_decay_is_known(optimizers: Sequence[Optimizer], decoupled: bool | None) -> None:
+    """Raises TransitionError for an optimizer of which it is neither known nor said how it decays weights."""
+    for each in optimizers:
+        if decoupled is None and not decays_in_a_known_way(each):
+            raise TransitionError(
+                f"how {type(each).__name__} decays weights is not known: say decoupled=True (beside the step, as "
+                "AdamW) or decoupled=False (through the gradient, as SGD)"
+            )
+
+
+def checked_decoupled(decoupled: bool | None) -> bool | None:
+    """The value itself. Raises TransitionError for what is none."""
+    if decoupled is not None and not isinstance(decoupled, bool):
+        raise TransitionError(f"decoupled is {decoupled!r}: give True (as AdamW), False (as SGD) or None")
+    return decoupled
+
+
 def checked_decay(decay: Decay) -> Decay:
     """The value itself. Raises TransitionError for what is none."""
     if not isinstance(decay, Decay):
@@ -189,15 +206,10 @@ def factor_decay_(
             ``transform`` did not make, and for a value that is none of these.
     """
     checked_decay(decay)
-    if decoupled is not None and not isinstance(decoupled, bool):
-        raise TransitionError(f"decoupled is {decoupled!r}: give True (as AdamW), False (as SGD) or None")
+    checked_decoupled(decoupled)
     if not holds_captured(unwrap(net)):
         raise TransitionError(f"{type(net).__name__} has no factors to decay: give what transform made of it")
     optimizers = optimizers_in(optimizer)
-    for each in optimizers:
-        if decay is not Decay.EACH and decoupled is None and not decays_in_a_known_way(each):
-            raise TransitionError(
-                f"how {type(each).__name__} decays weights is not known: say decoupled=True (beside the step, as "
-                "AdamW) or decoupled=False (through the gradient, as SGD)"
-            )
+    if decay is not Decay.EACH:
+        check_decay_is_known(optimizers, decoupled)
     return FactorDecay(net, optimizers, decay, decoupled)

@@ -3,8 +3,9 @@
 A step of B moves W = BA by as much as A is large, and the other way round. An optimizer whose steps have one size
 whatever the gradient's (Muon, Adam and their kin) knows nothing of that: as both factors grow, W moves by ever larger
 steps, until it bears no more of the learning rate that a dense weight likes. Here each step of a factor is divided by
-the largest singular value of the other one, so that it moves W by no more than its own size: a step of orthonormal
-columns, which is Muon's, by a spectral norm of one, as it would move a dense weight.
+the largest singular value of the other one, so that it moves W by no more than the step itself is large, in the
+spectral norm. Both factors move at once, and an optimizer that goes by shapes sees those of the factors: the rate is
+not that of a dense weight, but what it does no longer depends on how large the factors are.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..phases import Optimizers, optimizers_in
 from ..processes import whole
 from ..rewrite import holds_captured, switched_modules
 from ..tracing import unwrap
-from .factor_decay import decays_beside_its_step
+from .clock import StepHook
+from .factor_decay import FactorDecay, check_decay_is_known, checked_decoupled, decays_beside_its_step
 
 _BY_GRADIENT = (SGD, ASGD)
 _SQUARINGS = 5
@@ -39,8 +41,9 @@ class Steps(enum.Enum):
     Attributes:
         EACH: As the optimizer does: the product W then moves the more, the larger the other factor is.
         PRODUCT: By that step over the largest singular value of the other factor, where this is above 1; over its
-            square, where the step follows the size of the gradient (SGD), which grows with the other factor too. So
-            W moves by no more than a dense weight would. Factors of Tucker and CP move as in ``EACH``.
+            square, where the step follows the size of the gradient (SGD), which grows with the other factor too. What
+            decays through the gradient is part of the step; what decays beside it stays as it is. Factors of Tucker
+            and CP move as in ``EACH``.
     """
 
     EACH = "each factor, as the optimizer does"
@@ -54,10 +57,11 @@ class FactorSteps:
         net: What ``transform`` made.
         optimizers: The optimizers over its parameters.
         steps: By how much factors move.
+        decoupled: Whether the optimizer decays weights beside its step; None where that is known of it.
     """
 
-    def __init__(self, net: nn.Module, optimizers: Sequence[Optimizer], steps: Steps) -> None:
-        self.steps = steps
+    def __init__(self, net: nn.Module, optimizers: Sequence[Optimizer], steps: Steps, decoupled: bool | None) -> None:
+        self.steps, self.decoupled = steps, decoupled
         self._sites = [modules[0] for modules in switched_modules(net).values()]
         self._pending: list[tuple[Parameter, Tensor, Tensor, float, Group]] = []
         self._handles: list[RemovableHandle] = []
@@ -101,7 +105,9 @@ class FactorSteps:
                 continue
             # What decays beside the step is of W as it is. A re-warm-up may have lowered the rate meanwhile.
             decay = min(rate, group["lr"]) * group.get("weight_decay", 0)
-            kept = before * (1 - decay) if decay and decays_beside_its_step(optimizer, group) else before
+            kept = (
+                before * (1 - decay) if decay and decays_beside_its_step(optimizer, group, self.decoupled) else before
+            )
             moved = kept + (factor - kept) / size
             factor.copy_(moved if overflow is None else torch.where(overflow.bool(), factor, moved))
         self._pending = []
@@ -126,11 +132,12 @@ def _largest(grams: Sequence[Tensor]) -> list[Tensor]:
         powers = torch.stack([grams[i] for i in indices])
         logarithm = powers.new_zeros(())
         for squarings in range(_SQUARINGS + 1):
+            if squarings:
+                powers = powers @ powers
             trace = powers.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
             trace = trace.clamp(min=torch.finfo(powers.dtype).tiny)
             logarithm = logarithm + trace.log() / 2**squarings
             powers = powers / trace  # which neither vanish nor overflow
-            powers = powers @ powers
         found |= zip(indices, logarithm.exp().amax((1, 2, 3)), strict=True)
     return [found[i] for i in range(len(grams))]
 
@@ -142,24 +149,49 @@ def checked_steps(steps: Steps) -> Steps:
     return steps
 
 
-def factor_steps_(net: nn.Module, optimizer: Optimizers, steps: Steps = Steps.PRODUCT) -> FactorSteps:
+def factor_steps_(
+    net: nn.Module, optimizer: Optimizers, steps: Steps = Steps.PRODUCT, *, decoupled: bool | None = None
+) -> FactorSteps:
     """Let factors move in LOW in the measure of their product, and not each as the optimizer moves it.
 
     Hooks on ``optimizer.step()`` shorten what it did, so that groups, schedules and switches of phase go on as they
-    are. With it factors bear higher learning rates: look for the best one anew, from twice the old one on.
+    are. With it factors bear higher learning rates: look for the best one anew, from twice the old one on. It takes a
+    copy of the factors and a few products of r × r matrices a step.
 
     Args:
         net: What ``transform`` made.
         optimizer: The optimizer over its parameters, or all of them.
         steps: By how much factors move; see ``Steps``.
+        decoupled: Whether the optimizer decays weights beside its step, as AdamW does, or through the gradient, as SGD
+            does; None for torch's own optimizers, of which it is known.
 
     Returns:
-        The hooks: ``remove()`` takes them off. Together with ``factor_decay_``, call this one first.
+        The hooks: ``remove()`` takes them off.
 
     Raises:
-        TransitionError: For a module that ``transform`` did not make, and for a value that is none of these.
+        TransitionError: For an optimizer that has such hooks, those of ``factor_decay_`` or a ``Phases`` already, which
+            come after these; for one of which it is neither known nor said how it decays weights; for a module that
+            ``transform`` did not make, and for a value that is none of these.
     """
     checked_steps(steps)
+    checked_decoupled(decoupled)
     if not holds_captured(unwrap(net)):
         raise TransitionError(f"{type(net).__name__} has no factors that move: give what transform made of it")
-    return FactorSteps(net, optimizers_in(optimizer), steps)
+    optimizers = optimizers_in(optimizer)
+    if steps is Steps.PRODUCT:
+        check_decay_is_known(optimizers, decoupled)
+        for each in optimizers:
+            _refuse_earlier_hooks(each)
+    return FactorSteps(net, optimizers, steps, decoupled)
+
+
+def _refuse_earlier_hooks(optimizer: Optimizer) -> None:
+    """Raises TransitionError where what has to come after these hooks is there already."""
+    todo = {
+        FactorSteps: "its steps are shortened already: call remove() of the first",
+        FactorDecay: "factor_decay_ comes after factor_steps_, or the decay is shortened too: call them in that order",
+        StepHook: "its Phases would switch before a step is shortened: give factor_steps to Phases",
+    }
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        if (sentence := todo.get(type(getattr(hook, "__self__", None)))) is not None:
+            raise TransitionError(f"{type(optimizer).__name__}: {sentence}")

@@ -183,6 +183,8 @@ def test_removed_or_not_asked_for_the_optimizer_is_alone():
     optimizer = OPTIMIZERS["adamw"](net.parameters())
     dr.factor_steps_(net, optimizer, dr.Steps.EACH)
     with dr.factor_steps_(net, optimizer):
+        with pytest.raises(TransitionError, match=r"AdamW: its steps are shortened already"):
+            dr.factor_steps_(net, optimizer)
         assert optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_post_hooks
 
@@ -213,3 +215,20 @@ def test_what_cannot_be_is_refused():
         dr.factor_steps_(net, optimizer, "product")
     with pytest.raises(TransitionError, match="Linear has no factors that move"):
         dr.factor_steps_(nn.Linear(3, 3), optimizer)
+    with (
+        dr.factor_decay_(net, optimizer),
+        pytest.raises(TransitionError, match="factor_decay_ comes after factor_steps_"),
+    ):
+        dr.factor_steps_(net, optimizer)
+    phases = dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.LOW), 2, steps=3)
+    with pytest.raises(TransitionError, match="give factor_steps to Phases"):
+        dr.factor_steps_(net, optimizer)
+    phases.remove()
+
+    class Own(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__(net.parameters(), {"weight_decay": 0.1, "lr": 0.1})
+
+    with pytest.raises(TransitionError, match="how Own decays weights is not known: say decoupled=True"):
+        dr.factor_steps_(net, Own())
+    dr.factor_steps_(net, Own(), decoupled=True)
