@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from dynrank_fx.errors import DynrankWarning, ModelFileError, StoreError
 from dynrank_fx.text import counted, rounded
 
 from .streams import echo
-from .trials import apart, table, tried, verdict
+from .trials import apart, begins_trained, table, tried, verdict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +45,8 @@ def check_pilot_options(options: Options, schedule: str, processes: int) -> None
         raise click.UsageError(
             f"--pilot decides between LOW alone and auto, and {flag} asks for {schedule}: leave one of them out"
         )
+    if options["deflate"] is not None:
+        raise click.UsageError("--deflate goes with aligned and paper-*, not with --pilot: leave one of them out")
     if processes > 1:
         raise click.UsageError(
             "--pilot is the work of one process, whose decision the others would not have: ask `dynrank-fx pilot`, and "
@@ -84,7 +87,8 @@ def decide(
     budget = (COST if options["cost"] is None else options["cost"]) * length
     count = max(1, round(budget / best.cost))
     line = _line(found, best, counted(count, unit), count * best.cost, options["cost_by"])
-    for text in (table(found, task, file.metric_name), f"\n{verdict(found, net, file)}", f"now training: {line}"):
+    judged = verdict(found, net, file, trained=begins_trained(options))
+    for text in (table(found, task, file.metric_name), f"\n{judged}", f"now training: {line}"):
         echo(text, err=as_json)
     _warn_of_narrower(found, best)
     return {
@@ -106,8 +110,11 @@ def _options(best: Trial, unit: str, count: int, given: Options) -> JsonObject:
 
 def _line(found: Pilot, best: Trial, length: str, spent: float, cost_by: str | None) -> str:
     """What is trained, and what may be expected of it."""
-    other = min((each for each in found.trials if each.factored and each is not best), key=lambda each: each.loss)
+    others = [each for each in found.trials if each.factored and each is not best and math.isfinite(each.loss)]
     cost = f"{'take as long' if cost_by == 'time' else 'cost as much'} as {rounded(spent, 3):g} dense ones"
+    if not others:
+        return f"{best.way} for {length}, which {cost}"
+    other = min(others, key=lambda each: each.loss)
     level = round(best.loss, 4) == round(other.loss, 4)
     beside = f"{'' if level else apart(best, other) + ' '}that of {other.way}"
     return f"{best.way} for {length}, which {cost}; in the pilot its loss was {beside}"

@@ -221,10 +221,15 @@ class ModelFile:
 
     def set_epochs_(self, epochs: int | None) -> None:
         """Let the file's functions see the length that the run really has, where the file has one and the command
-        gives another: what is made from `epochs`, such as a learning rate, follows.
+        gives another: what is made from `epochs`, such as a learning rate, follows. Functions that the file takes from
+        another module, with its `epochs`, see it there.
         """
-        if epochs is not None and self.epochs is not None:
-            self.module.epochs = epochs  # type: ignore[attr-defined]
+        if epochs is None or self.epochs is None:
+            return
+        functions = (getattr(self.module, name, None) for name in FUNCTIONS)
+        for names in (vars(self.module), *(getattr(each, "__globals__", {}) for each in functions)):
+            if "epochs" in names:
+                names["epochs"] = epochs
 
     @property
     def sharded(self) -> bool:

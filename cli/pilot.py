@@ -26,7 +26,7 @@ from .options import (
 from .streams import echo
 from .train import check_device
 from .training import cost_by_option, known_decay
-from .trials import table, tried, verdict
+from .trials import begins_trained, table, tried, verdict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +83,7 @@ def pilot(model_file: Path, steps: int, as_json: bool, **options: Option) -> Non
         echo(json_text({"trials": [each.to_json() for each in found.trials], "best": found.best.way}))
         return
     echo(table(found, task, file.metric_name))
-    echo(f"\n{verdict(found, net, file)}")
+    echo(f"\n{verdict(found, net, file, trained=begins_trained(options))}")
     echo(_next(found, model_file, options))
 
 

@@ -30,8 +30,7 @@ def tried(net: nn.Module, file: ModelFile, task: Task, settings: Settings, optio
 
     check_costs(net, settings.cost_by)
     # Beside a model that begins with trained weights a narrower one would begin with random ones.
-    trained = options["weights"] is not None or options.get("start") is not None
-    narrower = None if trained else _narrower(file, options, plan_of(net), options["seed"])
+    narrower = None if begins_trained(options) else _narrower(file, options, plan_of(net), options["seed"])
     cost = None
     if narrower is not None and settings.cost_by is CostBy.TIME:
         pair = step_times_of(file, options).whole(net, narrower, file.example_inputs())
@@ -47,6 +46,11 @@ def tried(net: nn.Module, file: ModelFile, task: Task, settings: Settings, optio
         seed=options["seed"],
         begun=lambda way, count: echo(f"{way}: {count} steps", err=True),
     )
+
+
+def begins_trained(options: Options) -> bool:
+    """Whether the model begins with weights of an earlier training."""
+    return options["weights"] is not None or options.get("start") is not None
 
 
 def _narrower(file: ModelFile, options: Options, plan: Plan, seed: int) -> nn.Module | None:
@@ -97,18 +101,21 @@ def table(found: Pilot, task: Task, metric: str) -> str:
 def _row(trial: Trial, with_metric: bool) -> tuple[str, ...]:
     metric = () if not with_metric else ("" if trial.metric is None else f"{trial.metric:.4f}",)
     sizes = f"{trial.size:.2f} of dense", f"{trial.seconds:.0f} s"
-    return trial.way, f"{trial.steps}", f"{trial.compute:.0f} dense steps", f"{trial.loss:.4f}", *metric, *sizes
+    loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "diverged"
+    return trial.way, f"{trial.steps}", f"{trial.compute:.0f} dense steps", loss, *metric, *sizes
 
 
-def verdict(found: Pilot, net: nn.Module, file: ModelFile) -> str:
-    """Which way is the best, and how it stands beside the dense one."""
+def verdict(found: Pilot, net: nn.Module, file: ModelFile, *, trained: bool = False) -> str:
+    """Which way is the best, and how it stands beside the dense one. trained: whether the model began with weights,
+    beside which a narrower one would say nothing.
+    """
     from dynrank_fx.rewrite import plan_of
 
     best, dense, share = found.best, found.trials[0], plan_of(net).narrower
     said = f"best of the small models: {best.way}, {apart(best, dense)} the loss of dense"
     if not best.factored:
         said += "; for this model and this length of training, a narrower dense model is the better choice"
-    elif not file.has("narrower") and share is not None:
+    elif not file.has("narrower") and share is not None and not trained:
         said += (
             f"; a dense model {share:.2f} times as wide has as many FLOPs: add narrower(share) to the model file to "
             "have it beside these"

@@ -29,6 +29,10 @@ class TransitionError(DynrankError):
     """A phase change was refused; the net and the optimizer are as they were."""
 
 
+class DivergedError(DynrankError):
+    """Training has come to numbers that are not finite."""
+
+
 class StoreError(DynrankError):
     """A file could not be written, or what was read is damaged, from another model, or from a newer version."""
 

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..aliases import Batch
 from ..checks import compile_mode
-from ..errors import DynrankError, DynrankWarning
+from ..errors import DivergedError, DynrankError, DynrankWarning
 from ..layouts import effective_rank, stable_rank
 from ..phase import Phase
 from ..phases import enter_, tried
@@ -259,7 +259,7 @@ def _refuse_diverged(run: Run) -> None:
     assert run.phases is not None
     what = _diverged(run) if math.isfinite(run.totals_of_all()[0]) else "the loss"
     if what is not None:
-        raise DynrankError(
+        raise DivergedError(
             f"the training diverged in epoch {run.epoch + 1}, where {what} is not finite: lower the learning rate; "
             "what was saved is from before that"
         )

@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..aliases import JsonObject
 from ..checks import is_number, is_whole
-from ..errors import DynrankError
+from ..errors import DivergedError, DynrankError
 from ..phase import Phase
 from ..phases import enter_
-from ..randomness import seed_all
+from ..randomness import generators_of, seed_all
 from ..rewrite import a_twin, inline_, plan_of
 from ..schedules import Always, Schedule, auto
 from .costs import CostBy, check_costs, cost_in_low, cost_of
@@ -51,7 +51,8 @@ class Trial:
         steps: Its optimizer steps.
         compute: What its training cost, in steps of the dense model: FLOPs, or measured time.
         size: FLOPs of a step of what it leaves, over those of the dense model.
-        loss: Held out, of what it leaves; of the last quarter of training where nothing is held out.
+        loss: Held out, of what it leaves; of the last quarter of training where nothing is held out. Infinite where its
+            training diverged.
         metric: The same of the metric, where there is one.
         seconds: How long it took.
         schedule: The schedule of its phases.
@@ -76,13 +77,14 @@ class Trial:
         return self.schedule != Always(Phase.FULL)
 
     def to_json(self) -> JsonObject:
-        """All of it, as JSON has it; the schedule in words.
+        """All of it, as JSON has it: the schedule as text, and no loss where training diverged.
 
         Returns:
             The values by name.
         """
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return values | {"options": list(self.options), "schedule": said(self.schedule)}
+        loss = self.loss if math.isfinite(self.loss) else None
+        return values | {"options": list(self.options), "schedule": said(self.schedule), "loss": loss}
 
 
 @dataclass(frozen=True)
@@ -161,22 +163,40 @@ def pilot(
         What the runs came to.
 
     Raises:
-        DynrankError: Without steps, for a narrower model of other FLOPs than LOW or without its cost in time, and what
-            ``fit`` raises.
+        DynrankError: Without steps, for a narrower model of other FLOPs than LOW or without its cost in time, where the
+            dense model or every factored one diverges, and what else ``fit`` raises.
         ScheduleError: For costs in a time that was not measured.
     """
     if not is_whole(settings.steps, 20):
         raise DynrankError(f"a pilot of {settings.steps!r} steps says nothing: give 20 or more, and a hundred at least")
     check_costs(net, settings.cost_by)
+    generators = generators_of(task.train_data)
+    states = [generator.get_state() for generator in generators]
     trials = []
     for way in _ways(net, narrower, narrower_cost, settings.cost_by):
         steps = max(20, round((settings.steps or 0) / way.cost))
         begun(way.name, steps)
         try:
             trials.append(_tried(way, task, optimizer, replace(settings, steps=steps), decays, seed))
+        except DivergedError as error:
+            if not trials:  # at this learning rate nothing can be said
+                raise DivergedError(f"{way.name}: {error}") from error
+            trials.append(_diverged(way, steps))
         except DynrankError as error:
             raise type(error)(f"{way.name}: {error}") from error
+        finally:  # every run sees the same data, and so does what comes after
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+    if not any(each.factored and math.isfinite(each.loss) for each in trials):
+        raise DivergedError("every factored way diverged in the pilot: lower the learning rate, or give larger ranks")
     return Pilot(tuple(trials))
+
+
+def _diverged(way: _Way, steps: int) -> Trial:
+    size = cost_in_low(plan_of(way.net)) if way.options else way.size
+    return Trial(
+        way.name, way.options, steps, round(steps * way.cost, 2), size, math.inf, None, 0.0, way.schedule, way.cost
+    )
 
 
 def _ways(net: nn.Module, narrower: nn.Module | None, narrower_cost: float | None, by: CostBy) -> tuple[_Way, ...]:
@@ -186,7 +206,7 @@ def _ways(net: nn.Module, narrower: nn.Module | None, narrower_cost: float | Non
         _Way("dense, as it is", (), Always(Phase.FULL), net, 1.0),
         _Way("LOW alone", ("--schedule", "low"), Always(Phase.LOW), net, low),
     ]
-    for share in FULL_SHARES:
+    for share in FULL_SHARES if low < 1 else ():
         cost = round(low + share * (1 - low), 3)
         ways.append(
             _Way(f"auto, {share:.0%} FULL", ("--schedule", "auto", "--cost", f"{cost:g}"), auto(cost), net, cost)

@@ -231,6 +231,7 @@ def test_in_measured_time_the_narrower_model_is_timed_too(
             "",
             "--pilot decides between LOW alone and auto, and --lr-milestones asks for aligned",
         ),
+        (("--deflate", "adaptor"), "", "--deflate goes with aligned and paper-*, not with --pilot: leave one of them"),
         ((), "del epochs", "model.py has lr_scheduler() and no `epochs`, by which that could follow the length that"),
         (
             ("--steps", "40"),
@@ -238,7 +239,7 @@ def test_in_measured_time_the_narrower_model_is_timed_too(
             "model.py has lr_scheduler(), which is not told how many steps --pilot finds: give the",
         ),
     ],
-    ids=["few steps", "schedule", "milestones", "no epochs", "steps"],
+    ids=["few steps", "schedule", "milestones", "deflate", "no epochs", "steps"],
 )
 def test_what_a_pilot_could_not_decide_is_refused_before_any_work(
     options: tuple[str, ...], more: str, sentence: str, write: Run, refused: Run

@@ -212,6 +212,13 @@ def test_its_functions_see_the_epochs_that_the_command_gives(write: Write) -> No
         assert without.epochs is None
 
 
+def test_functions_from_another_module_see_them_there(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "shared_recipe.py").write_text("epochs = 2\ndef loss(output, batch): return output * epochs\n")
+    file = load_model_file(write(MODEL + "from shared_recipe import *\n"))
+    file.set_epochs_(5)
+    assert (file.epochs, file.loss(torch.ones(1), None).item()) == (5, 5)
+
+
 def test_two_files_of_one_name_are_two_modules(write: Write, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     first = load_model_file(write(MODEL + "epochs = 1"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dynrank_fx as dr
+from dynrank_fx.errors import DivergedError
 from dynrank_fx.training import CostBy, Pilot, Settings, Task, Trial, pilot
 
 FULL, LOW = dr.schedules.always(dr.Phase.FULL), dr.schedules.always(dr.Phase.LOW)
@@ -83,6 +86,53 @@ def test_the_learning_rate_falls_or_stays_as_the_long_run_will_have_it(decays: b
     wanted = [0.5 * (1 + math.cos(math.pi * step / 40)) if decays else 1.0 for step in range(40)]
     assert dense[2:] == pytest.approx([0.01 * each for each in wanted[2:]])
     assert dense[0] == pytest.approx(0.005)
+
+
+def test_every_way_sees_the_same_data_and_the_generator_of_the_data_stays_where_it_was() -> None:
+    drawn: list[torch.Tensor] = []
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(320, 16), torch.randint(2, (320,))
+
+    def loss(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        drawn.append(batch[0])
+        return nn.functional.cross_entropy(output, batch[1])
+
+    data = DataLoader(TensorDataset(x, y), 8, shuffle=True, generator=generator)
+    before, begun = generator.get_state(), list[int]()
+    net = _net(_model(), rank=dr.Ratio(0.25), leave=())
+    pilot(
+        net,
+        Task(data, loss, lambda batch: ((batch[0],), {})),
+        partial(torch.optim.AdamW, lr=1e-2),
+        Settings(steps=20, compile=False),
+        begun=lambda way, steps: begun.append(len(drawn)),
+    )
+    assert all(torch.equal(drawn[at], drawn[0]) for at in begun)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_way_that_diverges_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(way: object, *args: object) -> Trial:
+        if "LOW" in way.name or ("auto" in way.name and gone):  # type: ignore[attr-defined]
+            raise DivergedError("gone")
+        return replace(_trial(way.name, 1.0), schedule=way.schedule, cost=way.cost)  # type: ignore[attr-defined]
+
+    gone = False
+    monkeypatch.setattr(sys.modules["dynrank_fx.training.pilot"], "_tried", fails)  # the room has a function so called
+    found = _found()
+    low = found.trials[1]
+    assert (low.loss, low.to_json()["loss"]) == (math.inf, None)
+    assert found.small[-1] is low
+    assert found.best_factored.way == "auto, 12% FULL"
+    gone = True
+    with pytest.raises(DivergedError, match="every factored way diverged in the pilot"):
+        _found()
+
+
+def test_where_low_is_no_cheaper_there_is_no_mixture() -> None:
+    net = _net(_model(), rank=dr.Fixed(30), leave=(), allow_unprofitable=True)
+    found = pilot(net, _task(), partial(torch.optim.AdamW, lr=1e-2), Settings(steps=20, compile=False))
+    assert [each.way for each in found.trials] == ["dense, as it is", "LOW alone"]
 
 
 def test_the_net_stays_as_it_was_and_the_same_seed_gives_the_same() -> None:
