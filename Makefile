@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-NAME ?= steps layers shares switch held peak truncation captures startup scale shared sites onnx
+NAME ?= steps layers shares factor-steps switch held peak truncation captures startup scale shared sites onnx
 BIN := .venv/bin
 INSTALLED := .venv/installed
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own fol
 
 from benchmarks.beside import beside
 from benchmarks.captures import captures
+from benchmarks.factor_steps import factor_steps
 from benchmarks.finetune import finetune
 from benchmarks.held import held
 from benchmarks.large import large
@@ -61,6 +62,7 @@ BENCHMARKS = (
         "layers", "A step of layers of real widths: LOW over FULL beside the ratio of FLOPs and a floor.", layers
     ),
     Benchmark("shares", "Where the time of such a step goes, by kinds of operations.", shares),
+    Benchmark("factor-steps", "A training step in LOW with factor_steps_ over one without.", factor_steps),
     Benchmark("beside", "A training step beside CoLA, SLTrain, LoRA, GaLore and a narrower dense model.", beside),
     Benchmark("held", "Bytes of parameters, gradients and optimizer state in each phase, over the original's.", held),
     Benchmark("memory", "Peak memory and time of the verbs over the size of a Llama-shaped model.", memory),

@@ -223,7 +223,7 @@ class Run:
         model = self.task.model(self.narrower_width, self.task.heads(self.cell.width)).to(self.task.device)
         cost = self.task.flops(model)
         steps = round(self.cell.length * self.low / cost)
-        self._train(model, self._optimizers(model), steps, steps, cost)
+        self._train(model, self.optimizers(model), steps, steps, cost)
         return model, steps
 
     def factored(self) -> tuple[nn.Module, int]:
@@ -236,7 +236,7 @@ class Run:
             full = round(SHARE * budget / self.full) if self.cell.way == EARLY else 0
             steps = full + round((budget - full * self.full) / self.low)
         if full:
-            optimizers = self._optimizers(self.net, matrices_by="AdamW")
+            optimizers = self.optimizers(self.net, matrices_by="AdamW")
             schedule = dr.schedules.warm_up(1)
             phases = dr.Phases(self.net, optimizers, schedule, 2, steps=full, landing=True, by_itself=False)
             phases.begin(0)
@@ -245,7 +245,7 @@ class Run:
             phases.remove()
         else:
             dr.enter_(self.net, dr.Phase.LOW)
-        optimizers = self._optimizers(self.net) if self.cell.optimizer == "Muon" or not full else optimizers
+        optimizers = self.optimizers(self.net) if self.cell.optimizer == "Muon" or not full else optimizers
         if self.cell.way == SCALED:
             dr.factor_steps_(self.net, optimizers)
         if self.cell.optimizer == "AdamW":
@@ -253,7 +253,7 @@ class Run:
         self._train(self.net, optimizers, steps - full, steps, self.low)
         return dr.truncate(self.net), steps
 
-    def _optimizers(self, model: nn.Module, matrices_by: str = "") -> list[Optimizer]:
+    def optimizers(self, model: nn.Module, matrices_by: str = "") -> list[Optimizer]:
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
         known = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in known]

@@ -16,6 +16,7 @@ NAMES = [
     "switch",
     "layers",
     "shares",
+    "factor-steps",
     "beside",
     "held",
     "memory",
@@ -41,7 +42,19 @@ NAMES = [
     "neighbours",
 ]
 LONG = ("peak", "several", "sites", "stacked", "stack-steps")  # for make fuzz
-CHEAP = ("held", "peak", "several", "truncation", "startup", "scale", "sites", "stacked", "stack-steps", "phases")
+CHEAP = (
+    "held",
+    "factor-steps",
+    "peak",
+    "several",
+    "truncation",
+    "startup",
+    "scale",
+    "sites",
+    "stacked",
+    "stack-steps",
+    "phases",
+)
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 
