@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (options.names or options.list or options.tables):
         parser.error("name a benchmark, or give --list or --tables")
     if options.list:
-        print("\n".join(f"{benchmark.name:12}{benchmark.description}" for benchmark in BENCHMARKS))
+        print("\n".join(f"{benchmark.name:14}{benchmark.description}" for benchmark in BENCHMARKS))
     if options.tables:
         print("\n\n".join(result.markdown() for result in load_all(options.out, list(by_name))))
     for name in options.names:

@@ -86,6 +86,7 @@ OPTIONS = {
         "--energy",
         "--epochs",
         "--exclude",
+        "--factor-steps",
         "--form",
         "--from",
         "--fsdp",

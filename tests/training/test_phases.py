@@ -214,7 +214,7 @@ def test_choices_are_given_by_name_or_as_one_value_or_both() -> None:
         ({"schedule": LOW}, r"<Phase\.LOW: 1> is no schedule: give one such as schedules\.always\(Phase\.LOW\)"),
         ({"schedule": Decision}, "Decision'> is no schedule"),
         ({"schedule": dr.schedules.auto}, r"auto makes a schedule: call it, schedules\.auto\(\.\.\.\)"),
-        ({"net": nn.Linear(4, 4)}, "Linear has no factors to decay: give what transform made of it"),
+        ({"net": nn.Linear(4, 4)}, "Linear has no factors that move: give what transform made of it"),
         ({"carry": "reset"}, "'reset' does not say what becomes of optimizer state"),
         ({"decay": "x"}, "'x' does not say what decays"),
         ({"rewarm": 2.5}, r"a learning rate cannot re-warm over 2\.5 steps; give 0 or more"),
