@@ -381,6 +381,18 @@ def compiled(module: nn.Module, recipe: Recipe) -> Any:
         return None
 
 
+def compiles_rightly(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether torch.compile takes the model whole and gives what it gives, which of torch 2.13 does not hold where a
+    buffer is changed in place before it is used.
+    """
+    theirs = compiled(model, recipe)
+    try:
+        assert_close(theirs, run(copy.deepcopy(model), recipe))
+    except (AssertionError, TypeError):
+        return False
+    return True
+
+
 @pytest.mark.fuzz
 @settings(THOROUGH, max_examples=max(1, EXAMPLES // 100))
 @given(models())
@@ -388,7 +400,7 @@ def test_a_net_compiles_whole_where_its_model_does(recipe):
     recipe = replace(recipe, dtype=torch.float64)
     model = recipe.build().eval()
     net = transform(model, recipe, SYMBOLIC, 0.5).eval()
-    assume(switched_modules(net) and compiled(model, recipe) is not None)
+    assume(switched_modules(net) and compiles_rightly(model, recipe))
     for phase in (dr.Phase.FULL, dr.Phase.LOW):
         enter(net, phase)
         expected = run(copy.deepcopy(net), recipe)
