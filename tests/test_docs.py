@@ -196,9 +196,9 @@ def test_other_commands_of_a_page_name_what_is_there(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_benchmarks_that_a_page_names_are_there(name):
-    known = re.findall(r'Benchmark\(\s*"(\w+)"', (ROOT / "benchmarks/run.py").read_text(encoding="utf-8"))
+    known = re.findall(r'Benchmark\(\s*"([\w-]+)"', (ROOT / "benchmarks/run.py").read_text(encoding="utf-8"))
     assert len(known) > 10
-    for names in re.findall(r"benchmarks/run\.py((?: [a-z]\w*)+)", TEXTS[name]):
+    for names in re.findall(r"benchmarks/run\.py((?: [a-z][\w-]*)+)", TEXTS[name]):
         assert set(names.split()) <= set(known)
 
 
