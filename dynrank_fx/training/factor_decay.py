@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
-from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Group, Kwargs
 from ..checks import names_of
@@ -25,6 +24,7 @@ from ..phases import Optimizers, optimizers_in
 from ..processes import is_part, part_as, whole
 from ..rewrite import Switched, holds_captured, switched_modules
 from ..tracing import unwrap
+from .step_hooks import StepHooks
 
 
 class Decay(enum.Enum):
@@ -47,7 +47,7 @@ _DECOUPLED = (AdamW, Adafactor, Muon)
 _COUPLED = (SGD, Adam, NAdam, RAdam, Adagrad, Adamax, ASGD, RMSprop)
 
 
-class FactorDecay:
+class FactorDecay(StepHooks):
     """The hooks of ``factor_decay_``; ``remove()``, or the end of a ``with`` block, takes them off.
 
     Args:
@@ -61,21 +61,7 @@ class FactorDecay:
         self.decay, self.decoupled = decay, decoupled
         self._sites = [modules[0] for modules in switched_modules(net).values()]
         self._pending: list[tuple[Parameter, Group, float, Tensor]] = []
-        self._handles: list[RemovableHandle] = []
-        for optimizer in optimizers if decay is not Decay.EACH else ():
-            self._handles.append(optimizer.register_step_pre_hook(self._before))
-            self._handles.append(optimizer.register_step_post_hook(self._after))
-
-    def __enter__(self) -> FactorDecay:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Leave the factors to the optimizer again."""
-        for handle in self._handles:
-            handle.remove()
+        super().__init__(optimizers if decay is not Decay.EACH else ())
 
     def _before(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._pending = []

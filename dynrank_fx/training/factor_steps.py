@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Group, Kwargs
 from ..checks import names_of
@@ -30,6 +29,7 @@ from ..rewrite import holds_captured, switched_modules
 from ..tracing import unwrap
 from .clock import StepHook
 from .factor_decay import FactorDecay, check_decay_is_known, checked_decoupled, decays_beside_its_step
+from .step_hooks import StepHooks
 
 _BY_GRADIENT = (SGD, ASGD)
 _SQUARINGS = 5
@@ -50,7 +50,7 @@ class Steps(enum.Enum):
     PRODUCT = "in the measure of the product of the factors"
 
 
-class FactorSteps:
+class FactorSteps(StepHooks):
     """The hooks of ``factor_steps_``; ``remove()``, or the end of a ``with`` block, takes them off.
 
     Args:
@@ -64,21 +64,7 @@ class FactorSteps:
         self.steps, self.decoupled = steps, decoupled
         self._sites = [modules[0] for modules in switched_modules(net).values()]
         self._pending: list[tuple[Parameter, Tensor, Tensor, float, Group]] = []
-        self._handles: list[RemovableHandle] = []
-        for optimizer in optimizers if steps is Steps.PRODUCT else ():
-            self._handles.append(optimizer.register_step_pre_hook(self._before))
-            self._handles.append(optimizer.register_step_post_hook(self._after))
-
-    def __enter__(self) -> FactorSteps:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Leave the steps to the optimizer again."""
-        for handle in self._handles:
-            handle.remove()
+        super().__init__(optimizers if steps is Steps.PRODUCT else ())
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
