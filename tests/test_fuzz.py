@@ -381,14 +381,10 @@ def compiled(module: nn.Module, recipe: Recipe) -> Any:
         return None
 
 
-def compiles_rightly(model: nn.Module, recipe: Recipe) -> bool:
-    """Whether torch.compile takes the model whole and gives what it gives, which of torch 2.13 does not hold where a
-    buffer is changed in place before it is used.
-    """
-    theirs = compiled(model, recipe)
+def close(got: Any, expected: Any) -> bool:
     try:
-        assert_close(theirs, run(copy.deepcopy(model), recipe))
-    except (AssertionError, TypeError):
+        assert_close(got, expected)
+    except AssertionError:
         return False
     return True
 
@@ -400,10 +396,17 @@ def test_a_net_compiles_whole_where_its_model_does(recipe):
     recipe = replace(recipe, dtype=torch.float64)
     model = recipe.build().eval()
     net = transform(model, recipe, SYMBOLIC, 0.5).eval()
-    assume(switched_modules(net) and compiles_rightly(model, recipe))
+    assume(switched_modules(net))
+    theirs = compiled(model, recipe)
+    assume(theirs is not None)
+    # Torch 2.13 compiles a model wrongly that changes a buffer in place before it uses it: a net in FULL then as well.
+    rightly = close(theirs, run(copy.deepcopy(model), recipe))
     for phase in (dr.Phase.FULL, dr.Phase.LOW):
         enter(net, phase)
         expected = run(copy.deepcopy(net), recipe)
         got = compiled(net, recipe)
         assert got is not None
-        assert_close(got, expected)
+        if phase is dr.Phase.FULL:
+            assert_close(got, theirs)
+        if rightly:
+            assert_close(got, expected)

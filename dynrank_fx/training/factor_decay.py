@@ -24,7 +24,7 @@ from ..phases import Optimizers, optimizers_in
 from ..processes import is_part, part_as, whole
 from ..rewrite import Switched, holds_captured, switched_modules
 from ..tracing import unwrap
-from .step_hooks import StepHooks
+from .around_steps import AroundSteps, if_stepped
 
 
 class Decay(enum.Enum):
@@ -47,7 +47,7 @@ _DECOUPLED = (AdamW, Adafactor, Muon)
 _COUPLED = (SGD, Adam, NAdam, RAdam, Adagrad, Adamax, ASGD, RMSprop)
 
 
-class FactorDecay(StepHooks):
+class FactorDecay(AroundSteps):
     """The hooks of ``factor_decay_``; ``remove()``, or the end of a ``with`` block, takes them off.
 
     Args:
@@ -88,7 +88,7 @@ class FactorDecay(StepHooks):
                 if parameter.grad is not None:
                     # A re-warm-up lowers the rate within the step, and may do so before this hook or after it.
                     rate = min(before, group["lr"]) * group["weight_decay"]
-                    parameter.sub_(difference * rate)
+                    parameter.copy_(if_stepped(optimizer, parameter - difference * rate, parameter))
         self._pending = []
 
     @torch.no_grad()

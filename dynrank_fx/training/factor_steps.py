@@ -27,9 +27,9 @@ from ..phases import Optimizers, optimizers_in
 from ..processes import whole
 from ..rewrite import holds_captured, switched_modules
 from ..tracing import unwrap
+from .around_steps import AroundSteps, if_stepped
 from .clock import StepHook
 from .factor_decay import FactorDecay, check_decay_is_known, checked_decoupled, decays_beside_its_step
-from .step_hooks import StepHooks
 
 _BY_GRADIENT = (SGD, ASGD)
 _SQUARINGS = 5
@@ -50,7 +50,7 @@ class Steps(enum.Enum):
     PRODUCT = "in the measure of the product of the factors"
 
 
-class FactorSteps(StepHooks):
+class FactorSteps(AroundSteps):
     """The hooks of ``factor_steps_``; ``remove()``, or the end of a ``with`` block, takes them off.
 
     Args:
@@ -85,17 +85,14 @@ class FactorSteps(StepHooks):
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler, which made no step
         for factor, before, size, rate, group in self._pending:
             if factor.grad is None:  # which the optimizer left alone
                 continue
             # What decays beside the step is of W as it is. A re-warm-up may have lowered the rate meanwhile.
             decay = min(rate, group["lr"]) * group.get("weight_decay", 0)
-            kept = (
-                before * (1 - decay) if decay and decays_beside_its_step(optimizer, group, self.decoupled) else before
-            )
-            moved = kept + (factor - kept) / size
-            factor.copy_(moved if overflow is None else torch.where(overflow.bool(), factor, moved))
+            beside = decay and decays_beside_its_step(optimizer, group, self.decoupled)
+            kept = before * (1 - decay) if beside else before
+            factor.copy_(if_stepped(optimizer, kept + (factor - kept) / size, factor))
         self._pending = []
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from factored_pair import Pair
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -25,15 +26,6 @@ DECOUPLED: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "tensor rate": lambda ps, **o: torch.optim.AdamW(ps, lr=torch.tensor(RATE), foreach=False, **o),
     "nadam": lambda ps, **o: torch.optim.NAdam(ps, lr=RATE, decoupled_weight_decay=True, **o),
 }
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.conv = nn.Linear(12, 12), nn.Linear(12, 12), nn.Conv1d(12, 12, 3, padding=1, groups=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv((self.a(x) * torch.tanh(self.b(x))).mT)
 
 
 def low(share: bool = False) -> tuple[nn.Module, Tensor]:
@@ -220,3 +212,15 @@ def test_what_does_not_say_what_decays():
         dr.factor_decay_(net, optimizer, decoupled="x")
     with pytest.raises(dr.TransitionError, match="Linear has no factors to decay: give what transform made of it"):
         dr.factor_decay_(torch.nn.Linear(4, 4), optimizer)
+
+
+def test_a_step_that_a_scaler_skips_decays_nothing() -> None:
+    net, x = low()
+    net, x = net.float(), x.float()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    dr.factor_decay_(net, optimizer)
+    before = [p.detach().clone() for p in net.parameters()]
+    scaler.scale(net(x).square().mean() * torch.inf).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from factored_pair import Pair
 from torch import Tensor, nn
 
 import dynrank_fx as dr
@@ -24,15 +25,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "groups": lambda ps: torch.optim.AdamW([{"params": [p], "lr": RATE / (i + 1)} for i, p in enumerate(ps)]),
 }
 BESIDE = ("adamw", "tensor rate", "groups")  # what decays beside its step
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.conv = nn.Linear(12, 12), nn.Linear(12, 12), nn.Conv1d(12, 12, 3, padding=1, groups=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv((self.a(x) * torch.tanh(self.b(x))).mT)
 
 
 def low(share: bool = False, larger: float = 3.0) -> tuple[nn.Module, Tensor]:

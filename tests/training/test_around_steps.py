@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dynrank_fx.training.step_hooks import StepHooks
+from dynrank_fx.training.around_steps import AroundSteps
 
 
-class Noted(StepHooks):
+class Noted(AroundSteps):
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self.seen: list[object] = []
         super().__init__(optimizers)

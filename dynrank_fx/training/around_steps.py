@@ -6,13 +6,15 @@ import abc
 from collections.abc import Sequence
 from typing import Self
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..aliases import Args, Kwargs
 
 
-class StepHooks(abc.ABC):
+class AroundSteps(abc.ABC):
     """What is done before and after each step of these optimizers; ``remove()``, or the end of a ``with`` block, takes
     it off.
 
@@ -44,3 +46,11 @@ class StepHooks(abc.ABC):
     @abc.abstractmethod
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """After a step."""
+
+
+def if_stepped(optimizer: Optimizer, then: Tensor, otherwise: Tensor) -> Tensor:
+    """One of two values: where gradients overflowed, a fused optimizer under a GradScaler makes no step, though its
+    hooks run. No device is waited for.
+    """
+    overflow: Tensor | None = getattr(optimizer, "found_inf", None)
+    return then if overflow is None else torch.where(overflow.bool(), otherwise, then)
