@@ -1,5 +1,6 @@
 """What the study trains: two networks on scikit-learn's digits, a character transformer of two sizes on Python code,
-and ResNet-20 on scenes of several digits, in the setting of arXiv 2508.08625.
+and three networks on scenes of several digits: ResNet-20 and a wide one in the setting of arXiv 2508.08625, and a
+transformer.
 
 The learning rate of each task is the best of a row of doublings for dense training on seed 0, and serves every method.
 """
@@ -40,6 +41,7 @@ class StudyTask:
     device: str = "cpu"
     in_bfloat16: bool = False
     width: int | None = None
+    heads: int = 1
 
     def transformed(self, rank: RankPolicy, width: int | None = None) -> nn.Module:
         """width: in place of the task's own."""
@@ -55,7 +57,7 @@ class StudyTask:
         def share(width: int) -> float:
             return (dr.plan_of(self.transformed(rank, width)).total_flops or 1) / whole
 
-        widths: Iterable[int] = range(2, self.width + 1)
+        widths: Iterable[int] = range(max(2, self.heads), self.width + 1, self.heads)
         best = min(widths, key=lambda width: abs(share(width) - flops))
         return self.transformed(rank, best), share(best)
 
@@ -65,12 +67,12 @@ class StudyTask:
 
 
 class DigitTransformer(nn.Module):
-    """Images [batch, 1, 8, 8] as 16 patches of 2 × 2 pixels to class scores [batch, 10]."""
+    """Images [batch, 1, side, side] as patches of so many pixels a side to class scores [batch, 10]."""
 
-    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2, *, side: int = 8, patch: int = 2) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        self.patches = nn.Conv2d(1, width, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((side // patch) ** 2, width))
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
@@ -135,6 +137,29 @@ TASKS = {
             leave=(dr.Role.SHORTCUT, dr.Role.HEAD),
             in_bfloat16=True,
             width=16,
+        ),
+        StudyTask(
+            "scenes-wrn",
+            20,
+            scenes.WideReader,
+            partial(task_of, scenes),
+            partial(_sgd, 0.1),
+            _as_in_the_paper,
+            leave=(dr.Role.SHORTCUT, dr.Role.HEAD),
+            exclude=("blocks.0.conv1",),
+            in_bfloat16=True,
+            width=32,
+        ),
+        StudyTask(
+            "scenes-vit",
+            20,
+            partial(DigitTransformer, heads=4, layers=3, side=scenes.SIZE, patch=4),
+            partial(task_of, scenes),
+            partial(_adamw, 2e-3),
+            CosineAnnealingLR,
+            in_bfloat16=True,
+            width=64,
+            heads=4,
         ),
         # Its rate is not tuned: one in common use at this size.
         StudyTask("gpt", 12, gpt.GPT, partial(task_of, gpt), partial(_fused, 6e-4), CosineAnnealingLR, device="cuda"),
