@@ -80,15 +80,16 @@ NEW = Text("English", _model, lambda _: HEADS, english, CONTEXT, WINDOWS, 2e-3)
 FULL, LORA = "full fine-tuning", "LoRA, merged"
 NARROW, SCRATCH = "narrower dense, on both texts", "narrower dense, on English alone"
 PLAIN, OUTPUTS = "cut at the start by SVD, LOW", "cut at the start by outputs, LOW"
+SCALED = "cut at the start by SVD, LOW, steps in the measure of the product"
 LANDING = "FULL for half, landing, then LOW"
 ABRUPT = "FULL for half, cut by outputs, then LOW"
 DISTILLED = "the same, distilled from FULL"
-RATES, RATES_OF_LORA = (2e-3, 4e-3, 8e-3), (4e-3, 8e-3, 16e-3)
+RATES, HIGHER_RATES = (2e-3, 4e-3, 8e-3), (4e-3, 8e-3, 16e-3)
 WAYS = (
     (FULL, 0.0),
     (LORA, 8),
     (LORA, 32),
-    *((way, rank) for rank in (0.25, 0.5) for way in (PLAIN, OUTPUTS, LANDING)),
+    *((way, rank) for rank in (0.25, 0.5) for way in (PLAIN, OUTPUTS, SCALED, LANDING)),
     (ABRUPT, 0.25),
     (DISTILLED, 0.25),
     (NARROW, 0.25),
@@ -109,7 +110,7 @@ class Run:
 
 
 def rates(way: str) -> tuple[float, ...]:
-    return {LORA: RATES_OF_LORA, SCRATCH: (OLD.lr,)}.get(way, RATES)
+    return {LORA: HIGHER_RATES, SCALED: HIGHER_RATES, SCRATCH: (OLD.lr,)}.get(way, RATES)
 
 
 def wanted(done: dict[Run, dict[str, Any]]) -> Iterator[Run]:
@@ -203,6 +204,13 @@ class Tuning:
             merged: nn.Module = adapted.merge_and_unload()
             return merged
         model = self.start
+        if way == SCALED:
+            net = transformed(model, rank)
+            dr.enter_(net, dr.Phase.LOW)
+            optimizer, steps = self._optimizer(net), self._rest(net)
+            dr.factor_steps_(net, optimizer)
+            self._train(net, steps, optimizer=optimizer)
+            return dr.truncate(net)
         if way in (PLAIN, OUTPUTS):
             model = dr.truncate(transformed(model, rank), self.calibration() if way == OUTPUTS else None)
         self._train(model, self._rest(model))
@@ -384,19 +392,24 @@ def times(ways: Sequence[tuple[str, float]], repeats: int, before: int) -> dict[
                 model = lora(copy.deepcopy(dense), int(rank))
             elif like == NARROW:
                 model = _model(narrower_width(rank), HEADS)
+            elif like == SCALED:
+                model = transformed(dense, rank)
+                dr.enter_(model, dr.Phase.LOW)
             else:
                 model = dr.truncate(transformed(dense, rank)) if rank else dense
-            steps = _steps(model, dense if like == DISTILLED else None)
+            steps = _steps(model, dense if like == DISTILLED else None, scaled=like == SCALED)
             found[like, rank] = interleaved(reference, steps, repeats=repeats, warmup=1).ratio
         found[way, rank] = found[like, rank]
     return found
 
 
-def _steps(model: nn.Module, teacher: nn.Module | None = None) -> Callable[[], None]:
+def _steps(model: nn.Module, teacher: nn.Module | None = None, *, scaled: bool = False) -> Callable[[], None]:
     """As many steps as there are for each that is distilled."""
     model = copy.deepcopy(model).train()
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch = NEW.batch(torch.Generator().manual_seed(0))
+    if scaled:
+        dr.factor_steps_(model, optimizer)
 
     def call() -> None:
         for number in range(EVERY):

@@ -21,15 +21,17 @@ from torch.utils.data import DataLoader, TensorDataset
 epochs = 12
 MILESTONES = (8, 10)
 
+WIDTH = 64
+
 
 class DigitNet(nn.Module):
     """Images [batch, 1, 8, 8] to class scores [batch, 10]."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-        self.blocks = nn.Sequential(Block(64, 64), Block(64, 128, stride=2), Block(128, 128))
-        self.head = nn.Linear(128, 10)
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(Block(width, width), Block(width, 2 * width, stride=2), Block(2 * width, 2 * width))
+        self.head = nn.Linear(2 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(images)).mean((2, 3)))
@@ -37,6 +39,11 @@ class DigitNet(nn.Module):
 
 def model() -> nn.Module:
     return DigitNet()
+
+
+def narrower(share: float) -> nn.Module:
+    """The model so many times as wide, for `dynrank-fx pilot`: the dense model of as many FLOPs as the factored one."""
+    return DigitNet(max(1, round(share * WIDTH)))
 
 
 def example_inputs() -> tuple[Tensor]:

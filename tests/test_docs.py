@@ -32,7 +32,9 @@ CONTINUES = dict.fromkeys(("README.md", "compress.md", "export-and-deploy.md"), 
 
 # What keeps the sample that the pages train small: one block in place of three, and fewer images.
 SMALLER = {
-    "Block(64, 64), Block(64, 128, stride=2), Block(128, 128)": "Block(64, 128, stride=2)",
+    "Block(width, width), Block(width, 2 * width, stride=2), Block(2 * width, 2 * width)": (
+        "Block(width, 2 * width, stride=2)"
+    ),
     "TensorDataset(images[train], labels[train])": "TensorDataset(images[train[:256]], labels[train[:256]])",
 }
 

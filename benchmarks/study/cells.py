@@ -100,7 +100,8 @@ def train(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
     net, share = task.transformed(dr.Ratio(cell.rank)), 1.0
     costs = costs_of(net)
     if cell.method == NARROWER:
-        net, share = task.narrower(dr.Ratio(cell.rank), costs[dr.Phase.LOW])
+        width, share = task.narrower(dr.Ratio(cell.rank), costs[dr.Phase.LOW])
+        net = task.transformed(dr.Ratio(cell.rank), width)
         costs = dict.fromkeys(dr.Phase, share)
     dense_epochs = task.epochs if epochs is None else epochs
     if epochs is None:

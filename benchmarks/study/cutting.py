@@ -57,11 +57,18 @@ TRAININGS: dict[str, Callable[[int, Any], Preset]] = {
 }
 
 
-def trained(task: StudyTask, way: Callable[[int, Any], Preset], seed: int = 0, epochs: int | None = None) -> nn.Module:
-    """A net after the task's epochs, or so many."""
+def trained(
+    task: StudyTask,
+    way: Callable[[int, Any], Preset],
+    seed: int = 0,
+    epochs: int | None = None,
+    *,
+    width: int | None = None,
+) -> nn.Module:
+    """A net after the task's epochs, or so many; of the task's width, or another."""
     seed_all(seed)
     epochs = epochs or task.epochs
-    net = task.transformed(dr.Ratio(0.25))
+    net = task.transformed(dr.Ratio(0.25), width)
     preset, optimizer = way(epochs, costs_of(net)), task.optimizer(net.parameters())
     run = Run(net, optimizer, preset.schedule, task.lr_scheduler(optimizer, epochs))
     fit(run, task.data(), Settings(epochs, compile=False, **preset.choices))

@@ -120,6 +120,15 @@ def ours(on: Field, net: nn.Module) -> None:
         on.add(label, dr.compress(net, on.batches[0], budget, on.batches).module)
 
 
+def narrower(on: Field, epochs: int | None = None) -> None:
+    """Another model: the dense one of as many FLOPs as are to be kept, trained from nothing. epochs: of both ways."""
+    task = TASKS[on.name]
+    width, share = task.narrower(dr.Ratio(0.25), KEPT)
+    for label, long in (("epochs", task.epochs), ("FLOPs", round(task.epochs / share))):
+        net = trained(task, METHODS["dense"], epochs=epochs or long, width=width)
+        on.add(f"narrower dense, trained for as many {label}", dr.inline(net))
+
+
 def comprexx(on: Field) -> None:
     """Its low-rank stage takes linear layers alone; its structured pruning sets filters to zero."""
     import comprexx as cx
@@ -234,6 +243,7 @@ def compared(name: str, epochs: int | None = None) -> Field:
     on.dense = original.eval()
     on.add("dense", on.dense)
     ours(on, net)
+    narrower(on, epochs)
     small = dr.compress(net, on.batches[0], dr.Budget(params=KEPT), on.batches).module
     for other in (comprexx, tensorly_torch, torch_pruning):
         try:

@@ -7,7 +7,7 @@ The learning rate of each task is the best of a row of doublings for dense train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,17 +49,16 @@ class StudyTask:
         model = self.model() if width is None else self.model(width)
         return dr.transform(model, (example,), rank=rank, leave=self.leave, exclude=self.exclude).to(self.device)
 
-    def narrower(self, rank: RankPolicy, flops: float) -> tuple[nn.Module, float]:
-        """The dense model, as a net, whose FLOPs are nearest to this share of those of the task's own; its share."""
+    def narrower(self, rank: RankPolicy, flops: float) -> tuple[int, float]:
+        """The width of the dense model whose FLOPs are nearest to this share of those of the task's own; its share."""
         assert self.width is not None, f"{self.name} has one width"
         whole = dr.plan_of(self.transformed(rank)).total_flops or 1
 
         def share(width: int) -> float:
             return (dr.plan_of(self.transformed(rank, width)).total_flops or 1) / whole
 
-        widths: Iterable[int] = range(max(2, self.heads), self.width + 1, self.heads)
-        best = min(widths, key=lambda width: abs(share(width) - flops))
-        return self.transformed(rank, best), share(best)
+        shares = {width: share(width) for width in range(max(2, self.heads), self.width + 1, self.heads)}
+        return min(shares.items(), key=lambda each: abs(each[1] - flops))
 
     @property
     def amp(self) -> bool:
@@ -114,16 +113,26 @@ def _sgd(lr: float, parameters: Any) -> SGD:
 
 
 def _chars(width: int, lr: float) -> StudyTask:
-    model = partial(chars.CharTransformer, width, 4, 2)
-    return StudyTask(f"chars-{width}", 12, model, partial(task_of, chars), partial(_adamw, lr), CosineAnnealingLR)
+    def model(width: int = width) -> nn.Module:
+        return chars.CharTransformer(width, 4, 2)
+
+    data, optimizer = partial(task_of, chars), partial(_adamw, lr)
+    return StudyTask(f"chars-{width}", 12, model, data, optimizer, CosineAnnealingLR, width=width, heads=4)
 
 
 TASKS = {
     task.name: task
     for task in (
-        StudyTask("digits-conv", 12, digits.DigitNet, partial(task_of, digits), partial(_sgd, 0.05), _steps),
+        StudyTask("digits-conv", 12, digits.DigitNet, partial(task_of, digits), partial(_sgd, 0.05), _steps, width=64),
         StudyTask(
-            "digits-vit", 24, DigitTransformer, partial(task_of, digits), partial(_adamw, 2e-3), CosineAnnealingLR
+            "digits-vit",
+            24,
+            DigitTransformer,
+            partial(task_of, digits),
+            partial(_adamw, 2e-3),
+            CosineAnnealingLR,
+            width=64,
+            heads=4,
         ),
         _chars(64, 8e-3),
         _chars(128, 4e-3),
