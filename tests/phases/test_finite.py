@@ -64,3 +64,16 @@ def test_figures_that_are_not_finite_are_noted_and_leave_json_that_others_can_re
     phases.note(loss=float("nan"), mine=float("inf"))
     (record,) = json.loads(json.dumps(phases.state_dict()["history"], allow_nan=False))
     assert (record["loss"], record["mine"]) == (None, None)
+
+
+def test_an_average_that_is_not_finite_is_told_too(tmp_path: Path) -> None:
+    net, optimizer, first = trained()
+    first.remove()
+    average = torch.optim.swa_utils.AveragedModel(net)
+    phases = dr.Phases(net, optimizer, dr.schedules.always(dr.Phase.LOW), 2, averages=average)
+    phases.begin(0)
+    assert phases.diverged() is None
+    average.module.get_parameter("2.left").data[0] = torch.nan
+    assert phases.diverged() == "module.2.left of an average"
+    with pytest.warns(dr.DynrankWarning, match=r"^module\.2\.left of an average is not finite"):
+        dr.save_checkpoint(tmp_path / "c", net, phases=phases)
