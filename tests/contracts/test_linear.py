@@ -73,7 +73,9 @@ def counted(block: Callable[[], Iterable[nn.Module]], options: dict[str, Any], b
     return counts
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["graph", *(pytest.param(name, marks=pytest.mark.fuzz) for name in ("layers", "shared"))]
+)
 def test_twice_the_sites_are_twice_the_calls(name: str) -> None:
     block, options, blocks = MODELS[name]
     counted(block, options, 2)  # what is done once in a process
