@@ -30,10 +30,10 @@ def main(folder: Path = IMAGES) -> None:
 
 def _narrower(axes: Axes) -> None:
     """The held-out loss of LOW alone above that of the narrower dense model, each at its best learning rate. Only where
-    more than one was tried for the dense one.
+    more than one was tried for the dense one, or the one that was best in the settings around it.
     """
     rows = list(kept().values())
-    settings = sorted({_setting(row) for row in rows if len(_rates(rows, _setting(row), DENSE)) > 1})
+    settings = sorted({_setting(row) for row in rows if _is_tuned(_rates(rows, _setting(row), DENSE))})
     for way, style, label in ((LOW, "o", "LOW alone"), (SCALED, "D", "with steps in the measure of the product")):
         points = [
             (_best(mine, way, seed) - _best(mine, DENSE, seed), at)
@@ -53,6 +53,10 @@ def _narrower(axes: Axes) -> None:
 
 def _rates(rows: Iterable[dict[str, Any]], setting: tuple[str, int, float, int, str], way: str) -> set[float]:
     return {row["rate"] for row in rows if _setting(row) == setting and row["way"] == way}
+
+
+def _is_tuned(rates: set[float]) -> bool:
+    return len(rates) > 1 or 4.0 in rates
 
 
 def _setting(row: dict[str, Any]) -> tuple[str, int, float, int, str]:
