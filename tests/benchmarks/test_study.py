@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynrank_fx as dr
-from benchmarks.study import cells, cutting, methods, tables
+from benchmarks.study import cells, cutting, methods, scenes, tables
 from benchmarks.study.guard import SpectralGuard
+from benchmarks.study.tasks import TASKS
 from dynrank_fx.rewrite import switched_modules
 
 COSTS = {dr.Phase.FULL: 1.0, dr.Phase.LOW: 0.4, dr.Phase.ADAPTOR: 1.05}
@@ -32,6 +35,30 @@ def test_at_equal_compute_every_method_takes_the_budget_and_no_more() -> None:
 
 def test_every_row_that_is_kept_is_of_the_grid() -> None:
     assert set(cells.kept()) <= set(cells.cells())
+
+
+def test_the_narrower_network_takes_the_flops_that_it_is_asked_for() -> None:
+    task = TASKS["digits-vit"]
+    width, share = task.narrower(dr.Ratio(0.25), 0.4)
+
+    def flops(model: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(2, 1, 8, 8))
+        return counter.get_total_flops()
+
+    assert width % task.heads == 0
+    assert share == pytest.approx(flops(task.model(width)) / flops(task.model()), rel=0.05)  
+    assert share == pytest.approx(0.4, rel=0.1)
+
+
+def test_the_wide_network_is_wrn_10_2() -> None:
+    def block(i: int, o: int) -> int:
+        return 9 * i * o + 9 * o * o + i * o + 2 * i + 2 * o
+
+    net = scenes.WideReader()
+    expected = 9 * 16 + block(16, 32) + block(32, 64) + block(64, 128) + 2 * 128 + 10 * 128 + 10
+    assert sum(p.numel() for p in net.parameters()) == expected
+    assert net(torch.zeros(2, 1, scenes.SIZE, scenes.SIZE)).shape == (2, 10)
 
 
 def test_the_tables_have_every_row_and_its_mean(tmp_path: Path) -> None:
