@@ -47,7 +47,7 @@ def test_the_narrower_network_takes_the_flops_that_it_is_asked_for() -> None:
         return counter.get_total_flops()
 
     assert width % task.heads == 0
-    assert share == pytest.approx(flops(task.model(width)) / flops(task.model()), rel=0.05)  
+    assert share == pytest.approx(flops(task.model(width)) / flops(task.model()), rel=0.05)
     assert share == pytest.approx(0.4, rel=0.1)
 
 
