@@ -25,7 +25,7 @@ from .options import (
 )
 from .streams import echo
 from .train import check_device
-from .training import cost_by_option, known_decay
+from .training import cost_by_option, factor_steps_option, known_decay
 from .trials import begins_trained, table, tried, verdict
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @plan_options
 @measure_option
 @cost_by_option("What is the same for all")
+@factor_steps_option
 @weights_option
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @amp_option
@@ -89,7 +90,7 @@ def pilot(model_file: Path, steps: int, as_json: bool, **options: Option) -> Non
 
 def _settings(file: ModelFile, net: nn.Module, steps: int, options: Options) -> Settings:
     """As ``train`` trains where nothing else is asked for."""
-    from dynrank_fx.training import CostBy, Settings, practical
+    from dynrank_fx.training import CostBy, Settings, Steps, practical
 
     usual = practical()
     return Settings(
@@ -100,6 +101,7 @@ def _settings(file: ModelFile, net: nn.Module, steps: int, options: Options) -> 
         **usual.choices
         | {
             "decay": known_decay(usual.decay, {"decay": None}, file.optimizer(net.parameters())),
+            "factor_steps": Steps[(options["factor_steps"] or "each").upper()],
             "cost_by": CostBy[(options["cost_by"] or "flops").upper()],
         },
     )

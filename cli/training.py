@@ -31,6 +31,12 @@ def cost_by_option(what: str) -> Callable[[Callable[..., object]], Callable[...,
     return click.option("--cost-by", type=click.Choice(["flops", "time"]), help=help_text)
 
 
+factor_steps_option = click.option(
+    "--factor-steps",
+    type=click.Choice(["each", "product"]),
+    help="By how much factors move; product: by less, the larger the other one is.",
+)
+
 _OPTIONS = (
     click.option(
         "--schedule",
@@ -64,11 +70,7 @@ _OPTIONS = (
     click.option(
         "--decay", type=click.Choice(["product", "halved", "each"]), help="What weight decay does to factors."
     ),
-    click.option(
-        "--factor-steps",
-        type=click.Choice(["each", "product"]),
-        help="By how much factors move; product: by less, the larger the other one is.",
-    ),
+    factor_steps_option,
     click.option("--landing/--abrupt", default=None, help="Whether what a cut takes away decays before it."),
     click.option(
         "--rewarm", type=click.IntRange(min=0), metavar="STEPS", help="Re-warm the learning rate after a switch."

@@ -42,7 +42,7 @@ COLUMNS = (
     Column("what went wrong"),
 )
 KEPT = 0.3
-"""The share of the parameters that every tool which can be told is told to keep."""
+"""The share of the parameters, or of the FLOPs, that every tool which can be told is told to keep."""
 
 
 @dataclass

@@ -26,7 +26,8 @@ from dynrank_fx.training import Task
 @dataclass(frozen=True)
 class StudyTask:
     """epochs: of dense training. leave, exclude: what stays dense. device: where to train. amp: whether in bfloat16, as
-    on a GPU. width: of the model; ``model`` makes it of any other too, where there is one.
+    on a GPU. width: of the model; ``model`` makes it of any other too, in multiples of
+    ``heads``, where there is one.
     """
 
     name: str

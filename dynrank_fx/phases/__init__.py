@@ -1,7 +1,7 @@
 """Move weights, and the optimizer's state with them, between phases; all of a switch or nothing."""
 
 from .agreement import agree_before, agree_on_origin
-from .averages import averages_in, averages_of, copy_factors_
+from .averages import averages_in, averages_of, copy_factors_, modules_of
 from .carry import Carry, checked_carry
 from .checkpoint import check_place, how_in, info_of, load, read_plan, rebuilt, restore_, save, state_of
 from .finite import infinite_buffers, not_finite, warn_of
@@ -33,6 +33,7 @@ __all__ = [
     "infinite_buffers",
     "info_of",
     "load",
+    "modules_of",
     "not_finite",
     "note_steps",
     "optimizers_in",

@@ -41,6 +41,12 @@ def averages_in(given: object) -> tuple[object, ...]:
     return tuple(given) if isinstance(given, list | tuple) else (given,)
 
 
+def modules_of(averages: Sequence[object]) -> list[nn.Module]:
+    """The modules that hold the averaged weights: what is given, or its ``module``, where that is one."""
+    modules = [each if isinstance(each, nn.Module) else getattr(each, "module", None) for each in averages]
+    return [module for module in modules if isinstance(module, nn.Module)]
+
+
 def averages_of(given: object, net: nn.Module) -> list[nn.Module]:
     """The modules that hold the averaged weights: what is given, or its ``module``.
 

@@ -23,11 +23,11 @@ from ..phases import (
     agree_before,
     agree_on_origin,
     averages_in,
-    averages_of,
     copy_factors_,
     enter_,
     forget_steps,
     infinite_buffers,
+    modules_of,
     not_finite,
     note_steps,
     optimizers_in,
@@ -441,11 +441,11 @@ class Phases:
         Of a net in parts (FSDP2) each process looks at its own, so that one may see what others do not.
 
         Returns:
-            The name of the first weight, buffer or state of the optimizer, or the learning rate, that is not finite,
-            and after these of an average's; None where all are.
+            The name of the first weight, buffer or state of the optimizer, or the learning rate, that is not finite;
+            where all are, that of an average's weight or buffer; else None.
         """
         found = not_finite(self.net, self.optimizers, but=self._unbounded)
-        of_averages = (not_finite(each, ()) for each in averages_of(self.averages, self.net))
+        of_averages = (not_finite(each, ()) for each in modules_of(self.averages))
         return found or next((f"{what} of an average" for what in of_averages if what is not None), None)
 
     def hooks_state(self) -> StateDict:

@@ -51,6 +51,7 @@ OPTIONS = {
         "--device",
         "--energy",
         "--exclude",
+        "--factor-steps",
         "--form",
         "--help",
         "--include",

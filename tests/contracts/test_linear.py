@@ -74,7 +74,7 @@ def counted(block: Callable[[], Iterable[nn.Module]], options: dict[str, Any], b
 
 
 @pytest.mark.parametrize(
-    "name", ["graph", *(pytest.param(name, marks=pytest.mark.fuzz) for name in ("layers", "shared"))]
+    "name", [pytest.param(name, marks=() if name == "graph" else pytest.mark.fuzz) for name in MODELS]
 )
 def test_twice_the_sites_are_twice_the_calls(name: str) -> None:
     block, options, blocks = MODELS[name]
