@@ -157,6 +157,7 @@ def cells() -> Iterator[Cell]:
     for width, rank in ((128, 0.5), (256, 0.5), (64, 0.25), (128, 0.125), (256, 0.125)):
         yield from (text(width, rank, way, "Muon", 1500, rate) for rate in (4.0, 8.0) for way in (SCALED, DENSE))
     yield from (text(256, 0.25, way, "Muon", 1500, 4.0, seed) for seed in (1, 2) for way in (SCALED, DENSE))
+    yield from (text(512, 0.25, way, "Muon", 1000, 1.0) for way in (SCALED, DENSE))
     for width, optimizer in ((256, "Muon"), (128, "Muon"), (128, "AdamW"), (256, "AdamW"), (64, "Muon")):
         yield from (text(width, 0.25, way, optimizer, 1500, rate) for way in (LOW, DENSE) for rate in (1.0, 0.5, 2.0))
     yield text(256, 0.25, EARLY, "Muon", 1500)
