@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,8 @@ from torch import Tensor
 from .aliases import JsonObject
 from .errors import StoreError
 from .files import replacing
+
+Result = TypeVar("Result")
 
 VERSION = 1
 _KNOWN = ("1", "2")  # 2: a run whose history is beside it
@@ -58,14 +61,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
 
     Raises StoreError for a missing, foreign, damaged or truncated file, and for one of a newer version.
     """
-    before = _identity(path)
-    try:
-        return _read(path)
-    except StoreError:
-        # safetensors opens a file twice, and a running training may replace it in between.
-        if _identity(path) == before:
-            raise
-    return read(path)
+    return _undisturbed(path, _read)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -73,8 +69,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises StoreError for a missing or damaged file.
     """
-    tensors, metadata = _opened(path)
+    tensors, metadata = _undisturbed(path, _opened)
     return read(path)[0] if metadata.get("format") == _FORMAT else tensors
+
+
+def _undisturbed(path: Path, reading: Callable[[Path], Result]) -> Result:
+    """What is read of a file that stays the same meanwhile.
+
+    safetensors opens a file twice, and a running training may replace it in between. It is then an error of ours, or
+    torch's own of a file of another size.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            return reading(path)
+        except (StoreError, RuntimeError):
+            if _identity(path) == before:
+                raise
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

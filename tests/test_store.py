@@ -315,3 +315,37 @@ def test_a_place_that_cannot_be_written_is_a_sentence(small: Path, parent: str) 
     assert message.startswith(f"{path} could not be written (")
     assert "rror" not in message
     assert files(small.parent) == ["small"]
+
+
+@pytest.mark.parametrize("reading", [store.read, lambda path: (store.read_tensors(path), INFO)], ids=["run", "tensors"])
+@pytest.mark.parametrize("error", [RuntimeError("the file is smaller than the required mapping size"), ValueError("x")])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(
+    reading: Callable[[Path], Any], error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened, old, new = tmp_path / "f", store.safe_open, torch.zeros(3), torch.ones(5)
+    store.write(path, {"w": old}, INFO)
+    errors = [error]
+
+    def replaced(name: Path, framework: str) -> Any:
+        if errors:
+            store.write(path, {"w": new}, INFO)
+            raise errors.pop()
+        return opened(name, framework=framework)
+
+    monkeypatch.setattr(store, "safe_open", replaced)
+    tensors, info = reading(path)
+    assert torch.equal(tensors["w"], new)
+    assert info == INFO
+
+
+def test_an_error_of_torch_while_a_file_stays_as_it_is_is_torchs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(tmp_path / "f", {"w": torch.zeros(3)}, INFO)
+
+    def failing(name: Path, framework: str) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(store, "safe_open", failing)
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
+        store.read(tmp_path / "f")
