@@ -14,6 +14,14 @@ def narrower(share):
         nn.Linear(16 * width, 2 * width), nn.Linear(2 * width, 8),
     )
 """
+# Factors so large that every one of their steps is shortened.
+LARGE = """
+def model():
+    from torch import nn
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Linear(16, 8))
+    net[1].weight.data *= 20
+    return net
+"""
 SHORT = ("pilot", "model.py", "--steps", "20", "--no-compile", "--rank", "1")
 
 
@@ -45,6 +53,18 @@ def test_a_narrower_model_is_beside_them_and_the_same_seed_gives_the_same(
     assert 0.7 < ways["narrower dense"]["size"] / ways["LOW alone"]["size"] < 1.4
     assert ways["narrower dense"]["options"] == []
     assert found["best"] in ways
+
+
+def test_steps_in_the_measure_of_the_product_are_those_of_factors_and_of_the_next_command(
+    write: Callable[..., str], run: Callable[..., object]
+) -> None:
+    write(more=LARGE)
+    each, product = (
+        {one["way"]: one for one in json.loads(run(*SHORT, "--json", *given).stdout)["trials"]}
+        for given in ((), ("--factor-steps", "product"))
+    )
+    assert {way for way in each if each[way]["loss"] == product[way]["loss"]} == {"dense, as it is"}
+    assert " --factor-steps product " in run(*SHORT, "--factor-steps", "product").stdout.splitlines()[8]
 
 
 def test_what_a_pilot_cannot_do_is_refused(write: Callable[..., str], refused: Callable[..., str]) -> None:
