@@ -43,8 +43,12 @@ def averages_in(given: object) -> tuple[object, ...]:
 
 def modules_of(averages: Sequence[object]) -> list[nn.Module]:
     """The modules that hold the averaged weights: what is given, or its ``module``, where that is one."""
-    modules = [each if isinstance(each, nn.Module) else getattr(each, "module", None) for each in averages]
-    return [module for module in modules if isinstance(module, nn.Module)]
+    return [module for each in averages if (module := _held(each)) is not None]
+
+
+def _held(average: object) -> nn.Module | None:
+    module = average if isinstance(average, nn.Module) else getattr(average, "module", None)
+    return module if isinstance(module, nn.Module) else None
 
 
 def averages_of(given: object, net: nn.Module) -> list[nn.Module]:
@@ -53,11 +57,10 @@ def averages_of(given: object, net: nn.Module) -> list[nn.Module]:
     Raises TransitionError for what is no average of the net, and for one that was left behind at a switch.
     """
     averages = averages_in(given)
-    modules = [each if isinstance(each, nn.Module) else getattr(each, "module", None) for each in averages]
     sites = switched_modules(net)
-    for average, module in zip(averages, modules, strict=True):
-        kind = type(average).__name__
-        if not isinstance(module, nn.Module):
+    for average in averages:
+        kind, module = type(average).__name__, _held(average)
+        if module is None:
             raise TransitionError(
                 f"{kind} is no average that a switch could bring along: give the module that holds the averaged "
                 "weights, such as an AveragedModel of the net"
@@ -73,7 +76,7 @@ def averages_of(given: object, net: nn.Module) -> list[nn.Module]:
                     f"in {Phase(now[0]).name} at rank {now[1]}: it was left out of an earlier switch; give it to all "
                     "of them, enter_(net, ..., averages=[average]), or make it anew from the net"
                 )
-    return [module for module in modules if isinstance(module, nn.Module)]
+    return modules_of(averages)
 
 
 def sites_of_average(average: nn.Module, net: nn.Module) -> dict[str, list[Switched]]:
