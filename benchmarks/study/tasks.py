@@ -1,7 +1,8 @@
 """What the study trains: two networks on scikit-learn's digits, a character transformer of two sizes on Python code,
 and ResNet-20 and a wide network on scenes of several digits, in the setting of arXiv 2508.08625.
 
-The learning rate of each task is the best of a row of doublings for dense training on seed 0, and serves every method.
+The learning rate of each task is the best of a row of doublings for dense training on seed 0, on scenes that of the
+paper, and serves every method.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from dynrank_fx.training import Task
 @dataclass(frozen=True)
 class StudyTask:
     """epochs: of dense training. leave, exclude: what stays dense. device: where to train. amp: whether in bfloat16, as
-    on a GPU. width: of the model; ``model`` makes it of any other too, in multiples of
-    ``heads``, where there is one.
+    on a GPU. width: of the model; ``model`` makes it of any other too, in multiples of ``heads``, where there is one.
     """
 
     name: str
@@ -155,7 +155,7 @@ TASKS = {
             partial(_sgd, 0.1),
             _as_in_the_paper,
             leave=(dr.Role.SHORTCUT, dr.Role.HEAD),
-            exclude=("blocks.0.conv1",),
+            exclude=("blocks.0.conv1",),  # as in the paper
             in_bfloat16=True,
             width=32,
         ),

@@ -212,15 +212,3 @@ def test_what_does_not_say_what_decays():
         dr.factor_decay_(net, optimizer, decoupled="x")
     with pytest.raises(dr.TransitionError, match="Linear has no factors to decay: give what transform made of it"):
         dr.factor_decay_(torch.nn.Linear(4, 4), optimizer)
-
-
-def test_a_step_that_a_scaler_skips_decays_nothing() -> None:
-    net, x = low()
-    net, x = net.float(), x.float()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
-    scaler = torch.amp.GradScaler("cpu")
-    dr.factor_decay_(net, optimizer)
-    before = [p.detach().clone() for p in net.parameters()]
-    scaler.scale(net(x).square().mean() * torch.inf).backward()
-    scaler.step(optimizer)
-    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))

@@ -158,18 +158,6 @@ def test_a_factor_without_a_gradient_stays_and_one_with_a_closure_moves():
             assert (mine - before[name]).norm() < 0.9 * (factor - before[name]).norm()
 
 
-def test_a_step_that_a_scaler_skips_moves_nothing():
-    net, x = low()
-    net, x = net.float(), x.float()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
-    scaler = torch.amp.GradScaler("cpu")
-    dr.factor_steps_(net, optimizer)
-    before = [p.detach().clone() for p in net.parameters()]
-    scaler.scale(net(x).square().mean() * torch.inf).backward()
-    scaler.step(optimizer)
-    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
-
-
 def test_removed_or_not_asked_for_the_optimizer_is_alone():
     net, _ = low()
     optimizer = OPTIMIZERS["adamw"](net.parameters())
